@@ -1,0 +1,62 @@
+# Everything here works on a fresh machine that has Python 3.11 or newer and make.
+#
+#   make help               the targets
+#   make test PYTHON=/usr/bin/python3.12
+#   make test ARGS="-k mnist -x"
+
+VENV := .venv
+BIN  := $(VENV)/bin
+ARGS ?=
+
+# The stamp is written last: an installation cut short is done again. It names both files that
+# decide what is installed, so that a change in either brings the environment up to date.
+READY := $(VENV)/.ready
+
+# The first interpreter that is new enough. A version manager may offer a python3.11 that does
+# not start, so each candidate is run.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-long check format bench clean
+
+help: ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' \
+		$(MAKEFILE_LIST)
+
+run: $(READY) ## Train the MNIST CNN on two workers
+	$(BIN)/lockstep data fetch mnist
+	$(BIN)/lockstep run mnist --model cnn --workers 2 $(ARGS)
+
+test: $(READY) ## Run the tests, without the long ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(READY) ## Run the long tests only
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+check: $(READY) ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## Format, and fix what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Measure Lockstep against its alternatives
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## Remove caches and build output (keeps .venv and runs)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+		echo "no Python 3.11 or newer found; install one, or run: make PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or two the first time)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,29 @@
+"""Lockstep: your PyTorch job on many workers, with the same bits as on one."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lockstep.api import plan, run
+    from lockstep.errors import LockstepError
+    from lockstep.job import Job, Parameters, Task
+    from lockstep.result import Result
+
+__all__ = ["Job", "LockstepError", "Parameters", "Result", "Task", "plan", "run"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
+    "plan": "api", "run": "api",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import lockstep` is quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lockstep.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

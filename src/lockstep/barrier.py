@@ -1,0 +1,56 @@
+"""Synchronisation of a host's workers: progress words, a short spin, then a futex."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from lockstep import futex
+from lockstep.control import Control
+
+NAP = 0.02
+"""Seconds: the longest single sleep before the epoch and the parent are looked at again."""
+SPINS = 300
+"""Looks at a word before sleeping, where every worker has a core: about 20 microseconds."""
+
+
+class Regroup(Exception):
+    """The membership epoch has changed: stop at this barrier and ask the master."""
+
+
+class Barrier:
+    """One worker's end of the barrier among `seats`.
+
+    Every wait ends: with everybody there, with `Regroup` once the master has raised the epoch
+    (it does so when a worker dies or stalls), or with the process itself, which the kernel kills
+    when its parent dies.
+    """
+
+    def __init__(self, control: Control, seat: int, seats: Sequence[int], epoch: int) -> None:
+        self.control, self.seat, self.epoch = control, seat, epoch
+        self.others = [other for other in seats if other != seat]
+        crowded = len(seats) > (os.cpu_count() or 1)
+        self.spins = 1 if crowded else SPINS
+
+    def arrive(self, progress: int) -> None:
+        """Publish this worker's progress."""
+        self.control.set_progress(self.seat, progress)
+        if self.others:
+            futex.wake(self.control.progress_address(self.seat))
+
+    def wait(self, progress: int) -> None:
+        """Return when every other worker has reached `progress`.
+
+        Raises:
+            Regroup: the master has changed the membership.
+        """
+        control = self.control
+        for other in self.others:
+            spins = self.spins
+            while (seen := control.progress(other)) < progress:
+                if control.epoch != self.epoch:
+                    raise Regroup
+                if spins:
+                    spins -= 1
+                    continue
+                futex.wait(control.progress_address(other), seen, NAP)

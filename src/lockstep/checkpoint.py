@@ -1,0 +1,249 @@
+"""Checkpoints: the committed state as safetensors, with digests; whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+from blake3 import blake3
+
+from lockstep.errors import IntegrityError, ResourceError
+from lockstep.fingerprint import fingerprint, tensor_digests
+from lockstep.layout import Entry, Layout
+from lockstep.memory import Segment
+
+MODEL, REST, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+
+
+def entry_array(entry: Entry, state: memoryview) -> npt.NDArray[Any]:
+    """A tensor of the state as an array of words of its element size, in its own shape."""
+    count = int(np.prod(entry.shape, dtype=np.int64))
+    size = entry.nbytes // count if count else 1
+    flat: npt.NDArray[Any] = np.frombuffer(state, _WORDS[size], count=count, offset=entry.offset)
+    return np.lib.stride_tricks.as_strided(
+        flat, entry.shape, [stride * size for stride in entry.stride], writeable=True
+    )
+
+
+def write_model(path: Path, layout: Layout, state: bytes | memoryview) -> None:
+    """Write the module's state dict; `safetensors.torch.load_file` and the module read it."""
+    by_name = {entry.name: entry for entry in layout.entries}
+    _write_tensors(path, [(key, by_name[name]) for key, name in layout.exported], state)
+
+
+def _write_tensors(path: Path, named: list[tuple[str, Entry]], state: bytes | memoryview) -> None:
+    view = memoryview(state)
+    arrays = {key: np.ascontiguousarray(entry_array(entry, view)) for key, entry in named}
+    tensors = {
+        key: safetensors.TensorSpec(
+            dtype=entry.dtype,
+            shape=list(entry.shape),
+            data_ptr=arrays[key].ctypes.data,
+            data_len=entry.nbytes,
+        )
+        for key, entry in named
+    }
+    safetensors.serialize_file(tensors, str(path), metadata={"format": "pt"})
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_checkpoint(
+    folder: Path, step: int, layout: Layout, state: bytes, extra: dict[str, Any]
+) -> Path:
+    """Write the state after `step` committed steps under `folder`, atomically.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written; what was there stays.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{step:08d}-{os.getpid()}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        exported = {name for _, name in layout.exported}
+        rest = [(e.name, e) for e in layout.entries if e.name not in exported]
+        write_model(partial / MODEL, layout, state)
+        _write_tensors(partial / REST, rest, state)
+        digests = tensor_digests(layout, state)
+        manifest = {
+            "step": step,
+            "fingerprint": fingerprint(digests),
+            "tensors": digests,
+            "files": {name: file_digest(partial / name) for name in (MODEL, REST)},
+            **extra,
+        }
+        write_json(partial / MANIFEST, manifest)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ResourceError(
+            f"the checkpoint of step {step} could not be written: {error}",
+            expected=f"room for it under {folder}",
+            fix="free disk space or choose another run folder; earlier checkpoints are kept",
+        ) from error
+    return final
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is whole or the old one stays."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE3 of a file."""
+    digest = blake3()
+    digest.update_mmap(path)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have the digests of its manifest."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+    def load_into(self, layout: Layout, state: Segment) -> None:
+        """Write the tensors into the state segment, before any worker is there.
+
+        Raises:
+            IntegrityError: the state does not have the recorded fingerprint afterwards.
+        """
+        by_name = {entry.name: entry for entry in layout.entries}
+        names = dict(layout.exported)
+        view = memoryview(state.map)
+        for file in (MODEL, REST):
+            for key, tensor in _read_tensors(self.path / file):
+                entry = by_name.get(names.get(key, key) if file == MODEL else key)
+                if entry is None or list(entry.shape) != tensor["shape"]:
+                    raise IntegrityError(
+                        f"{self.path}: tensor {key} does not fit the task's model",
+                        expected=f"shape {list(entry.shape)}" if entry else "no such tensor",
+                        found=f"shape {tensor['shape']}",
+                        fix="use the code that wrote the checkpoint",
+                    )
+                array = entry_array(entry, view)
+                array[...] = np.frombuffer(tensor["data"], array.dtype).reshape(entry.shape)
+        found = tensor_digests(layout, state)
+        wrong = [n for n, d in self.manifest["tensors"].items() if found.get(n) != d]
+        if wrong:
+            raise IntegrityError(
+                f"{self.path}: the restored state differs from the recorded one",
+                expected="the digests in its manifest",
+                found=f"others for {', '.join(wrong[:5])}",
+            )
+
+
+def _read_tensors(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(path.read_bytes())
+    return tensors
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Check a checkpoint's files against its manifest.
+
+    Raises:
+        IntegrityError: a file is missing, torn or altered; it is named.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            if (found := file_digest(path / name)) != expected:
+                raise IntegrityError(
+                    f"{path / name} is not what was written",
+                    expected=f"digest {expected[:16]}…",
+                    found=f"digest {found[:16]}…{_name_tensors(path / name, manifest)}",
+                    fix="it was torn or altered; an earlier checkpoint can be used",
+                )
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{path} is not a whole checkpoint: {error}") from error
+    return Checkpoint(path=path, step=manifest["step"], manifest=manifest)
+
+
+def _name_tensors(path: Path, manifest: dict[str, Any]) -> str:
+    """Which tensors of an altered file differ, as far as it can still be read."""
+    try:
+        tensors = _read_tensors(path)
+    except safetensors.SafetensorError as error:
+        return f" ({error})"
+    wrong = []
+    for name, tensor in tensors:
+        if name not in manifest["tensors"]:
+            continue  # another name of a tied tensor
+        shape = tuple(tensor["shape"])
+        dtype = _DTYPES.get(tensor["dtype"], tensor["dtype"])
+        for kind in ("param", "buffer", "optim", "flag"):
+            digest = blake3(f"{kind}\0{name}\0{dtype}\0{shape}\0".encode())
+            digest.update(tensor["data"])
+            if digest.hexdigest() == manifest["tensors"].get(name):
+                break
+        else:
+            wrong.append(name)
+    return f" (tensor {', '.join(wrong[:5])})" if wrong else ""
+
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Paths of the checkpoints under a run's `checkpoints` folder, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def usable_checkpoints(folder: Path, at_most: int | None = None) -> Iterator[Checkpoint]:
+    """The good checkpoints, newest first; torn and altered ones are passed over."""
+    for path in list_checkpoints(folder):
+        if at_most is not None and int(path.name.removeprefix("step-")) > at_most:
+            continue
+        try:
+            yield open_checkpoint(path)
+        except IntegrityError:
+            continue
+
+
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
+
+
+def non_finite_tensors(layout: Layout, state: bytes) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity."""
+    view = memoryview(state)
+    found = []
+    for entry in layout.entries:
+        mask = _EXPONENT.get(entry.dtype)
+        if mask is not None and entry.kind == "param":
+            words = entry_array(entry, view)
+            exponent = words.dtype.type(mask)
+            if bool(np.any((words & exponent) == exponent)):
+                found.append(entry.name)
+    return found

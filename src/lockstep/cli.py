@@ -1,0 +1,210 @@
+"""The command line. stdout carries results, stderr everything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lockstep.errors import JobError, LockstepError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Your PyTorch job on many workers, with the same bits as on one.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Data sets of the recipes.")
+app.add_typer(data_app, name="data")
+
+WITH_ARGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+JobArgument = Annotated[
+    str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
+]
+Workers = Annotated[int | None, typer.Option("--workers", "-w", help="Worker processes.")]
+Shards = Annotated[int | None, typer.Option(help="V: slices of each batch; the numbers' grain.")]
+Threads = Annotated[int | None, typer.Option(help="Intra-op threads per worker.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer updates, instead of --data-epochs.")]
+Batch = Annotated[int | None, typer.Option(help="Samples per step, over all workers.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+@app.command(context_settings=WITH_ARGS)
+def run(
+    ctx: typer.Context,
+    job: JobArgument,
+    workers: Workers = None,
+    shards: Shards = None,
+    threads: Threads = None,
+    data_epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    seed: Seed = None,
+    clip_grad_norm: Annotated[float | None, typer.Option(help="Limit of the norm.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    numerics: Annotated[str | None, typer.Option(help="native or portable.")] = None,
+    loaders: Annotated[int | None, typer.Option(help="Loader processes per worker.")] = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Checkpoint every N steps.")] = None,
+    checkpoint_seconds: Annotated[float | None, typer.Option(help="... or seconds.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run folder; must not exist.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a job. Further --options are arguments of the recipe or task: --model cnn."""
+    from lockstep.api import run as run_job
+
+    settings = _given(ctx, skip=("job", "quiet", "as_json"))
+    result = run_job(*_job(job, ctx.args), quiet=quiet, **settings)
+    if as_json:
+        print(json.dumps(result.to_message()))
+        return
+    print(f"fingerprint  {result.fingerprint}")
+    for name, value in result.metrics.items():
+        print(f"{name:<12} {value:.6g}")
+    print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
+    print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")
+    print(f"folder       {result.folder}")
+
+
+@app.command(context_settings=WITH_ARGS)
+def plan(
+    ctx: typer.Context,
+    job: JobArgument,
+    workers: Workers = None,
+    shards: Shards = None,
+    threads: Threads = None,
+    data_epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Show what `run` would do, and why. Nothing is trained or written."""
+    from lockstep.api import plan as plan_job
+
+    found = plan_job(*_job(job, ctx.args), **_given(ctx, skip=("job", "as_json")))
+    message = found.to_message()
+    if as_json:
+        print(json.dumps(message))
+        return
+    reasons = message.pop("reasons")
+    for name, value in message.items():
+        print(f"{name:<16} {'-' if value is None else value}")
+    print("\nbecause")
+    for reason in reasons:
+        print(f"  {reason}")
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    steps: Annotated[str, typer.Option(help="Which steps: A:B.")] = ":",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Replay steps of a run and compare them with its ledger."""
+    from lockstep.verify import parse_steps, to_json
+    from lockstep.verify import verify as verify_run
+
+    found = verify_run(run, steps=parse_steps(steps), workers=workers)
+    if as_json:
+        print(to_json(found))
+        return
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    count = "1 worker" if found.workers == 1 else f"{found.workers} workers"
+    print(f"verified     steps {found.first}:{found.last} on {count}, from {found.start}")
+    if found.final:
+        print("             and the final fingerprint")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: what Lockstep needs, and a small run on one and on two workers."""
+    from lockstep.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps([vars(check) for check in checks]))
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.good else 'FAIL'} {check.name:<14} {check.found}")
+    if not all(check.good for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write a run's report.html again."""
+    from lockstep.report import write_report
+    from lockstep.runfolder import RunFolder
+
+    print(write_report(RunFolder.open(run).path))
+
+
+@data_app.command()
+def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")]) -> None:
+    """Fetch a recipe's data into the cache."""
+    from lockstep.datasets import fetch as fetch_data
+
+    print(fetch_data(name))
+
+
+def _given(ctx: typer.Context, skip: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {
+        name: value for name, value in ctx.params.items() if value is not None and name not in skip
+    }
+
+
+def _job(name: str, extra: list[str]) -> tuple[Any]:
+    """The job that the command line names, with the recipe's arguments."""
+    from lockstep.job import Job
+    from lockstep.jobfile import SUFFIXES, read_job_file
+
+    job = read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+    return (job.replace_args({**job.args, **_arguments(extra)}),)
+
+
+def _arguments(extra: list[str]) -> dict[str, Any]:
+    """`--model cnn --wide` as `{"model": "cnn", "wide": True}`; values are read as YAML."""
+    import yaml
+
+    arguments: dict[str, Any] = {}
+    items = iter(extra)
+    pending: str | None = None
+    for item in items:
+        if item.startswith("--"):
+            if pending is not None:
+                arguments[pending] = True
+            key, equals, value = item[2:].replace("-", "_", 1).partition("=")
+            pending = None if equals else key
+            if equals:
+                arguments[key] = yaml.safe_load(value)
+        elif pending is not None:
+            arguments[pending] = yaml.safe_load(item)
+            pending = None
+        else:
+            raise JobError(f"unexpected argument {item!r}", expected="--name value")
+    if pending is not None:
+        arguments[pending] = True
+    return arguments
+
+
+def main() -> None:
+    """Entry point of the `lockstep` command."""
+    try:
+        app()
+    except LockstepError as error:
+        print(f"lockstep: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("lockstep: interrupted", file=sys.stderr)
+        sys.exit(130)

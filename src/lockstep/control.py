@@ -1,0 +1,172 @@
+"""The control segment: what workers and the master tell each other between messages.
+
+Every word has one writer at a time. Progress words only grow, so a barrier is "everybody's word
+has reached this value", and the same word names the step and the phase of a worker that died.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lockstep import futex
+from lockstep.layout import PER_STEP
+from lockstep.memory import Segment
+
+LINE = 64
+"""Bytes: one cache line; words with different writers never share one."""
+RING = 1024
+"""Step records kept: the lease never runs further ahead of the ledger than this."""
+DIGEST_BYTES = 16
+PHASES_PER_STEP = 8
+MAX_STEPS = 2**31 // PHASES_PER_STEP - 2
+
+
+class Phase(enum.IntEnum):
+    """What a worker has reached within a step; its progress word is `step * 8 + phase`."""
+
+    STARTED = 0
+    COMPUTED = 1
+    REDUCED = 2
+    NORMED = 3
+    UPDATED = 4
+
+
+class Stat(enum.IntEnum):
+    """Columns of a worker's row of accumulated seconds."""
+
+    COMPUTE = 0
+    DATA = 1
+    WAIT = 2
+    REDUCE = 3
+    UPDATE = 4
+    EVALUATE = 5
+
+
+def progress_of(step: int, phase: Phase) -> int:
+    """The progress word for `phase` of `step`."""
+    return step * PHASES_PER_STEP + phase
+
+
+def describe_progress(word: int) -> tuple[int, str]:
+    """The step and the phase that a worker with this progress word is in: what comes next."""
+    step, phase = divmod(word, PHASES_PER_STEP)
+    doing = {0: "compute", 1: "reduce", 2: "norm", 3: "update", 4: "commit"}
+    return step, doing[phase]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlShape:
+    """The sizes that fix where everything in the control segment lies."""
+
+    shards: int
+    seats: int
+    """How many workers there can be at one time; a worker's seat is its index here."""
+    blocks: int
+    params: int
+
+    def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Name, element type and shape of each array, in order."""
+        words = LINE // 4
+        record = np.dtype(
+            [
+                ("step", np.int64),
+                ("norm", np.float64),
+                ("rate", np.float64),
+                ("time", np.float64),
+                ("digests", np.uint8, (PER_STEP, DIGEST_BYTES)),
+                ("losses", np.float64, (self.shards,)),
+            ]
+        )
+        return {
+            "header": (np.int32, (2, words)),
+            "progress": (np.int32, (self.seats, words)),
+            "shard_done": (np.int32, (self.shards,)),
+            "block_done": (np.int32, (self.blocks,)),
+            "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
+            "norms": (np.float64, (max(self.params, 1),)),
+            "seconds": (np.float64, (self.seats, len(Stat))),
+            "ring": (record, (RING,)),
+        }
+
+    def nbytes(self) -> int:
+        return sum(_padded(kind, shape) for kind, shape in self.fields().values())
+
+
+def _padded(kind: Any, shape: tuple[int, ...]) -> int:
+    nbytes: int = np.dtype(kind).itemsize * math.prod(shape)
+    return math.ceil(nbytes / LINE) * LINE
+
+
+class Control:
+    """Views of the control segment. Lives as long as its `segment` is mapped."""
+
+    def __init__(self, segment: Segment, shape: ControlShape) -> None:
+        self.segment, self.shape = segment, shape
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        offset = 0
+        for name, (kind, size) in shape.fields().items():
+            count = math.prod(size)
+            view = np.frombuffer(segment.map, dtype=kind, count=count, offset=offset)
+            arrays[name] = view.reshape(size)
+            offset += _padded(kind, size)
+        self.base: int = arrays["header"].ctypes.data
+        self._words = memoryview(segment.map).cast("i")
+        self.shard_done = arrays["shard_done"]
+        self.block_done = arrays["block_done"]
+        self.has_grad = arrays["has_grad"]
+        self.norms = arrays["norms"]
+        self.seconds = arrays["seconds"]
+        self.ring = arrays["ring"]
+
+    # The lease: workers may run every step below it. Written by the master.
+
+    @property
+    def lease(self) -> int:
+        return self._words[0]
+
+    @lease.setter
+    def lease(self, step: int) -> None:
+        self._words[0] = step
+
+    # The membership epoch: when it differs from a worker's own, that worker stops at its next
+    # barrier and asks the master what to do. Written by the master.
+
+    @property
+    def epoch(self) -> int:
+        return self._words[LINE // 4]
+
+    def raise_epoch(self) -> int:
+        """Take the next membership epoch and wake every worker that waits at a barrier."""
+        raised = self.epoch + 1
+        self._words[LINE // 4] = raised
+        for seat in range(self.shape.seats):
+            futex.wake(self.progress_address(seat))
+        return raised
+
+    def progress(self, seat: int) -> int:
+        return self._words[(2 + seat) * LINE // 4]
+
+    def set_progress(self, seat: int, value: int) -> None:
+        """Publish how far the worker in `seat` is. Called by that worker alone while it lives."""
+        self._words[(2 + seat) * LINE // 4] = value
+
+    def progress_address(self, seat: int) -> int:
+        """The address of a seat's progress word, for futex waits."""
+        return self.base + (2 + seat) * LINE
+
+    def record(self, step: int) -> Any:
+        """The ring record of `step`; valid from its commit until `RING` steps later."""
+        return self.ring[step % RING]
+
+    def close(self) -> None:
+        """Let go of the views, then of the segment."""
+        self._words.release()
+        for name in ("shard_done", "block_done", "has_grad", "norms", "seconds", "ring"):
+            setattr(self, name, None)
+        self.segment.close()

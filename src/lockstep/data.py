@@ -1,0 +1,237 @@
+"""From sample indices to batches, in the worker or in loader processes beside it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lockstep.job import Task
+from lockstep.processes import die_with_parent
+from lockstep.sampling import Indices, Sampling
+from lockstep.seeds import derive, seed_everything
+
+Fetch = Callable[[int, Sequence[int]], Any]
+"""`(data_epoch, indices) -> batch`."""
+
+
+def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
+    """How batches of this data set are made.
+
+    A `TensorDataset` is indexed whole, unless the task collates itself; anything else is asked for
+    its samples, each under its own seed, so that augmentation does not depend on who loads what.
+    """
+    if type(dataset) is TensorDataset and type(task).collate is Task.collate:
+        tensors = dataset.tensors
+        return lambda _, indices: _index(tensors, indices)
+    get_all = getattr(dataset, "__getitems__", None)
+    if get_all is not None:
+
+        def fetch_all(data_epoch: int, indices: Sequence[int]) -> Any:
+            seed_everything(derive(seed, "sample", data_epoch, indices[0]))
+            return task.collate(get_all(list(indices)))
+
+        return fetch_all
+
+    def fetch_each(data_epoch: int, indices: Sequence[int]) -> Any:
+        samples = []
+        for index in indices:
+            seed_everything(derive(seed, "sample", data_epoch, index))
+            samples.append(dataset[index])
+        return task.collate(samples)
+
+    return fetch_each
+
+
+def _index(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
+    index = torch.as_tensor(indices)
+    return [tensor.index_select(0, index) for tensor in tensors]
+
+
+class Order:
+    """The training set's order in each data epoch: `torch.randperm` under the epoch's seed."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._epoch = -1
+        self._order: Indices = np.empty(0, np.int64)
+
+    def indices(self, step: int, shard: int) -> Indices:
+        """The samples of a shard of a step."""
+        epoch = self.sampling.data_epoch(step)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(derive(self.sampling.seed, "order", epoch))
+            self._order = torch.randperm(self.sampling.samples, generator=generator).numpy()
+            self._epoch = epoch
+        start, stop = self.sampling.shard_span(step, shard)
+        return self._order[start:stop]
+
+
+@dataclass
+class FetchTimes:
+    """What fetching cost over the first batches, against computing."""
+
+    fetches: int = 0
+    wall: float = 0.0
+    cpu: float = 0.0
+
+
+TRIAL_FETCHES = 4
+
+
+def wants_loaders(times: FetchTimes, compute_seconds: float, spare_cores: int) -> tuple[bool, str]:
+    """Whether fetching should move to a process beside the worker, and why."""
+    each = times.wall / times.fetches
+    if each < 0.001 or times.wall < 0.05 * compute_seconds:
+        return False, f"fetching takes {each * 1e3:.2f} ms a batch: not worth a process"
+    blocked = 1 - times.cpu / times.wall
+    if blocked < 0.3 and spare_cores < 1:
+        return False, "fetching is all computation and no core is idle"
+    return True, f"fetching takes {each * 1e3:.1f} ms a batch, {blocked:.0%} of it waiting"
+
+
+Work = tuple[int, int]
+"""`(step, shard)`."""
+
+
+class Loader:
+    """A worker's batches, in the order in which it will compute its shards.
+
+    It begins in the worker itself, one shard ahead: `prefetch` is called when the worker has
+    nothing better to do. Where fetching proves slow it moves to loader processes (PyTorch's
+    `DataLoader`), which changes no bit, since samples are seeded by their indices.
+    """
+
+    def __init__(
+        self, fetch: Fetch, sampling: Sampling, *, loaders: int | None, spare_cores: int, last: int
+    ) -> None:
+        self.fetch, self.sampling, self.loaders = fetch, sampling, loaders
+        self.spare_cores, self.last = spare_cores, last
+        self.decision = "" if loaders is None else f"loaders={loaders} by request"
+        self._order = Order(sampling)
+        self._shards: Sequence[int] = ()
+        self._upcoming: Iterator[Work] = iter(())
+        self._next: Work | None = None
+        self._ahead: tuple[Work, Any] | None = None
+        self._stream: Iterator[Any] | None = None
+        self._times = FetchTimes()
+
+    def assign(self, shards: Sequence[int], step: int) -> None:
+        """Say which shards will be asked for, in this order, from `step` on."""
+        self.close()
+        self._shards = shards
+        self._upcoming = self._work(step)
+        self._advance()
+        if self.loaders:
+            self._start()
+
+    def get(self, step: int, shard: int) -> Any:
+        """The batch of a shard; work that was not assigned is fetched on the spot."""
+        work = (step, shard)
+        if work != self._next:
+            return self._fetch(work)
+        if self._stream is not None:
+            batch = next(self._stream)
+        elif self._ahead is not None:
+            batch = self._ahead[1]
+        else:
+            batch = self._fetch(work)
+        self._ahead = None
+        self._advance()
+        return batch
+
+    def prefetch(self) -> None:
+        """Fetch the next assigned batch now, in the worker, unless loader processes do it."""
+        if self._stream is None and self._ahead is None and self._next is not None:
+            self._ahead = (self._next, self._fetch(self._next))
+
+    def consider(self, compute_seconds: float) -> None:
+        """Choose between worker and loader processes, once enough has been measured.
+
+        `compute_seconds` is what the same number of shards took to compute.
+        """
+        if self.decision or self._times.fetches < TRIAL_FETCHES:
+            return
+        move, self.decision = wants_loaders(self._times, compute_seconds, self.spare_cores)
+        self.loaders = int(move)
+        if move and self._next is not None:
+            self._start()
+
+    def close(self) -> None:
+        """End the loader processes and drop what was fetched ahead."""
+        self._stream = None
+        self._ahead = None
+
+    def _work(self, first: int) -> Iterator[Work]:
+        for step in range(first, self.last):
+            for shard in self._shards:
+                if self.sampling.shard_samples(step, shard):
+                    yield step, shard
+
+    def _advance(self) -> None:
+        self._next = next(self._upcoming, None)
+
+    def _fetch(self, work: Work) -> Any:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        batch = self.fetch(self.sampling.data_epoch(work[0]), self._order.indices(*work).tolist())
+        self._times.fetches += 1
+        self._times.wall += time.perf_counter() - wall
+        self._times.cpu += time.thread_time() - cpu
+        return batch
+
+    def _start(self) -> None:
+        """Move to loader processes, from the next assigned batch on."""
+        self._ahead = None
+        self._stream = iter(
+            DataLoader(
+                _Requests(self.fetch),
+                sampler=_Requested(self._requests()),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=self.loaders or 1,
+                multiprocessing_context="fork",
+                worker_init_fn=_follow_worker,
+            )
+        )
+
+    def _requests(self) -> Iterator[tuple[int, list[int]]]:
+        """What the loader processes are asked for: they run ahead of `_next`."""
+        if self._next is None:
+            return
+        order, first = Order(self.sampling), self._next
+        for work in itertools.dropwhile(lambda item: item != first, self._work(first[0])):
+            yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
+
+
+class _Requests(Dataset[Any]):
+    """A data set whose items are whole batches, indexed by `(data_epoch, indices)`."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, request: tuple[int, list[int]]) -> Any:
+        return self.fetch(*request)
+
+
+class _Requested:
+    """A sampler over a given sequence of requests."""
+
+    def __init__(self, requests: Iterator[tuple[int, list[int]]]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return self.requests
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _follow_worker(_: int) -> None:
+    die_with_parent()

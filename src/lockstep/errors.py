@@ -1,0 +1,123 @@
+"""Every error that Lockstep raises, in one tree.
+
+    LockstepError
+    ├── JobError             the job, its settings or its file are wrong; nothing was started
+    ├── TaskError            the user's code raised, or returned something unusable
+    │   └── NonFiniteError   a loss was NaN or infinite; the step was not committed
+    ├── DataError            the data set is missing, empty or too short
+    ├── OptimizerError       the optimizer cannot be run by owners of blocks
+    ├── RunFolderError       the run folder exists, or is missing or unreadable
+    ├── IntegrityError       bytes differ from their digest: a ledger, a checkpoint or a replay
+    ├── ResourceError        not enough memory, file descriptors or disk
+    ├── NumericsError        a worker does not compute the same bits as the job's profile
+    └── WorkerLostError      a worker or its nursery died or fell silent
+
+A message says what happened, what was expected, what was found and what to do next.
+The command line prints it and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class LockstepError(Exception):
+    """Base of all errors raised by Lockstep."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, expected: str = "", found: str = "", fix: str = "") -> None:
+        self.what, self.expected, self.found, self.fix = what, expected, found, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.found:
+            lines.append(f"  found:    {self.found}")
+        if self.fix:
+            lines.append(f"  next:     {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.expected, self.found, self.fix))
+
+
+def _rebuild(
+    kind: type[LockstepError], what: str, expected: str, found: str, fix: str
+) -> LockstepError:
+    return kind(what, expected=expected, found=found, fix=fix)
+
+
+class JobError(LockstepError):
+    """The job, one of its settings or its file is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class TaskError(LockstepError):
+    """The user's code raised, or returned something that cannot be used."""
+
+
+class NonFiniteError(TaskError):
+    """A loss was NaN or infinite; the step was not committed."""
+
+
+class DataError(LockstepError):
+    """The data set is missing, empty or too short."""
+
+
+class OptimizerError(LockstepError):
+    """The optimizer cannot be run by owners of blocks."""
+
+
+class RunFolderError(LockstepError):
+    """The run folder exists, is missing, or is not readable as one."""
+
+    exit_code = 2
+
+
+class IntegrityError(LockstepError):
+    """Bytes differ from their digest."""
+
+
+class ResourceError(LockstepError):
+    """Not enough memory, file descriptors or disk."""
+
+
+class NumericsError(LockstepError):
+    """A worker does not compute the same bits as the job's numerics profile."""
+
+
+class WorkerLostError(LockstepError):
+    """A worker or its nursery died or fell silent."""
+
+
+KINDS: dict[str, type[LockstepError]] = {
+    kind.__name__: kind
+    for kind in (
+        LockstepError, JobError, TaskError, NonFiniteError, DataError, OptimizerError,
+        RunFolderError, IntegrityError, ResourceError, NumericsError, WorkerLostError,
+    )
+}  # fmt: skip
+
+
+def to_message(error: LockstepError) -> dict[str, str]:
+    """The error as a JSON-ready mapping, to cross a process boundary without pickle."""
+    return {
+        "kind": type(error).__name__,
+        "what": error.what,
+        "expected": error.expected,
+        "found": error.found,
+        "fix": error.fix,
+    }
+
+
+def from_message(message: dict[str, str]) -> LockstepError:
+    """The error that `to_message` described."""
+    kind = KINDS.get(message["kind"], LockstepError)
+    return kind(
+        message["what"],
+        expected=message["expected"],
+        found=message["found"],
+        fix=message["fix"],
+    )

@@ -1,0 +1,97 @@
+"""Held-out metrics, exact for any number of workers: a fixed grid of batches, summed in order."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from lockstep.data import Fetch
+from lockstep.errors import TaskError
+from lockstep.job import Task
+from lockstep.seeds import derive, seed_everything
+from lockstep.state import SharedState
+
+BatchSums = dict[str, Any]
+"""`{"batch": index, "samples": n, "sums": {metric: sum over the samples}}`, ready for JSON."""
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many held-out batches there are; the last may be short, none is padded."""
+    return math.ceil(samples / batch_size)
+
+
+def evaluate_batches(
+    task: Task,
+    shared: SharedState,
+    fetch: Fetch,
+    batches: Iterable[int],
+    *,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    autocast: bool,
+) -> list[BatchSums]:
+    """The sums of the given batches, with the committed parameters and buffers."""
+    model = shared.model
+    for (_, buffer), committed in zip(shared.buffers, shared.committed, strict=True):
+        buffer.copy_(committed)
+    precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if autocast:
+        precision = torch.autocast("cpu", torch.bfloat16)
+    model.eval()
+    results = []
+    try:
+        with torch.no_grad(), precision:
+            for index in batches:
+                start, stop = index * batch_size, min((index + 1) * batch_size, samples)
+                batch = fetch(-1, range(start, stop))
+                seed_everything(derive(seed, "eval", index))
+                values = task.metrics(model, batch)
+                sums = {name: _sum(name, value, stop - start) for name, value in values.items()}
+                results.append({"batch": index, "samples": stop - start, "sums": sums})
+    finally:
+        model.train()
+    return results
+
+
+def _sum(name: str, value: torch.Tensor | float, samples: int) -> float:
+    tensor = torch.as_tensor(value)
+    if tensor.numel() == 1:
+        return tensor.double().item() * samples
+    if tensor.ndim == 1 and len(tensor) == samples:
+        return tensor.double().sum().item()
+    raise TaskError(
+        f"the metric {name!r} has a shape that cannot be averaged over samples",
+        expected=f"one number, or one per sample: shape ({samples},)",
+        found=f"shape {tuple(tensor.shape)}",
+    )
+
+
+def combine(results: Sequence[BatchSums]) -> dict[str, float]:
+    """The metrics over all samples: batch sums added in the order of the data.
+
+    Raises:
+        TaskError: batches do not agree on which metrics there are.
+    """
+    ordered = sorted(results, key=lambda item: item["batch"])
+    if not ordered:
+        return {}
+    names = list(ordered[0]["sums"])
+    for item in ordered:
+        if set(item["sums"]) != set(names):
+            raise TaskError(
+                f"Task.metrics gave other metrics for batch {item['batch']} than for batch 0",
+                expected=", ".join(names),
+                found=", ".join(item["sums"]),
+                fix="return the same keys for every batch",
+            )
+    total = sum(item["samples"] for item in ordered)
+    sums = dict.fromkeys(names, 0.0)
+    for item in ordered:
+        for name in names:
+            sums[name] += item["sums"][name]
+    return {name: value / total for name, value in sums.items()}

@@ -1,0 +1,252 @@
+"""One host's nodes as the master sees them: the nursery, the workers and the shared memory."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep import numerics
+from lockstep.channel import Channel, Closed, Message
+from lockstep.control import Control, ControlShape
+from lockstep.errors import WorkerLostError, from_message
+from lockstep.layout import Layout
+from lockstep.memory import Segment
+from lockstep.planning import Plan
+from lockstep.source import Source
+from lockstep.undo import Capacity, UndoLog
+
+LOAD_SECONDS = 600.0
+"""The longest that building the task and its data may take."""
+END_SECONDS = 5.0
+
+
+@dataclass
+class Seat:
+    """A worker process and the two descriptors that stand for it."""
+
+    number: int
+    pid: int
+    channel: Channel
+    pidfd: int
+    alive: bool = True
+
+    def kill(self) -> None:
+        """Kill the process; its end shows on the pidfd."""
+        if self.alive:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.channel.close()
+        os.close(self.pidfd)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that a seat's worker said (`message`), or its death (`message` is None)."""
+
+    seat: Seat
+    message: Message | None
+
+
+class Host:
+    """Starts and ends the processes of one host. Use it as a context manager."""
+
+    def __init__(self, channel: Channel, process: subprocess.Popen[bytes] | None) -> None:
+        self._channel, self._process = channel, process
+        self.seats: dict[int, Seat] = {}
+        self.facts: dict[str, Any] = {}
+        self.layout: Layout | None = None
+        self._segments: list[Segment] = []
+        self._exits: dict[int, int] = {}
+
+    @classmethod
+    def start(cls, source: Source, settings: dict[str, Any]) -> Host:
+        """Start a nursery and have it load the task."""
+        ours, theirs = Channel.pair()
+        environment = dict(os.environ)
+        numerics.set_environment(settings.get("numerics", "native"), environment)
+        command = [sys.executable, "-m", "lockstep.nursery", str(theirs.fileno()), str(os.getpid())]
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        host = cls(ours, process)
+        fds = []
+        if source.payload is not None:
+            fds.append(os.memfd_create("lockstep-task", os.MFD_CLOEXEC))
+            with open(fds[0], "wb", closefd=False) as file:
+                file.write(source.payload)
+        request = {
+            "op": "load",
+            "name": source.name,
+            "args": dict(source.args),
+            "settings": settings,
+            "folder": os.getcwd(),
+            "path": [entry or os.getcwd() for entry in sys.path],
+        }
+        try:
+            ours.send(request, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return host
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def loaded(self) -> dict[str, Any]:
+        """Wait until the task is built; the facts about it."""
+        message, _ = self._expect("loaded", LOAD_SECONDS)
+        self.facts = message["facts"]
+        return self.facts
+
+    def clone(self) -> Host:
+        """A second host with the same task, for a trial."""
+        self._channel.send({"op": "clone"})
+        _, fds = self._expect("cloned", END_SECONDS)
+        clone = Host(Channel.from_fd(fds[0]), None)
+        clone.facts = self.facts
+        return clone
+
+    def set_up(self, plan: Plan) -> dict[str, Any]:
+        """Allocate shared memory for the plan; returns the numerics profile."""
+        self._channel.send({"op": "setup", "plan": plan.to_message()})
+        message, fds = self._expect("ready", LOAD_SECONDS)
+        self._segments = [
+            Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
+        ]
+        self.layout = Layout.from_message(message["layout"])
+        self.state = self._segments[0]
+        self.undo = UndoLog(self._segments[1], Capacity(**message["undo"]))
+        self.control = Control(self._segments[2], ControlShape(**message["control"]))
+        profile: dict[str, Any] = message["profile"]
+        return profile
+
+    def spawn(self, number: int) -> Seat:
+        """Fork a worker into a seat."""
+        self._channel.send({"op": "spawn", "seat": number})
+        message, (channel_fd, pidfd) = self._expect("spawned", END_SECONDS)
+        seat = Seat(
+            number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
+        )
+        self.seats[number] = seat
+        return seat
+
+    def events(self, timeout: float) -> Iterator[Event]:
+        """What the workers have said, and who has died; waits up to `timeout` seconds for it.
+
+        A worker's last words come before its death.
+
+        Raises:
+            WorkerLostError: the nursery has died.
+        """
+        poll = select.poll()
+        channels: dict[int, Seat] = {}
+        deaths: dict[int, Seat] = {}
+        for seat in self.seats.values():
+            if seat.alive:
+                poll.register(seat.channel, select.POLLIN)
+                poll.register(seat.pidfd, select.POLLIN)
+                channels[seat.channel.fileno()] = seat
+                deaths[seat.pidfd] = seat
+        poll.register(self._channel, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(timeout * 1000)}
+        for fd in ready & channels.keys():
+            yield from self._heard(channels[fd])
+        if self._channel.fileno() in ready:
+            self._hear_nursery()
+        for fd in ready & deaths.keys():
+            seat = deaths[fd]
+            yield from self._heard(seat)
+            seat.alive = False
+            yield Event(seat=seat, message=None)
+
+    def _heard(self, seat: Seat) -> Iterator[Event]:
+        try:
+            while seat.channel.ready():
+                message, _ = seat.channel.receive()
+                yield Event(seat=seat, message=message)
+        except Closed:
+            return
+
+    def _hear_nursery(self) -> None:
+        try:
+            message, _ = self._channel.receive(0)
+        except (Closed, TimeoutError):
+            raise self._lost() from None
+        self._note(message)
+
+    def _note(self, message: Message) -> None:
+        if message["event"] == "exited":
+            self._exits[message["pid"]] = message["code"]
+
+    def how_it_ended(self, seat: Seat) -> str:
+        """Why a dead worker died, in words."""
+        limit = time.monotonic() + 1.0
+        while seat.pid not in self._exits and time.monotonic() < limit:
+            try:
+                message, _ = self._channel.receive(max(0.0, limit - time.monotonic()))
+            except (Closed, TimeoutError):
+                break
+            self._note(message)
+        code = self._exits.get(seat.pid)
+        if code is None:
+            return "ended"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
+
+    def _expect(self, event: str, seconds: float) -> tuple[Message, list[int]]:
+        limit = time.monotonic() + seconds
+        while True:
+            try:
+                message, fds = self._channel.receive(max(0.0, limit - time.monotonic()))
+            except Closed:
+                raise self._lost() from None
+            except TimeoutError:
+                raise WorkerLostError(
+                    f"the nursery was silent for {seconds:.0f} s",
+                    expected=f"{event!r}",
+                    fix="look at what the task does when it is built",
+                ) from None
+            if message["event"] == event:
+                return message, fds
+            if message["event"] == "failed":
+                raise from_message(message["error"])
+            self._note(message)
+
+    def _lost(self) -> WorkerLostError:
+        code = self._process.poll() if self._process is not None else None
+        return WorkerLostError(
+            "the nursery, the parent of all workers, has ended",
+            found="" if code is None else f"exit status {code}",
+            fix="look for the out-of-memory killer in the system's log",
+        )
+
+    def close(self) -> None:
+        """End every process and let go of the shared memory."""
+        self._channel.close()
+        for seat in self.seats.values():
+            seat.close()
+        self.seats.clear()
+        if self._process is not None:
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._segments:
+            self.control.close()
+            for segment in self._segments[:2]:
+                segment.close()
+            self._segments = []

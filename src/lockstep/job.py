@@ -1,0 +1,190 @@
+"""What the user hands in: a `Task` (the code) and a `Job` (the task with its settings)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lockstep.errors import JobError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import Dataset
+
+
+class Task:
+    """The user's code. Subclass it; `model`, `train_data`, `loss` and `optimizer` are required.
+
+    One instance is made per run and forked into every worker. Methods that draw random numbers
+    may use torch's, Python's and NumPy's global generators: they are seeded before each call
+    (`lockstep.seeds` says from what), so the draws do not depend on the number of workers.
+    """
+
+    scheduler_interval: Literal["step", "data_epoch"] = "step"
+    """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
+
+    def model(self) -> nn.Module:
+        """Build the model, on the CPU, freshly initialised."""
+        raise NotImplementedError
+
+    def train_data(self) -> Dataset[Any]:
+        """The training set: a map-style data set (`__len__` and `__getitem__`).
+
+        `__getitems__(indices)`, if there, fetches a batch's samples at once, as in PyTorch.
+        A `TensorDataset` is indexed without touching single samples.
+        """
+        raise NotImplementedError
+
+    def eval_data(self) -> Dataset[Any] | None:
+        """The held-out set, or None. Evaluated after every data epoch: every sample once."""
+        return None
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The mean loss over the samples of `batch`: a scalar tensor with a graph."""
+        raise NotImplementedError
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        """An optimizer over `params`; `params.named()` gives names, to make groups from."""
+        raise NotImplementedError
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        """A learning-rate schedule for `optimizer`, or None."""
+        return None
+
+    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
+        """Held-out metrics of one batch, called without gradients and in eval mode.
+
+        Each value is either one number per sample (a tensor of shape `[n]`, bool allowed) or
+        one number: the mean over the batch. Both are averaged over samples, in float64, in
+        the order of the data. The default is the loss.
+        """
+        return {"loss": self.loss(model, batch)}
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Samples to a batch; the default is torch's `default_collate`."""
+        from torch.utils.data import default_collate
+
+        return default_collate(samples)
+
+
+class Parameters(list["nn.Parameter"]):
+    """The model's parameters that require gradients, in the model's order."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
+        super().__init__(parameter for _, parameter in self._named)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """`(name, parameter)` pairs, as `nn.Module.named_parameters` gives them."""
+        return list(self._named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A task and the settings of its run. `None` means: let the plan decide.
+
+    What the numbers depend on: the task, `seed`, `batch_size`, `shards`, `threads`,
+    `clip_grad_norm`, `precision`, `numerics`. What they do not depend on: everything else,
+    `workers` first of all.
+    """
+
+    task: Task | str
+    """A `Task`, a recipe's name, `module:Task`, or `file.py:Task`."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for the recipe or for the task's constructor, when `task` is a name."""
+    data_epochs: float | None = None
+    """Passes over the training set (default 1); `steps` takes its place if given."""
+    steps: int | None = None
+    """Optimizer updates."""
+    batch_size: int | None = None
+    """Samples per step over all workers (default 64)."""
+    workers: int | None = None
+    """Worker processes; None: the plan measures which division of the cores is fastest."""
+    shards: int | None = None
+    """V, the fixed slices of each batch; default: the number of workers planned."""
+    threads: int | None = None
+    """Intra-op threads per worker; default: cores divided by workers."""
+    seed: int = 0
+    clip_grad_norm: float | None = None
+    """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: loss and metrics run under `torch.autocast("cpu", torch.bfloat16)`."""
+    numerics: Literal["native", "portable"] = "native"
+    """`portable` pins kernels to AVX2, so that hosts with other processors agree."""
+    eval_batch_size: int | None = None
+    """Samples per held-out batch (default: `batch_size`)."""
+    evaluate: bool = True
+    """Evaluate after each data epoch and at the end, where there is held-out data."""
+    loaders: int | None = None
+    """Data-loading processes per worker; 0: in the worker; None: chosen from measured times."""
+    checkpoint_steps: int | None = None
+    """Write a checkpoint every so many steps; one is always written at the end."""
+    checkpoint_seconds: float | None = None
+    """Write a checkpoint when so many seconds have passed since the last."""
+    out: str | None = None
+    """The run folder (default `runs/NAME-NUMBER`). It must not exist."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                expected = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+                raise JobError(f"{name} has the wrong type", expected=expected, found=repr(value))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise JobError(
+                    f"{name} is out of range", expected=f"at least {least}", found=repr(value)
+                )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise JobError(
+                "clip_grad_norm is out of range",
+                expected="a number above 0",
+                found=repr(self.clip_grad_norm),
+            )
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise JobError(
+                    f"{name} is not one of its values",
+                    expected=" or ".join(allowed),
+                    found=repr(getattr(self, name)),
+                )
+        if self.workers and self.shards and self.shards < self.workers:
+            raise JobError(
+                "there are more workers than shards: some would never have work",
+                expected=f"shards >= workers = {self.workers}",
+                found=f"shards = {self.shards}",
+                fix=f"set shards to {self.workers} or more, or workers to {self.shards} or fewer",
+            )
+
+    def replace(self, **changes: Any) -> Job:
+        """A copy with the given settings changed."""
+        try:
+            return dataclasses.replace(self, **changes)
+        except TypeError as error:
+            raise JobError(f"unknown setting: {error}", fix=f"settings: {SETTINGS}") from None
+
+    def replace_args(self, args: Mapping[str, Any]) -> Job:
+        """A copy with other arguments for the named task."""
+        return dataclasses.replace(self, args=args)
+
+
+_KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("steps", "batch_size", "workers", "shards", "threads", "seed", "eval_batch_size",
+         "loaders", "checkpoint_steps"), (int,)
+    ),
+    **dict.fromkeys(("data_epochs", "clip_grad_norm", "checkpoint_seconds"), (int, float)),
+}  # fmt: skip
+_LEAST: dict[str, float] = {
+    "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
+    "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "checkpoint_seconds": 0, "seed": 0,
+}  # fmt: skip
+_ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
+SETTINGS = tuple(f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args"))
+"""The names of a job's settings."""

@@ -1,0 +1,78 @@
+"""Job files: YAML mappings of a task and a job's settings, with errors that name the line.
+
+task: mnist            # a recipe, module:Task or file.py:Task
+args: {model: cnn}
+data_epochs: 5
+workers: 2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.errors import JobError
+from lockstep.job import SETTINGS, Job
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def read_job_file(path: Path) -> Job:
+    """The job that a file describes. A task that is a file is looked for beside the job file.
+
+    Raises:
+        JobError: the file is missing, is not YAML, or has an unknown key or a wrong value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"the job file {path} cannot be read: {error}") from None
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"the job file {path} is not YAML: {error}") from None
+    if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
+        raise JobError(
+            f"the job file {path} is not a mapping",
+            expected="`task: ...` and settings",
+            found=type(content).__name__,
+        )
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    for key, value in content.items():
+        _check(path, lines.get(str(key), 1), key, value)
+    if "task" not in content:
+        raise JobError(f"the job file {path} names no task", fix="add a line such as `task: mnist`")
+    content["task"] = _beside(path, content["task"])
+    return Job(**{str(key): value for key, value in content.items()})
+
+
+def _check(path: Path, line: int, key: Any, value: Any) -> None:
+    """Try one setting by itself, so that an error can name its line."""
+    where = f"{path}, line {line}"
+    if key == "task":
+        if not isinstance(value, str):
+            raise JobError(f"{where}: task is not a name", expected="text", found=repr(value))
+    elif key == "args":
+        if not isinstance(value, dict):
+            raise JobError(f"{where}: args is not a mapping", found=repr(value))
+    elif key not in SETTINGS:
+        raise JobError(
+            f"{where}: unknown key {key!r}", expected=f"task, args, {', '.join(SETTINGS)}"
+        )
+    else:
+        try:
+            Job(task="", **{str(key): value})
+        except JobError as error:
+            raise JobError(
+                f"{where}: {error.what}", expected=error.expected, found=error.found, fix=error.fix
+            ) from None
+
+
+def _beside(path: Path, task: str) -> str:
+    place, colon, attribute = task.rpartition(":")
+    if colon and place.endswith(".py") and not Path(place).is_absolute():
+        return f"{(path.parent / place).resolve()}:{attribute}"
+    return task

@@ -1,0 +1,196 @@
+"""Where every tensor of a run lies in shared memory, and who may cut it where: pure arithmetic.
+
+Three segments per host:
+
+    state    parameters, buffers, optimizer state: what a checkpoint holds and a fingerprint covers
+    slots    one gradient slot and one buffer slot per shard
+    control  progress counters, the lease, the ring of step records (see `control`)
+
+A parameter is updated in *blocks*: runs of at most `BLOCK` elements, cut at fixed places that
+depend on the model alone. An owner updates whole blocks, so no kernel ever sees a boundary that
+moves with the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+ALIGN = 256
+"""Bytes: each tensor starts on such a boundary (64 float32 elements)."""
+BLOCK = 1 << 16
+"""Elements: the smallest size at which a tensor is cut into blocks."""
+TARGET_BLOCKS = 128
+"""A model is cut into about so many blocks, so that up to a few dozen owners share evenly."""
+
+Kind = Literal["param", "buffer", "optim", "flag"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor in the state segment."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A run of one parameter that one owner updates.
+
+    `param` is the index of the parameter among the trainable ones; `start` and `stop` are in
+    elements of its storage order; `whole` says that the block is the entire tensor, which then
+    keeps its shape.
+    """
+
+    param: int
+    start: int
+    stop: int
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Allocator:
+    """Hands out aligned byte offsets."""
+
+    def __init__(self) -> None:
+        self.used = 0
+
+    def take(self, nbytes: int) -> int:
+        offset = self.used
+        self.used += math.ceil(nbytes / ALIGN) * ALIGN
+        return offset
+
+
+def cut_blocks(sizes: Sequence[int], cuttable: Sequence[bool]) -> list[Block]:
+    """Cut parameters of the given sizes (elements) into blocks, in order."""
+    target = math.ceil(sum(sizes) / TARGET_BLOCKS)
+    length = max(BLOCK, math.ceil(target / 4096) * 4096)
+    blocks = []
+    for index, (size, may_cut) in enumerate(zip(sizes, cuttable, strict=True)):
+        if size <= length or not may_cut:
+            blocks.append(Block(param=index, start=0, stop=size, whole=True))
+            continue
+        blocks += [
+            Block(param=index, start=start, stop=min(start + length, size), whole=False)
+            for start in range(0, size, length)
+        ]
+    return blocks
+
+
+def own_blocks(blocks: Sequence[Block], workers: int) -> list[range]:
+    """Give each rank a consecutive run of blocks of about the same number of elements."""
+    total = sum(block.size for block in blocks) or 1
+    owners: list[int] = []
+    before = 0
+    for block in blocks:
+        owners.append(min((2 * before + block.size) * workers // (2 * total), workers - 1))
+        before += block.size
+    runs = []
+    start = 0
+    for rank in range(workers):
+        stop = start + owners.count(rank)
+        runs.append(range(start, stop))
+        start = stop
+    return runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A run of bytes of the state segment that is digested as one."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+UNIT_BYTES = (16 << 10, 1 << 20)
+"""Bytes: the least and the largest size of a digest unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Which units the ledger records after each step: a rolling sample of the state.
+
+    Each step records one unit of the trainable parameters and one of everything else, in turn,
+    so that a change of any parameter shows at once or at the next step's losses, and every byte
+    is looked at again and again at a cost that does not grow with the model.
+    """
+
+    params: tuple[Unit, ...]
+    others: tuple[Unit, ...]
+
+    def units(self, step: int) -> tuple[Unit, ...]:
+        """The units that the ledger records for `step`."""
+        picked = [group[step % len(group)] for group in (self.params, self.others) if group]
+        return tuple(picked)
+
+
+PER_STEP = 2
+"""The largest number of units that a step records."""
+
+
+def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
+    """Cut the state into digest units."""
+    entries = list(entries)
+    total = sum(entry.nbytes for entry in entries)
+    least, most = UNIT_BYTES
+    length = min(max(math.ceil(total / 64 / ALIGN) * ALIGN, least), most)
+    names = set(trainable)
+    params: list[Unit] = []
+    others: list[Unit] = []
+    for entry in entries:
+        mine = params if entry.kind == "param" and entry.name in names else others
+        parts = max(1, math.ceil(entry.nbytes / length))
+        for part in range(parts):
+            start, stop = part * length, min((part + 1) * length, entry.nbytes)
+            label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
+            mine.append(Unit(name=label, offset=entry.offset + start, nbytes=stop - start))
+    return Audit(params=tuple(params), others=tuple(others))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Everything that a process without the model needs in order to read the segments."""
+
+    entries: tuple[Entry, ...]
+    blocks: tuple[Block, ...]
+    trainable: tuple[str, ...]
+    state_bytes: int
+    slots_bytes: int
+    exported: tuple[tuple[str, str], ...]
+    """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
+
+    def audit(self) -> Audit:
+        return plan_audit(self.entries, self.trainable)
+
+    def to_message(self) -> dict[str, Any]:
+        """JSON-ready."""
+        from dataclasses import asdict
+
+        return asdict(self)
+
+    @staticmethod
+    def from_message(message: dict[str, Any]) -> Layout:
+        entries = tuple(
+            Entry(**{**e, "shape": tuple(e["shape"]), "stride": tuple(e["stride"])})
+            for e in message["entries"]
+        )
+        return Layout(
+            entries=entries,
+            blocks=tuple(Block(**block) for block in message["blocks"]),
+            trainable=tuple(message["trainable"]),
+            state_bytes=message["state_bytes"],
+            slots_bytes=message["slots_bytes"],
+            exported=tuple((key, entry) for key, entry in message["exported"]),
+        )

@@ -1,0 +1,132 @@
+"""The ledger: one line per committed step, each chained to the one before by its hash.
+
+    {"ledger":1,"job":...,"state":...,"hash":...}                    the job and its initial state
+    {"step":0,"data_epoch":0,"samples":256,"loss":"0x1.2p+1","units":{...},"hash":...}
+    {"end":938,"state":...,"hash":...}                               the final fingerprint
+
+A line's hash is BLAKE3 over the hash before it and the line without its own. The file is the same,
+byte for byte, for any number of workers and any history of failures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from lockstep.errors import IntegrityError
+
+FIRST = "0" * 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What is recorded of a committed step."""
+
+    step: int
+    data_epoch: int
+    samples: int
+    loss: float
+    units: Mapping[str, str]
+    """Digests of a rolling sample of the state after the step (see `layout.Audit`)."""
+    norm: float | None = None
+
+    def body(self) -> str:
+        """The line without its hash; canonical."""
+        units = ",".join(f'{json.dumps(name)}:"{digest}"' for name, digest in self.units.items())
+        norm = "" if self.norm is None else f',"norm":"{self.norm.hex()}"'
+        return (
+            f'{{"step":{self.step},"data_epoch":{self.data_epoch},"samples":{self.samples},'
+            f'"loss":"{self.loss.hex()}"{norm},"units":{{{units}}}'
+        )
+
+
+def _chain(previous: str, body: str) -> str:
+    return blake3(f"{previous}{body}".encode()).hexdigest(16)
+
+
+class Ledger:
+    """Appends lines to a run's ledger. Lines reach the disk at `sync`."""
+
+    def __init__(self, path: Path, last_hash: str = FIRST) -> None:
+        self.hash = last_hash
+        self._file = path.open("a", encoding="utf-8")
+
+    def begin(self, job_digest: str, state: str) -> None:
+        """Write the first line."""
+        self._append(f'{{"ledger":1,"job":"{job_digest}","state":"{state}"')
+
+    def commit(self, record: StepRecord) -> None:
+        """Write a step's line."""
+        self._append(record.body())
+
+    def end(self, steps: int, state: str) -> None:
+        """Write the last line."""
+        self._append(f'{{"end":{steps},"state":"{state}"')
+        self.sync()
+
+    def _append(self, body: str) -> None:
+        self.hash = _chain(self.hash, body)
+        self._file.write(f'{body},"hash":"{self.hash}"}}\n')
+
+    def sync(self) -> None:
+        """Bring every line to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line that has been read and whose hash holds."""
+
+    content: dict[str, Any]
+    body: str
+    end: int
+    """Bytes: where the line ends in the file."""
+
+    @property
+    def hash(self) -> str:
+        value: str = self.content["hash"]
+        return value
+
+
+def read_ledger(path: Path, *, torn_tail: bool = False) -> Iterator[Line]:
+    """Read and check a ledger, line by line.
+
+    With `torn_tail` a last line that was cut off (by a crash) ends the reading quietly.
+
+    Raises:
+        IntegrityError: a line's hash does not hold; the line is named.
+    """
+    previous, end = FIRST, 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            body, separator, tail = raw.decode(errors="replace").rpartition(',"hash":"')
+            expected = _chain(previous, body)
+            if not separator or tail != f'{expected}"}}\n':
+                if torn_tail and not raw.endswith(b"\n"):
+                    return
+                raise IntegrityError(
+                    f"{path}: line {number} is not what was recorded{_name_step(body)}",
+                    expected=f"hash {expected}",
+                    found=f"hash {tail.rstrip()[:32] or 'none'}",
+                    fix="the ledger was altered here or just before; use a copy of it",
+                )
+            end += len(raw)
+            yield Line(content=json.loads(raw), body=body, end=end)
+            previous = expected
+
+
+def _name_step(body: str) -> str:
+    try:
+        return f" (step {json.loads(body + '}')['step']})"
+    except (ValueError, KeyError, TypeError):
+        return ""

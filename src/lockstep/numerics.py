@@ -1,0 +1,90 @@
+"""The numerics profile: what, besides the job, the bits depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import MutableMapping
+from typing import Any
+
+PORTABLE = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "MKL_CBWR": "AVX2",
+}
+"""Variables that hold ATen, oneDNN and MKL to AVX2, so that hosts with newer processors agree."""
+
+
+def set_environment(numerics: str, environment: MutableMapping[str, str]) -> None:
+    """Prepare the environment of a process that will import torch."""
+    if numerics == "portable":
+        environment.update(PORTABLE)
+    environment.setdefault("OMP_DYNAMIC", "FALSE")
+
+
+def configure(threads: int) -> None:
+    """Pin this process's kernels. Called in every process that computes, before it does."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def profile(numerics: str, threads: int) -> dict[str, Any]:
+    """The profile as it is recorded in the manifest. Called in a process with torch."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "numerics": numerics,
+        "threads": threads,
+        "deterministic": True,
+    }
+
+
+def probe() -> str:
+    """A digest of what a few kernels compute here: two workers agree on it, or on nothing.
+
+    Takes a few milliseconds; uses no global random state.
+    """
+    import torch
+    from blake3 import blake3
+    from torch.nn import functional
+
+    generator = torch.Generator().manual_seed(7)
+    digest = blake3()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(33, 65, generator=generator).to(dtype)
+        w = torch.randn(65, 47, generator=generator).to(dtype)
+        image = torch.randn(2, 3, 17, 17, generator=generator).to(dtype)
+        kernel = torch.randn(5, 3, 3, 3, generator=generator).to(dtype)
+        results = [
+            x @ w,
+            torch.softmax(x, 1),
+            torch.tanh(x) + torch.exp(x) * torch.rsqrt(x * x + 1),
+            functional.conv2d(image, kernel, padding=1),
+            functional.layer_norm(x, (65,)),
+            x.sum(0),
+        ]
+        for result in results:
+            digest.update(result.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def cores() -> int:
+    """The cores that this process may use: its affinity, and the control group's quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return count

@@ -1,0 +1,280 @@
+"""The nursery: the process that holds torch, the task and its data, and forks workers from them.
+
+A fork starts in milliseconds with everything loaded and shared memory mapped, so a dead worker is
+replaced at once. The nursery itself computes nothing and starts no thread: forking stays safe.
+
+It serves one agent over a channel:
+
+    load   the task                       -> loaded  facts for the plan
+    clone  a nursery for a trial          -> cloned  with a channel
+    setup  the segments, by the plan      -> ready   with the layout and the descriptors
+    spawn  a worker into a seat           -> spawned with its channel and pidfd
+           (a worker has ended)           -> exited
+
+and ends, with all its workers, when the agent's end of the channel closes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import select
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from lockstep import numerics
+from lockstep.channel import Channel, Closed, Message
+from lockstep.errors import DataError, LockstepError, TaskError, to_message
+from lockstep.processes import die_with_parent
+from lockstep.source import Source, code_digest, resolve
+
+if TYPE_CHECKING:
+    from lockstep.worker import Session
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback without the frames above the user's code."""
+    here = os.path.dirname(__file__) + os.sep
+    recipes = os.path.join(here, "recipes")
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        file = frames.tb_frame.f_code.co_filename
+        if not (file.startswith(here) and not file.startswith(recipes)):
+            break
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
+def describe_error(error: BaseException, doing: str) -> Message:
+    """An error as a message: Lockstep's own as it is, the user's with its traceback."""
+    if isinstance(error, LockstepError):
+        return to_message(error)
+    text = user_traceback(error)
+    return to_message(TaskError(f"the task raised an error while {doing}\n\n{text}\n"))
+
+
+class Nursery:
+    """The state of the process, and one method per request."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.children: dict[int, int] = {}
+        """Process id to seat; -1 for a clone."""
+        self.session: Session | None = None
+
+    def load(self, request: Message, fds: list[int]) -> None:
+        """Import torch, build the task, its model and its data sets."""
+        os.chdir(request["folder"])
+        sys.path[:] = request["path"]
+        payload = None
+        if fds:
+            with open(fds[0], "rb") as file:
+                file.seek(0)
+                payload = file.read()
+        numerics.configure(threads=1)
+        source = Source(name=request["name"], args=request["args"], payload=payload)
+        self.task, job = resolve(source)
+        from lockstep.seeds import seed_everything
+
+        settings = {} if job is None else _settings_of(job)
+        seed = request["settings"].get("seed", settings.get("seed", 0))
+        seed_everything(seed)
+        self.model = self.task.model()
+        self.train = self.task.train_data()
+        self.held_out = self.task.eval_data()
+        train, held_out = _length(self.train, "train_data"), 0
+        if self.held_out is not None:
+            held_out = _length(self.held_out, "eval_data")
+        parameters = list(self.model.parameters())
+        facts = {
+            "settings": settings,
+            "task": type(self.task).__name__,
+            "code": code_digest(self.task),
+            "train_samples": train,
+            "eval_samples": held_out,
+            "parameters": sum(p.numel() for p in parameters),
+            "parameter_bytes": sum(p.numel() * p.dtype.itemsize for p in parameters),
+            "probe": numerics.probe(),
+        }
+        self.channel.send({"event": "loaded", "facts": facts})
+
+    def setup(self, request: Message, _: list[int]) -> None:
+        """Build the shared state and tell the agent where everything lies."""
+        from lockstep.worker import Session
+
+        self.session = Session.build(
+            self.task, self.model, self.train, self.held_out, request["plan"]
+        )
+        shared = self.session.shared
+        names = ("state", "undo", "control")
+        message = {
+            "event": "ready",
+            "layout": shared.layout.to_message(),
+            "control": dataclasses.asdict(shared.control.shape),
+            "undo": dataclasses.asdict(shared.undo.capacity),
+            "nbytes": [shared.segments[name].nbytes for name in names],
+            "profile": numerics.profile(request["plan"]["numerics"], request["plan"]["threads"]),
+        }
+        self.channel.send(message, [shared.segments[name].fd for name in names])
+
+    def spawn(self, request: Message, _: list[int]) -> None:
+        """Fork a worker."""
+        assert self.session is not None
+        ours, theirs = Channel.pair()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _in_child(parent, [self.channel, ours])
+            self._be_worker(request["seat"], theirs)
+        theirs.close()
+        self.children[pid] = request["seat"]
+        pidfd = os.pidfd_open(pid)
+        try:
+            self.channel.send(
+                {"event": "spawned", "seat": request["seat"], "pid": pid}, [ours.fileno(), pidfd]
+            )
+        finally:
+            os.close(pidfd)
+            ours.close()
+
+    def clone(self, request: Message, _: list[int]) -> None:
+        """Fork a nursery with the same task, for a trial that must not touch this one's state."""
+        ours, theirs = Channel.pair()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _in_child(parent, [self.channel, ours])
+            serve(Nursery._of(self, theirs))
+            os._exit(0)
+        theirs.close()
+        self.children[pid] = -1
+        try:
+            self.channel.send({"event": "cloned", "pid": pid}, [ours.fileno()])
+        finally:
+            ours.close()
+
+    @staticmethod
+    def _of(other: Nursery, channel: Channel) -> Nursery:
+        clone = Nursery(channel)
+        clone.task, clone.model = other.task, other.model
+        clone.train, clone.held_out = other.train, other.held_out
+        return clone
+
+    def _be_worker(self, seat: int, channel: Channel) -> None:
+        """Run a worker to its end; never returns."""
+        from lockstep.worker import work
+
+        assert self.session is not None
+        code = 1
+        try:
+            code = work(self.session, seat, channel)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def reap(self) -> None:
+        """Collect the children that have ended, and say so."""
+        while self.children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            seat = self.children.pop(pid, -1)
+            code = os.waitstatus_to_exitcode(status)
+            self.channel.send({"event": "exited", "seat": seat, "pid": pid, "code": code})
+
+    def end(self) -> None:
+        """Kill and reap every child."""
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self.children:
+            os.waitpid(pid, 0)
+
+
+def _settings_of(job: Any) -> dict[str, Any]:
+    from lockstep.job import SETTINGS, Job
+
+    plain = Job(task="")
+    return {
+        name: getattr(job, name) for name in SETTINGS if getattr(job, name) != getattr(plain, name)
+    }
+
+
+def _length(dataset: Any, name: str) -> int:
+    try:
+        size = len(dataset)
+    except TypeError:
+        raise DataError(
+            f"Task.{name}() did not return a map-style data set",
+            expected="__len__ and __getitem__",
+            found=repr(type(dataset)),
+            fix="wrap a stream in a data set that knows its length",
+        ) from None
+    if size == 0:
+        raise DataError(f"Task.{name}() returned an empty data set", expected="samples", found="0")
+    return size
+
+
+def _in_child(parent: int, inherited: list[Channel]) -> None:
+    """Make a forked child independent of the nursery's own business."""
+    die_with_parent(parent)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for channel in inherited:
+        channel.close()
+
+
+def serve(nursery: Nursery) -> None:
+    """Answer requests until the agent closes the channel."""
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    poll = select.poll()
+    poll.register(nursery.channel, select.POLLIN)
+    poll.register(wake_read, select.POLLIN)
+    try:
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if wake_read in ready:
+                os.read(wake_read, 4096)
+                nursery.reap()
+            if nursery.channel.fileno() in ready:
+                request, fds = nursery.channel.receive()
+                _answer(nursery, request, fds)
+    except Closed:
+        pass
+    finally:
+        nursery.end()
+        os.close(wake_read)
+        os.close(wake_write)
+
+
+def _answer(nursery: Nursery, request: Message, fds: list[int]) -> None:
+    handlers = {
+        "load": nursery.load, "setup": nursery.setup, "spawn": nursery.spawn, "clone": nursery.clone
+    }  # fmt: skip
+    try:
+        handlers[request["op"]](request, fds)
+    except Closed:
+        raise
+    except Exception as error:
+        doing = {"load": "loading", "setup": "being set up"}.get(str(request["op"]), "at work")
+        nursery.channel.send({"event": "failed", "error": describe_error(error, doing)})
+
+
+def main() -> None:
+    """Entry point of the process: `python -m lockstep.nursery FD PARENT`."""
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master decides what Ctrl-C means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(2, 1)  # what the user's code prints is not the run's output
+    serve(Nursery(Channel.from_fd(fd)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""An owner's part of a step: sum the gradients of its blocks and run the optimizer on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockstep.control import Control
+from lockstep.gradients import Reducer
+from lockstep.layout import Block
+from lockstep.optim import StateKey
+from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
+from lockstep.undo import Range, UndoWriter, group_blocks, merge_ranges
+
+Mask = tuple[bool, ...]
+"""Which shards have a gradient."""
+
+
+class Presence:
+    """For each trainable parameter, which of the step's shards have a gradient for it."""
+
+    def __init__(self, control: Control, active: Sequence[int]) -> None:
+        flags = control.has_grad
+        shards = flags.shape[0]
+        self.uniform: Mask | None = None
+        """The mask that all parameters share, or None where they differ."""
+        if flags[active].all():
+            self.uniform = tuple(shard in active for shard in range(shards))
+        else:
+            keep = [shard in active for shard in range(shards)]
+            self._masks = [tuple(column) for column in ((flags.T != 0) & keep).tolist()]
+
+    def of(self, param: int) -> Mask:
+        return self._masks[param] if self.uniform is None else self.uniform
+
+
+@dataclass
+class OwnedBlock:
+    """A block, its parameter as the optimizer sees it, and where its gradient lies."""
+
+    number: int
+    block: Block
+    param: nn.Parameter
+    keys: list[StateKey]
+    rebound: list[StateKey]
+    leaves: list[torch.Tensor]
+    """Its run of each shard's slot, 1-D."""
+    total: torch.Tensor
+    """Where its gradient is summed, 1-D."""
+    begun: bool
+    """Whether its optimizer state is in shared memory."""
+
+    def shaped(self, run: torch.Tensor) -> torch.Tensor:
+        """A 1-D run of this block in the shape of its parameter."""
+        return run.as_strided(self.param.shape, self.param.stride())
+
+
+@dataclass
+class UpdateGroup:
+    """Consecutive blocks that are summed and updated together."""
+
+    blocks: list[OwnedBlock]
+    first: int
+    last: int
+    ranges: list[Range]
+    leaves: list[torch.Tensor]
+    """The run of each shard's slot that spans all blocks, 1-D."""
+    total: torch.Tensor
+    grads: list[torch.Tensor]
+    """Per block: its part of `total`, in the shape of its parameter."""
+    members: list[list[nn.Parameter]]
+    """Per parameter group of the optimizer."""
+
+
+class Owner:
+    """Updates the blocks of one worker. Made anew when the membership changes."""
+
+    def __init__(self, shared: SharedState, numbers: Sequence[int], undo: UndoWriter) -> None:
+        self.shared, self.undo = shared, undo
+        self.optimizer = shared.optimizer
+        self._present = shared.view(PRESENT)
+        self._reducer = Reducer(shared)
+        self._done = shared.control.block_done
+        self.optimizer.state.clear()
+        updated = [n for n in numbers if shared.groups[shared.blocks[n].param] is not None]
+        self._unmanaged = [n for n in numbers if shared.groups[shared.blocks[n].param] is None]
+        self.groups = [
+            self._make_group(part)
+            for _, run in itertools.groupby(updated, lambda n: self._dtype(n))
+            for part in group_blocks(shared.blocks, list(run))
+        ]
+        self._loaded: UpdateGroup | None = None
+        self._first_update = True
+
+    def reduce(self, reduced: Sequence[torch.Tensor], presence: Presence) -> None:
+        """Sum this owner's blocks into the shared gradient, before its norm is taken."""
+        for group in self.groups:
+            for owned in group.blocks:
+                run = storage_run(reduced[owned.block.param], owned.block)
+                self._reducer.sum(presence.of(owned.block.param), owned.leaves, run)
+
+    def update(
+        self,
+        step: int,
+        presence: Presence,
+        reduced: Sequence[torch.Tensor] | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        """Update every block that `step` has not updated yet.
+
+        `reduced` and `scale` are given where the norm is limited: the gradient is then `reduced`
+        times `scale`, and otherwise the sum of the shards' slots.
+        """
+        for group in self.groups:
+            if reduced is None or scale is None:
+                grads = self._sum(group, presence)
+            else:
+                grads = self._scale(group, presence, reduced, scale)
+            if self._first_update:
+                grads = self._leave_out_done(group, grads, step)
+            self.undo.save(group.ranges, step)
+            self._run_optimizer(group, grads)
+            self._done[group.first : group.last + 1] = step
+            self.undo.clear()
+        for number in self._unmanaged:
+            self._done[number] = step
+        self._first_update = False
+
+    def _leave_out_done(
+        self, group: UpdateGroup, grads: Sequence[torch.Tensor | None], step: int
+    ) -> Sequence[torch.Tensor | None]:
+        """Leave out the blocks that their last owner had updated before it died."""
+        return [
+            None if self._done[owned.number] >= step else gradient
+            for owned, gradient in zip(group.blocks, grads, strict=True)
+        ]
+
+    def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
+        if presence.uniform == (True,):
+            return [owned.shaped(owned.leaves[0]) for owned in group.blocks]
+        if presence.uniform is not None:
+            self._reducer.sum(presence.uniform, group.leaves, group.total)
+            return group.grads
+        for owned in group.blocks:
+            self._reducer.sum(presence.of(owned.block.param), owned.leaves, owned.total)
+        return self._present_grads(group, presence)
+
+    def _scale(
+        self,
+        group: UpdateGroup,
+        presence: Presence,
+        reduced: Sequence[torch.Tensor],
+        scale: torch.Tensor,
+    ) -> Sequence[torch.Tensor | None]:
+        for owned in group.blocks:
+            run = storage_run(reduced[owned.block.param], owned.block)
+            torch.mul(run, scale, out=owned.total)
+        return self._present_grads(group, presence)
+
+    @staticmethod
+    def _present_grads(group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
+        return [
+            gradient if any(presence.of(owned.block.param)) else None
+            for owned, gradient in zip(group.blocks, group.grads, strict=True)
+        ]
+
+    def _run_optimizer(self, group: UpdateGroup, grads: Sequence[torch.Tensor | None]) -> None:
+        for owned, gradient in zip(group.blocks, grads, strict=True):
+            owned.param.grad = gradient
+        if group is not self._loaded:
+            for options, members in zip(self.optimizer.param_groups, group.members, strict=True):
+                options["params"] = members
+            self._loaded = group
+        self.optimizer.step()
+        for owned, gradient in zip(group.blocks, grads, strict=True):
+            if gradient is not None and (owned.rebound or not owned.begun):
+                self._share(owned)
+
+    def _share(self, owned: OwnedBlock) -> None:
+        """Bring state that the optimizer has made or replaced to its place in shared memory."""
+        state = self.optimizer.state[owned.param]
+        for key in owned.rebound if owned.begun else owned.keys:
+            home = self.shared.state_view(owned.number, key)
+            store_value(home, state[key.name])
+            state[key.name] = load_value(home, key)
+        self._present[owned.number] = 1
+        owned.begun = True
+
+    def _dtype(self, number: int) -> torch.dtype:
+        return self.shared.params[self.shared.blocks[number].param].dtype
+
+    def _make_group(self, numbers: list[int]) -> UpdateGroup:
+        shared = self.shared
+        first, last = shared.blocks[numbers[0]], shared.blocks[numbers[-1]]
+        dtype = self._dtype(numbers[0])
+        start = shared.grad_offsets[first.param] + first.start * dtype.itemsize
+        stop = shared.grad_offsets[last.param] + last.stop * dtype.itemsize
+        leaves = [slot.flat[start:stop].view(dtype) for slot in shared.slots]
+        total = torch.zeros((stop - start) // dtype.itemsize, dtype=dtype)
+        owned = [self._own(number, start, leaves, total) for number in numbers]
+        members: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        for item in owned:
+            members[shared.groups[item.block.param] or 0].append(item.param)
+        ranges = [shared.block_ranges(number) for number in numbers]
+        return UpdateGroup(
+            blocks=owned,
+            first=numbers[0],
+            last=numbers[-1],
+            ranges=merge_ranges(list(itertools.chain.from_iterable(ranges))),
+            leaves=leaves,
+            total=total,
+            grads=[item.shaped(item.total) for item in owned],
+            members=members,
+        )
+
+    def _own(
+        self, number: int, start: int, leaves: list[torch.Tensor], total: torch.Tensor
+    ) -> OwnedBlock:
+        shared, block = self.shared, self.shared.blocks[number]
+        size = total.dtype.itemsize
+        first = (shared.grad_offsets[block.param] - start) // size + block.start
+        keys = shared.keys[number]
+        owned = OwnedBlock(
+            number=number,
+            block=block,
+            param=nn.Parameter(shared.block_view(block)),
+            keys=keys,
+            rebound=[key for key in keys if key.rebound],
+            leaves=[leaf[first : first + block.size] for leaf in leaves],
+            total=total[first : first + block.size],
+            begun=bool(self._present[number]),
+        )
+        if owned.begun:
+            self.optimizer.state[owned.param] = {
+                key.name: load_value(shared.state_view(number, key), key) for key in keys
+            }
+        return owned

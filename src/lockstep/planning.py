@@ -1,0 +1,170 @@
+"""Decompose: from a job and the facts about it to a plan. Pure; every decision has its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.control import MAX_STEPS
+from lockstep.errors import DataError, JobError
+from lockstep.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the plan needs to know about the task and the machine."""
+
+    train_samples: int
+    eval_samples: int
+    parameters: int
+    parameter_bytes: int
+    cores: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a job is run: every setting decided, and why."""
+
+    workers: int
+    shards: int
+    threads: int
+    seats: int
+    """The most workers that there can be at a time."""
+    steps: int
+    batch_size: int
+    eval_batch_size: int
+    train_samples: int
+    eval_samples: int
+    seed: int
+    clip_grad_norm: float | None
+    precision: str
+    numerics: str
+    loaders: int | None
+    reasons: tuple[str, ...]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.train_samples / self.batch_size)
+
+    def to_message(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> Plan:
+        return Plan(**{**message, "reasons": tuple(message["reasons"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """A way to divide the machine's cores."""
+
+    workers: int
+    threads: int
+    shards: int
+
+    def __str__(self) -> str:
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{workers} x {threads}, {self.shards} shard{'s' * (self.shards > 1)}"
+
+
+def divisions(job: Job, facts: Facts) -> list[Division]:
+    """The ways worth trying, the preferred one first. One: there is nothing to choose."""
+    cores = facts.cores
+    if job.workers is not None:
+        counts = [job.workers]
+    else:
+        counts = [cores >> k for k in range(cores.bit_length()) if cores >> k]
+        counts = list(dict.fromkeys([*counts, 1]))
+    found = []
+    for workers in counts:
+        threads = job.threads or max(1, cores // workers)
+        shards = job.shards or workers
+        if shards >= workers:
+            found.append(Division(workers=workers, threads=threads, shards=shards))
+    return found
+
+
+PREFERENCE = 1.03
+"""A later division must be faster by this factor: near ties always go the same way."""
+
+
+def choose(rates: Sequence[tuple[Division, float]]) -> tuple[Division, str]:
+    """Pick a division by its measured samples per second, and say why."""
+    best, best_rate = rates[0]
+    for division, rate in rates[1:]:
+        if rate > best_rate * PREFERENCE:
+            best, best_rate = division, rate
+    if len(rates) == 1:
+        return best, f"{best}: nothing else fits the settings"
+    listed = "; ".join(f"{division}: {rate:,.0f} samples/s" for division, rate in rates)
+    return best, f"{best}: fastest of those measured ({listed})"
+
+
+def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan:
+    """Decide everything that the job leaves open.
+
+    Raises:
+        JobError, DataError: the settings do not fit each other or the data.
+    """
+    reasons = [why] if why else [_division_reason(job, facts, division)]
+    batch_size = job.batch_size or 64
+    if job.batch_size is None:
+        reasons.append("batch_size 64: the default")
+    if facts.train_samples < batch_size:
+        raise DataError(
+            "the training set is shorter than one batch",
+            expected=f"at least batch_size = {batch_size} samples",
+            found=f"{facts.train_samples}",
+            fix=f"set batch_size to {facts.train_samples} or fewer",
+        )
+    if batch_size < division.shards:
+        raise JobError(
+            "a batch has fewer samples than shards",
+            expected=f"batch_size >= shards = {division.shards}",
+            found=f"batch_size = {batch_size}",
+            fix="raise batch_size, or lower shards",
+        )
+    per_epoch = math.ceil(facts.train_samples / batch_size)
+    if job.steps is not None:
+        steps = job.steps
+        reasons.append(f"{steps} steps, as asked: {steps / per_epoch:.2f} data epochs")
+    else:
+        epochs = 1 if job.data_epochs is None else job.data_epochs
+        steps = round(epochs * per_epoch)
+        reasons.append(f"{steps} steps: {epochs:g} data epochs of {per_epoch}")
+    if steps > MAX_STEPS:
+        raise JobError("too many steps", expected=f"at most {MAX_STEPS:,}", found=f"{steps:,}")
+    left = facts.train_samples % batch_size
+    if left:
+        reasons.append(f"the last step of a data epoch has {left} samples; none is dropped")
+    return Plan(
+        workers=division.workers,
+        shards=division.shards,
+        threads=division.threads,
+        seats=division.workers,
+        steps=steps,
+        batch_size=batch_size,
+        eval_batch_size=job.eval_batch_size or batch_size,
+        train_samples=facts.train_samples,
+        eval_samples=facts.eval_samples if job.evaluate else 0,
+        seed=job.seed,
+        clip_grad_norm=job.clip_grad_norm,
+        precision=job.precision,
+        numerics=job.numerics,
+        loaders=job.loaders,
+        reasons=tuple(reasons),
+    )
+
+
+def _division_reason(job: Job, facts: Facts, division: Division) -> str:
+    asked = [name for name in ("workers", "threads", "shards") if getattr(job, name) is not None]
+    return f"{division}: " + (
+        f"{', '.join(asked)} as asked, on {facts.cores} cores"
+        if asked
+        else f"one worker a core, on {facts.cores} cores"
+    )

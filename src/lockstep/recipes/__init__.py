@@ -1,0 +1,32 @@
+"""Ready-made jobs: `lockstep run NAME`. Each module here holds a function of its own name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+from lockstep.errors import JobError
+from lockstep.job import Job
+
+
+def names() -> list[str]:
+    """The recipes there are: the modules of this package."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> Callable[..., Job]:
+    """The recipe `name`: a function that returns a job.
+
+    Raises:
+        JobError: there is no such recipe.
+    """
+    if name not in names():
+        raise JobError(
+            "there is no such recipe",
+            expected=" or ".join(names()),
+            found=repr(name),
+            fix="name a task of your own as module:Task or file.py:Task",
+        )
+    recipe: Callable[..., Job] = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return recipe

@@ -1,0 +1,150 @@
+"""Handwritten digits: 4,000 to learn from and 1,000 held out, with one of three models.
+
+On the held-out digits softmax regression gets 90 to 91 %, the MLP 94 to 95 % and the CNN 98 to
+99 %, depending on the seed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lockstep.datasets import load_mnist
+from lockstep.errors import JobError
+from lockstep.job import Job, Parameters, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import TensorDataset
+
+BATCH_SIZE = 64
+DATA_EPOCHS = {"softmax": 20, "mlp": 15, "cnn": 10}
+"""The models there are, and for how long each learns."""
+
+
+def mnist(model: str = "softmax", data: str | None = None) -> Job:
+    """Learn to read digits.
+
+    Args:
+        model: `softmax` (softmax regression by plain gradient descent), `mlp` or `cnn`.
+        data: A file of digits, as `lockstep.datasets.load_mnist` reads it; None: the fetched ones.
+
+    Raises:
+        JobError: there is no such model.
+    """
+    task = Mnist(model, data)
+    return Job(task=task, batch_size=BATCH_SIZE, data_epochs=DATA_EPOCHS[model])
+
+
+class Mnist(Task):
+    """Classify images of digits; see `mnist`."""
+
+    scheduler_interval = "data_epoch"
+
+    def __init__(self, model: str = "softmax", data: str | None = None) -> None:
+        if model not in DATA_EPOCHS:
+            raise JobError(
+                "there is no such model for mnist",
+                expected=" or ".join(DATA_EPOCHS),
+                found=repr(model),
+            )
+        self.kind = model
+        self.data = data
+
+    def model(self) -> nn.Module:
+        """A fresh model that takes `[n, 784]`, or `[n, 1, 28, 28]` for the CNN, to `[n, 10]`."""
+        from torch import nn
+
+        if self.kind == "softmax":
+            return nn.Linear(784, 10)
+        if self.kind == "mlp":
+            return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 5, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 5, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(512, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+    def train_data(self) -> TensorDataset:
+        """The images to learn from."""
+        return self._split("train")
+
+    def eval_data(self) -> TensorDataset:
+        """The images held out."""
+        return self._split("test")
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Mean cross-entropy; the CNN learns from images distorted anew each time."""
+        from torch.nn import functional as F
+
+        images, labels = batch
+        if self.kind == "cnn" and model.training:
+            images = distort(images)
+        return F.cross_entropy(model(images), labels)
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        """Plain gradient descent, with momentum for the MLP; AdamW for the CNN."""
+        import torch
+
+        if self.kind == "cnn":
+            return torch.optim.AdamW(params, lr=4e-3, fused=True)
+        if self.kind == "mlp":
+            return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+        return torch.optim.SGD(params, lr=0.2)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        """For the CNN, a rate that falls by a fifth with every pass; it needs no known end."""
+        from torch.optim.lr_scheduler import ExponentialLR
+
+        return ExponentialLR(optimizer, gamma=0.8) if self.kind == "cnn" else None
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
+        """Per image, `[n]`: the cross-entropy, and whether the likeliest digit is the right one."""
+        from torch.nn import functional as F
+
+        images, labels = batch
+        logits = model(images)
+        return {
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
+            "accuracy": logits.argmax(dim=1) == labels,
+        }
+
+    def _split(self, split: str) -> TensorDataset:
+        import torch
+        from torch.utils.data import TensorDataset
+
+        arrays = load_mnist(self.data)
+        images = torch.from_numpy(arrays[f"{split}_images"]).float().div_(255)
+        shape = (-1, 1, 28, 28) if self.kind == "cnn" else (-1, 784)
+        return TensorDataset(images.view(shape), torch.from_numpy(arrays[f"{split}_labels"]))
+
+
+def distort(images: torch.Tensor) -> torch.Tensor:
+    """Turn, scale, slant and shift each image a little, all in one operation.
+
+    Draws from torch's global generator, which is seeded per step and shard.
+
+    Args:
+        images: `[n, 1, 28, 28]`, float.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    # Radians, fraction, fraction, and two halves of the image's side.
+    most = torch.tensor([0.15, 0.09, 0.12, 0.09, 0.09])
+    turn, scale, slant, right, down = ((torch.rand(len(images), 5) * 2 - 1) * most).unbind(dim=1)
+    cos, sin = (1 + scale) * turn.cos(), (1 + scale) * turn.sin()
+    rows = torch.stack([cos, slant - sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

@@ -1,0 +1,146 @@
+"""The recorder: writes a run's history into its folder while the run goes on."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from lockstep.checkpoint import write_checkpoint, write_json, write_model
+from lockstep.control import Stat
+from lockstep.fingerprint import fingerprint, tensor_digests
+from lockstep.host import Host
+from lockstep.ledger import FIRST, Ledger, StepRecord
+from lockstep.planning import Plan
+from lockstep.progress import Progress
+from lockstep.result import Result
+from lockstep.runfolder import Events, RunFolder
+from lockstep.source import Source
+
+
+class Recorder:
+    """A sink that keeps everything. Use it as a context manager."""
+
+    def __init__(
+        self, folder: RunFolder, host: Host, plan: Plan, *, quiet: bool, last_hash: str = FIRST
+    ) -> None:
+        assert host.layout is not None
+        self.folder, self.host, self.plan = folder, host, plan
+        self.layout = host.layout
+        self.ledger = Ledger(folder.ledger_path, last_hash)
+        self.events = Events(folder.events_path)
+        self.display = Progress(enabled=not quiet, steps=plan.steps, name=folder.path.name)
+        self.history: list[dict[str, Any]] = []
+        self.recoveries: list[dict[str, Any]] = []
+        self._loss = float("nan")
+        self._state = b""
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Any] | None = None
+        self._first_step_at: float | None = None
+
+    def __enter__(self) -> Recorder:
+        self.display.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.shutdown(wait=True)
+        self.display.__exit__(kind, error, trace)
+        self.ledger.sync()
+        self.ledger.close()
+        self.events.close()
+
+    def begin(self, job_digest: str) -> None:
+        """Record the job and the initial state."""
+        digests = tensor_digests(self.layout, self.host.state)
+        self.ledger.begin(job_digest, fingerprint(digests))
+
+    # The sink.
+
+    def commit(self, record: StepRecord) -> None:
+        self.ledger.commit(record)
+        self._loss = record.loss
+
+    def event(self, name: str, **fields: object) -> None:
+        if name == "first_step":
+            self._first_step_at = time.time()
+        self.events.add(name, **fields)
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        epoch = (step - 1) // self.plan.steps_per_epoch if step else 0
+        self.history.append({"step": step, "data_epoch": epoch, "metrics": metrics})
+        self.events.add("evaluated", step=step, metrics=metrics)
+        self.display.evaluated(step, metrics)
+
+    def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        epoch = max(step - 1, 0) // self.plan.steps_per_epoch
+        self.display.update(step, loss, rate, workers, epoch)
+
+    def checkpoint(self, step: int, state: bytes) -> None:
+        """Write in the background; one at a time. An earlier one's failure is raised here."""
+        self.wait()
+        self.ledger.sync()
+        self._state = state
+        extra = {"ledger": self.ledger.hash}
+        self._writing = self._writer.submit(self._write, step, state, extra)
+
+    def _write(self, step: int, state: bytes, extra: dict[str, Any]) -> None:
+        begun = time.perf_counter()
+        path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
+        seconds = round(time.perf_counter() - begun, 4)
+        self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    # The end.
+
+    def finish(self, steps: int, rate: float, begun: float, source: Source) -> Result:
+        """Write what remains, from the state at rest, and make the result."""
+        self.wait()
+        state = self._state
+        digest = fingerprint(tensor_digests(self.layout, state))
+        self.ledger.end(steps, digest)
+        write_model(self.folder.model_path, self.layout, state)
+        times = self._times()
+        total = sum(sum(row.values()) for row in times.values())
+        first = self._first_step_at or time.time()
+        result = Result(
+            folder=self.folder.path,
+            fingerprint=digest,
+            steps=steps,
+            samples_per_second=round(rate, 2),
+            metrics={**(self.history[-1]["metrics"] if self.history else {}),
+                     "train_loss": self._loss},
+            workers=self.plan.workers,
+            shards=self.plan.shards,
+            threads=self.plan.threads,
+            recoveries=self.recoveries,
+            wall_seconds=round(time.time() - begun, 3),
+            startup_seconds=round(first - begun, 3),
+            data_wait=round(sum(r["data"] for r in times.values()) / total, 4) if total else 0.0,
+            times=times,
+            history=self.history,
+            checkpoints=sorted(p.name for p in self.folder.checkpoints.glob("step-*")),
+            source=source,
+        )  # fmt: skip
+        self.events.add("finished", steps=steps, fingerprint=digest)
+        write_json(self.folder.result_path, result.to_message())
+        return result
+
+    def _times(self) -> dict[str, dict[str, float]]:
+        return {
+            str(number): {
+                stat.name.lower(): round(float(self.host.control.seconds[number][stat]), 4)
+                for stat in Stat
+            }
+            for number in sorted(self.host.seats)
+        }

@@ -1,0 +1,254 @@
+"""`report.html`: one page about a run, built from the files of its folder and from nothing else.
+
+The page is self-contained: no scripts, no fonts, no images, no requests. Its content security
+policy says so to the browser, and every string from the run is escaped. The same files give
+the same bytes. A ledger of any length is read once, in constant memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lockstep.charts import figure, loss_panel, mapping, metric_panels, number
+from lockstep.errors import RunFolderError
+
+PHASES = {
+    "compute": "computing",
+    "data": "loading data",
+    "wait": "waiting",
+    "reduce": "reducing",
+    "update": "updating",
+    "evaluate": "evaluating",
+}
+"""What a worker spends its time on, in the order of the bars, and what the page calls it."""
+LAST_EVENTS = 200
+LONGEST_TEXT = 400
+"""Longer values in the tables are cut."""
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into the run folder `folder` and return its path.
+
+    Only `manifest.json` must be there; what else is missing is left out of the page. The file
+    is replaced in one piece, so a reader never sees half a page.
+
+    Raises:
+        RunFolderError: `folder` has no manifest, or a file in it is not what it should be.
+    """
+    page = _page(folder)
+    path = folder / "report.html"
+    draft = path.with_name(f".report.{os.getpid()}.html")
+    try:
+        # A surrogate from a JSON escape or an undecodable file name has no UTF-8 form.
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RunFolderError(f"the report could not be written: {error}") from error
+    return path
+
+
+def _page(folder: Path) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    manifest = _read_object(folder / "manifest.json", required=True)
+    result = _read_object(folder / "result.json")
+    plan = mapping(manifest.get("plan"))
+    events, events_total = _last_events(folder / "events.jsonl")
+    name = _text(manifest.get("name") or folder.resolve().name)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = resources.files("lockstep") / "templates" / "report.html.j2"
+    return environment.from_string(source.read_text(encoding="utf-8")).render(
+        name=name,
+        fingerprint=_text(result["fingerprint"]) if result.get("fingerprint") else "",
+        finished=bool(result),
+        figures=_figures(result),
+        loss=loss_panel(_read_lines(folder / "ledger.jsonl")),
+        metrics=metric_panels(_list(result.get("history"))),
+        final_metrics=_rows(mapping(result.get("metrics")), rounded=True),
+        phases=list(PHASES.items()),
+        workers=_workers(mapping(result.get("times"))),
+        plan=_rows({key: plan[key] for key in plan if key != "reasons"}),
+        reasons=[_text(reason) for reason in _list(plan.get("reasons"))],
+        recoveries=_table(_list(result.get("recoveries"))),
+        events=events,
+        events_total=events_total,
+        settings=_rows(_settings(manifest)),
+        machine=_rows({**mapping(manifest.get("versions")), **mapping(manifest.get("profile"))}),
+        checkpoints=[_text(checkpoint) for checkpoint in _list(result.get("checkpoints"))],
+        run=shlex.quote(folder.resolve().name),
+    )
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's settings, its task first."""
+    source = mapping(manifest.get("source"))
+    task = {"task": source.get("name"), "args": source.get("args")} if source else {}
+    return {**task, **mapping(manifest.get("job"))}
+
+
+# Reading
+
+
+def _read_object(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`; empty if the file is not there and not required."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise RunFolderError(
+            f"{path.parent} is not a run folder", expected=path.name, found="no such file"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} cannot be read", found=str(error)) from error
+    if not isinstance(value, dict):
+        raise RunFolderError(
+            f"{path} cannot be read", expected="a JSON object", found=type(value).__name__
+        )
+    return value
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a JSON Lines file. A kill can tear a line: such lines are skipped."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(value, dict):
+                    yield value
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read", found=str(error)) from error
+
+
+def _last_events(path: Path) -> tuple[list[tuple[str, str, list[tuple[str, str]]]], int]:
+    """The last events, newest first, as `(time, event, fields)`, and how many there are in all."""
+    kept: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
+    total = 0
+    for event in _read_lines(path):
+        kept.append(event)
+        total += 1
+    rows = []
+    for event in reversed(kept):
+        time, kind = _text(event.pop("time", "")), _text(event.pop("event", ""))
+        rows.append((time, kind, _rows(event, rounded=True)))
+    return rows, total
+
+
+# Tables
+
+
+class Worker(NamedTuple):
+    """A worker's bar: `parts` are `(phase, seconds, percent of the longest bar)`."""
+
+    name: str
+    seconds: str
+    parts: list[tuple[str, str, float]]
+
+
+def _workers(times: Mapping[str, Any]) -> list[Worker]:
+    """A bar per worker, in the order of their numbers, all on one scale."""
+    spent: dict[str, dict[str, float]] = {}
+    for worker in sorted(times, key=_natural):
+        seconds = {phase: number(mapping(times[worker]).get(phase)) for phase in PHASES}
+        spent[_text(worker)] = {phase: s for phase, s in seconds.items() if s is not None and s > 0}
+    longest = max((sum(phases.values()) for phases in spent.values()), default=0.0)
+    return [
+        Worker(
+            name,
+            _seconds(sum(phases.values())),
+            [(phase, _seconds(s), 100 * s / longest) for phase, s in phases.items()],
+        )
+        for name, phases in spent.items()
+    ]
+
+
+def _natural(key: Any) -> tuple[int, str]:
+    """Sorts worker 2 before worker 10."""
+    digits = "".join(filter(str.isdecimal, str(key)))[:18]
+    return (int(digits) if digits else -1, str(key))
+
+
+def _figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The key figures, those that are there, as `(label, value)`."""
+    labels = {
+        "steps": "steps",
+        "samples_per_second": "samples per second",
+        "wall_seconds": "wall time",
+        "startup_seconds": "start-up",
+        "workers": "workers",
+        "shards": "shards",
+        "threads": "threads per worker",
+    }
+    figures = []
+    for key, label in labels.items():
+        value = number(result.get(key))
+        if value is not None:
+            figures.append((label, (_seconds if key.endswith("seconds") else figure)(value)))
+    share = number(result.get("data_wait"))
+    if share is not None:
+        figures.append(("waiting for data", f"{100 * share:.3g} %"))
+    if isinstance(result.get("recoveries"), list):
+        figures.append(("recoveries", figure(len(result["recoveries"]))))
+    return figures
+
+
+def _rows(values: Mapping[str, Any], *, rounded: bool = False) -> list[tuple[str, str]]:
+    """The items of `values` as text, its floats to four digits if `rounded`."""
+    return [(_text(key), _text(value, rounded=rounded)) for key, value in values.items()]
+
+
+class Table(NamedTuple):
+    """A table with headings; a missing cell is empty."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _table(entries: Iterable[Any]) -> Table:
+    """A table of mappings that need not have the same keys."""
+    mappings = [mapping(entry) for entry in entries]
+    keys = list(dict.fromkeys(key for each in mappings for key in each))
+    rows = [[_text(each.get(key, ""), rounded=True) for key in keys] for each in mappings]
+    return Table([_text(key).replace("_", " ") for key in keys], rows)
+
+
+# Values
+
+
+def _text(value: Any, *, rounded: bool = False) -> str:
+    """Any JSON value as text of bounded length."""
+    if rounded and isinstance(value, float):
+        return figure(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "\u2026"
+
+
+def _seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 1:
+        return f"{1000 * value:.3g} ms"
+    if value < 120:
+        return f"{value:.3g} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,84 @@
+"""Aggregate: what a run comes to, as one object and one JSON document."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.errors import RunFolderError
+from lockstep.runfolder import RunFolder
+from lockstep.source import Source, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The result of a run. `model()` gives the trained model."""
+
+    folder: Path
+    fingerprint: str
+    """BLAKE3 over parameters, buffers and optimizer state: equal for any number of workers."""
+    steps: int
+    samples_per_second: float
+    """In the steps' own time: without start-up, evaluation and checkpoints."""
+    metrics: dict[str, float]
+    """Held-out metrics of the final state, and the last step's loss as `train_loss`."""
+    workers: int
+    shards: int
+    threads: int
+    recoveries: list[dict[str, Any]]
+    wall_seconds: float
+    startup_seconds: float
+    """From the call to the first step's start."""
+    data_wait: float
+    """The fraction of the workers' time that they waited for data."""
+    times: dict[str, dict[str, float]]
+    """Per worker: seconds computing, fetching data, waiting, reducing, updating, evaluating."""
+    history: list[dict[str, Any]]
+    """`{"step", "data_epoch", "metrics"}` at each evaluation."""
+    checkpoints: list[str]
+    source: Source | None = field(default=None, repr=False, compare=False)
+
+    def model(self) -> nn.Module:
+        """The trained model, in eval mode: the task's own model with the trained weights."""
+        from safetensors.torch import load_file
+
+        if self.source is None:
+            raise RunFolderError(
+                "the task of this result is not known here",
+                fix="build the model and load model.safetensors with safetensors.torch.load_file",
+            )
+        task, _ = resolve(self.source)
+        model = task.model()
+        model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        return model.eval()
+
+    def to_message(self) -> dict[str, Any]:
+        """What `result.json` holds."""
+        content = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("source", "folder")
+        }
+        return {"folder": str(self.folder), **content}
+
+    @staticmethod
+    def open(path: str | Path) -> Result:
+        """The result of a finished run, read from its folder.
+
+        Raises:
+            RunFolderError: the folder has no result.
+        """
+        folder = RunFolder.open(path)
+        manifest = folder.read_manifest()
+        try:
+            content = json.loads(folder.result_path.read_text())
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path} has no readable result: {error}") from error
+        source = Source(**manifest["source"]) if manifest["source"]["importable"] else None
+        return Result(**{**content, "folder": Path(path), "source": source})

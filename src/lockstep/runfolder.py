@@ -1,0 +1,110 @@
+"""The run folder: what a run leaves behind, and where.
+
+manifest.json      the job, the plan, the numerics profile, the task's code digest
+events.jsonl       what happened, when
+ledger.jsonl       what was committed
+checkpoints/       the state at some steps
+model.safetensors  the trained model
+result.json        the result
+report.html        the same for people
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lockstep.checkpoint import write_json
+from lockstep.errors import RunFolderError
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_path = path / "manifest.json"
+        self.events_path = path / "events.jsonl"
+        self.ledger_path = path / "ledger.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.model_path = path / "model.safetensors"
+        self.result_path = path / "result.json"
+
+    @classmethod
+    def create(cls, out: str | None, label: str) -> RunFolder:
+        """Make a new run folder: `out`, or the next free `runs/LABEL-NUMBER`.
+
+        Raises:
+            RunFolderError: `out` exists already, or cannot be made.
+        """
+        try:
+            if out is not None:
+                path = Path(out)
+                path.mkdir(parents=True)
+                return cls(path)
+            number = 1
+            while True:
+                path = Path("runs") / f"{label}-{number}"
+                try:
+                    path.mkdir(parents=True)
+                    return cls(path)
+                except FileExistsError:
+                    number += 1
+        except FileExistsError:
+            raise RunFolderError(
+                f"the run folder {out} exists",
+                expected="a path where nothing is yet",
+                fix=f"choose another --out, or go on with it: lockstep resume {out}",
+            ) from None
+        except OSError as error:
+            raise RunFolderError(f"the run folder {out} cannot be made: {error}") from error
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        folder = cls(Path(path))
+        if not folder.manifest_path.is_file():
+            raise RunFolderError(
+                f"{path} is not a run folder",
+                expected="a folder with a manifest.json",
+                found="none" if not folder.path.exists() else "no manifest.json",
+                fix="give the folder that `lockstep run` printed",
+            )
+        return folder
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_json(self.manifest_path, manifest)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest.
+
+        Raises:
+            RunFolderError: it is not readable.
+        """
+        try:
+            manifest: dict[str, Any] = json.loads(self.manifest_path.read_text())
+        except ValueError as error:
+            raise RunFolderError(f"{self.manifest_path} is not readable: {error}") from error
+        return manifest
+
+
+class Events:
+    """Appends to a run's events; each line has a time, an event and its fields."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
+
+    def add(self, event: str, **fields: Any) -> None:
+        if self._file is not None:
+            time = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self._file.write(json.dumps({"time": time, "event": event, **fields}) + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,62 @@
+"""Which samples a shard of a step is made of: pure functions, the same in every process."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The division of a training set into data epochs, steps and shards.
+
+    The last step of a data epoch holds what is left over: it may be short, and then its shards
+    differ by at most one sample, and some may be empty.
+    """
+
+    samples: int
+    batch_size: int
+    shards: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.samples / self.batch_size)
+
+    def data_epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether `step` is the last of its data epoch."""
+        return (step + 1) % self.steps_per_epoch == 0
+
+    def batch_span(self, step: int) -> tuple[int, int]:
+        """Where the step's batch starts and stops in its data epoch's order."""
+        start = (step % self.steps_per_epoch) * self.batch_size
+        return start, min(start + self.batch_size, self.samples)
+
+    def batch_samples(self, step: int) -> int:
+        """N: how many samples the step has."""
+        start, stop = self.batch_span(step)
+        return stop - start
+
+    def shard_span(self, step: int, shard: int) -> tuple[int, int]:
+        """Where the shard starts and stops in its data epoch's order."""
+        start, stop = self.batch_span(step)
+        size = stop - start
+        return start + size * shard // self.shards, start + size * (shard + 1) // self.shards
+
+    def shard_samples(self, step: int, shard: int) -> int:
+        """n: how many samples the shard has; the shard's weight in the step is n / N."""
+        start, stop = self.shard_span(step, shard)
+        return stop - start
+
+
+def home_shards(shards: int, workers: int, rank: int) -> range:
+    """The shards that the worker of this rank computes: consecutive, as even as can be."""
+    return range(-(-shards * rank // workers), -(-shards * (rank + 1) // workers))

@@ -1,0 +1,45 @@
+"""Where committed steps go: into a run folder, or against a ledger that is being verified."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lockstep.ledger import StepRecord
+
+
+class Sink(Protocol):
+    """Receives the history of a run, in order. All calls come from the coordinator's thread."""
+
+    def commit(self, record: StepRecord) -> None:
+        """A step has been committed on every worker."""
+
+    def event(self, name: str, **fields: object) -> None:
+        """Something happened that people may want to know."""
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """The held-out metrics after `step` committed steps."""
+
+    def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        """About every tick: how far the run is; `rate` is in samples per second."""
+
+    def checkpoint(self, step: int, state: bytes) -> None:
+        """A consistent copy of the state segment after `step` committed steps."""
+
+
+class NullSink:
+    """Keeps nothing; for trials."""
+
+    def commit(self, record: StepRecord) -> None:
+        pass
+
+    def event(self, name: str, **fields: object) -> None:
+        pass
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        pass
+
+    def checkpoint(self, step: int, state: bytes) -> None:
+        pass

@@ -1,0 +1,172 @@
+"""Where a task comes from, and how a process gets hold of it.
+
+A task is named (a recipe, `module:Task`, `file.py:Task`) or handed over as a live object. Names are
+resolved in the nursery, so the process that coordinates never imports the user's code. Objects go
+to the nursery, a child of the process that made them, by cloudpickle in an anonymous file: that is
+the one place where anything is unpickled, and nobody else can write to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from blake3 import blake3
+
+from lockstep.errors import JobError
+from lockstep.job import Job, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A task's origin. `payload` is the pickled object where there is no name."""
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    payload: bytes | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name, for run folders and messages."""
+        tail = self.name.rpartition(":")[2] or self.name
+        return "".join(c if c.isalnum() or c in "-_" else "-" for c in tail).lower()
+
+
+def source_of(job: Job) -> Source:
+    """The source of a job's task."""
+    if isinstance(job.task, str):
+        return Source(name=_absolute(job.task), args=dict(job.args))
+    if not isinstance(job.task, Task):
+        raise JobError(
+            "the task is not a Task",
+            expected="an instance of lockstep.Task, or a name",
+            found=repr(type(job.task)),
+            fix="subclass lockstep.Task and pass an instance",
+        )
+    import cloudpickle
+
+    kind = type(job.task)
+    module = kind.__module__
+    if module == "__main__":
+        module = getattr(sys.modules["__main__"], "__file__", None) or "__main__"
+    return Source(
+        name=_absolute(f"{module}:{kind.__qualname__}"), payload=cloudpickle.dumps(job.task)
+    )
+
+
+def _absolute(name: str) -> str:
+    """A name that means the same from another folder."""
+    place, colon, attribute = name.rpartition(":")
+    if colon and place.endswith(".py"):
+        return f"{Path(place).resolve()}:{attribute}"
+    return name
+
+
+def resolve(source: Source) -> tuple[Task, Job | None]:
+    """The task, and the job that came with it if the name leads to a recipe.
+
+    Raises:
+        JobError: there is no such name, or it does not lead to a task.
+    """
+    found: Any
+    if source.payload is not None:
+        import cloudpickle
+
+        found = cloudpickle.loads(source.payload)
+    elif ":" in source.name:
+        found = _call(_find(source.name), source)
+    else:
+        from lockstep.recipes import find
+
+        found = _call(find(source.name), source)
+    if isinstance(found, Job):
+        if isinstance(found.task, str):
+            raise JobError(
+                f"{source.name} returned a job whose task is a name", fix="return a Task"
+            )
+        return found.task, found
+    if isinstance(found, Task):
+        return found, None
+    raise JobError(
+        f"{source.name} does not lead to a task",
+        expected="a Task class or instance, or a function that returns a Job",
+        found=repr(type(found)),
+    )
+
+
+def _call(found: Any, source: Source) -> Any:
+    if isinstance(found, Task) or not callable(found):
+        return found
+    try:
+        inspect.signature(found).bind(**source.args)
+    except TypeError as error:
+        raise JobError(
+            f"{source.name} does not take these arguments: {error}",
+            expected=str(inspect.signature(found)),
+            found=", ".join(f"{k}={v!r}" for k, v in source.args.items()) or "none",
+        ) from None
+    return found(**source.args)
+
+
+def _find(name: str) -> Any:
+    place, _, attribute = name.rpartition(":")
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        tasks = [
+            key for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Task) and value is not Task
+        ]  # fmt: skip
+        raise JobError(
+            f"there is no {attribute} in {place}",
+            expected=f"one of: {', '.join(tasks)}" if tasks else "a subclass of lockstep.Task",
+            fix=f"name a task of {place}",
+        )
+    return found
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise JobError(f"there is no file {path}", fix="give the path of a Python file, then :Task")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.startswith(error.name):
+            raise JobError(
+                f"there is no module {error.name}",
+                found=f"looked in {os.getcwd()} and the Python path",
+                fix="run from the folder that holds it, or give file.py:Task",
+            ) from None
+        raise
+
+
+def code_digest(task: Task) -> str:
+    """A digest of the file that defines the task, or of its class's source; "" if unknown."""
+    try:
+        path = inspect.getsourcefile(type(task))
+        data = Path(path).read_bytes() if path else inspect.getsource(type(task)).encode()
+    except (OSError, TypeError):
+        return ""
+    return blake3(data).hexdigest()[:32]

@@ -1,0 +1,409 @@
+"""The state of a run in shared memory: parameters, buffers and optimizer state, one copy a host.
+
+The nursery builds it once (`build`); its forks inherit the mappings, so a worker starts with the
+committed state in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lockstep.control import Control, ControlShape
+from lockstep.errors import OptimizerError, TaskError
+from lockstep.job import Parameters, Task
+from lockstep.layout import ALIGN, Allocator, Block, Entry, Layout, cut_blocks
+from lockstep.memory import Segment, check_available
+from lockstep.optim import (
+    NUMBER_TYPES,
+    StateKey,
+    discover_state,
+    initial_state,
+    may_cut,
+    param_groups_of,
+)
+from lockstep.undo import Range, UndoLog, needed_capacity
+
+PRESENT = "lockstep.present"
+"""The entry that says, per block, whether its optimizer state has begun."""
+
+
+@dataclass
+class Slot:
+    """The shared tensors of one shard: a gradient per trainable parameter, and the buffers."""
+
+    grads: list[torch.Tensor]
+    buffers: list[torch.Tensor]
+    flat: torch.Tensor
+    """The slot's bytes."""
+
+
+@dataclass
+class SharedState:
+    """The bound model and every view that workers need. Made by `build`, inherited by fork."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    layout: Layout
+    params: list[nn.Parameter]
+    """The trainable parameters; their data lie in the state segment."""
+    names: list[str]
+    groups: list[int | None]
+    blocks: list[Block]
+    keys: list[list[StateKey]]
+    """Per block."""
+    buffers: list[tuple[str, torch.Tensor]]
+    """Name and the module's own (private) buffer."""
+    committed: list[torch.Tensor]
+    """The committed buffers, in the state segment, in the order of `buffers`."""
+    slots: list[Slot]
+    grad_offsets: list[int]
+    """Bytes: where each trainable parameter's gradient lies in a slot."""
+    reduced: list[torch.Tensor] | None
+    """The summed gradients, laid out as a slot; only where their norm is needed."""
+    state_bytes: torch.Tensor
+    segments: dict[str, Segment]
+    control: Control
+    undo: UndoLog
+
+    def entry(self, name: str) -> Entry:
+        return self._entries()[name]
+
+    def _entries(self) -> dict[str, Entry]:
+        if not hasattr(self, "_by_name"):
+            self._by_name = {entry.name: entry for entry in self.layout.entries}
+        return self._by_name
+
+    def view(self, name: str) -> torch.Tensor:
+        """The state segment's tensor of this name."""
+        entry = self.entry(name)
+        return as_tensor(self.state_bytes, entry.offset, entry.dtype, entry.shape, entry.stride)
+
+    def block_view(self, block: Block) -> torch.Tensor:
+        """The block's run of its parameter: 1-D, or the whole tensor in its own shape."""
+        tensor = self.params[block.param].detach()
+        return tensor if block.whole else storage_run(tensor, block)
+
+    def state_view(self, number: int, key: StateKey) -> torch.Tensor:
+        """The shared tensor behind one value of a block's optimizer state."""
+        block = self.blocks[number]
+        tensor = self.view(state_name(self.names[block.param], block, key))
+        if key.form == "like" and not block.whole:
+            return storage_run(tensor, block)
+        return tensor
+
+    def block_ranges(self, number: int) -> list[Range]:
+        """The bytes of the state segment that an update of this block changes."""
+        block = self.blocks[number]
+        present = self.entry(PRESENT).offset + number
+        tensors = [self.block_view(block)]
+        tensors += [self.state_view(number, key) for key in self.keys[number]]
+        start = self.state_bytes.data_ptr()
+        ranges = [
+            Range(offset=tensor.data_ptr() - start, nbytes=tensor.numel() * tensor.dtype.itemsize)
+            for tensor in tensors
+        ]
+        return [*ranges, Range(offset=present, nbytes=1)]
+
+
+def state_name(param: str, block: Block, key: StateKey) -> str:
+    """The entry's name: `weight/exp_avg`, or `weight/step/65536` for what a part keeps alone."""
+    name = f"{param}/{key.name}"
+    return name if block.whole or key.form == "like" else f"{name}/{block.start}"
+
+
+def storage_run(tensor: torch.Tensor, block: Block) -> torch.Tensor:
+    """A block's run of a dense tensor, 1-D, in storage order."""
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat[block.start : block.stop]
+
+
+def as_tensor(
+    flat: torch.Tensor, offset: int, dtype: str, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """A typed, shaped view into a tensor of bytes. `stride` is in elements."""
+    kind: torch.dtype = getattr(torch, dtype)
+    nbytes = math.prod(shape) * kind.itemsize
+    return flat[offset : offset + nbytes].view(kind).as_strided(tuple(shape), tuple(stride))
+
+
+def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) -> SharedState:
+    """Move the model into shared memory and lay out everything that its training needs.
+
+    Raises:
+        TaskError, OptimizerError: the model or the optimizer cannot be used.
+        ResourceError: there is not enough memory.
+    """
+    named = list(model.named_parameters())
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    if not trainable:
+        raise TaskError(
+            "the model has no trainable parameter",
+            expected="at least one parameter with requires_grad",
+            fix="look at what Task.model() freezes",
+        )
+    optimizer = task.optimizer(Parameters(trainable))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(
+            "Task.optimizer did not return an optimizer",
+            expected="a torch.optim.Optimizer",
+            found=repr(type(optimizer)),
+            fix="return the optimizer itself",
+        )
+    groups = param_groups_of(optimizer, trainable)
+    cuttable: dict[tuple[int | None, torch.dtype], bool] = {}
+    for (_, parameter), group in zip(trainable, groups, strict=True):
+        kind = (group, parameter.dtype)
+        if kind not in cuttable:
+            cuttable[kind] = group is not None and may_cut(optimizer, group, parameter.dtype)
+    blocks = cut_blocks(
+        [parameter.numel() for _, parameter in trainable],
+        [cuttable[group, p.dtype] for (_, p), group in zip(trainable, groups, strict=True)],
+    )
+    keys = _all_keys(optimizer, trainable, groups, blocks)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer is not None]
+    layout, grad_offsets, slot_bytes = _lay_out(model, named, trainable, buffers, blocks, keys)
+    return _allocate(
+        model, optimizer, layout, trainable, groups, blocks, keys, buffers,
+        grad_offsets, slot_bytes, shards=shards, seats=seats, clip=clip,
+    )  # fmt: skip
+
+
+def _all_keys(
+    optimizer: torch.optim.Optimizer,
+    trainable: list[tuple[str, nn.Parameter]],
+    groups: list[int | None],
+    blocks: list[Block],
+) -> list[list[StateKey]]:
+    found: dict[Any, list[StateKey]] = {}
+    keys: list[list[StateKey]] = []
+    for block in blocks:
+        parameter, group = trainable[block.param][1], groups[block.param]
+        if group is None:
+            keys.append([])
+            continue
+        shape = tuple(parameter.shape) if block.whole else (block.size,)
+        kind = (group, shape, parameter.dtype, bool(optimizer.state.get(parameter)))
+        if kind not in found:
+            found[kind] = discover_state(optimizer, group, parameter, block)
+        keys.append(found[kind])
+    return keys
+
+
+def _lay_out(
+    model: nn.Module,
+    named: list[tuple[str, nn.Parameter]],
+    trainable: list[tuple[str, nn.Parameter]],
+    buffers: list[tuple[str, torch.Tensor]],
+    blocks: list[Block],
+    keys: list[list[StateKey]],
+) -> tuple[Layout, list[int], int]:
+    """Give every tensor its place: in the state segment, and in a slot."""
+    space = Allocator()
+    entries: list[Entry] = []
+
+    def add(name: str, kind: Any, dtype: torch.dtype, shape: Any, stride: Any) -> None:
+        nbytes = math.prod(shape) * dtype.itemsize
+        entries.append(
+            Entry(
+                name=name, kind=kind, dtype=str(dtype).removeprefix("torch."), shape=tuple(shape),
+                stride=tuple(stride), offset=space.take(nbytes), nbytes=nbytes,
+            )
+        )  # fmt: skip
+
+    slot = Allocator()
+    offsets = []
+    for name, parameter in named:
+        add(name, "param", parameter.dtype, parameter.shape, dense_stride(parameter))
+    for _, parameter in trainable:
+        offsets.append(slot.take(parameter.numel() * parameter.dtype.itemsize))
+    for name, buffer in buffers:
+        add(name, "buffer", buffer.dtype, buffer.shape, dense_stride(buffer))
+        slot.take(buffer.numel() * buffer.dtype.itemsize)
+    for block, name, key in _in_state_order(trainable, blocks, keys):
+        parameter = trainable[block.param][1]
+        shape = tuple(parameter.shape) if key.form == "like" else key.shape
+        stride = dense_stride(parameter) if key.form == "like" else contiguous_stride(shape)
+        add(name, "optim", key.dtype, shape, stride)
+    add(PRESENT, "flag", torch.uint8, (len(blocks),), (1,))
+    layout = Layout(
+        entries=tuple(entries),
+        blocks=tuple(blocks),
+        trainable=tuple(name for name, _ in trainable),
+        state_bytes=space.used,
+        slots_bytes=slot.used,
+        exported=_exported(model, [*named, *buffers]),
+    )
+    return layout, offsets, slot.used
+
+
+def _in_state_order(
+    trainable: list[tuple[str, nn.Parameter]], blocks: list[Block], keys: list[list[StateKey]]
+) -> list[tuple[Block, str, StateKey]]:
+    """Optimizer state by key, then by parameter, so that an owner's state is a few long runs."""
+    seen: dict[str, dict[str, tuple[Block, str, StateKey]]] = {}
+    for block, block_keys in zip(blocks, keys, strict=True):
+        for key in block_keys:
+            name = state_name(trainable[block.param][0], block, key)
+            seen.setdefault(key.name, {}).setdefault(name, (block, name, key))
+    return [item for by_name in seen.values() for item in by_name.values()]
+
+
+def _exported(
+    model: nn.Module, tensors: list[tuple[str, torch.Tensor]]
+) -> tuple[tuple[str, str], ...]:
+    """Which entry each key of the model's state dict stands for."""
+    names = {id(tensor): name for name, tensor in tensors}
+    return tuple(
+        (key, names[id(value)])
+        for key, value in model.state_dict(keep_vars=True).items()
+        if id(value) in names
+    )
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The row-major stride of a shape, in elements."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's own stride where it is a permutation of row-major (as channels-last is)."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return contiguous_stride(tensor.shape)
+        expected *= size
+    return tuple(tensor.stride())
+
+
+def _allocate(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    layout: Layout,
+    trainable: list[tuple[str, nn.Parameter]],
+    groups: list[int | None],
+    blocks: list[Block],
+    keys: list[list[StateKey]],
+    buffers: list[tuple[str, torch.Tensor]],
+    grad_offsets: list[int],
+    slot_bytes: int,
+    *,
+    shards: int,
+    seats: int,
+    clip: bool,
+) -> SharedState:
+    """Create the segments, move the initial values in and bind the model to them."""
+    starts = [
+        initial_state(optimizer, trainable[block.param][1], block) if block_keys else {}
+        for block, block_keys in zip(blocks, keys, strict=True)
+    ]
+    shape = ControlShape(shards=shards, seats=seats, blocks=len(blocks), params=len(trainable))
+    copies = shards + clip
+    undo = needed_capacity(
+        blocks,
+        [
+            [block.size * trainable[block.param][1].dtype.itemsize, 1]
+            + [
+                (block.size if key.form == "like" else math.prod(key.shape)) * key.dtype.itemsize
+                for key in block_keys
+            ]
+            for block, block_keys in zip(blocks, keys, strict=True)
+        ],
+    )
+    check_available("run's", layout.state_bytes + copies * slot_bytes + seats * undo.total)
+    segments = {
+        "state": Segment.create("state", layout.state_bytes),
+        "slots": Segment.create("slots", copies * slot_bytes),
+        "undo": Segment.create("undo", seats * undo.total),
+        "control": Segment.create("control", shape.nbytes()),
+    }
+    state_flat = torch.frombuffer(segments["state"].map, dtype=torch.uint8)
+    slots_flat = torch.frombuffer(segments["slots"].map, dtype=torch.uint8)
+    shared = SharedState(
+        model=model,
+        optimizer=optimizer,
+        layout=layout,
+        params=[parameter for _, parameter in trainable],
+        names=[name for name, _ in trainable],
+        groups=groups,
+        blocks=blocks,
+        keys=keys,
+        buffers=buffers,
+        committed=[],
+        slots=[],
+        grad_offsets=grad_offsets,
+        reduced=None,
+        state_bytes=state_flat,
+        segments=segments,
+        control=Control(segments["control"], shape),
+        undo=UndoLog(segments["undo"], undo),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            home = shared.view(name)
+            home.copy_(parameter)
+            parameter.data = home
+        for name, buffer in buffers:
+            shared.committed.append(shared.view(name).copy_(buffer))
+        for number, start in enumerate(starts):
+            _store_start(shared, number, start)
+    slots = [_slot(shared, flat) for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)]
+    shared.slots = slots[:shards]
+    shared.reduced = slots[shards].grads if clip else None
+    shared.control.shard_done[:] = -1
+    shared.control.block_done[:] = -1
+    return shared
+
+
+def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> None:
+    """Put the state that the optimizer's constructor made for a block in its place."""
+    if not start:
+        return
+    for key in shared.keys[number]:
+        store_value(shared.state_view(number, key), start[key.name])
+    shared.view(PRESENT)[number] = 1
+
+
+def store_value(home: torch.Tensor, value: Any) -> None:
+    """Write one value of optimizer state, a tensor or a number, to its shared place."""
+    if isinstance(value, torch.Tensor):
+        home.copy_(value.reshape(home.shape))
+    else:
+        home.fill_(value)
+
+
+def load_value(home: torch.Tensor, key: StateKey) -> Any:
+    """What the optimizer shall see in its state: the shared tensor, or a Python number."""
+    if key.form in NUMBER_TYPES:
+        return NUMBER_TYPES[key.form](home.item())
+    return home
+
+
+def _slot(shared: SharedState, flat: torch.Tensor) -> Slot:
+    grads = []
+    for parameter, offset in zip(shared.params, shared.grad_offsets, strict=True):
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        grads.append(as_tensor(flat, offset, dtype, parameter.shape, parameter.stride()))
+    offset = 0
+    if shared.params:
+        last = shared.params[-1]
+        used = shared.grad_offsets[-1] + last.numel() * last.dtype.itemsize
+        offset = math.ceil(used / ALIGN) * ALIGN
+    buffers = []
+    for home in shared.committed:
+        dtype = str(home.dtype).removeprefix("torch.")
+        buffers.append(as_tensor(flat, offset, dtype, home.shape, home.stride()))
+        offset += math.ceil(home.numel() * home.dtype.itemsize / ALIGN) * ALIGN
+    return Slot(grads=grads, buffers=buffers, flat=flat)

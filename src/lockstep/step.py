@@ -1,0 +1,244 @@
+"""One step of one worker: compute its shards, meet, update its blocks, meet again: committed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import blake3
+import numpy as np
+import torch
+
+from lockstep.barrier import Barrier
+from lockstep.control import DIGEST_BYTES, Phase, Stat, progress_of
+from lockstep.data import Loader
+from lockstep.errors import NonFiniteError, TaskError
+from lockstep.gradients import SlotWriter, combine_buffers
+from lockstep.job import Task
+from lockstep.layout import Audit, Block, own_blocks
+from lockstep.owner import Owner, Presence
+from lockstep.sampling import Sampling
+from lockstep.seeds import derive, seed_everything
+from lockstep.state import SharedState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one worker does in each step, as long as the membership stays as it is."""
+
+    seat: int
+    rank: int
+    workers: int
+    shards: tuple[int, ...]
+    blocks: range
+    norms: range
+    """The trainable parameters whose gradient norms it takes, where there is a limit."""
+
+
+def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
+    """Divide whole parameters among workers, for their norms."""
+    whole = [Block(param=i, start=0, stop=size, whole=True) for i, size in enumerate(sizes)]
+    return own_blocks(whole, workers)
+
+
+class Stepper:
+    """Runs steps for one worker."""
+
+    def __init__(
+        self,
+        task: Task,
+        shared: SharedState,
+        sampling: Sampling,
+        loader: Loader,
+        audit: Audit,
+        *,
+        seed: int,
+        autocast: bool,
+        clip_grad_norm: float | None,
+    ) -> None:
+        self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
+        self.audit, self.seed, self.clip = audit, seed, clip_grad_norm
+        self.autocast = autocast
+        self.control = shared.control
+        self.scheduler = task.scheduler(shared.optimizer)
+        self._scheduled = 0
+        self._writer = SlotWriter(shared)
+        self._buffers = [buffer for _, buffer in shared.buffers]
+        self._state = memoryview(shared.segments["state"].map)
+        self._ones: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self._reduced = shared.reduced
+
+    def join(self, part: Part, barrier: Barrier, owner: Owner) -> None:
+        """Take a part in the membership that begins now."""
+        self.part, self.barrier, self.owner = part, barrier, owner
+        self._seconds = self.control.seconds[part.seat]
+
+    def run(self, step: int, todo: Sequence[int], resume_update: bool = False) -> None:
+        """Run one step to its commit.
+
+        `todo` are this worker's shards that are not computed yet. With `resume_update` all
+        gradients are there and some blocks have been updated: only the rest is.
+
+        Raises:
+            Regroup: the membership changed; the step is not committed.
+            TaskError: the user's code failed, or its loss is not finite.
+        """
+        clock = time.perf_counter
+        control, barrier, seconds = self.control, self.barrier, self._seconds
+        begun = clock()
+        for shard in todo:
+            self._compute(step, shard)
+        computed = clock()
+        seconds[Stat.COMPUTE] += computed - begun
+        if not resume_update:
+            barrier.arrive(progress_of(step, Phase.COMPUTED))
+            self.loader.prefetch()
+        waiting = clock()
+        barrier.wait(progress_of(step, Phase.COMPUTED))
+        meeting = clock()
+        active = [v for v in range(self.sampling.shards) if self.sampling.shard_samples(step, v)]
+        presence = Presence(control, active)
+        scale = None
+        if self.clip is not None:
+            scale = self._clip_scale(step, presence, resume_update)
+        reduced = clock()
+        self.owner.update(step, presence, self._reduced if scale is not None else None, scale)
+        if self.part.rank == 0:
+            control.record(step)["rate"] = self.shared.optimizer.param_groups[0]["lr"]
+            self._combine_buffers(step)
+        updated = clock()
+        barrier.arrive(progress_of(step, Phase.UPDATED))
+        barrier.wait(progress_of(step, Phase.UPDATED))
+        committed = clock()
+        self.catch_up(step + 1)
+        if self.part.rank == 0:
+            control.record(step)["time"] = committed
+        self._audit(step)
+        seconds[Stat.DATA] += waiting - computed
+        seconds[Stat.WAIT] += (meeting - waiting) + (committed - updated)
+        seconds[Stat.REDUCE] += reduced - meeting
+        seconds[Stat.UPDATE] += updated - reduced
+
+    def _compute(self, step: int, shard: int) -> None:
+        """Forward and backward of one shard, into its slot."""
+        samples = self.sampling.shard_samples(step, shard)
+        record = self.control.record(step)
+        if samples:
+            begun = time.perf_counter()
+            batch = self.loader.get(step, shard)
+            self._seconds[Stat.DATA] += time.perf_counter() - begun
+            seed_everything(derive(self.seed, "shard", step, shard))
+            for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
+                buffer.copy_(committed)
+            self._writer.begin(shard)
+            with self._precision():
+                loss = self.task.loss(self.shared.model, batch)
+            value = self._check(loss, step, shard)
+            weight = samples / self.sampling.batch_samples(step)
+            loss.backward(self._weight(weight, loss))
+            for slot, buffer in zip(self.shared.slots[shard].buffers, self._buffers, strict=True):
+                slot.copy_(buffer)
+            record["losses"][shard] = value
+        else:
+            record["losses"][shard] = 0.0
+        self.control.shard_done[shard] = step
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self.autocast:
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _check(self, loss: object, step: int, shard: int) -> float:
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = (
+                f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+                if isinstance(loss, torch.Tensor)
+                else repr(type(loss))
+            )
+            raise TaskError(
+                "Task.loss did not return a loss",
+                expected="a tensor of one element, with a graph: the mean over the batch",
+                found=found,
+                fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
+            )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
+                expected="a finite loss",
+                found=f"{value}, data epoch {self.sampling.data_epoch(step)}",
+                fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
+            )
+        return value
+
+    def _weight(self, weight: float, loss: torch.Tensor) -> torch.Tensor | None:
+        """The shard's share of the step, as the gradient at the root of the graph.
+
+        Weighting here and not after the sum costs nothing, and one shard alone has weight 1:
+        then this is `loss.backward()`.
+        """
+        if weight == 1:
+            return None
+        key = (weight, loss.dtype)
+        if key not in self._ones:
+            self._ones[key] = torch.tensor(weight, dtype=loss.dtype)
+        return self._ones[key].expand(loss.shape)
+
+    def _clip_scale(self, step: int, presence: Presence, resumed: bool) -> torch.Tensor:
+        """The factor that limits the global norm: `torch.nn.utils.clip_grad_norm_`'s own.
+
+        The norm of each whole tensor is taken by one worker, and then the norm of the norms by
+        each, so the bits are those of the plain function on the summed gradient.
+        """
+        assert self._reduced is not None and self.clip is not None
+        norms = self.control.norms
+        if not resumed:
+            self.owner.reduce(self._reduced, presence)
+            self._meet(progress_of(step, Phase.REDUCED))
+            for index in self.part.norms:
+                if any(presence.of(index)):
+                    norms[index] = torch.linalg.vector_norm(self._reduced[index], 2.0).item()
+            self._meet(progress_of(step, Phase.NORMED))
+        dtypes = {parameter.dtype for parameter in self.shared.params}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        there = [i for i in range(len(self.shared.params)) if any(presence.of(i))]
+        parts = torch.from_numpy(norms[there]).to(dtype)
+        total = torch.linalg.vector_norm(parts, 2.0) if there else torch.zeros((), dtype=dtype)
+        self.control.record(step)["norm"] = total.item()
+        return torch.clamp(self.clip / (total + 1e-6), max=1.0)
+
+    def _meet(self, progress: int) -> None:
+        self.barrier.arrive(progress)
+        self.barrier.wait(progress)
+
+    def _combine_buffers(self, step: int) -> None:
+        size = self.sampling.batch_samples(step)
+        weights = [
+            self.sampling.shard_samples(step, shard) / size for shard in range(self.sampling.shards)
+        ]
+        for index, committed in enumerate(self.shared.committed):
+            combine_buffers(committed, [slot.buffers[index] for slot in self.shared.slots], weights)
+
+    def catch_up(self, committed: int) -> None:
+        """Bring the schedule to where it is after so many committed steps, and no further: a step
+        that has to be finished by others is finished at its own learning rate."""
+        if self.scheduler is None:
+            return
+        every_step = self.task.scheduler_interval == "step"
+        for step in range(self._scheduled, committed):
+            if every_step or self.sampling.ends_epoch(step):
+                self.scheduler.step()
+        self._scheduled = max(self._scheduled, committed)
+
+    def _audit(self, step: int) -> None:
+        """Digest this worker's share of the state for the ledger, and publish the next step."""
+        record = self.control.record(step)
+        for index, unit in enumerate(self.audit.units(step)):
+            if (step + index) % self.part.workers == self.part.rank:
+                view = self._state[unit.offset : unit.offset + unit.nbytes]
+                digest = blake3.blake3(view).digest(DIGEST_BYTES)
+                record["digests"][index] = np.frombuffer(digest, np.uint8)
+        self.barrier.arrive(progress_of(step + 1, Phase.STARTED))

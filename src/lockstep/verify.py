@@ -1,0 +1,246 @@
+"""Verify: replay committed steps on any number of workers and compare them with the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from lockstep.coordinator import Coordinator, Schedule
+from lockstep.errors import IntegrityError, JobError
+from lockstep.fingerprint import fingerprint, tensor_digests
+from lockstep.host import Host
+from lockstep.job import Job, Task
+from lockstep.ledger import Line, StepRecord, read_ledger
+from lockstep.planning import Plan
+from lockstep.runfolder import RunFolder
+from lockstep.sink import NullSink
+from lockstep.source import Source, source_of
+
+TENSOR_SEARCH_STEPS = 32
+"""After a first difference, how many more steps are replayed to name the tensors that differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What has been verified."""
+
+    first: int
+    last: int
+    """Steps `first` to `last`, the last excluded, are as the ledger says."""
+    workers: int
+    start: str
+    """Where the replay began: a checkpoint's name, or `seed`."""
+    final: bool
+    """Whether the final fingerprint was among what was compared."""
+    notes: tuple[str, ...]
+
+
+class Mismatch(Exception):
+    """The replay has seen enough."""
+
+
+class Comparison(NullSink):
+    """A sink that compares what the replay commits with the lines of a ledger."""
+
+    def __init__(self, lines: list[Line]) -> None:
+        self._lines = {line.content["step"]: line for line in lines}
+        self.first: StepRecord | None = None
+        self.tensors: list[str] = []
+
+    def commit(self, record: StepRecord) -> None:
+        line = self._lines[record.step]
+        recorded = line.content["units"]
+        wrong = [name for name, digest in record.units.items() if recorded.get(name) != digest]
+        self.tensors += [name for name in wrong if name not in self.tensors]
+        if self.first is None and line.body != record.body():
+            self.first = record
+        if self.first is not None and (
+            self.tensors or record.step >= self.first.step + TENSOR_SEARCH_STEPS
+        ):
+            raise Mismatch
+
+    def error(self, notes: tuple[str, ...]) -> IntegrityError | None:
+        """What differs, if anything does."""
+        if self.first is None:
+            return None
+        recorded = float.fromhex(self._lines[self.first.step].content["loss"])
+        tensors = ", ".join(self.tensors) or "none of those recorded so far"
+        return IntegrityError(
+            f"the replay differs from the ledger, first at step {self.first.step}",
+            expected=f"loss {recorded!r}",
+            found=f"loss {self.first.loss!r}; tensors that differ: {tensors}",
+            fix="; ".join(notes) or "the code, the data or the recorded state is not the run's",
+        )
+
+
+def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> Source:
+    """The source of a recorded run's task: `task` if given, else by its name.
+
+    Raises:
+        JobError: the task was a live object, and is not given.
+    """
+    if task is not None:
+        return source_of(Job(task=task))
+    recorded = manifest["source"]
+    if not recorded["importable"]:
+        raise JobError(
+            f"the task of {run} was handed over as an object: {recorded['name']}",
+            expected="the object again",
+            fix=f"from Python, pass it: task={recorded['name'].rpartition(':')[2]}(...)",
+        )
+    return Source(name=recorded["name"], args=recorded["args"])
+
+
+def verify(
+    run: str | Path,
+    *,
+    steps: tuple[int | None, int | None] = (None, None),
+    workers: int | None = None,
+    task: Task | None = None,
+) -> Verification:
+    """Replay steps `[first, last)` of a run and compare them with its ledger.
+
+    Args:
+        run: the run folder.
+        steps: which steps; None: from the first, to the last recorded.
+        workers: how many workers replay; default: as many as the run had.
+        task: the task, where the run was given an object and not a name.
+
+    Raises:
+        IntegrityError: the ledger, a checkpoint or what the code computes is not what was
+            recorded; the first step and the tensors that differ are named.
+    """
+    folder = RunFolder.open(run)
+    manifest = folder.read_manifest()
+    lines = list(read_ledger(folder.ledger_path))
+    checkpoints = [open_checkpoint(path) for path in list_checkpoints(folder.checkpoints)]
+    recorded = [line for line in lines if "step" in line.content]
+    first, last = _span(steps, len(recorded))
+    plan = Plan.from_message(manifest["plan"])
+    count = min(workers or plan.workers, plan.shards)
+    plan = dataclasses.replace(plan, workers=count, seats=count, steps=last)
+    with Host.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
+        facts = host.loaded()
+        notes = _differences(manifest, facts)
+        host.set_up(plan)
+        start = _restore(host, lines[0], checkpoints, first)
+        comparison = Comparison(recorded)
+        schedule = Schedule(
+            steps=last,
+            steps_per_epoch=plan.steps_per_epoch,
+            evaluate=False,
+            checkpoint_steps=None,
+            checkpoint_seconds=None,
+        )
+        step = start.step if start is not None else 0
+        coordinator = Coordinator(host, plan, schedule, comparison, step)
+        with contextlib.suppress(Mismatch):
+            coordinator.run()
+        if (error := comparison.error(notes)) is not None:
+            raise error
+        final = _compare_end(host, lines, checkpoints, last, notes)
+    return Verification(
+        first=step,
+        last=last,
+        workers=count,
+        start=start.path.name if start is not None else "seed",
+        final=final,
+        notes=notes,
+    )
+
+
+def _span(steps: tuple[int | None, int | None], recorded: int) -> tuple[int, int]:
+    first, last = steps[0] or 0, recorded if steps[1] is None else steps[1]
+    if not 0 <= first <= last <= recorded:
+        raise JobError(
+            f"steps {first}:{last} are not all recorded", expected=f"within 0:{recorded}"
+        )
+    return first, last
+
+
+def _differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
+    """What is known to differ between the run and the replay."""
+    notes = []
+    if facts["code"] != manifest["code"]:
+        notes.append("the task's source file is not the one that the run used")
+    if facts["probe"] != manifest["probe"]:
+        notes.append("this machine does not compute the same bits as the run's")
+    had = manifest["plan"]["train_samples"]
+    if facts["train_samples"] != had:
+        notes.append(f"there are {facts['train_samples']} training samples, and were {had}")
+    return tuple(notes)
+
+
+def _restore(
+    host: Host, genesis: Line, checkpoints: list[Checkpoint], first: int
+) -> Checkpoint | None:
+    """Put the newest checkpoint at or before `first` in place; None: the seed's own state."""
+    assert host.layout is not None
+    for checkpoint in checkpoints:
+        if checkpoint.step <= first:
+            checkpoint.load_into(host.layout, host.state)
+            return checkpoint
+    digests = tensor_digests(host.layout, host.state)
+    if fingerprint(digests) != genesis.content["state"]:
+        raise IntegrityError(
+            "the replay differs from the ledger before the first step",
+            expected=f"initial state {genesis.content['state'][:16]}…",
+            found=f"{fingerprint(digests)[:16]}…: the model's initial parameters differ",
+            fix="the code that builds the model, or its seed, is not the run's",
+        )
+    return None
+
+
+def _compare_end(
+    host: Host, lines: list[Line], checkpoints: list[Checkpoint], last: int, notes: tuple[str, ...]
+) -> bool:
+    """Compare the whole state where the run recorded it; whether it did."""
+    assert host.layout is not None
+    digests = tensor_digests(host.layout, host.state)
+    found = fingerprint(digests)
+    for checkpoint in checkpoints:
+        if checkpoint.step == last and checkpoint.manifest["fingerprint"] != found:
+            recorded = checkpoint.manifest["tensors"]
+            wrong = [name for name, digest in digests.items() if recorded.get(name) != digest]
+            raise IntegrityError(
+                f"the state after step {last} differs from {checkpoint.path.name}",
+                expected=f"fingerprint {checkpoint.manifest['fingerprint'][:16]}…",
+                found=f"fingerprint {found[:16]}…; tensors: {', '.join(wrong[:5])}",
+                fix="; ".join(notes),
+            )
+    end = lines[-1].content
+    if end.get("end") == last and end["state"] != found:
+        raise IntegrityError(
+            "the final state differs from the ledger's",
+            expected=f"fingerprint {end['state'][:16]}…",
+            found=f"fingerprint {found[:16]}…",
+            fix="; ".join(notes),
+        )
+    return end.get("end") == last
+
+
+def parse_steps(text: str) -> tuple[int | None, int | None]:
+    """`A:B`, `A:`, `:B` or `A` as a span of steps.
+
+    Raises:
+        JobError: the text is none of these.
+    """
+    left, colon, right = text.partition(":")
+    try:
+        first = int(left) if left else None
+        last = int(right) if right else None
+    except ValueError:
+        raise JobError(f"{text!r} is not a span of steps", expected="A:B") from None
+    if not colon and first is not None:
+        last = first + 1
+    return first, last
+
+
+def to_json(verification: Verification) -> str:
+    """The verification as one JSON document."""
+    return json.dumps(dataclasses.asdict(verification))

@@ -1,0 +1,183 @@
+"""A worker: a fork of the nursery that computes shards and updates blocks, as the master says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from lockstep import numerics
+from lockstep.barrier import Barrier, Regroup
+from lockstep.channel import Channel, Closed, Message
+from lockstep.data import Loader, make_fetch
+from lockstep.evaluate import evaluate_batches
+from lockstep.job import Task
+from lockstep.layout import own_blocks
+from lockstep.owner import Owner
+from lockstep.sampling import Sampling, home_shards
+from lockstep.state import SharedState, build
+from lockstep.step import Part, Stepper, norm_parts
+from lockstep.undo import UndoWriter
+
+
+@dataclass
+class Session:
+    """What the nursery prepares and its forks inherit."""
+
+    task: Task
+    train: Dataset[Any]
+    held_out: Dataset[Any] | None
+    shared: SharedState
+    plan: Message
+
+    @staticmethod
+    def build(
+        task: Task,
+        model: nn.Module,
+        train: Dataset[Any],
+        held_out: Dataset[Any] | None,
+        plan: Message,
+    ) -> Session:
+        """Move the model to shared memory. Called once, in the nursery."""
+        model.train()
+        shared = build(
+            task,
+            model,
+            shards=plan["shards"],
+            seats=plan["seats"],
+            clip=plan["clip_grad_norm"] is not None,
+        )
+        return Session(task=task, train=train, held_out=held_out, shared=shared, plan=plan)
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            samples=self.plan["train_samples"],
+            batch_size=self.plan["batch_size"],
+            shards=self.plan["shards"],
+            seed=self.plan["seed"],
+        )
+
+
+class Worker:
+    """The worker's loop: messages from the master, steps between them."""
+
+    def __init__(self, session: Session, seat: int, channel: Channel) -> None:
+        plan = session.plan
+        self.session, self.seat, self.channel = session, seat, channel
+        self.shared, self.control = session.shared, session.shared.control
+        self.sampling = session.sampling()
+        self.fetch = make_fetch(session.task, session.train, plan["seed"])
+        spare = (os.cpu_count() or 1) - plan["workers"] * plan["threads"]
+        self.loader = Loader(
+            self.fetch,
+            self.sampling,
+            loaders=plan["loaders"],
+            spare_cores=spare,
+            last=plan["steps"],
+        )
+        self.stepper = Stepper(
+            session.task,
+            self.shared,
+            self.sampling,
+            self.loader,
+            self.shared.layout.audit(),
+            seed=plan["seed"],
+            autocast=plan["precision"] == "bf16",
+            clip_grad_norm=plan["clip_grad_norm"],
+        )
+        self.undo = UndoWriter(self.shared.undo, seat, self.shared.state_bytes)
+        self.step = 0
+        self.doing = "starting"
+
+    def serve(self) -> None:
+        """Do what the master asks, until it says stop."""
+        self.channel.send({"event": "hello", "probe": numerics.probe()})
+        while True:
+            self.doing = "waiting for the master"
+            message, _ = self.channel.receive()
+            match message["op"]:
+                case "join":
+                    self.join(message)
+                    self.run(message["todo"], message["resume_update"])
+                case "run":
+                    self.run()
+                case "evaluate":
+                    self.evaluate(message)
+                case "stop":
+                    self.loader.close()
+                    return
+
+    def join(self, message: Message) -> None:
+        """Take a place among the members and catch up with the step in flight."""
+        self.step = message["step"]
+        seats: list[int] = message["seats"]
+        rank, workers = seats.index(self.seat), len(seats)
+        shared = self.shared
+        sizes = [parameter.numel() for parameter in shared.params]
+        part = Part(
+            seat=self.seat,
+            rank=rank,
+            workers=workers,
+            shards=tuple(home_shards(self.sampling.shards, workers, rank)),
+            blocks=own_blocks(shared.blocks, workers)[rank],
+            norms=norm_parts(sizes, workers)[rank],
+        )
+        barrier = Barrier(self.control, self.seat, seats, message["epoch"])
+        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.undo))
+        self.stepper.catch_up(self.step)
+        self.loader.assign(part.shards, self.step)
+
+    def run(self, todo: list[int] | None = None, resume_update: bool = False) -> None:
+        """Run steps up to the lease's end."""
+        part = self.stepper.part
+        try:
+            while self.step < self.control.lease:
+                self.doing = f"computing step {self.step}"
+                self.stepper.run(self.step, part.shards if todo is None else todo, resume_update)
+                self.step += 1
+                todo, resume_update = None, False
+        except Regroup:
+            self.channel.send({"event": "regroup", "step": self.step})
+            return
+        self.channel.send({"event": "idle", "step": self.step})
+
+    def evaluate(self, message: Message) -> None:
+        """Evaluate the given held-out batches and send their sums."""
+        self.doing = "evaluating"
+        session, plan = self.session, self.session.plan
+        assert session.held_out is not None
+        results = evaluate_batches(
+            session.task,
+            self.shared,
+            make_fetch(session.task, session.held_out, plan["seed"]),
+            message["batches"],
+            samples=plan["eval_samples"],
+            batch_size=plan["eval_batch_size"],
+            seed=plan["seed"],
+            autocast=plan["precision"] == "bf16",
+        )
+        self.channel.send({"event": "evaluated", "results": results})
+
+
+def work(session: Session, seat: int, channel: Channel) -> int:
+    """Be the worker of a seat until the master says stop; returns the exit code."""
+    from lockstep.nursery import describe_error
+
+    numerics.configure(session.plan["threads"])
+    worker = Worker(session, seat, channel)
+    try:
+        worker.serve()
+        return 0
+    except Closed:
+        return 0
+    except Exception as error:
+        message: Message = {"event": "failed", "error": describe_error(error, worker.doing)}
+        message["step"] = worker.step
+        try:
+            channel.send(message)
+        except Closed:
+            return 1
+        return 1
