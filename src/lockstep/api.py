@@ -119,9 +119,6 @@ def _measure(job: Job, facts: Facts, division: Division, host: Host) -> float:
     schedule = Schedule(
         steps=trial.steps,
         steps_per_epoch=trial.steps_per_epoch,
-        evaluate=False,
-        checkpoint_steps=None,
-        checkpoint_seconds=None,
         seconds=TRIAL_SECONDS,
         ahead_seconds=0.1,
     )

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lockstep import futex
+from lockstep.faults import MAX_FAULTS
 from lockstep.layout import PER_STEP
 from lockstep.memory import Segment
 
@@ -92,6 +93,7 @@ class ControlShape:
             "norms": (np.float64, (max(self.params, 1),)),
             "seconds": (np.float64, (self.seats, len(Stat))),
             "ring": (record, (RING,)),
+            "fired": (np.uint8, (MAX_FAULTS,)),
         }
 
     def nbytes(self) -> int:
@@ -123,6 +125,7 @@ class Control:
         self.norms = arrays["norms"]
         self.seconds = arrays["seconds"]
         self.ring = arrays["ring"]
+        self.fired = arrays["fired"]
 
     # The lease: workers may run every step below it. Written by the master.
 
@@ -160,6 +163,21 @@ class Control:
         """The address of a seat's progress word, for futex waits."""
         return self.base + (2 + seat) * LINE
 
+    def shard(self, seat: int) -> int:
+        """The shard that the worker in `seat` is on, or was on last."""
+        return self._words[(2 + seat) * LINE // 4 + 1]
+
+    def sign_of_life(self, seat: int) -> tuple[int, int, int]:
+        """Changes whenever the worker in `seat` gets anywhere."""
+        word = (2 + seat) * LINE // 4
+        return self._words[word], self._words[word + 1], self._words[word + 2]
+
+    def beat(self, seat: int, shard: int) -> None:
+        """Say that this worker begins a shard, or a held-out batch. Called by the worker."""
+        word = (2 + seat) * LINE // 4
+        self._words[word + 1] = shard
+        self._words[word + 2] = (self._words[word + 2] + 1) & 0x7FFFFFFF
+
     def record(self, step: int) -> Any:
         """The ring record of `step`; valid from its commit until `RING` steps later."""
         return self.ring[step % RING]
@@ -167,6 +185,6 @@ class Control:
     def close(self) -> None:
         """Let go of the views, then of the segment."""
         self._words.release()
-        for name in ("shard_done", "block_done", "has_grad", "norms", "seconds", "ring"):
+        for name in ("shard_done", "block_done", "has_grad", "norms", "seconds", "ring", "fired"):
             setattr(self, name, None)
         self.segment.close()

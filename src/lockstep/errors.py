@@ -3,14 +3,16 @@
     LockstepError
     ├── JobError             the job, its settings or its file are wrong; nothing was started
     ├── TaskError            the user's code raised, or returned something unusable
-    │   └── NonFiniteError   a loss was NaN or infinite; the step was not committed
+    │   ├── NonFiniteError   a loss was NaN or infinite; the step was not committed
+    │   └── PoisonError      a shard killed every worker that it was given to
     ├── DataError            the data set is missing, empty or too short
     ├── OptimizerError       the optimizer cannot be run by owners of blocks
     ├── RunFolderError       the run folder exists, or is missing or unreadable
     ├── IntegrityError       bytes differ from their digest: a ledger, a checkpoint or a replay
     ├── ResourceError        not enough memory, file descriptors or disk
     ├── NumericsError        a worker does not compute the same bits as the job's profile
-    └── WorkerLostError      a worker or its nursery died or fell silent
+    ├── WorkerLostError      workers cannot be kept alive, or their nursery died
+    └── StoppedError         somebody asked the run to stop; it can be resumed
 
 A message says what happened, what was expected, what was found and what to do next.
 The command line prints it and exits with `exit_code`.
@@ -62,6 +64,10 @@ class NonFiniteError(TaskError):
     """A loss was NaN or infinite; the step was not committed."""
 
 
+class PoisonError(TaskError):
+    """A shard killed every worker that it was given to."""
+
+
 class DataError(LockstepError):
     """The data set is missing, empty or too short."""
 
@@ -89,13 +95,20 @@ class NumericsError(LockstepError):
 
 
 class WorkerLostError(LockstepError):
-    """A worker or its nursery died or fell silent."""
+    """Workers cannot be kept alive, or their nursery died or fell silent."""
+
+
+class StoppedError(LockstepError):
+    """Somebody asked the run to stop; its last checkpoint is that of the last step."""
+
+    exit_code = 130
 
 
 KINDS: dict[str, type[LockstepError]] = {
     kind.__name__: kind
     for kind in (
-        LockstepError, JobError, TaskError, NonFiniteError, DataError, OptimizerError,
+        LockstepError, JobError, TaskError, NonFiniteError, PoisonError, DataError,
+        OptimizerError, StoppedError,
         RunFolderError, IntegrityError, ResourceError, NumericsError, WorkerLostError,
     )
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ def evaluate_batches(
     batch_size: int,
     seed: int,
     autocast: bool,
+    beat: Callable[[int], None],
 ) -> list[BatchSums]:
-    """The sums of the given batches, with the committed parameters and buffers."""
+    """The sums of the given batches, with the committed parameters and buffers.
+
+    `beat` is called with each batch's index before it is evaluated.
+    """
     model = shared.model
     for (_, buffer), committed in zip(shared.buffers, shared.committed, strict=True):
         buffer.copy_(committed)
@@ -47,6 +51,7 @@ def evaluate_batches(
     try:
         with torch.no_grad(), precision:
             for index in batches:
+                beat(index)
                 start, stop = index * batch_size, min((index + 1) * batch_size, samples)
                 batch = fetch(-1, range(start, stop))
                 seed_everything(derive(seed, "eval", index))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lockstep import numerics
@@ -25,6 +26,7 @@ from lockstep.undo import Capacity, UndoLog
 LOAD_SECONDS = 600.0
 """The longest that building the task and its data may take."""
 END_SECONDS = 5.0
+STACK_SECONDS = 0.5
 
 
 @dataclass
@@ -36,15 +38,37 @@ class Seat:
     channel: Channel
     pidfd: int
     alive: bool = True
+    stack_fd: int = -1
+    """Where the worker writes its Python stack when it is asked to."""
 
     def kill(self) -> None:
         """Kill the process; its end shows on the pidfd."""
         if self.alive:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
+    def process_state(self) -> str:
+        """What the kernel says of the process: running, sleeping, stopped."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return "gone"
+        return next(line for line in status.splitlines() if line.startswith("State")).split("\t")[1]
+
+    def python_stack(self) -> str:
+        """The worker's Python stack, if it still answers signals."""
+        if self.stack_fd < 0 or self.process_state().startswith("T"):
+            return ""
+        limit = time.monotonic() + STACK_SECONDS
+        signal.pidfd_send_signal(self.pidfd, signal.SIGUSR1)
+        while os.fstat(self.stack_fd).st_size == 0 and time.monotonic() < limit:
+            select.select([], [], [], 0.005)
+        return os.pread(self.stack_fd, 16384, 0).decode(errors="replace")
+
     def close(self) -> None:
         self.channel.close()
         os.close(self.pidfd)
+        if self.stack_fd >= 0:
+            os.close(self.stack_fd)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +163,8 @@ class Host:
         seat = Seat(
             number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
         )
+        if number in self.seats:
+            self.seats[number].close()
         self.seats[number] = seat
         return seat
 
@@ -174,7 +200,9 @@ class Host:
     def _heard(self, seat: Seat) -> Iterator[Event]:
         try:
             while seat.channel.ready():
-                message, _ = seat.channel.receive()
+                message, fds = seat.channel.receive()
+                if fds:
+                    seat.stack_fd = fds[0]
                 yield Event(seat=seat, message=message)
         except Closed:
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError
+from lockstep.faults import Fault
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,13 @@ class Job:
     """`portable` pins kernels to AVX2, so that hosts with other processors agree."""
     eval_batch_size: int | None = None
     """Samples per held-out batch (default: `batch_size`)."""
+    max_workers: int | None = None
+    """How many workers `scale` may go up to, at most `shards`; default: `workers`."""
+    stall_seconds: float | None = None
+    """A worker that shows no sign of life for so long is replaced; default: ten times the longest
+    step so far, at least 2 seconds."""
+    faults: tuple[Fault, ...] = ()
+    """Scripted faults, for tests."""
     evaluate: bool = True
     """Evaluate after each data epoch and at the end, where there is held-out data."""
     loaders: int | None = None
@@ -177,14 +185,18 @@ _KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("steps", "batch_size", "workers", "shards", "threads", "seed", "eval_batch_size",
-         "loaders", "checkpoint_steps"), (int,)
+         "loaders", "checkpoint_steps", "max_workers"), (int,)
     ),
-    **dict.fromkeys(("data_epochs", "clip_grad_norm", "checkpoint_seconds"), (int, float)),
+    **dict.fromkeys(
+        ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds"), (int, float)
+    ),
 }  # fmt: skip
 _LEAST: dict[str, float] = {
     "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "checkpoint_seconds": 0, "seed": 0,
 }  # fmt: skip
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
-SETTINGS = tuple(f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args"))
+SETTINGS = tuple(
+    f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")
+)
 """The names of a job's settings."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control
+from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
 from lockstep.layout import Block
 from lockstep.optim import StateKey
@@ -79,8 +80,10 @@ class UpdateGroup:
 class Owner:
     """Updates the blocks of one worker. Made anew when the membership changes."""
 
-    def __init__(self, shared: SharedState, numbers: Sequence[int], undo: UndoWriter) -> None:
-        self.shared, self.undo = shared, undo
+    def __init__(
+        self, shared: SharedState, numbers: Sequence[int], undo: UndoWriter, faults: FaultScript
+    ) -> None:
+        self.shared, self.undo, self.faults = shared, undo, faults
         self.optimizer = shared.optimizer
         self._present = shared.view(PRESENT)
         self._reducer = Reducer(shared)
@@ -122,13 +125,21 @@ class Owner:
                 grads = self._scale(group, presence, reduced, scale)
             if self._first_update:
                 grads = self._leave_out_done(group, grads, step)
-            self.undo.save(group.ranges, step)
+            self.undo.save(group.ranges, group.first, step)
+            self._fault("update_begin", step)
             self._run_optimizer(group, grads)
+            self._fault("update_end", step)
             self._done[group.first : group.last + 1] = step
+            self._fault("update_done", step)
             self.undo.clear()
         for number in self._unmanaged:
             self._done[number] = step
         self._first_update = False
+
+    def _fault(self, phase: str, step: int) -> None:
+        """Let a scripted fault strike here."""
+        if self.faults:
+            self.faults.at(phase, step)
 
     def _leave_out_done(
         self, group: UpdateGroup, grads: Sequence[torch.Tensor | None], step: int

@@ -43,6 +43,8 @@ class Plan:
     precision: str
     numerics: str
     loaders: int | None
+    stall_seconds: float | None
+    faults: tuple[Mapping[str, Any], ...]
     reasons: tuple[str, ...]
 
     @property
@@ -55,7 +57,8 @@ class Plan:
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Plan:
-        return Plan(**{**message, "reasons": tuple(message["reasons"])})
+        tuples = {name: tuple(message[name]) for name in ("reasons", "faults")}
+        return Plan(**{**message, **tuples})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         workers=division.workers,
         shards=division.shards,
         threads=division.threads,
-        seats=division.workers,
+        seats=min(max(division.workers, job.max_workers or 0), division.shards),
         steps=steps,
         batch_size=batch_size,
         eval_batch_size=job.eval_batch_size or batch_size,
@@ -157,6 +160,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         precision=job.precision,
         numerics=job.numerics,
         loaders=job.loaders,
+        stall_seconds=job.stall_seconds,
+        faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )
 

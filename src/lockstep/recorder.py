@@ -81,6 +81,9 @@ class Recorder:
         epoch = max(step - 1, 0) // self.plan.steps_per_epoch
         self.display.update(step, loss, rate, workers, epoch)
 
+    def recovered(self, recoveries: list[dict[str, Any]]) -> None:
+        self.recoveries += recoveries
+
     def checkpoint(self, step: int, state: bytes) -> None:
         """Write in the background; one at a time. An earlier one's failure is raised here."""
         self.wait()

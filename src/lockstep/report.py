@@ -146,7 +146,8 @@ def _last_events(path: Path) -> tuple[list[tuple[str, str, list[tuple[str, str]]
     rows = []
     for event in reversed(kept):
         time, kind = _text(event.pop("time", "")), _text(event.pop("event", ""))
-        rows.append((time, kind, _rows(event, rounded=True)))
+        metrics = mapping(event.pop("metrics", None))
+        rows.append((time, kind, _rows({**event, **metrics}, rounded=True)))
     return rows, total
 
 

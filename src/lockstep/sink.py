@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from lockstep.ledger import StepRecord
 
@@ -22,6 +22,9 @@ class Sink(Protocol):
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
         """About every tick: how far the run is; `rate` is in samples per second."""
 
+    def recovered(self, recoveries: list[dict[str, Any]]) -> None:
+        """Recoveries that have been completed, as the result lists them."""
+
     def checkpoint(self, step: int, state: bytes) -> None:
         """A consistent copy of the state segment after `step` committed steps."""
 
@@ -39,6 +42,9 @@ class NullSink:
         pass
 
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        pass
+
+    def recovered(self, recoveries: list[dict[str, Any]]) -> None:
         pass
 
     def checkpoint(self, step: int, state: bytes) -> None:

@@ -16,6 +16,7 @@ from lockstep.barrier import Barrier
 from lockstep.control import DIGEST_BYTES, Phase, Stat, progress_of
 from lockstep.data import Loader
 from lockstep.errors import NonFiniteError, TaskError
+from lockstep.faults import FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, own_blocks
@@ -58,13 +59,15 @@ class Stepper:
         seed: int,
         autocast: bool,
         clip_grad_norm: float | None,
+        faults: FaultScript,
     ) -> None:
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.audit, self.seed, self.clip = audit, seed, clip_grad_norm
-        self.autocast = autocast
+        self.autocast, self.faults = autocast, faults
         self.control = shared.control
         self.scheduler = task.scheduler(shared.optimizer)
         self._scheduled = 0
+        shared.optimizer._opt_called = True  # type: ignore[attr-defined]  # not all own blocks
         self._writer = SlotWriter(shared)
         self._buffers = [buffer for _, buffer in shared.buffers]
         self._state = memoryview(shared.segments["state"].map)
@@ -95,10 +98,12 @@ class Stepper:
         seconds[Stat.COMPUTE] += computed - begun
         if not resume_update:
             barrier.arrive(progress_of(step, Phase.COMPUTED))
+            self._fault("barrier", step)
             self.loader.prefetch()
         waiting = clock()
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
+        self._fault("reduce", step)
         active = [v for v in range(self.sampling.shards) if self.sampling.shard_samples(step, v)]
         presence = Presence(control, active)
         scale = None
@@ -111,9 +116,11 @@ class Stepper:
             self._combine_buffers(step)
         updated = clock()
         barrier.arrive(progress_of(step, Phase.UPDATED))
+        self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
         self.catch_up(step + 1)
+        self._fault("audit", step)
         if self.part.rank == 0:
             control.record(step)["time"] = committed
         self._audit(step)
@@ -127,24 +134,34 @@ class Stepper:
         samples = self.sampling.shard_samples(step, shard)
         record = self.control.record(step)
         if samples:
+            self.control.beat(self.part.seat, shard)
             begun = time.perf_counter()
+            self._fault("load", step, shard)
             batch = self.loader.get(step, shard)
             self._seconds[Stat.DATA] += time.perf_counter() - begun
             seed_everything(derive(self.seed, "shard", step, shard))
             for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
                 buffer.copy_(committed)
             self._writer.begin(shard)
+            self._fault("forward", step, shard)
             with self._precision():
                 loss = self.task.loss(self.shared.model, batch)
             value = self._check(loss, step, shard)
             weight = samples / self.sampling.batch_samples(step)
+            self._fault("backward", step, shard)
             loss.backward(self._weight(weight, loss))
             for slot, buffer in zip(self.shared.slots[shard].buffers, self._buffers, strict=True):
                 slot.copy_(buffer)
+            self._fault("slot", step, shard)
             record["losses"][shard] = value
         else:
             record["losses"][shard] = 0.0
         self.control.shard_done[shard] = step
+
+    def _fault(self, phase: str, step: int, shard: int | None = None) -> None:
+        """Let a scripted fault strike here."""
+        if self.faults:
+            self.faults.at(phase, step, shard)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast:

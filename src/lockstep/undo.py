@@ -70,8 +70,8 @@ class Capacity:
 
     @property
     def header(self) -> int:
-        """Bytes before the data: a valid mark, a count, and the ranges."""
-        return math.ceil((2 + 2 * self.ranges) * 8 / ALIGN) * ALIGN
+        """Bytes before the data: a valid mark, a count, the first block, and the ranges."""
+        return math.ceil((3 + 2 * self.ranges) * 8 / ALIGN) * ALIGN
 
 
 def needed_capacity(blocks: Sequence[Block], tensors: Sequence[Sequence[int]]) -> Capacity:
@@ -106,22 +106,23 @@ class UndoLog:
     def _data_start(self, seat: int) -> int:
         return seat * self.capacity.total + self.capacity.header
 
-    def restore(self, seat: int, state: Segment) -> int | None:
-        """Put back what a dead worker was overwriting; the step that it was in, or None.
+    def restore(self, seat: int, state: Segment, block_done: npt.NDArray[np.int32]) -> bool:
+        """Put back what a dead worker was overwriting, and forget it; whether there was anything.
 
-        Called by the master, when no worker is running.
+        Called by the master once the worker is dead, before its seat is taken again. Nobody else
+        writes to these bytes. A group that is marked done is whole: it stays.
         """
         header = self._header(seat)
-        if header[0] == 0:
-            return None
+        valid, ranges, first = (int(value) for value in header[:3])
+        header[0] = 0
+        if valid == 0 or block_done[first] >= valid - 1:
+            return False
         cursor = self._data_start(seat)
-        for index in range(int(header[1])):
-            offset, nbytes = int(header[2 + 2 * index]), int(header[3 + 2 * index])
+        for index in range(ranges):
+            offset, nbytes = int(header[3 + 2 * index]), int(header[4 + 2 * index])
             state.map[offset : offset + nbytes] = self.segment.map[cursor : cursor + nbytes]
             cursor += nbytes
-        step = int(header[0]) - 1
-        header[0] = 0
-        return step
+        return True
 
 
 class UndoWriter:
@@ -139,10 +140,14 @@ class UndoWriter:
         self._ranges: Sequence[Range] = ()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def save(self, ranges: Sequence[Range], step: int) -> None:
-        """Copy the ranges and mark the log valid. `ranges` is compared by identity."""
+    def save(self, ranges: Sequence[Range], first: int, step: int) -> None:
+        """Copy the ranges and mark the log valid. `ranges` is compared by identity.
+
+        `first` is the number of the group's first block.
+        """
         if ranges is not self._ranges:
             self._point_to(ranges)
+            self._header[2] = first
         for kept, live in self._copies:
             kept.copy_(live)
         self._valid[0] = step + 1
@@ -156,7 +161,7 @@ class UndoWriter:
         self._header[1] = len(ranges)
         cursor = 0
         for index, item in enumerate(ranges):
-            self._header[2 + 2 * index : 4 + 2 * index] = (item.offset, item.nbytes)
+            self._header[3 + 2 * index : 5 + 2 * index] = (item.offset, item.nbytes)
             kept = self._room[cursor : cursor + item.nbytes]
             self._copies.append((kept, self._state[item.offset : item.offset + item.nbytes]))
             cursor += item.nbytes

@@ -130,13 +130,7 @@ def verify(
         host.set_up(plan)
         start = _restore(host, lines[0], checkpoints, first)
         comparison = Comparison(recorded)
-        schedule = Schedule(
-            steps=last,
-            steps_per_epoch=plan.steps_per_epoch,
-            evaluate=False,
-            checkpoint_steps=None,
-            checkpoint_seconds=None,
-        )
+        schedule = Schedule(steps=last, steps_per_epoch=plan.steps_per_epoch)
         step = start.step if start is not None else 0
         coordinator = Coordinator(host, plan, schedule, comparison, step)
         with contextlib.suppress(Mismatch):

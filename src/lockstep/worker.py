@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
 from lockstep.data import Loader, make_fetch
 from lockstep.evaluate import evaluate_batches
+from lockstep.faults import FaultScript
 from lockstep.job import Task
 from lockstep.layout import own_blocks
 from lockstep.owner import Owner
@@ -78,6 +81,7 @@ class Worker:
             spare_cores=spare,
             last=plan["steps"],
         )
+        self.faults = FaultScript(plan["faults"], seat, self.control.fired)
         self.stepper = Stepper(
             session.task,
             self.shared,
@@ -87,6 +91,7 @@ class Worker:
             seed=plan["seed"],
             autocast=plan["precision"] == "bf16",
             clip_grad_norm=plan["clip_grad_norm"],
+            faults=self.faults,
         )
         self.undo = UndoWriter(self.shared.undo, seat, self.shared.state_bytes)
         self.step = 0
@@ -94,7 +99,9 @@ class Worker:
 
     def serve(self) -> None:
         """Do what the master asks, until it says stop."""
-        self.channel.send({"event": "hello", "probe": numerics.probe()})
+        self.stack = os.memfd_create("lockstep-stack", os.MFD_CLOEXEC)
+        faulthandler.register(signal.SIGUSR1, file=self.stack, all_threads=True)
+        self.channel.send({"event": "hello", "probe": numerics.probe()}, [self.stack])
         while True:
             self.doing = "waiting for the master"
             message, _ = self.channel.receive()
@@ -126,9 +133,10 @@ class Worker:
             norms=norm_parts(sizes, workers)[rank],
         )
         barrier = Barrier(self.control, self.seat, seats, message["epoch"])
-        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.undo))
+        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.undo, self.faults))
         self.stepper.catch_up(self.step)
-        self.loader.assign(part.shards, self.step)
+        all_of_step = tuple(message["todo"]) == part.shards
+        self.loader.assign(part.shards, self.step if all_of_step else self.step + 1)
 
     def run(self, todo: list[int] | None = None, resume_update: bool = False) -> None:
         """Run steps up to the lease's end."""
@@ -147,6 +155,8 @@ class Worker:
     def evaluate(self, message: Message) -> None:
         """Evaluate the given held-out batches and send their sums."""
         self.doing = "evaluating"
+        if self.faults:
+            self.faults.at("evaluate", self.step)
         session, plan = self.session, self.session.plan
         assert session.held_out is not None
         results = evaluate_batches(
@@ -158,8 +168,9 @@ class Worker:
             batch_size=plan["eval_batch_size"],
             seed=plan["seed"],
             autocast=plan["precision"] == "bf16",
+            beat=lambda batch: self.control.beat(self.seat, batch),
         )
-        self.channel.send({"event": "evaluated", "results": results})
+        self.channel.send({"event": "evaluated", "round": message["round"], "results": results})
 
 
 def work(session: Session, seat: int, channel: Channel) -> int:

@@ -1,0 +1,104 @@
+"""Scripted faults, for tests: a worker harms itself at a given step and phase.
+
+A run takes them as its job's `faults`. Each fires once, and leaves a mark in the control segment
+first, so that a test can tell that it did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lockstep.errors import JobError
+
+PHASES = (
+    "load", "forward", "backward", "slot", "barrier", "reduce", "update_begin", "update_end",
+    "update_done", "commit", "audit", "evaluate",
+)  # fmt: skip
+"""Where in a step a fault can strike."""
+
+KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow")
+"""SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault: what happens to which worker, when."""
+
+    seat: int
+    """The worker's seat; -1: whoever gets there first."""
+    step: int
+    phase: str
+    kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow"] = "kill"
+    repeat: bool = False
+    """Strike again at every replacement: a poisoned shard."""
+    shard: int | None = None
+    """Only while on this shard."""
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES or self.kind not in KINDS:
+            raise JobError(
+                f"there is no fault {self.kind!r} in phase {self.phase!r}",
+                expected=f"one of {', '.join(KINDS)} in one of {', '.join(PHASES)}",
+            )
+
+
+MAX_FAULTS = 64
+SLOW_SECONDS = 0.05
+"""How much longer a slowed worker takes for each shard."""
+
+
+class FaultScript:
+    """A worker's view of the script."""
+
+    def __init__(self, script: Sequence[Mapping[str, Any]], seat: int, fired: Any) -> None:
+        faults = [Fault(**item) for item in script]
+        self._mine = [
+            (number, fault) for number, fault in enumerate(faults) if fault.seat in (seat, -1)
+        ]
+        self._fired = fired
+        self.slow_down = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._mine)
+
+    def at(self, phase: str, step: int, shard: int | None = None) -> None:
+        """Strike, if the script says so."""
+        if self.slow_down and phase == "forward":
+            time.sleep(self.slow_down)
+        for number, fault in self._mine:
+            if fault.phase != phase or fault.step != step:
+                continue
+            if fault.shard is not None and fault.shard != shard:
+                continue
+            if self._fired[number] and not fault.repeat:
+                continue
+            self._fired[number] = min(255, int(self._fired[number]) + 1)
+            self._strike(fault)
+
+    def _strike(self, fault: Fault) -> None:
+        match fault.kind:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "segfault":
+                signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "exit":
+                os._exit(3)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "loop":
+                while True:
+                    time.sleep(0.05)
+            case "slow":
+                self.slow_down = SLOW_SECONDS
+
+
+def to_message(faults: Sequence[Fault]) -> list[dict[str, Any]]:
+    """JSON-ready."""
+    return [dataclasses.asdict(fault) for fault in faults]

@@ -1,0 +1,96 @@
+"""The history of a run: committed steps, from the ring to the sink, in order."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from blake3 import blake3
+
+from lockstep.clock import Clock
+from lockstep.control import DIGEST_BYTES, Phase, progress_of
+from lockstep.host import Host
+from lockstep.ledger import StepRecord
+from lockstep.planning import Plan
+from lockstep.recovery import Patience
+from lockstep.sampling import Sampling
+from lockstep.sink import Sink
+
+
+class History:
+    """Drains the ring: every step once, when all members have committed and digested it."""
+
+    def __init__(self, host: Host, plan: Plan, sink: Sink, clock: Clock, step: int) -> None:
+        assert host.layout is not None
+        self.host, self.plan, self.sink, self.clock = host, plan, sink, clock
+        self.control, self.audit = host.control, host.layout.audit()
+        self.step = step
+        """How many steps are committed and recorded."""
+        self.seats: tuple[int, ...] = ()
+        """The membership in force."""
+        self.loss = float("nan")
+        self.committed_at = 0.0
+        """When the last recorded step was committed, by the monotonic clock."""
+        self.patience = Patience(plan.stall_seconds)
+        self.sampling = Sampling(
+            samples=plan.train_samples,
+            batch_size=plan.batch_size,
+            shards=plan.shards,
+            seed=plan.seed,
+        )
+
+    def drain(self) -> None:
+        """Give every step that all members have committed and digested to the sink."""
+        if not self.seats:
+            return
+        self._drain_to(min(self.control.progress(seat) for seat in self.seats))
+
+    def mend(self, step: int) -> None:
+        """Record all steps before `step`, though a member died before it had digested its share.
+
+        Called when everybody rests and no block of `step` has been updated: the state is that
+        after the step before.
+        """
+        if self.step < step:
+            self._drain_to(progress_of(step - 1, Phase.STARTED))
+            record = self.control.record(step - 1)
+            state = memoryview(self.host.state.map)
+            for index, unit in enumerate(self.audit.units(step - 1)):
+                digest = blake3(state[unit.offset : unit.offset + unit.nbytes]).digest(DIGEST_BYTES)
+                record["digests"][index] = np.frombuffer(digest, np.uint8)
+            record["time"] = time.perf_counter()
+            self._drain_to(progress_of(step, Phase.STARTED))
+
+    def _drain_to(self, reached: int) -> None:
+        first = self.step
+        while self.step < self.plan.steps and progress_of(self.step + 1, Phase.STARTED) <= reached:
+            self._record(self.step)
+            self.step += 1
+        if self.step > first:
+            self.sink.progress(self.step, self.loss, self.clock.rate, len(self.seats))
+
+    def _record(self, step: int) -> None:
+        record = self.control.record(step)
+        size = self.sampling.batch_samples(step)
+        loss = 0.0
+        for shard, value in enumerate(record["losses"].tolist()):
+            loss += value * (self.sampling.shard_samples(step, shard) / size)
+        units = {
+            unit.name: record["digests"][index].tobytes().hex()
+            for index, unit in enumerate(self.audit.units(step))
+        }
+        if step == 0:
+            self.sink.event("first_step")
+        self.sink.commit(
+            StepRecord(
+                step=step,
+                data_epoch=self.sampling.data_epoch(step),
+                samples=size,
+                loss=loss,
+                units=units,
+                norm=float(record["norm"]) if self.plan.clip_grad_norm is not None else None,
+            )
+        )
+        self.committed_at = float(record["time"])
+        self.patience.step_took(self.clock.committed(self.committed_at, size))
+        self.loss = loss

@@ -1,0 +1,235 @@
+"""Membership: who works, who joins, who is replaced. A pure function; the coordinator is its shell.
+
+    decide(members, event) -> (members, commands, reason)
+
+A membership changes in three moves: the epoch is raised (`Regroup`), the workers come to rest at
+their next barrier, and when all of them rest the new membership is formed (`Form`) from those that
+rest and those that have joined in the meantime. Deaths on the way only shorten the wait.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+MAX_FAILED_STARTS = 5
+"""Workers that die one after the other before they have said a word: then the run gives up."""
+
+
+class Status(enum.Enum):
+    """What a live worker is doing, as far as the master knows."""
+
+    STARTING = "starting"
+    READY = "ready"
+    WORKING = "working"
+    RESTING = "resting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """The state of the membership."""
+
+    target: int
+    """How many workers there shall be."""
+    seats: int
+    """How many there can be."""
+    status: Mapping[int, Status] = field(default_factory=dict)
+    """Live workers by seat."""
+    formed: tuple[int, ...] = ()
+    """The seats of the membership in force, in rank order; some may have died since."""
+    regrouping: bool = True
+    """Whether a new membership has to be formed before anybody works on."""
+    failed_starts: int = 0
+
+    def having(self, *wanted: Status) -> tuple[int, ...]:
+        """The seats with one of these statuses, in order."""
+        return tuple(seat for seat, status in sorted(self.status.items()) if status in wanted)
+
+    @property
+    def all_rest(self) -> bool:
+        """Whether nobody works."""
+        return not self.having(Status.WORKING)
+
+
+# Events.
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The run begins."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker has started, and computes the right bits."""
+
+    seat: int
+
+
+@dataclass(frozen=True)
+class Rested:
+    """A worker has come to rest, at the lease's end or at a barrier."""
+
+    seat: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The workers at rest have been told to go on as they are."""
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker's process has ended."""
+
+    seat: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Another number of workers is wanted."""
+
+    workers: int
+
+
+Event = Begin | Hello | Rested | Resumed | Died | Target
+
+
+# Commands.
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """Start a worker in this seat."""
+
+    seat: int
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """Raise the epoch: workers come to rest at their next barrier."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Everybody rests: put the state in order and let these seats go on, in rank order."""
+
+    seats: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """Send this worker home."""
+
+    seat: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Workers cannot be started."""
+
+
+Command = Spawn | Regroup | Form | Dismiss | GiveUp
+Decision = tuple[Members, tuple[Command, ...], str]
+
+
+def decide(members: Members, event: Event) -> Decision:
+    """The next state, what to do, and why."""
+    match event:
+        case Begin():
+            return _fill(members, f"{members.target} workers are wanted")
+        case Hello(seat):
+            return _hello(members, seat)
+        case Rested(seat):
+            return _form_if_at_rest(_with(members, seat, Status.RESTING), f"worker {seat} rests")
+        case Resumed():
+            status = {
+                seat: Status.WORKING if status is Status.RESTING else status
+                for seat, status in members.status.items()
+            }
+            return replace(members, status=status), (), "the lease was extended"
+        case Died(seat):
+            return _died(members, seat)
+        case Target(workers):
+            return _target(members, workers)
+
+
+def _with(members: Members, seat: int, status: Status | None) -> Members:
+    changed = {other: now for other, now in members.status.items() if other != seat}
+    if status is not None:
+        changed[seat] = status
+    return replace(members, status=changed)
+
+
+def _hello(members: Members, seat: int) -> Decision:
+    members = replace(_with(members, seat, Status.READY), failed_starts=0)
+    reason = f"worker {seat} is ready to join"
+    if members.regrouping:
+        return _form_if_at_rest(members, reason)
+    return _regroup(members, reason)
+
+
+def _died(members: Members, seat: int) -> Decision:
+    was = members.status.get(seat)
+    members = _with(members, seat, None)
+    reason = f"worker {seat} died while {was.value if was else 'away'}"
+    if was in (Status.STARTING, None):
+        members = replace(members, failed_starts=members.failed_starts + 1)
+        if members.failed_starts >= MAX_FAILED_STARTS:
+            return members, (GiveUp(),), f"{reason}, the {members.failed_starts}th in a row"
+        members, commands, _ = _fill(members, reason)
+        return members, commands, reason
+    if was is Status.READY:
+        members, commands, _ = _fill(members, reason)
+        return members, commands, reason
+    return _regroup(members, reason)
+
+
+def _target(members: Members, workers: int) -> Decision:
+    workers = max(1, min(workers, members.seats))
+    members = replace(members, target=workers)
+    live = len(members.status)
+    reason = f"{workers} workers are wanted, {live} are there"
+    if live < workers:
+        return _fill(members, reason)
+    if live > workers:
+        return _regroup(members, reason)
+    return members, (), reason
+
+
+def _regroup(members: Members, reason: str) -> Decision:
+    """Bring everybody to rest, if it is not under way."""
+    raised: tuple[Command, ...] = () if members.regrouping else (Regroup(),)
+    members, commands, reason = _form_if_at_rest(replace(members, regrouping=True), reason)
+    return members, (*raised, *commands), reason
+
+
+def _form_if_at_rest(members: Members, reason: str) -> Decision:
+    """Form the next membership if one is due and nobody works.
+
+    It is not formed before somebody can be in it; at the start, not before everybody is.
+    """
+    if not members.regrouping or not members.all_rest:
+        return members, (), reason
+    there = members.having(Status.RESTING, Status.READY)
+    starting = members.having(Status.STARTING)
+    if not there or (not members.formed and starting):
+        members, spawned, _ = _fill(members, reason)
+        return members, spawned, f"{reason}; waiting for workers to start"
+    formed, extra = there[: members.target], there[members.target :]
+    status = dict.fromkeys(formed, Status.WORKING) | dict.fromkeys(starting, Status.STARTING)
+    members = replace(members, status=status, formed=formed, regrouping=False)
+    dismissed = tuple(Dismiss(seat) for seat in extra)
+    members, spawned, _ = _fill(members, reason)
+    return members, (*dismissed, Form(formed), *spawned), reason
+
+
+def _fill(members: Members, reason: str) -> Decision:
+    """Start as many workers as are missing, in free seats."""
+    missing = members.target - len(members.status)
+    free = [seat for seat in range(members.seats) if seat not in members.status]
+    seats = free[: max(missing, 0)]
+    for seat in seats:
+        members = _with(members, seat, Status.STARTING)
+    return members, tuple(Spawn(seat) for seat in seats), reason

@@ -1,0 +1,107 @@
+"""Recovery: from what lies in the control segment when everybody rests, to where to go on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lockstep.control import PHASES_PER_STEP, Phase
+
+POISON_DEATHS = 3
+"""Workers that one shard of one step may take with it before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """Where a new membership goes on."""
+
+    step: int
+    """The step in flight: every step before it is committed."""
+    updating: bool
+    """All its gradients are there and some blocks have been updated: update the others."""
+    todo: tuple[tuple[int, ...], ...]
+    """Per rank: the shards that are still to be computed."""
+
+
+def step_in_flight(words: Sequence[int]) -> int:
+    """The first step that is not committed, from the progress words of all members, dead or alive.
+
+    A step is committed when every word has reached `UPDATED`: only then can anybody pass the
+    barrier, and whoever looks at the words later passes it as well.
+    """
+    return (min(words) + PHASES_PER_STEP - Phase.UPDATED) // PHASES_PER_STEP
+
+
+def resume(
+    words: Sequence[int],
+    shard_done: Sequence[int],
+    block_done: Sequence[int],
+    workers: int,
+) -> Resumption:
+    """Decide where `workers` workers go on.
+
+    Args:
+        words: the progress words of the membership that was in force.
+        shard_done: per shard, the last step that it was computed for.
+        block_done: per block, the last step that updated it, after undo.
+        workers: how many there will be.
+    """
+    step = step_in_flight(words)
+    updating = any(done == step for done in block_done)
+    open_shards = [] if updating else [s for s, done in enumerate(shard_done) if done != step]
+    count = len(open_shards)
+    todo = tuple(
+        tuple(open_shards[count * rank // workers : count * (rank + 1) // workers])
+        for rank in range(workers)
+    )
+    return Resumption(step=step, updating=updating, todo=todo)
+
+
+def progress_word(resumption: Resumption) -> int:
+    """The progress word that every member starts the new membership with."""
+    phase = Phase.NORMED if resumption.updating else Phase.STARTED
+    return resumption.step * PHASES_PER_STEP + phase
+
+
+def stalled(
+    words: Sequence[int], still_for: Sequence[float], limit: float
+) -> tuple[list[int], str]:
+    """Which members have stopped making progress, by index, and why one thinks so.
+
+    Those that are furthest behind hold everybody up; the others wait for them. `still_for` is how
+    many seconds each has shown no sign of life.
+    """
+    lowest = min(words)
+    behind = [
+        index
+        for index, (word, still) in enumerate(zip(words, still_for, strict=True))
+        if word == lowest and still > limit
+    ]
+    return behind, f"no progress for {limit:.1f} s" if behind else "everybody moves"
+
+
+@dataclass
+class Patience:
+    """How long a worker may show no sign of life: longer than any step has taken, by a margin."""
+
+    setting: float | None
+    longest: float = 0.0
+    steps: int = 0
+
+    FIRST = 300.0
+    """Seconds, before the first steps are done: kernels are prepared, caches are cold."""
+    LEAST, MARGIN = 2.0, 10.0
+
+    def step_took(self, seconds: float) -> None:
+        """Learn from a committed step."""
+        self.longest = max(self.longest, seconds)
+        self.steps += 1
+
+    @property
+    def limit(self) -> float:
+        """Seconds."""
+        if self.setting is not None:
+            return self.setting
+        if self.steps < 3:
+            return self.FIRST
+        return max(self.LEAST, self.MARGIN * self.longest)
