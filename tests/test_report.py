@@ -114,8 +114,8 @@ def test_a_run_is_told(tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
     for expected in (
         "digits", "ab" * 32, "1,234", "1.5 s", "75 s", "0.9125", "accuracy", "two cores for digits",
-        "2.13.0", "AVX512", "tasks:digits", "lockstep verify digits-1", "detection ms", "98.77", "step-20", "started",
-        "default", "2 %",
+        "2.13.0", "AVX512", "tasks:digits", "lockstep verify digits-1", "detection ms", "98.77",
+        "step-20", "started", "default", "2 %",
     ):  # fmt: skip
         assert expected in text, expected
     assert page.count("<svg") == 2, "the loss and one metric"

@@ -1,26 +1,25 @@
-"""The front door: `run`, `plan` and `verify`. A run reads top to bottom as its five stages."""
+"""The front door: `run`, `start`, `resume` and `plan`. A run reads as its five stages."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from lockstep import numerics
 from lockstep.coordinator import Coordinator, Schedule
-from lockstep.errors import RunFolderError
+from lockstep.desk import Desk
+from lockstep.errors import LockstepError
 from lockstep.host import Host
 from lockstep.job import SETTINGS, Job, Task
+from lockstep.manifest import make_manifest, recorded_source
 from lockstep.planning import Division, Facts, Plan, choose, decompose, divisions
 from lockstep.recorder import Recorder
 from lockstep.report import write_report
 from lockstep.result import Result
+from lockstep.resuming import Restart, find_restart
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
 from lockstep.source import Source, source_of
@@ -29,7 +28,12 @@ Taskish = Task | str | Job
 
 
 def run(
-    task: Taskish, *, args: Mapping[str, Any] | None = None, quiet: bool = False, **settings: Any
+    task: Taskish,
+    *,
+    args: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    desk: Desk | None = None,
+    **settings: Any,
 ) -> Result:
     """Train a task in lockstep and return its result.
 
@@ -37,29 +41,59 @@ def run(
         task: a `Task`, the name of one (a recipe, `module:Task`, `file.py:Task`), or a `Job`.
         args: arguments for a named task or recipe.
         quiet: show no progress on stderr.
+        desk: where requests to the running job are left; see `start`.
         settings: the fields of `Job`; they take precedence over a job's own and a recipe's.
 
     Raises:
+        StoppedError: SIGINT, SIGTERM or a request stopped the run; `resume` goes on with it.
         LockstepError: see `lockstep.errors`; no process, file descriptor or shared memory is left.
     """
     begun = time.time()
     job, explicit = _to_job(task, args, settings)
     source = source_of(job)
-    _check_free(job.out)
+    RunFolder.check_free(job.out)
     with Host.start(source, explicit) as host:
         job, facts = _complete(job, explicit, host)
         plan = _decompose(job, facts, host)
-        folder = RunFolder.create(job.out, source.label)
-        profile = host.set_up(plan)
-        manifest = _manifest(source, job, plan, profile, host)
-        folder.write_manifest(manifest)
-        with Recorder(folder, host, plan, quiet=quiet) as recorder:
-            recorder.begin(manifest["digest"])
-            coordinator = Coordinator(host, plan, _schedule(job, plan), recorder)
-            coordinator.run()
-            result = recorder.finish(coordinator.step, coordinator.clock.rate, begun, source)
-    write_report(folder.path)
-    return result
+        with RunFolder.create(job.out, source.label) as folder:
+            profile = host.set_up(plan)
+            manifest = make_manifest(source, job, plan, profile, host.facts)
+            folder.write_manifest(manifest)
+            start = Restart(step=0, ledger=None)
+            return _train(host, job, plan, folder, source, start, begun, quiet, desk or Desk())
+
+
+def resume(
+    run: str | Path,
+    *,
+    workers: int | None = None,
+    task: Task | None = None,
+    quiet: bool = False,
+    desk: Desk | None = None,
+) -> Result:
+    """Go on with a run from its newest good checkpoint, to the same result.
+
+    Args:
+        run: the run folder.
+        workers: how many workers go on; default: as many as before.
+        task: the task, where the run was given an object and not a name.
+
+    Raises:
+        RunFolderError: the run has finished, or another master is at it.
+        LockstepError: as for `run`.
+    """
+    begun = time.time()
+    with RunFolder.open(run) as folder:
+        manifest = folder.read_manifest()
+        folder.check_unfinished()
+        source = recorded_source(manifest, task, folder.path)
+        job = Job(task="", **manifest["job"])
+        plan = Plan.from_message(manifest["plan"]).with_workers(workers)
+        with Host.start(source, manifest["job"]) as host:
+            host.loaded()
+            host.set_up(plan)
+            start = find_restart(folder, host)
+            return _train(host, job, plan, folder, source, start, begun, quiet, desk or Desk())
 
 
 def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: Any) -> Plan:
@@ -71,6 +105,38 @@ def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: An
     with Host.start(source_of(job), explicit) as host:
         job, facts = _complete(job, explicit, host)
         return _decompose(job, facts, host)
+
+
+def _train(
+    host: Host,
+    job: Job,
+    plan: Plan,
+    folder: RunFolder,
+    source: Source,
+    start: Restart,
+    begun: float,
+    quiet: bool,
+    desk: Desk,
+) -> Result:
+    """Stages 3 to 5, on a host that is set up: compute, synchronise, aggregate."""
+    schedule = Schedule(
+        steps=plan.steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        evaluate=plan.eval_samples > 0,
+        checkpoint_steps=job.checkpoint_steps,
+        checkpoint_seconds=job.checkpoint_seconds,
+    )
+    with desk, Recorder(folder, host, plan, job.keep_checkpoints, start, quiet=quiet) as recorder:
+        desk.take_signals()
+        desk.open(folder.path)
+        coordinator = Coordinator(host, plan, schedule, recorder, start.step, requests=desk.take)
+        coordinator.run()
+        result = recorder.finish(coordinator.step, coordinator.clock.rate, begun, source)
+    try:
+        write_report(folder.path)
+    except (LockstepError, OSError) as error:
+        recorder.display.note(f"report.html could not be written: {error}")
+    return result
 
 
 def _to_job(
@@ -127,57 +193,3 @@ def _measure(job: Job, facts: Facts, division: Division, host: Host) -> float:
         coordinator = Coordinator(clone, trial, schedule, NullSink(), warm_up=WARM_UP_SECONDS)
         coordinator.run()
         return coordinator.clock.rate
-
-
-def _schedule(job: Job, plan: Plan) -> Schedule:
-    return Schedule(
-        steps=plan.steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        evaluate=plan.eval_samples > 0,
-        checkpoint_steps=job.checkpoint_steps,
-        checkpoint_seconds=job.checkpoint_seconds,
-    )
-
-
-def _check_free(out: str | None) -> None:
-    if out is not None and Path(out).exists():
-        raise RunFolderError(
-            f"the run folder {out} exists",
-            expected="a path where nothing is yet",
-            fix="choose another",
-        )
-
-
-IDENTITY = (
-    "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",
-    "seed", "clip_grad_norm", "precision", "numerics",
-)  # fmt: skip
-"""What the plan decides that the numbers depend on."""
-
-
-def _manifest(
-    source: Source, job: Job, plan: Plan, profile: dict[str, Any], host: Host
-) -> dict[str, Any]:
-    settings = {name: getattr(job, name) for name in SETTINGS}
-    message = plan.to_message()
-    identity = {
-        "task": source.name.rpartition(":")[2] or source.name,
-        "args": dict(source.args),
-        "code": host.facts["code"],
-        **{name: message[name] for name in IDENTITY},
-    }
-    return {
-        "format": 1,
-        "name": source.label,
-        "source": {
-            "name": source.name, "args": dict(source.args), "importable": source.payload is None
-        },
-        "job": settings,
-        "plan": message,
-        "profile": profile,
-        "probe": host.facts["probe"],
-        "code": host.facts["code"],
-        "identity": identity,
-        "digest": blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        "versions": {"python": platform.python_version(), "torch": profile["torch"]},
-    }  # fmt: skip

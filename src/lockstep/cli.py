@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lockstep.errors import JobError, LockstepError
+
+if TYPE_CHECKING:
+    from lockstep.result import Result
 
 app = typer.Typer(
     add_completion=False,
@@ -47,12 +50,14 @@ def run(
     steps: Steps = None,
     batch_size: Batch = None,
     seed: Seed = None,
+    max_workers: Annotated[int | None, typer.Option(help="How far `scale` may go.")] = None,
     clip_grad_norm: Annotated[float | None, typer.Option(help="Limit of the norm.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     numerics: Annotated[str | None, typer.Option(help="native or portable.")] = None,
     loaders: Annotated[int | None, typer.Option(help="Loader processes per worker.")] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Checkpoint every N steps.")] = None,
     checkpoint_seconds: Annotated[float | None, typer.Option(help="... or seconds.")] = None,
+    stall_seconds: Annotated[float | None, typer.Option(help="Replace a silent worker.")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder; must not exist.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -61,7 +66,10 @@ def run(
     from lockstep.api import run as run_job
 
     settings = _given(ctx, skip=("job", "quiet", "as_json"))
-    result = run_job(*_job(job, ctx.args), quiet=quiet, **settings)
+    _show(run_job(*_job(job, ctx.args), quiet=quiet, **settings), as_json)
+
+
+def _show(result: Result, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.to_message()))
         return
@@ -103,6 +111,38 @@ def plan(
 
 
 @app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    workers: Workers = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run that was stopped or killed, to the same result."""
+    from lockstep.api import resume as resume_run
+
+    _show(resume_run(run, workers=workers, quiet=quiet), as_json)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that is under way.")],
+    workers: Annotated[int, typer.Option("--workers", "-w", help="Worker processes wanted.")],
+) -> None:
+    """Change the number of workers of a running job. No bit changes."""
+    from lockstep.desk import ask
+
+    ask(run, "scale", workers)
+
+
+@app.command()
+def stop(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Stop a running job at a step's end, with a checkpoint to resume from."""
+    from lockstep.desk import ask
+
+    ask(run, "stop")
+
+
+@app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     steps: Annotated[str, typer.Option(help="Which steps: A:B.")] = ":",
@@ -110,8 +150,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Replay steps of a run and compare them with its ledger."""
-    from lockstep.verify import parse_steps, to_json
-    from lockstep.verify import verify as verify_run
+    from lockstep.verification import parse_steps, to_json
+    from lockstep.verification import verify as verify_run
 
     found = verify_run(run, steps=parse_steps(steps), workers=workers)
     if as_json:

@@ -17,6 +17,7 @@ from lockstep import membership
 from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, progress_of
+from lockstep.desk import Request
 from lockstep.errors import NumericsError, StoppedError, WorkerLostError
 from lockstep.evaluate import BatchSums, batch_count, combine
 from lockstep.failures import Failures
@@ -66,10 +67,6 @@ class Schedule:
         if self.checkpoint_steps is not None:
             stops.append((step // self.checkpoint_steps + 1) * self.checkpoint_steps)
         return min(stops)
-
-
-Request = tuple[str, int]
-"""What somebody asks of a running coordinator: `("scale", workers)`, `("stop", 0)`, ..."""
 
 
 class Coordinator:

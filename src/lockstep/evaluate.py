@@ -73,6 +73,7 @@ def _sum(name: str, value: torch.Tensor | float, samples: int) -> float:
         f"the metric {name!r} has a shape that cannot be averaged over samples",
         expected=f"one number, or one per sample: shape ({samples},)",
         found=f"shape {tuple(tensor.shape)}",
+        fix="return each sample's value, or their mean",
     )
 
 

@@ -45,7 +45,7 @@ class Failures:
         step, phase = describe_progress(word)
         undone = self.host.undo.restore(seat.number, self.host.state, self.control.block_done)
         waited = self._stalled_for.pop(seat.number, None)
-        self._signs.pop(seat.number, None)
+        self._signs.clear()  # whoever waited for it starts afresh
         facts = {
             "worker": seat.number,
             "pid": seat.pid,

@@ -133,6 +133,8 @@ class Job:
     """Write a checkpoint every so many steps; one is always written at the end."""
     checkpoint_seconds: float | None = None
     """Write a checkpoint when so many seconds have passed since the last."""
+    keep_checkpoints: int = 5
+    """How many checkpoints are kept, the newest ones."""
     out: str | None = None
     """The run folder (default `runs/NAME-NUMBER`). It must not exist."""
 
@@ -185,7 +187,7 @@ _KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("steps", "batch_size", "workers", "shards", "threads", "seed", "eval_batch_size",
-         "loaders", "checkpoint_steps", "max_workers"), (int,)
+         "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints"), (int,)
     ),
     **dict.fromkeys(
         ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds"), (int, float)
@@ -193,7 +195,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _LEAST: dict[str, float] = {
     "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
-    "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "checkpoint_seconds": 0, "seed": 0,
+    "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
+    "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0,
 }  # fmt: skip
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
 SETTINGS = tuple(

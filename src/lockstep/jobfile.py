@@ -60,7 +60,9 @@ def _check(path: Path, line: int, key: Any, value: Any) -> None:
             raise JobError(f"{where}: args is not a mapping", found=repr(value))
     elif key not in SETTINGS:
         raise JobError(
-            f"{where}: unknown key {key!r}", expected=f"task, args, {', '.join(SETTINGS)}"
+            f"{where}: unknown key {key!r}",
+            expected=f"task, args, {', '.join(SETTINGS)}",
+            fix="correct the key; what the task itself takes goes under args",
         )
     else:
         try:

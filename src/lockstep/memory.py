@@ -29,13 +29,14 @@ class Segment:
             ResourceError: there is not that much memory.
         """
         size = max(nbytes, mmap.PAGESIZE)
-        check_available(name, size)
+        what = f"the {name} segment"
+        check_available(what, size)
         fd = os.memfd_create(f"lockstep-{name}", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
             os.close(fd)
-            raise _shortage(name, size, available_bytes()) from error
+            raise _shortage(what, size, available_bytes()) from error
         return cls(fd, nbytes)
 
     def close(self) -> None:
@@ -62,16 +63,16 @@ def available_bytes() -> int:
     return available
 
 
-def check_available(name: str, nbytes: int) -> None:
-    """Raise `ResourceError` unless `nbytes` more can be had."""
+def check_available(what: str, nbytes: int) -> None:
+    """Raise `ResourceError` unless `nbytes` more can be had for `what`."""
     available = available_bytes()
     if nbytes > available:
-        raise _shortage(name, nbytes, available)
+        raise _shortage(what, nbytes, available)
 
 
-def _shortage(name: str, nbytes: int, available: int) -> ResourceError:
+def _shortage(what: str, nbytes: int, available: int) -> ResourceError:
     return ResourceError(
-        f"not enough memory for the {name} segment",
+        f"not enough memory for {what}",
         expected=f"{nbytes / 2**20:,.0f} MiB",
         found=f"{available / 2**20:,.0f} MiB available",
         fix="use fewer shards (each needs one gradient), a smaller model, or a larger machine",

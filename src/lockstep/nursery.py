@@ -41,7 +41,8 @@ def user_traceback(error: BaseException) -> str:
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
         file = frames.tb_frame.f_code.co_filename
-        if not (file.startswith(here) and not file.startswith(recipes)):
+        ours = file.startswith(here) and not file.startswith(recipes)
+        if not ours and not file.startswith("<frozen importlib"):
             break
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
@@ -215,7 +216,12 @@ def _length(dataset: Any, name: str) -> int:
             fix="wrap a stream in a data set that knows its length",
         ) from None
     if size == 0:
-        raise DataError(f"Task.{name}() returned an empty data set", expected="samples", found="0")
+        raise DataError(
+            f"Task.{name}() returned an empty data set",
+            expected="at least one sample",
+            found="none",
+            fix="look at what it reads, and where from",
+        )
     return size
 
 
@@ -261,7 +267,7 @@ def _answer(nursery: Nursery, request: Message, fds: list[int]) -> None:
         handlers[request["op"]](request, fds)
     except Closed:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file may call sys.exit() when it is imported
         doing = {"load": "loading", "setup": "being set up"}.get(str(request["op"]), "at work")
         nursery.channel.send({"event": "failed", "error": describe_error(error, doing)})
 

@@ -189,8 +189,8 @@ def may_cut(optimizer: torch.optim.Optimizer, group: int, dtype: torch.dtype) ->
     try:
         whole = _trial(optimizer, group, tensors, (0, size), _PROBE_SHAPE)
         parts = _trial(optimizer, group, tensors, (0, *_PROBE_CUTS, size), None)
-    except (RuntimeError, ValueError, IndexError):
-        return False  # it wants a matrix, as Muon does, or its state has a shape of its own
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False  # it wants a matrix (Muon), a closure (LBFGS) or has state of its own shape
     return torch.equal(whole, parts)
 
 

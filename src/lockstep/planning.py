@@ -51,6 +51,23 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.train_samples / self.batch_size)
 
+    def with_workers(self, workers: int | None) -> Plan:
+        """The same plan, and so the same bits, on another number of workers.
+
+        Raises:
+            JobError: there are fewer shards than that.
+        """
+        if workers is None:
+            return self
+        if workers > self.shards:
+            raise JobError(
+                "there are more workers than shards: some would never have work",
+                expected=f"at most {self.shards} workers",
+                found=f"{workers}",
+            )
+        seats = max(workers, self.seats)
+        return dataclasses.replace(self, workers=workers, seats=seats, faults=())
+
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)

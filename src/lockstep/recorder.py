@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from lockstep.checkpoint import write_checkpoint, write_json, write_model
+from lockstep.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model
 from lockstep.control import Stat
+from lockstep.errors import ResourceError
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
 from lockstep.ledger import FIRST, Ledger, StepRecord
 from lockstep.planning import Plan
 from lockstep.progress import Progress
 from lockstep.result import Result
+from lockstep.resuming import Restart
 from lockstep.runfolder import Events, RunFolder
 from lockstep.source import Source
 
@@ -23,16 +26,25 @@ class Recorder:
     """A sink that keeps everything. Use it as a context manager."""
 
     def __init__(
-        self, folder: RunFolder, host: Host, plan: Plan, *, quiet: bool, last_hash: str = FIRST
+        self,
+        folder: RunFolder,
+        host: Host,
+        plan: Plan,
+        keep_checkpoints: int,
+        start: Restart,
+        *,
+        quiet: bool,
     ) -> None:
         assert host.layout is not None
         self.folder, self.host, self.plan = folder, host, plan
         self.layout = host.layout
-        self.ledger = Ledger(folder.ledger_path, last_hash)
+        self.keep_checkpoints = keep_checkpoints
+        self.ledger = Ledger(folder.ledger_path, start.ledger or FIRST)
         self.events = Events(folder.events_path)
         self.display = Progress(enabled=not quiet, steps=plan.steps, name=folder.path.name)
-        self.history: list[dict[str, Any]] = []
-        self.recoveries: list[dict[str, Any]] = []
+        self.history = start.history
+        self.recoveries = start.recoveries
+        self._start = start
         self._loss = float("nan")
         self._state = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -41,6 +53,14 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self.display.__enter__()
+        if self._start.ledger is None:
+            digests = tensor_digests(self.layout, self.host.state)
+            self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
+        else:
+            self.event("resumed", step=self._start.step)
+        for note in self._start.notes:
+            self.event("note", text=note)
+            self.display.note(note)
         return self
 
     def __exit__(
@@ -54,11 +74,6 @@ class Recorder:
         self.ledger.sync()
         self.ledger.close()
         self.events.close()
-
-    def begin(self, job_digest: str) -> None:
-        """Record the job and the initial state."""
-        digests = tensor_digests(self.layout, self.host.state)
-        self.ledger.begin(job_digest, fingerprint(digests))
 
     # The sink.
 
@@ -74,7 +89,7 @@ class Recorder:
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         epoch = (step - 1) // self.plan.steps_per_epoch if step else 0
         self.history.append({"step": step, "data_epoch": epoch, "metrics": metrics})
-        self.events.add("evaluated", step=step, metrics=metrics)
+        self.events.add("evaluated", step=step, data_epoch=epoch, metrics=metrics)
         self.display.evaluated(step, metrics)
 
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
@@ -85,7 +100,7 @@ class Recorder:
         self.recoveries += recoveries
 
     def checkpoint(self, step: int, state: bytes) -> None:
-        """Write in the background; one at a time. An earlier one's failure is raised here."""
+        """Write in the background, one at a time. A failure is reported, and training goes on."""
         self.wait()
         self.ledger.sync()
         self._state = state
@@ -94,9 +109,16 @@ class Recorder:
 
     def _write(self, step: int, state: bytes, extra: dict[str, Any]) -> None:
         begun = time.perf_counter()
-        path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
+        try:
+            path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
+        except ResourceError as error:
+            self.events.add("checkpoint_failed", step=step, error=error.what)
+            self.display.note(error.what)
+            return
         seconds = round(time.perf_counter() - begun, 4)
         self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
+        for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written."""

@@ -11,7 +11,9 @@ report.html        the same for people
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,13 +55,44 @@ class RunFolder:
                 except FileExistsError:
                     number += 1
         except FileExistsError:
-            raise RunFolderError(
-                f"the run folder {out} exists",
-                expected="a path where nothing is yet",
-                fix=f"choose another --out, or go on with it: lockstep resume {out}",
-            ) from None
+            raise _exists(str(out)) from None
         except OSError as error:
             raise RunFolderError(f"the run folder {out} cannot be made: {error}") from error
+
+    @staticmethod
+    def check_free(out: str | None) -> None:
+        """Raise `RunFolderError` if `out` exists, before anything is started."""
+        if out is not None and Path(out).exists():
+            raise _exists(out)
+
+    def __enter__(self) -> RunFolder:
+        """Be the one master of this run until the end of the block.
+
+        Raises:
+            RunFolderError: another process is.
+        """
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise RunFolderError(
+                f"another master is at work in {self.path}",
+                expected="one master per run",
+                fix="wait for it, or stop it",
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def check_unfinished(self) -> None:
+        """Raise `RunFolderError` if the run has a result."""
+        if self.result_path.exists():
+            raise RunFolderError(
+                f"the run in {self.path} has finished",
+                fix=f"look at {self.result_path}, or start another run",
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -92,6 +125,14 @@ class RunFolder:
         except ValueError as error:
             raise RunFolderError(f"{self.manifest_path} is not readable: {error}") from error
         return manifest
+
+
+def _exists(out: str) -> RunFolderError:
+    return RunFolderError(
+        f"the run folder {out} exists",
+        expected="a path where nothing is yet",
+        fix=f"choose another, or go on with it: lockstep resume {out}",
+    )
 
 
 class Events:

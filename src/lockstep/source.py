@@ -21,7 +21,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lockstep.errors import JobError
+from lockstep.errors import JobError, TaskError
 from lockstep.job import Job, Task
 
 
@@ -75,6 +75,7 @@ def resolve(source: Source) -> tuple[Task, Job | None]:
 
     Raises:
         JobError: there is no such name, or it does not lead to a task.
+        TaskError: the task lacks a method that every task needs.
     """
     found: Any
     if source.payload is not None:
@@ -92,14 +93,40 @@ def resolve(source: Source) -> tuple[Task, Job | None]:
             raise JobError(
                 f"{source.name} returned a job whose task is a name", fix="return a Task"
             )
-        return found.task, found
+        return _complete(found.task), found
     if isinstance(found, Task):
-        return found, None
+        return _complete(found), None
     raise JobError(
         f"{source.name} does not lead to a task",
         expected="a Task class or instance, or a function that returns a Job",
         found=repr(type(found)),
     )
+
+
+_METHODS = {
+    "model": "def model(self): the nn.Module to train",
+    "train_data": "def train_data(self): a map-style data set",
+    "loss": "def loss(self, model, batch): the mean loss over the batch",
+    "optimizer": "def optimizer(self, params): a torch.optim.Optimizer over params",
+}
+"""What a task must define, and how."""
+
+
+def _complete(task: Task) -> Task:
+    """The task, if it has every method that a task needs."""
+    missing = [
+        name
+        for name in _METHODS
+        if getattr(getattr(task, name), "__func__", None) is getattr(Task, name)
+    ]
+    if missing:
+        kind = type(task).__name__
+        raise TaskError(
+            f"the task {kind} has no {' and no '.join(missing)}",
+            expected="; ".join(_METHODS[name] for name in missing),
+            fix=f"write {'it' if len(missing) == 1 else 'them'} in class {kind}",
+        )
+    return task
 
 
 def _call(found: Any, source: Source) -> Any:
@@ -112,6 +139,7 @@ def _call(found: Any, source: Source) -> Any:
             f"{source.name} does not take these arguments: {error}",
             expected=str(inspect.signature(found)),
             found=", ".join(f"{k}={v!r}" for k, v in source.args.items()) or "none",
+            fix="settings of the run are listed by: lockstep run --help",
         ) from None
     return found(**source.args)
 

@@ -322,7 +322,9 @@ def _allocate(
             for block, block_keys in zip(blocks, keys, strict=True)
         ],
     )
-    check_available("run's", layout.state_bytes + copies * slot_bytes + seats * undo.total)
+    check_available(
+        "the run's shared memory", layout.state_bytes + copies * slot_bytes + seats * undo.total
+    )
     segments = {
         "state": Segment.create("state", layout.state_bytes),
         "slots": Segment.create("slots", copies * slot_bytes),

@@ -7,19 +7,18 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
-from lockstep.job import Job, Task
+from lockstep.job import Task
 from lockstep.ledger import Line, StepRecord, read_ledger
+from lockstep.manifest import differences, recorded_source
 from lockstep.planning import Plan
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
-from lockstep.source import Source, source_of
 
 TENSOR_SEARCH_STEPS = 32
 """After a first difference, how many more steps are replayed to name the tensors that differ."""
@@ -78,24 +77,6 @@ class Comparison(NullSink):
         )
 
 
-def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> Source:
-    """The source of a recorded run's task: `task` if given, else by its name.
-
-    Raises:
-        JobError: the task was a live object, and is not given.
-    """
-    if task is not None:
-        return source_of(Job(task=task))
-    recorded = manifest["source"]
-    if not recorded["importable"]:
-        raise JobError(
-            f"the task of {run} was handed over as an object: {recorded['name']}",
-            expected="the object again",
-            fix=f"from Python, pass it: task={recorded['name'].rpartition(':')[2]}(...)",
-        )
-    return Source(name=recorded["name"], args=recorded["args"])
-
-
 def verify(
     run: str | Path,
     *,
@@ -122,11 +103,10 @@ def verify(
     recorded = [line for line in lines if "step" in line.content]
     first, last = _span(steps, len(recorded))
     plan = Plan.from_message(manifest["plan"])
-    count = min(workers or plan.workers, plan.shards)
-    plan = dataclasses.replace(plan, workers=count, seats=count, steps=last)
+    plan = dataclasses.replace(plan.with_workers(workers or plan.workers), steps=last)
     with Host.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
         facts = host.loaded()
-        notes = _differences(manifest, facts)
+        notes = differences(manifest, facts)
         host.set_up(plan)
         start = _restore(host, lines[0], checkpoints, first)
         comparison = Comparison(recorded)
@@ -141,7 +121,7 @@ def verify(
     return Verification(
         first=step,
         last=last,
-        workers=count,
+        workers=plan.workers,
         start=start.path.name if start is not None else "seed",
         final=final,
         notes=notes,
@@ -155,19 +135,6 @@ def _span(steps: tuple[int | None, int | None], recorded: int) -> tuple[int, int
             f"steps {first}:{last} are not all recorded", expected=f"within 0:{recorded}"
         )
     return first, last
-
-
-def _differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
-    """What is known to differ between the run and the replay."""
-    notes = []
-    if facts["code"] != manifest["code"]:
-        notes.append("the task's source file is not the one that the run used")
-    if facts["probe"] != manifest["probe"]:
-        notes.append("this machine does not compute the same bits as the run's")
-    had = manifest["plan"]["train_samples"]
-    if facts["train_samples"] != had:
-        notes.append(f"there are {facts['train_samples']} training samples, and were {had}")
-    return tuple(notes)
 
 
 def _restore(

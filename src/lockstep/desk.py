@@ -1,0 +1,146 @@
+"""The desk: where a running coordinator takes requests, from signals, from Python and from others.
+
+Others on this machine reach it by a Unix socket in the run folder, which its owner alone may use.
+A request is one line of JSON, `{"request": "scale", "number": 3}`; the answer is another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from lockstep.errors import JobError, RunFolderError
+
+REQUESTS = ("scale", "pause", "go_on", "checkpoint", "stop")
+SOCKET = "control.sock"
+LINE_BYTES = 4096
+ANSWER_SECONDS = 5.0
+
+Request = tuple[str, int]
+"""A name from `REQUESTS`, and a number: the workers wanted, for `scale`."""
+
+
+class Desk:
+    """Collects requests until the coordinator takes them. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Request] = deque()
+        self._listener: socket.socket | None = None
+        self._path: Path | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        if self._listener is not None and self._path is not None:
+            self._listener.close()
+            self._path.unlink(missing_ok=True)
+
+    def add(self, name: str, number: int = 0) -> None:
+        """Leave a request. May be called from any thread."""
+        if name not in REQUESTS:
+            raise JobError(f"unknown request {name!r}", expected=" or ".join(REQUESTS))
+        self._waiting.append((name, number))
+
+    def take(self) -> list[Request]:
+        """The requests since the last call. Called by the coordinator, about every tick."""
+        self._answer_callers()
+        taken = []
+        while self._waiting:
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def take_signals(self) -> None:
+        """Let SIGINT and SIGTERM ask for a stop at a step's end, and a second one end it at once.
+
+        Signals can only be taken in the main thread; in any other this does nothing.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._signalled)
+
+    def _signalled(self, number: int, _: FrameType | None) -> None:
+        for other in self._handlers:
+            signal.signal(other, signal.default_int_handler)
+        self.add("stop")
+
+    def open(self, folder: Path) -> None:
+        """Listen in a run folder."""
+        self._path = folder / SOCKET
+        self._path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        with _short_path(folder) as place:
+            self._listener.bind(place)
+        self._path.chmod(0o600)
+        self._listener.listen(8)
+
+    def _answer_callers(self) -> None:
+        while self._listener is not None:
+            try:
+                caller, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            with caller:
+                caller.settimeout(0.2)
+                with contextlib.suppress(OSError):
+                    caller.sendall(self._answer(caller.recv(LINE_BYTES)))
+
+    def _answer(self, line: bytes) -> bytes:
+        try:
+            message = json.loads(line)
+            self.add(str(message["request"]), int(message.get("number", 0)))
+            answer: dict[str, Any] = {"taken": True}
+        except JobError as error:
+            answer = {"taken": False, "why": str(error)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            answer = {"taken": False, "why": "not a request"}
+        return json.dumps(answer).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def _short_path(folder: Path) -> Iterator[str]:
+    """A path for the socket of a folder, however long the folder's own path is."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{fd}/{SOCKET}"
+    finally:
+        os.close(fd)
+
+
+def ask(folder: Path, name: str, number: int = 0) -> None:
+    """Ask something of the run in a folder.
+
+    Raises:
+        RunFolderError: nothing runs there, or it did not take the request.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        caller.settimeout(ANSWER_SECONDS)
+        try:
+            with _short_path(folder) as place:
+                caller.connect(place)
+            caller.sendall(json.dumps({"request": name, "number": number}).encode() + b"\n")
+            answer = json.loads(caller.recv(LINE_BYTES) or b"{}")
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"nothing runs in {folder}", found=str(error), fix="look at its events.jsonl"
+            ) from None
+    if not answer.get("taken"):
+        raise RunFolderError(f"the run in {folder} did not take the request: {answer.get('why')}")

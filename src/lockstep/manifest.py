@@ -1,0 +1,86 @@
+"""The manifest: what has to be known to repeat a run, and what its numbers depend on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from lockstep.errors import JobError
+from lockstep.job import SETTINGS, Job, Task
+from lockstep.planning import Plan
+from lockstep.source import Source, source_of
+
+IDENTITY = (
+    "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",
+    "seed", "clip_grad_norm", "precision", "numerics",
+)  # fmt: skip
+"""What the plan decides that the numbers depend on."""
+
+
+def make_manifest(
+    source: Source, job: Job, plan: Plan, profile: dict[str, Any], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a new run, ready for JSON.
+
+    `digest` covers `identity`: it is the same for any number of workers, and is what the ledger
+    begins with.
+    """
+    message = plan.to_message()
+    identity = {
+        "task": source.name.rpartition(":")[2] or source.name,
+        "args": dict(source.args),
+        "code": facts["code"],
+        **{name: message[name] for name in IDENTITY},
+    }
+    return {
+        "format": 1,
+        "name": source.label,
+        "source": {
+            "name": source.name,
+            "args": dict(source.args),
+            "importable": source.payload is None,
+        },
+        "job": {name: getattr(job, name) for name in SETTINGS},
+        "plan": message,
+        "profile": profile,
+        "probe": facts["probe"],
+        "code": facts["code"],
+        "identity": identity,
+        "digest": blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "versions": {"python": platform.python_version(), "torch": profile["torch"]},
+    }
+
+
+def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> Source:
+    """The source of a recorded run's task: `task` if given, else by its name.
+
+    Raises:
+        JobError: the task was a live object, and is not given.
+    """
+    if task is not None:
+        return source_of(Job(task=task))
+    recorded = manifest["source"]
+    if not recorded["importable"]:
+        raise JobError(
+            f"the task of {run} was handed over as an object: {recorded['name']}",
+            expected="the object again",
+            fix=f"from Python, pass it: task={recorded['name'].rpartition(':')[2]}(...)",
+        )
+    return Source(name=recorded["name"], args=recorded["args"])
+
+
+def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
+    """What is known to differ between a recorded run and what has been loaded now."""
+    notes = []
+    if facts["code"] != manifest["code"]:
+        notes.append("the task's source file is not the one that the run used")
+    if facts["probe"] != manifest["probe"]:
+        notes.append("this machine does not compute the same bits as the run's")
+    had = manifest["plan"]["train_samples"]
+    if facts["train_samples"] != had:
+        notes.append(f"there are {facts['train_samples']} training samples, and were {had}")
+    return tuple(notes)

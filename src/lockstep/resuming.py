@@ -1,0 +1,94 @@
+"""Resuming: from what a run left behind to the state that it goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from lockstep.errors import IntegrityError
+from lockstep.host import Host
+from lockstep.ledger import Line, read_ledger
+from lockstep.manifest import differences
+from lockstep.runfolder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restart:
+    """Where a run goes on, and what is already known of it."""
+
+    step: int
+    ledger: str | None
+    """The hash of the ledger's last line; None: the ledger has not begun."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_restart(folder: RunFolder, host: Host) -> Restart:
+    """Restore the newest good checkpoint that the ledger confirms; without one, begin again.
+
+    The ledger is cut after the checkpoint's step: what was committed later is computed again, to
+    the same bits. Checkpoints that are torn or altered are named in the notes.
+    """
+    assert host.layout is not None
+    notes = list(differences(folder.read_manifest(), host.facts))
+    lines = _readable_lines(folder, notes)
+    for path in list_checkpoints(folder.checkpoints):
+        try:
+            checkpoint = open_checkpoint(path)
+            line = _line_of(checkpoint, lines)
+            checkpoint.load_into(host.layout, host.state)
+        except IntegrityError as error:
+            notes.append(f"{error.what}: passed over")
+            continue
+        os.truncate(folder.ledger_path, line.end)
+        history, recoveries = _remembered(folder, checkpoint.step)
+        return Restart(
+            step=checkpoint.step,
+            ledger=line.hash,
+            history=history,
+            recoveries=recoveries,
+            notes=notes,
+        )
+    folder.ledger_path.unlink(missing_ok=True)
+    return Restart(step=0, ledger=None, notes=[*notes, "no checkpoint: from the beginning"])
+
+
+def _readable_lines(folder: RunFolder, notes: list[str]) -> list[Line]:
+    """The ledger's lines up to the first that does not hold."""
+    lines: list[Line] = []
+    try:
+        for line in read_ledger(folder.ledger_path, torn_tail=True):
+            lines.append(line)  # noqa: PERF402  # what was read before an error counts
+    except (IntegrityError, OSError) as error:
+        notes.append(str(error).splitlines()[0])
+    return lines
+
+
+def _line_of(checkpoint: Checkpoint, lines: list[Line]) -> Line:
+    """The ledger line of the last step in a checkpoint."""
+    index = checkpoint.step  # the first line is not a step
+    if index >= len(lines) or lines[index].hash != checkpoint.manifest["ledger"]:
+        raise IntegrityError(f"{checkpoint.path} is not confirmed by the ledger")
+    return lines[index]
+
+
+def _remembered(folder: RunFolder, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The evaluations and recoveries up to a step, from the events."""
+    history: dict[int, dict[str, Any]] = {}
+    recoveries = []
+    for line in folder.events_path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # torn by the crash
+        if event["event"] == "evaluated" and event["step"] <= step:
+            history[event["step"]] = {
+                name: event[name] for name in ("step", "data_epoch", "metrics")
+            }
+        elif event["event"] == "recovered" and event["step"] < step:
+            recoveries.append({k: v for k, v in event.items() if k not in ("time", "event")})
+    return [history[key] for key in sorted(history)], recoveries
