@@ -57,6 +57,7 @@ def run(
     loaders: Annotated[int | None, typer.Option(help="Loader processes per worker.")] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Checkpoint every N steps.")] = None,
     checkpoint_seconds: Annotated[float | None, typer.Option(help="... or seconds.")] = None,
+    audit: Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")] = None,
     stall_seconds: Annotated[float | None, typer.Option(help="Replace a silent worker.")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder; must not exist.")] = None,
     quiet: Quiet = False,

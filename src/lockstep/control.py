@@ -33,9 +33,11 @@ class Phase(enum.IntEnum):
 
     STARTED = 0
     COMPUTED = 1
-    REDUCED = 2
-    NORMED = 3
-    UPDATED = 4
+    GUARDED = 2
+    AUDITED = 3
+    REDUCED = 4
+    NORMED = 5
+    UPDATED = 6
 
 
 class Stat(enum.IntEnum):
@@ -57,7 +59,7 @@ def progress_of(step: int, phase: Phase) -> int:
 def describe_progress(word: int) -> tuple[int, str]:
     """The step and the phase that a worker with this progress word is in: what comes next."""
     step, phase = divmod(word, PHASES_PER_STEP)
-    doing = {0: "compute", 1: "reduce", 2: "norm", 3: "update", 4: "commit"}
+    doing = ("compute", "reduce", "audit", "reduce", "norm", "update", "commit", "commit")
     return step, doing[phase]
 
 
@@ -88,6 +90,7 @@ class ControlShape:
             "header": (np.int32, (2, words)),
             "progress": (np.int32, (self.seats, words)),
             "shard_done": (np.int32, (self.shards,)),
+            "shard_by": (np.int32, (self.shards,)),
             "block_done": (np.int32, (self.blocks,)),
             "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
             "norms": (np.float64, (max(self.params, 1),)),
@@ -120,6 +123,7 @@ class Control:
         self.base: int = arrays["header"].ctypes.data
         self._words = memoryview(segment.map).cast("i")
         self.shard_done = arrays["shard_done"]
+        self.shard_by = arrays["shard_by"]
         self.block_done = arrays["block_done"]
         self.has_grad = arrays["has_grad"]
         self.norms = arrays["norms"]
@@ -185,6 +189,15 @@ class Control:
     def close(self) -> None:
         """Let go of the views, then of the segment."""
         self._words.release()
-        for name in ("shard_done", "block_done", "has_grad", "norms", "seconds", "ring", "fired"):
+        for name in (
+            "shard_done",
+            "shard_by",
+            "block_done",
+            "has_grad",
+            "norms",
+            "seconds",
+            "ring",
+            "fired",
+        ):
             setattr(self, name, None)
         self.segment.close()

@@ -260,6 +260,8 @@ class Coordinator:
             case "evaluated":
                 if message["round"] == self._round:
                     self._results[seat.number] = message["results"]
+            case "corrupt":
+                self.sink.event("corrupt", **{k: v for k, v in message.items() if k != "event"})
             case "failed":
                 self.history.drain()
                 raise self.failures.raised(message, self.snapshot)

@@ -146,6 +146,14 @@ class Loader:
         self._advance()
         return batch
 
+    def skip(self, step: int, shard: int) -> None:
+        """Leave out a shard that somebody else has computed."""
+        if self._next == (step, shard):
+            if self._stream is not None:
+                next(self._stream)
+            self._ahead = None
+            self._advance()
+
     def prefetch(self) -> None:
         """Fetch the next assigned batch now, in the worker, unless loader processes do it."""
         if self._stream is None and self._ahead is None and self._next is not None:

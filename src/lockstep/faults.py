@@ -22,8 +22,9 @@ PHASES = (
 )  # fmt: skip
 """Where in a step a fault can strike."""
 
-KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow")
-"""SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on."""
+KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip")
+"""SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on; a
+flipped bit in the gradient (phase `slot`) or in a parameter (phase `barrier`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Fault:
     """The worker's seat; -1: whoever gets there first."""
     step: int
     phase: str
-    kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow"] = "kill"
+    kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow", "flip"] = "kill"
     repeat: bool = False
     """Strike again at every replacement: a poisoned shard."""
     shard: int | None = None
@@ -67,8 +68,8 @@ class FaultScript:
     def __bool__(self) -> bool:
         return bool(self._mine)
 
-    def at(self, phase: str, step: int, shard: int | None = None) -> None:
-        """Strike, if the script says so."""
+    def at(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
+        """Strike, if the script says so. A fault that flips a bit is left to the caller."""
         if self.slow_down and phase == "forward":
             time.sleep(self.slow_down)
         for number, fault in self._mine:
@@ -79,7 +80,10 @@ class FaultScript:
             if self._fired[number] and not fault.repeat:
                 continue
             self._fired[number] = min(255, int(self._fired[number]) + 1)
+            if fault.kind == "flip":
+                return fault
             self._strike(fault)
+        return None
 
     def _strike(self, fault: Fault) -> None:
         match fault.kind:

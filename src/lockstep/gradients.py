@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from lockstep.control import Control
 from lockstep.errors import TaskError
-from lockstep.state import SharedState
+from lockstep.state import SharedState, Slot
 
 CHUNK = 1 << 15
 """Elements: sums of more than two shards are made in pieces of this size, within the cache."""
@@ -24,18 +26,16 @@ class SlotWriter:
     """
 
     def __init__(self, shared: SharedState) -> None:
-        self._slots = [slot.grads for slot in shared.slots]
-        self._flags = shared.control.has_grad
         self._grads: list[torch.Tensor] = []
-        self._written = self._flags[0]
+        self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         for index, parameter in enumerate(shared.params):
             hook = self._hook(index, shared.names[index])
             parameter.register_post_accumulate_grad_hook(hook)
 
-    def begin(self, shard: int) -> None:
-        """Direct the gradients of the coming backward passes to this shard's slot."""
-        self._grads, self._written = self._slots[shard], self._flags[shard]
-        self._written[:] = 0
+    def begin(self, slot: Slot, written: npt.NDArray[np.uint8]) -> None:
+        """Direct the gradients of the coming backward pass to a slot; `written` marks them."""
+        self._grads, self._written = slot.grads, written
+        written[:] = 0
 
     def _hook(self, index: int, name: str) -> Callable[[nn.Parameter], None]:
         def keep(parameter: torch.Tensor) -> None:

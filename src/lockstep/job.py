@@ -123,6 +123,9 @@ class Job:
     stall_seconds: float | None = None
     """A worker that shows no sign of life for so long is replaced; default: ten times the longest
     step so far, at least 2 seconds."""
+    audit: float = 0.0
+    """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
+    1: it finds silent corruption, at about that fraction of the computing time."""
     faults: tuple[Fault, ...] = ()
     """Scripted faults, for tests."""
     evaluate: bool = True
@@ -190,13 +193,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
          "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints"), (int,)
     ),
     **dict.fromkeys(
-        ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds"), (int, float)
+        ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds", "audit"),
+        (int, float),
     ),
 }  # fmt: skip
 _LEAST: dict[str, float] = {
     "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
-    "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0,
+    "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0, "audit": 0,
 }  # fmt: skip
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
 SETTINGS = tuple(

@@ -44,6 +44,7 @@ class Plan:
     numerics: str
     loaders: int | None
     stall_seconds: float | None
+    audit: float
     faults: tuple[Mapping[str, Any], ...]
     reasons: tuple[str, ...]
 
@@ -178,6 +179,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         numerics=job.numerics,
         loaders=job.loaders,
         stall_seconds=job.stall_seconds,
+        audit=job.audit,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

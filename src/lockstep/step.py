@@ -10,20 +10,23 @@ from dataclasses import dataclass
 
 import blake3
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
 from lockstep.barrier import Barrier
+from lockstep.claims import Claims
 from lockstep.control import DIGEST_BYTES, Phase, Stat, progress_of
 from lockstep.data import Loader
 from lockstep.errors import NonFiniteError, TaskError
-from lockstep.faults import FaultScript
+from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, own_blocks
 from lockstep.owner import Owner, Presence
 from lockstep.sampling import Sampling
 from lockstep.seeds import derive, seed_everything
-from lockstep.state import SharedState
+from lockstep.state import SharedState, Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,36 @@ def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
     return own_blocks(whole, workers)
 
 
+def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float:
+    """The loss as a number.
+
+    Raises:
+        TaskError: it is not a scalar tensor with a graph.
+        NonFiniteError: it is NaN or infinite.
+    """
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = (
+            f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+            if isinstance(loss, torch.Tensor)
+            else repr(type(loss))
+        )
+        raise TaskError(
+            "Task.loss did not return a loss",
+            expected="a tensor of one element, with a graph: the mean over the batch",
+            found=found,
+            fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
+        )
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
+            expected="a finite loss",
+            found=f"{value}, data epoch {sampling.data_epoch(step)}",
+            fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
+        )
+    return value
+
+
 class Stepper:
     """Runs steps for one worker."""
 
@@ -60,6 +93,8 @@ class Stepper:
         autocast: bool,
         clip_grad_norm: float | None,
         faults: FaultScript,
+        audit_fraction: float,
+        report: Report,
     ) -> None:
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.audit, self.seed, self.clip = audit, seed, clip_grad_norm
@@ -68,6 +103,9 @@ class Stepper:
         self.scheduler = task.scheduler(shared.optimizer)
         self._scheduled = 0
         shared.optimizer._opt_called = True  # type: ignore[attr-defined]  # not all own blocks
+        self._audit_fraction, self._report = audit_fraction, report
+        self._gradient_audit: GradientAudit | None = None
+        self._claims = Claims(shared.control)
         self._writer = SlotWriter(shared)
         self._buffers = [buffer for _, buffer in shared.buffers]
         self._state = memoryview(shared.segments["state"].map)
@@ -78,6 +116,7 @@ class Stepper:
         """Take a part in the membership that begins now."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
+        self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
 
     def run(self, step: int, todo: Sequence[int], resume_update: bool = False) -> None:
         """Run one step to its commit.
@@ -92,19 +131,21 @@ class Stepper:
         clock = time.perf_counter
         control, barrier, seconds = self.control, self.barrier, self._seconds
         begun = clock()
-        for shard in todo:
-            self._compute(step, shard)
+        self._compute_all(step, todo)
         computed = clock()
         seconds[Stat.COMPUTE] += computed - begun
         if not resume_update:
             barrier.arrive(progress_of(step, Phase.COMPUTED))
-            self._fault("barrier", step)
+            if self._fault("barrier", step) is not None:
+                flip_bit(self.owner.groups[0].blocks[0].param.detach())
             self.loader.prefetch()
         waiting = clock()
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
         self._fault("reduce", step)
         active = [v for v in range(self.sampling.shards) if self.sampling.shard_samples(step, v)]
+        if self._audit_fraction and not resume_update:
+            self._check_all(step, active)
         presence = Presence(control, active)
         scale = None
         if self.clip is not None:
@@ -123,73 +164,72 @@ class Stepper:
         self._fault("audit", step)
         if self.part.rank == 0:
             control.record(step)["time"] = committed
-        self._audit(step)
+        if self._audit_fraction:
+            self._guard.close(step)
+        self._record_digests(step)
         seconds[Stat.DATA] += waiting - computed
         seconds[Stat.WAIT] += (meeting - waiting) + (committed - updated)
         seconds[Stat.REDUCE] += reduced - meeting
         seconds[Stat.UPDATE] += updated - reduced
 
+    def _compute_all(self, step: int, todo: Sequence[int]) -> None:
+        """This worker's shards, and then those that others have not begun."""
+        shards = self.sampling.shards
+        if shards == self.part.workers:
+            for shard in todo:
+                self._compute(step, shard)
+            return
+        for shard in (*todo, *reversed(range(shards))):
+            if self._claims.take(shard, step):
+                self._compute(step, shard)
+                self._claims.release(shard)
+            elif shard in todo:
+                self.loader.skip(step, shard)
+
     def _compute(self, step: int, shard: int) -> None:
         """Forward and backward of one shard, into its slot."""
-        samples = self.sampling.shard_samples(step, shard)
-        record = self.control.record(step)
-        if samples:
-            self.control.beat(self.part.seat, shard)
-            begun = time.perf_counter()
-            self._fault("load", step, shard)
-            batch = self.loader.get(step, shard)
-            self._seconds[Stat.DATA] += time.perf_counter() - begun
-            seed_everything(derive(self.seed, "shard", step, shard))
-            for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
-                buffer.copy_(committed)
-            self._writer.begin(shard)
-            self._fault("forward", step, shard)
-            with self._precision():
-                loss = self.task.loss(self.shared.model, batch)
-            value = self._check(loss, step, shard)
-            weight = samples / self.sampling.batch_samples(step)
-            self._fault("backward", step, shard)
-            loss.backward(self._weight(weight, loss))
-            for slot, buffer in zip(self.shared.slots[shard].buffers, self._buffers, strict=True):
-                slot.copy_(buffer)
-            self._fault("slot", step, shard)
-            record["losses"][shard] = value
-        else:
-            record["losses"][shard] = 0.0
-        self.control.shard_done[shard] = step
+        control, loss = self.control, 0.0
+        if self.sampling.shard_samples(step, shard):
+            control.beat(self.part.seat, shard)
+            slot = self.shared.slots[shard]
+            loss = self._gradient(step, shard, slot, control.has_grad[shard])
+            struck = self._fault("slot", step, shard)
+            if struck is not None:
+                flip_bit(slot.grads[0])
+        control.record(step)["losses"][shard] = loss
+        control.shard_by[shard] = self.part.seat
+        control.shard_done[shard] = step
 
-    def _fault(self, phase: str, step: int, shard: int | None = None) -> None:
-        """Let a scripted fault strike here."""
-        if self.faults:
-            self.faults.at(phase, step, shard)
+    def _gradient(self, step: int, shard: int, slot: Slot, written: npt.NDArray[np.uint8]) -> float:
+        """Forward and backward of one shard, into a slot; returns the loss."""
+        begun = time.perf_counter()
+        self._fault("load", step, shard)
+        batch = self.loader.get(step, shard)
+        self._seconds[Stat.DATA] += time.perf_counter() - begun
+        seed_everything(derive(self.seed, "shard", step, shard))
+        for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
+            buffer.copy_(committed)
+        self._writer.begin(slot, written)
+        self._fault("forward", step, shard)
+        with self._precision():
+            loss = self.task.loss(self.shared.model, batch)
+        value = check_loss(loss, step, shard, self.sampling)
+        samples = self.sampling.shard_samples(step, shard)
+        weight = samples / self.sampling.batch_samples(step)
+        self._fault("backward", step, shard)
+        loss.backward(self._weight(weight, loss))
+        for kept, buffer in zip(slot.buffers, self._buffers, strict=True):
+            kept.copy_(buffer)
+        return value
+
+    def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
+        """Let a scripted fault strike here; one that flips a bit is returned."""
+        return self.faults.at(phase, step, shard) if self.faults else None
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast:
             return torch.autocast("cpu", torch.bfloat16)
         return contextlib.nullcontext()
-
-    def _check(self, loss: object, step: int, shard: int) -> float:
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            found = (
-                f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-                if isinstance(loss, torch.Tensor)
-                else repr(type(loss))
-            )
-            raise TaskError(
-                "Task.loss did not return a loss",
-                expected="a tensor of one element, with a graph: the mean over the batch",
-                found=found,
-                fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
-            )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
-                expected="a finite loss",
-                found=f"{value}, data epoch {self.sampling.data_epoch(step)}",
-                fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
-            )
-        return value
 
     def _weight(self, weight: float, loss: torch.Tensor) -> torch.Tensor | None:
         """The shard's share of the step, as the gradient at the root of the graph.
@@ -203,6 +243,18 @@ class Stepper:
         if key not in self._ones:
             self._ones[key] = torch.tensor(weight, dtype=loss.dtype)
         return self._ones[key].expand(loss.shape)
+
+    def _check_all(self, step: int, active: Sequence[int]) -> None:
+        """Audit the step before its gradients are used."""
+        part = self.part
+        if self._gradient_audit is None:
+            self._gradient_audit = GradientAudit(
+                self.shared, self._gradient, self._report, self.seed, self._audit_fraction
+            )
+        self._guard.open(step)
+        self._meet(progress_of(step, Phase.GUARDED))
+        self._gradient_audit.check(step, active, part.rank, part.workers, part.seat)
+        self._meet(progress_of(step, Phase.AUDITED))
 
     def _clip_scale(self, step: int, presence: Presence, resumed: bool) -> torch.Tensor:
         """The factor that limits the global norm: `torch.nn.utils.clip_grad_norm_`'s own.
@@ -250,7 +302,7 @@ class Stepper:
                 self.scheduler.step()
         self._scheduled = max(self._scheduled, committed)
 
-    def _audit(self, step: int) -> None:
+    def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""
         record = self.control.record(step)
         for index, unit in enumerate(self.audit.units(step)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from lockstep import numerics
 from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
+from lockstep.control import Stat
 from lockstep.data import Loader, make_fetch
 from lockstep.evaluate import evaluate_batches
 from lockstep.faults import FaultScript
@@ -92,6 +94,8 @@ class Worker:
             autocast=plan["precision"] == "bf16",
             clip_grad_norm=plan["clip_grad_norm"],
             faults=self.faults,
+            audit_fraction=plan["audit"],
+            report=channel.send,
         )
         self.undo = UndoWriter(self.shared.undo, seat, self.shared.state_bytes)
         self.step = 0
@@ -155,6 +159,7 @@ class Worker:
     def evaluate(self, message: Message) -> None:
         """Evaluate the given held-out batches and send their sums."""
         self.doing = "evaluating"
+        begun = time.perf_counter()
         if self.faults:
             self.faults.at("evaluate", self.step)
         session, plan = self.session, self.session.plan
@@ -170,6 +175,7 @@ class Worker:
             autocast=plan["precision"] == "bf16",
             beat=lambda batch: self.control.beat(self.seat, batch),
         )
+        self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send({"event": "evaluated", "round": message["round"], "results": results})
 
 

@@ -1,0 +1,161 @@
+"""Audit: silent corruption is looked for, named, and where it can be, put right.
+
+Two things are checked, each for a fraction of the cases that the job's `audit` gives:
+
+- A shard is computed a second time by another worker, and the bytes are compared before they are
+  used. If they differ, a third computation decides who was wrong, and the right bytes are used.
+- A block's parameters and optimizer state are digested when they have been updated and again just
+  before the next update. Nobody writes to them in between, so a difference is a fault of the
+  memory (or of a process that wrote where it must not), and the run stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+
+from lockstep.errors import IntegrityError
+from lockstep.seeds import derive
+from lockstep.state import SharedState, Slot
+
+Compute = Callable[[int, int, Slot, Any], float]
+"""`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""
+Report = Callable[[dict[str, Any]], None]
+
+
+def is_audited(seed: int, what: str, step: int, index: int, fraction: float) -> bool:
+    """Whether a shard or a block of a step is in the sample. The same for every worker."""
+    return derive(seed, f"audit {what}", step, index) < fraction * 2**63
+
+
+def auditor_of(shard: int, workers: int) -> int:
+    """The rank that computes a shard again. Its turn comes round, so that all check all."""
+    return (shard + 1) % workers
+
+
+class GradientAudit:
+    """One worker's second computations."""
+
+    def __init__(
+        self, shared: SharedState, compute: Compute, report: Report, seed: int, fraction: float
+    ) -> None:
+        self.shared, self.compute, self.report = shared, compute, report
+        self.seed, self.fraction = seed, fraction
+        self._spares = [_private_copy(shared.slots[0]) for _ in range(2)]
+        self._flags = [np.zeros_like(shared.control.has_grad[0]) for _ in range(2)]
+
+    def check(self, step: int, shards: Sequence[int], rank: int, workers: int, seat: int) -> None:
+        """Compute this worker's part of the sample again and compare.
+
+        Called when all gradients of the step are there and before any is used.
+
+        Raises:
+            IntegrityError: three computations gave three results.
+        """
+        for shard in shards:
+            mine = auditor_of(shard, workers) == rank
+            if mine and is_audited(self.seed, "shard", step, shard, self.fraction):
+                self._check_shard(step, shard, seat)
+
+    def _check_shard(self, step: int, shard: int, seat: int) -> None:
+        control, slot = self.shared.control, self.shared.slots[shard]
+        record = control.record(step)
+        first = self._again(step, shard, 0)
+        original = _digest(slot, control.has_grad[shard], float(record["losses"][shard]))
+        if first == original:
+            return
+        second = self._again(step, shard, 1)
+        worker = int(control.shard_by[shard])
+        if second == original:
+            worker = seat
+        elif second != first:
+            raise IntegrityError(
+                f"shard {shard} of step {step} gave three results in three computations",
+                expected="the same bytes",
+                found=f"workers {worker} and {seat} disagree, and {seat} with itself",
+                fix="the task draws on something that is not seeded, or this machine is faulty",
+            )
+        else:
+            _copy(self._spares[1], slot)
+            control.has_grad[shard] = self._flags[1]
+            record["losses"][shard] = self._loss
+        self.report({"event": "corrupt", "worker": worker, "step": step, "shard": shard})
+
+    def _again(self, step: int, shard: int, copy: int) -> bytes:
+        self._loss = self.compute(step, shard, self._spares[copy], self._flags[copy])
+        return _digest(self._spares[copy], self._flags[copy], self._loss)
+
+
+class StateGuard:
+    """One owner's digests of its blocks between two updates."""
+
+    def __init__(self, shared: SharedState, blocks: Sequence[int], seed: int, fraction: float):
+        self.shared, self.blocks, self.seed, self.fraction = shared, blocks, seed, fraction
+        self._bytes = memoryview(shared.segments["state"].map)
+        self._digests: dict[int, bytes] = {}
+
+    def close(self, step: int) -> None:
+        """Digest a sample of the blocks. Called when `step` has been committed."""
+        self._digests = {
+            number: self._digest(number)
+            for number in self.blocks
+            if is_audited(self.seed, "block", step, number, self.fraction)
+        }
+
+    def open(self, step: int) -> None:
+        """Compare. Called before the update of `step`.
+
+        Raises:
+            IntegrityError: the state has changed since the last update.
+        """
+        for number, digest in self._digests.items():
+            if self._digest(number) != digest:
+                block = self.shared.blocks[number]
+                raise IntegrityError(
+                    f"the state changed in memory between steps {step - 1} and {step}",
+                    expected="the bytes that were committed",
+                    found=f"others in {self.shared.names[block.param]}, elements "
+                    f"{block.start} to {block.stop}, or its optimizer state",
+                    fix="look for faulty memory; resume the run from its last checkpoint",
+                )
+        self._digests = {}
+
+    def _digest(self, number: int) -> bytes:
+        digest = blake3()
+        for item in self.shared.block_ranges(number):
+            digest.update(self._bytes[item.offset : item.offset + item.nbytes])
+        return digest.digest(16)
+
+
+def _private_copy(slot: Slot) -> Slot:
+    return Slot(
+        grads=[torch.empty_like(gradient) for gradient in slot.grads],
+        buffers=[torch.empty_like(buffer) for buffer in slot.buffers],
+        flat=torch.empty(0, dtype=torch.uint8),
+    )
+
+
+def _digest(slot: Slot, flags: Any, loss: float) -> bytes:
+    """A digest of what a shard's computation left: gradients where there are any, buffers, loss."""
+    digest = blake3(np.float64(loss).tobytes() + flags.tobytes())
+    grads = [grad for grad, there in zip(slot.grads, flags, strict=True) if there]
+    for tensor in (*grads, *slot.buffers):
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest(16)
+
+
+def _copy(source: Slot, target: Slot) -> None:
+    for left, right in zip(
+        (*target.grads, *target.buffers), (*source.grads, *source.buffers), strict=True
+    ):
+        left.copy_(right)
+
+
+def flip_bit(tensor: torch.Tensor) -> None:
+    """Flip a high bit of a tensor's last element: what a scripted `flip` fault does."""
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
+    flat[-2] ^= 0x40
