@@ -76,16 +76,6 @@ class ControlShape:
     def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Name, element type and shape of each array, in order."""
         words = LINE // 4
-        record = np.dtype(
-            [
-                ("step", np.int64),
-                ("norm", np.float64),
-                ("rate", np.float64),
-                ("time", np.float64),
-                ("digests", np.uint8, (PER_STEP, DIGEST_BYTES)),
-                ("losses", np.float64, (self.shards,)),
-            ]
-        )
         return {
             "header": (np.int32, (2, words)),
             "progress": (np.int32, (self.seats, words)),
@@ -95,7 +85,10 @@ class ControlShape:
             "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
             "norms": (np.float64, (max(self.params, 1),)),
             "seconds": (np.float64, (self.seats, len(Stat))),
-            "ring": (record, (RING,)),
+            "losses": (np.float64, (RING, self.shards)),
+            "total_norms": (np.float64, (RING,)),
+            "times": (np.float64, (RING,)),
+            "digests": (np.uint8, (RING * PER_STEP * DIGEST_BYTES,)),
             "fired": (np.uint8, (MAX_FAULTS,)),
         }
 
@@ -128,7 +121,12 @@ class Control:
         self.has_grad = arrays["has_grad"]
         self.norms = arrays["norms"]
         self.seconds = arrays["seconds"]
-        self.ring = arrays["ring"]
+        # The ring: what is recorded of a step lies at index `step % RING` until it is drained.
+        self.losses = arrays["losses"]
+        self.total_norms = arrays["total_norms"]
+        self.times = arrays["times"]
+        self._digests = arrays["digests"]
+        self._digest_bytes = self._digests.data
         self.fired = arrays["fired"]
 
     # The lease: workers may run every step below it. Written by the master.
@@ -182,22 +180,21 @@ class Control:
         self._words[word + 1] = shard
         self._words[word + 2] = (self._words[word + 2] + 1) & 0x7FFFFFFF
 
-    def record(self, step: int) -> Any:
-        """The ring record of `step`; valid from its commit until `RING` steps later."""
-        return self.ring[step % RING]
+    def set_digest(self, step: int, index: int, digest: bytes) -> None:
+        """Record the digest of the step's unit of this index."""
+        start = ((step % RING) * PER_STEP + index) * DIGEST_BYTES
+        self._digest_bytes[start : start + DIGEST_BYTES] = digest
+
+    def digest(self, step: int, index: int) -> str:
+        """The digest of the step's unit of this index, in hex."""
+        start = ((step % RING) * PER_STEP + index) * DIGEST_BYTES
+        return self._digest_bytes[start : start + DIGEST_BYTES].hex()
 
     def close(self) -> None:
         """Let go of the views, then of the segment."""
         self._words.release()
-        for name in (
-            "shard_done",
-            "shard_by",
-            "block_done",
-            "has_grad",
-            "norms",
-            "seconds",
-            "ring",
-            "fired",
-        ):
-            setattr(self, name, None)
+        self._digest_bytes.release()
+        views = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
+        for name in views:
+            delattr(self, name)
         self.segment.close()

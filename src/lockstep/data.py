@@ -17,7 +17,7 @@ from lockstep.processes import die_with_parent
 from lockstep.sampling import Indices, Sampling
 from lockstep.seeds import derive, seed_everything
 
-Fetch = Callable[[int, Sequence[int]], Any]
+Fetch = Callable[[int, Sequence[int] | Indices], Any]
 """`(data_epoch, indices) -> batch`."""
 
 
@@ -29,19 +29,24 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     """
     if type(dataset) is TensorDataset and type(task).collate is Task.collate:
         tensors = dataset.tensors
-        return lambda _, indices: _index(tensors, indices)
+
+        def fetch_rows(_: int, indices: Sequence[int] | Indices) -> list[torch.Tensor]:
+            rows = _as_index(indices)
+            return [tensor.index_select(0, rows) for tensor in tensors]
+
+        return fetch_rows
     get_all = getattr(dataset, "__getitems__", None)
     if get_all is not None:
 
-        def fetch_all(data_epoch: int, indices: Sequence[int]) -> Any:
-            seed_everything(derive(seed, "sample", data_epoch, indices[0]))
-            return task.collate(get_all(list(indices)))
+        def fetch_all(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
+            seed_everything(derive(seed, "sample", data_epoch, int(indices[0])))
+            return task.collate(get_all(_as_list(indices)))
 
         return fetch_all
 
-    def fetch_each(data_epoch: int, indices: Sequence[int]) -> Any:
+    def fetch_each(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
         samples = []
-        for index in indices:
+        for index in _as_list(indices):
             seed_everything(derive(seed, "sample", data_epoch, index))
             samples.append(dataset[index])
         return task.collate(samples)
@@ -49,9 +54,14 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     return fetch_each
 
 
-def _index(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
-    index = torch.as_tensor(indices)
-    return [tensor.index_select(0, index) for tensor in tensors]
+def _as_index(indices: Sequence[int] | Indices) -> torch.Tensor:
+    if isinstance(indices, np.ndarray):
+        return torch.from_numpy(indices)
+    return torch.as_tensor(indices)
+
+
+def _as_list(indices: Sequence[int] | Indices) -> list[int]:
+    return indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
 
 
 class Order:
@@ -179,15 +189,18 @@ class Loader:
     def _work(self, first: int) -> Iterator[Work]:
         for step in range(first, self.last):
             for shard in self._shards:
-                if self.sampling.shard_samples(step, shard):
+                if shard in self.sampling.active(step):
                     yield step, shard
 
     def _advance(self) -> None:
         self._next = next(self._upcoming, None)
 
     def _fetch(self, work: Work) -> Any:
+        indices = self._order.indices(*work)
+        if self.decision:
+            return self.fetch(self.sampling.data_epoch(work[0]), indices)
         wall, cpu = time.perf_counter(), time.thread_time()
-        batch = self.fetch(self.sampling.data_epoch(work[0]), self._order.indices(*work).tolist())
+        batch = self.fetch(self.sampling.data_epoch(work[0]), indices)
         self._times.fetches += 1
         self._times.wall += time.perf_counter() - wall
         self._times.cpu += time.thread_time() - cpu

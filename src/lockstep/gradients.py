@@ -18,37 +18,52 @@ CHUNK = 1 << 15
 """Elements: sums of more than two shards are made in pieces of this size, within the cache."""
 
 
-class SlotWriter:
-    """Copies each gradient into the current shard's slot as soon as autograd has finished it.
+EARLY = 1 << 16
+"""Elements: gradients from this size on are copied and dropped as soon as they are there."""
 
-    The gradient is dropped at once, so a worker holds one gradient and not two. It is copied, not
-    added to zeros: adding would turn -0.0 into 0.0.
+
+class SlotWriter:
+    """Copies a shard's gradients into its slot: large ones as soon as autograd has finished them,
+    so that a worker holds one gradient and not two, small ones all at once after the backward pass.
+
+    They are copied, not added to zeros: adding would turn -0.0 into 0.0.
     """
 
     def __init__(self, shared: SharedState) -> None:
         self._grads: list[torch.Tensor] = []
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
+        self._names = shared.names
+        self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
-            hook = self._hook(index, shared.names[index])
-            parameter.register_post_accumulate_grad_hook(hook)
+            if parameter.numel() < EARLY:
+                self._late.append((index, parameter))
+            else:
+                parameter.register_post_accumulate_grad_hook(self._hook(index))
 
     def begin(self, slot: Slot, written: npt.NDArray[np.uint8]) -> None:
         """Direct the gradients of the coming backward pass to a slot; `written` marks them."""
         self._grads, self._written = slot.grads, written
         written[:] = 0
 
-    def _hook(self, index: int, name: str) -> Callable[[nn.Parameter], None]:
+    def finish(self) -> None:
+        """Copy the small gradients. Called after each backward pass of a shard."""
+        homes, gradients = [], []
+        for index, parameter in self._late:
+            gradient = parameter.grad
+            if gradient is not None:
+                self._check(index, gradient)
+                homes.append(self._grads[index])
+                gradients.append(gradient)
+                self._written[index] = 1
+                parameter.grad = None
+        torch._foreach_copy_(homes, gradients)
+
+    def _hook(self, index: int) -> Callable[[nn.Parameter], None]:
         def keep(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if gradient is None:
                 return
-            if gradient.layout is not torch.strided:
-                raise TaskError(
-                    f"the gradient of {name} is sparse",
-                    expected="dense gradients",
-                    found=str(gradient.layout),
-                    fix="build the embedding with sparse=False",
-                )
+            self._check(index, gradient)
             if self._written[index]:
                 self._grads[index].add_(gradient)  # the loss ran backward more than once
             else:
@@ -57,6 +72,15 @@ class SlotWriter:
             parameter.grad = None
 
         return keep
+
+    def _check(self, index: int, gradient: torch.Tensor) -> None:
+        if gradient.layout is not torch.strided:
+            raise TaskError(
+                f"the gradient of {self._names[index]} is sparse",
+                expected="dense gradients",
+                found=str(gradient.layout),
+                fix="build the embedding with sparse=False",
+            )
 
 
 Node = int | tuple["Node", "Node"]

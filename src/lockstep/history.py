@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 from blake3 import blake3
 
 from lockstep.clock import Clock
-from lockstep.control import DIGEST_BYTES, Phase, progress_of
+from lockstep.control import DIGEST_BYTES, RING, Phase, progress_of
 from lockstep.host import Host
 from lockstep.ledger import StepRecord
 from lockstep.planning import Plan
@@ -53,12 +52,11 @@ class History:
         """
         if self.step < step:
             self._drain_to(progress_of(step - 1, Phase.STARTED))
-            record = self.control.record(step - 1)
             state = memoryview(self.host.state.map)
             for index, unit in enumerate(self.audit.units(step - 1)):
                 digest = blake3(state[unit.offset : unit.offset + unit.nbytes]).digest(DIGEST_BYTES)
-                record["digests"][index] = np.frombuffer(digest, np.uint8)
-            record["time"] = time.perf_counter()
+                self.control.set_digest(step - 1, index, digest)
+            self.control.times[(step - 1) % RING] = time.perf_counter()
             self._drain_to(progress_of(step, Phase.STARTED))
 
     def _drain_to(self, reached: int) -> None:
@@ -70,15 +68,18 @@ class History:
             self.sink.progress(self.step, self.loss, self.clock.rate, len(self.seats))
 
     def _record(self, step: int) -> None:
-        record = self.control.record(step)
+        control, place = self.control, step % RING
         size = self.sampling.batch_samples(step)
         loss = 0.0
-        for shard, value in enumerate(record["losses"].tolist()):
-            loss += value * (self.sampling.shard_samples(step, shard) / size)
+        for value, weight in zip(
+            control.losses[place].tolist(), self.sampling.weights(step), strict=True
+        ):
+            loss += value * weight
         units = {
-            unit.name: record["digests"][index].tobytes().hex()
+            unit.name: control.digest(step, index)
             for index, unit in enumerate(self.audit.units(step))
         }
+        norm = None if self.plan.clip_grad_norm is None else float(control.total_norms[place])
         if step == 0:
             self.sink.event("first_step")
         self.sink.commit(
@@ -88,9 +89,9 @@ class History:
                 samples=size,
                 loss=loss,
                 units=units,
-                norm=float(record["norm"]) if self.plan.clip_grad_norm is not None else None,
+                norm=norm,
             )
         )
-        self.committed_at = float(record["time"])
+        self.committed_at = float(control.times[place])
         self.patience.step_took(self.clock.committed(self.committed_at, size))
         self.loss = loss

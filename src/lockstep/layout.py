@@ -114,7 +114,7 @@ class Unit:
     nbytes: int
 
 
-UNIT_BYTES = (16 << 10, 1 << 20)
+UNIT_BYTES = (4 << 10, 1 << 20)
 """Bytes: the least and the largest size of a digest unit."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from lockstep.control import Control
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
 from lockstep.layout import Block
-from lockstep.optim import StateKey
+from lockstep.optim import StateKey, bare_step
 from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
 from lockstep.undo import Range, UndoWriter, group_blocks, merge_ranges
 
@@ -26,17 +27,23 @@ class Presence:
 
     def __init__(self, control: Control, active: Sequence[int]) -> None:
         flags = control.has_grad
-        shards = flags.shape[0]
+        shards = len(flags)
         self.uniform: Mask | None = None
         """The mask that all parameters share, or None where they differ."""
-        if flags[active].all():
-            self.uniform = tuple(shard in active for shard in range(shards))
+        everything = flags if len(active) == shards else flags[list(active)]
+        if everything.all():
+            self.uniform = _mask(tuple(active), shards)
         else:
-            keep = [shard in active for shard in range(shards)]
+            keep = _mask(tuple(active), shards)
             self._masks = [tuple(column) for column in ((flags.T != 0) & keep).tolist()]
 
     def of(self, param: int) -> Mask:
         return self._masks[param] if self.uniform is None else self.uniform
+
+
+@lru_cache(maxsize=64)
+def _mask(active: tuple[int, ...], shards: int) -> Mask:
+    return tuple(shard in active for shard in range(shards))
 
 
 @dataclass
@@ -73,8 +80,14 @@ class UpdateGroup:
     total: torch.Tensor
     grads: list[torch.Tensor]
     """Per block: its part of `total`, in the shape of its parameter."""
+    only_grads: list[torch.Tensor]
+    """Per block: its run of the first slot in the same shape; the gradient where V = 1."""
     members: list[list[nn.Parameter]]
     """Per parameter group of the optimizer."""
+    grads_in_place: Sequence[torch.Tensor | None] = ()
+    """The gradients that the blocks' parameters hold."""
+    settled: bool = False
+    """Whether all optimizer state is in shared memory and stays there by itself."""
 
 
 class Owner:
@@ -98,6 +111,7 @@ class Owner:
         ]
         self._loaded: UpdateGroup | None = None
         self._first_update = True
+        self._step = bare_step(self.optimizer)
 
     def reduce(self, reduced: Sequence[torch.Tensor], presence: Presence) -> None:
         """Sum this owner's blocks into the shared gradient, before its norm is taken."""
@@ -126,20 +140,18 @@ class Owner:
             if self._first_update:
                 grads = self._leave_out_done(group, grads, step)
             self.undo.save(group.ranges, group.first, step)
-            self._fault("update_begin", step)
+            if self.faults:
+                self.faults.at("update_begin", step)
             self._run_optimizer(group, grads)
-            self._fault("update_end", step)
+            if self.faults:
+                self.faults.at("update_end", step)
             self._done[group.first : group.last + 1] = step
-            self._fault("update_done", step)
+            if self.faults:
+                self.faults.at("update_done", step)
             self.undo.clear()
         for number in self._unmanaged:
             self._done[number] = step
         self._first_update = False
-
-    def _fault(self, phase: str, step: int) -> None:
-        """Let a scripted fault strike here."""
-        if self.faults:
-            self.faults.at(phase, step)
 
     def _leave_out_done(
         self, group: UpdateGroup, grads: Sequence[torch.Tensor | None], step: int
@@ -152,7 +164,7 @@ class Owner:
 
     def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
         if presence.uniform == (True,):
-            return [owned.shaped(owned.leaves[0]) for owned in group.blocks]
+            return group.only_grads
         if presence.uniform is not None:
             self._reducer.sum(presence.uniform, group.leaves, group.total)
             return group.grads
@@ -180,16 +192,20 @@ class Owner:
         ]
 
     def _run_optimizer(self, group: UpdateGroup, grads: Sequence[torch.Tensor | None]) -> None:
-        for owned, gradient in zip(group.blocks, grads, strict=True):
-            owned.param.grad = gradient
+        if grads is not group.grads_in_place:
+            for owned, gradient in zip(group.blocks, grads, strict=True):
+                owned.param.grad = gradient
+            group.grads_in_place = grads
         if group is not self._loaded:
             for options, members in zip(self.optimizer.param_groups, group.members, strict=True):
                 options["params"] = members
             self._loaded = group
-        self.optimizer.step()
-        for owned, gradient in zip(group.blocks, grads, strict=True):
-            if gradient is not None and (owned.rebound or not owned.begun):
-                self._share(owned)
+        self._step(self.optimizer)
+        if not group.settled:
+            for owned, gradient in zip(group.blocks, grads, strict=True):
+                if gradient is not None and (owned.rebound or not owned.begun):
+                    self._share(owned)
+            group.settled = all(owned.begun and not owned.rebound for owned in group.blocks)
 
     def _share(self, owned: OwnedBlock) -> None:
         """Bring state that the optimizer has made or replaced to its place in shared memory."""
@@ -225,6 +241,7 @@ class Owner:
             leaves=leaves,
             total=total,
             grads=[item.shaped(item.total) for item in owned],
+            only_grads=[item.shaped(item.leaves[0]) for item in owned],
             members=members,
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ class Sampling:
     shards: int
     seed: int
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.samples / self.batch_size)
 
@@ -51,10 +53,27 @@ class Sampling:
         size = stop - start
         return start + size * shard // self.shards, start + size * (shard + 1) // self.shards
 
-    def shard_samples(self, step: int, shard: int) -> int:
-        """n: how many samples the shard has; the shard's weight in the step is n / N."""
-        start, stop = self.shard_span(step, shard)
-        return stop - start
+    def weights(self, step: int) -> tuple[float, ...]:
+        """Each shard's share n / N of the step's samples."""
+        start, stop = self.batch_span(step)
+        return _weights(stop - start, self.shards)
+
+    def active(self, step: int) -> tuple[int, ...]:
+        """The shards that have samples."""
+        start, stop = self.batch_span(step)
+        return _active(stop - start, self.shards)
+
+
+@lru_cache(maxsize=64)
+def _weights(size: int, shards: int) -> tuple[float, ...]:
+    edges = [size * shard // shards for shard in range(shards + 1)]
+    return tuple((stop - start) / size for start, stop in pairwise(edges))
+
+
+@lru_cache(maxsize=64)
+def _active(size: int, shards: int) -> tuple[int, ...]:
+    weights = _weights(size, shards)
+    return tuple(shard for shard in range(shards) if weights[shard])
 
 
 def home_shards(shards: int, workers: int, rank: int) -> range:

@@ -16,7 +16,7 @@ import torch
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
 from lockstep.barrier import Barrier
 from lockstep.claims import Claims
-from lockstep.control import DIGEST_BYTES, Phase, Stat, progress_of
+from lockstep.control import DIGEST_BYTES, RING, Phase, Stat, progress_of
 from lockstep.data import Loader
 from lockstep.errors import NonFiniteError, TaskError
 from lockstep.faults import Fault, FaultScript
@@ -98,10 +98,11 @@ class Stepper:
     ) -> None:
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.audit, self.seed, self.clip = audit, seed, clip_grad_norm
-        self.autocast, self.faults = autocast, faults
+        self.autocast, self.faults = autocast, faults or None
         self.control = shared.control
         self.scheduler = task.scheduler(shared.optimizer)
         self._scheduled = 0
+        self._fetching = 0.0
         shared.optimizer._opt_called = True  # type: ignore[attr-defined]  # not all own blocks
         self._audit_fraction, self._report = audit_fraction, report
         self._gradient_audit: GradientAudit | None = None
@@ -109,7 +110,7 @@ class Stepper:
         self._writer = SlotWriter(shared)
         self._buffers = [buffer for _, buffer in shared.buffers]
         self._state = memoryview(shared.segments["state"].map)
-        self._ones: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
         self._reduced = shared.reduced
 
     def join(self, part: Part, barrier: Barrier, owner: Owner) -> None:
@@ -133,7 +134,9 @@ class Stepper:
         begun = clock()
         self._compute_all(step, todo)
         computed = clock()
-        seconds[Stat.COMPUTE] += computed - begun
+        fetching, self._fetching = self._fetching, 0.0
+        seconds[Stat.COMPUTE] += computed - begun - fetching
+        self.loader.consider(seconds[Stat.COMPUTE])
         if not resume_update:
             barrier.arrive(progress_of(step, Phase.COMPUTED))
             if self._fault("barrier", step) is not None:
@@ -143,7 +146,7 @@ class Stepper:
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
         self._fault("reduce", step)
-        active = [v for v in range(self.sampling.shards) if self.sampling.shard_samples(step, v)]
+        active = self.sampling.active(step)
         if self._audit_fraction and not resume_update:
             self._check_all(step, active)
         presence = Presence(control, active)
@@ -152,8 +155,7 @@ class Stepper:
             scale = self._clip_scale(step, presence, resume_update)
         reduced = clock()
         self.owner.update(step, presence, self._reduced if scale is not None else None, scale)
-        if self.part.rank == 0:
-            control.record(step)["rate"] = self.shared.optimizer.param_groups[0]["lr"]
+        if self._buffers and self.part.rank == 0:
             self._combine_buffers(step)
         updated = clock()
         barrier.arrive(progress_of(step, Phase.UPDATED))
@@ -163,11 +165,11 @@ class Stepper:
         self.catch_up(step + 1)
         self._fault("audit", step)
         if self.part.rank == 0:
-            control.record(step)["time"] = committed
+            control.times[step % RING] = committed
         if self._audit_fraction:
             self._guard.close(step)
         self._record_digests(step)
-        seconds[Stat.DATA] += waiting - computed
+        seconds[Stat.DATA] += waiting - computed + fetching
         seconds[Stat.WAIT] += (meeting - waiting) + (committed - updated)
         seconds[Stat.REDUCE] += reduced - meeting
         seconds[Stat.UPDATE] += updated - reduced
@@ -189,14 +191,14 @@ class Stepper:
     def _compute(self, step: int, shard: int) -> None:
         """Forward and backward of one shard, into its slot."""
         control, loss = self.control, 0.0
-        if self.sampling.shard_samples(step, shard):
+        if shard in self.sampling.active(step):
             control.beat(self.part.seat, shard)
             slot = self.shared.slots[shard]
             loss = self._gradient(step, shard, slot, control.has_grad[shard])
             struck = self._fault("slot", step, shard)
             if struck is not None:
                 flip_bit(slot.grads[0])
-        control.record(step)["losses"][shard] = loss
+        control.losses[step % RING, shard] = loss
         control.shard_by[shard] = self.part.seat
         control.shard_done[shard] = step
 
@@ -205,7 +207,7 @@ class Stepper:
         begun = time.perf_counter()
         self._fault("load", step, shard)
         batch = self.loader.get(step, shard)
-        self._seconds[Stat.DATA] += time.perf_counter() - begun
+        self._fetching += time.perf_counter() - begun
         seed_everything(derive(self.seed, "shard", step, shard))
         for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
             buffer.copy_(committed)
@@ -214,17 +216,17 @@ class Stepper:
         with self._precision():
             loss = self.task.loss(self.shared.model, batch)
         value = check_loss(loss, step, shard, self.sampling)
-        samples = self.sampling.shard_samples(step, shard)
-        weight = samples / self.sampling.batch_samples(step)
+        weight = self.sampling.weights(step)[shard]
         self._fault("backward", step, shard)
         loss.backward(self._weight(weight, loss))
+        self._writer.finish()
         for kept, buffer in zip(slot.buffers, self._buffers, strict=True):
             kept.copy_(buffer)
         return value
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
         """Let a scripted fault strike here; one that flips a bit is returned."""
-        return self.faults.at(phase, step, shard) if self.faults else None
+        return None if self.faults is None else self.faults.at(phase, step, shard)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast:
@@ -239,10 +241,10 @@ class Stepper:
         """
         if weight == 1:
             return None
-        key = (weight, loss.dtype)
-        if key not in self._ones:
-            self._ones[key] = torch.tensor(weight, dtype=loss.dtype)
-        return self._ones[key].expand(loss.shape)
+        key = (weight, loss.dtype, loss.shape)
+        if key not in self._roots:
+            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype)
+        return self._roots[key]
 
     def _check_all(self, step: int, active: Sequence[int]) -> None:
         """Audit the step before its gradients are used."""
@@ -276,7 +278,7 @@ class Stepper:
         there = [i for i in range(len(self.shared.params)) if any(presence.of(i))]
         parts = torch.from_numpy(norms[there]).to(dtype)
         total = torch.linalg.vector_norm(parts, 2.0) if there else torch.zeros((), dtype=dtype)
-        self.control.record(step)["norm"] = total.item()
+        self.control.total_norms[step % RING] = total.item()
         return torch.clamp(self.clip / (total + 1e-6), max=1.0)
 
     def _meet(self, progress: int) -> None:
@@ -284,10 +286,7 @@ class Stepper:
         self.barrier.wait(progress)
 
     def _combine_buffers(self, step: int) -> None:
-        size = self.sampling.batch_samples(step)
-        weights = [
-            self.sampling.shard_samples(step, shard) / size for shard in range(self.sampling.shards)
-        ]
+        weights = self.sampling.weights(step)
         for index, committed in enumerate(self.shared.committed):
             combine_buffers(committed, [slot.buffers[index] for slot in self.shared.slots], weights)
 
@@ -304,10 +303,8 @@ class Stepper:
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""
-        record = self.control.record(step)
         for index, unit in enumerate(self.audit.units(step)):
             if (step + index) % self.part.workers == self.part.rank:
                 view = self._state[unit.offset : unit.offset + unit.nbytes]
-                digest = blake3.blake3(view).digest(DIGEST_BYTES)
-                record["digests"][index] = np.frombuffer(digest, np.uint8)
+                self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))
         self.barrier.arrive(progress_of(step + 1, Phase.STARTED))

@@ -123,6 +123,7 @@ class Worker:
 
     def join(self, message: Message) -> None:
         """Take a place among the members and catch up with the step in flight."""
+        self.doing = "joining"
         self.step = message["step"]
         seats: list[int] = message["seats"]
         rank, workers = seats.index(self.seat), len(seats)
