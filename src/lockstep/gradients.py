@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control
+from lockstep.embeddings import SparseTables
 from lockstep.errors import TaskError
 from lockstep.state import SharedState, Slot
 
@@ -32,7 +33,8 @@ class SlotWriter:
     def __init__(self, shared: SharedState) -> None:
         self._grads: list[torch.Tensor] = []
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
-        self._names = shared.names
+        self._names, self._params = shared.names, shared.params
+        self.tables = SparseTables(shared.model, shared.params)
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
             if parameter.numel() < EARLY:
@@ -42,8 +44,14 @@ class SlotWriter:
 
     def begin(self, slot: Slot, written: npt.NDArray[np.uint8]) -> None:
         """Direct the gradients of the coming backward pass to a slot; `written` marks them."""
+        self.tables.begin()
         self._grads, self._written = slot.grads, written
         written[:] = 0
+
+    def abandon(self) -> None:
+        """Drop what a backward pass that was cut short has left."""
+        for parameter in self._params:
+            parameter.grad = None
 
     def finish(self) -> None:
         """Copy the small gradients. Called after each backward pass of a shard."""
@@ -62,6 +70,11 @@ class SlotWriter:
         def keep(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if gradient is None:
+                return
+            if index in self.tables:
+                parameter.grad = None
+                self.tables.store(index, gradient, self._grads[index])
+                self._written[index] = 1
                 return
             self._check(index, gradient)
             if self._written[index]:

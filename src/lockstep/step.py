@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import blake3
 import numpy as np
@@ -18,6 +19,7 @@ from lockstep.barrier import Barrier
 from lockstep.claims import Claims
 from lockstep.control import DIGEST_BYTES, RING, Phase, Stat, progress_of
 from lockstep.data import Loader
+from lockstep.embeddings import Redo
 from lockstep.errors import NonFiniteError, TaskError
 from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
@@ -117,6 +119,7 @@ class Stepper:
         """Take a part in the membership that begins now."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
+        self._writer.tables.forget()
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
 
     def run(self, step: int, todo: Sequence[int], resume_update: bool = False) -> None:
@@ -194,6 +197,8 @@ class Stepper:
         if shard in self.sampling.active(step):
             control.beat(self.part.seat, shard)
             slot = self.shared.slots[shard]
+            if control.shard_by[shard] != self.part.seat:
+                self._writer.tables.forget(slot)
             loss = self._gradient(step, shard, slot, control.has_grad[shard])
             struck = self._fault("slot", step, shard)
             if struck is not None:
@@ -208,6 +213,16 @@ class Stepper:
         self._fault("load", step, shard)
         batch = self.loader.get(step, shard)
         self._fetching += time.perf_counter() - begun
+        while True:
+            try:
+                return self._differentiate(step, shard, batch, slot, written)
+            except Redo:  # an embedding was found to need its dense form
+                self._writer.abandon()
+
+    def _differentiate(
+        self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
+    ) -> float:
+        """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         seed_everything(derive(self.seed, "shard", step, shard))
         for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
             buffer.copy_(committed)
