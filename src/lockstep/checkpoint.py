@@ -66,7 +66,7 @@ def _sync(path: Path) -> None:
 
 
 def write_checkpoint(
-    folder: Path, step: int, layout: Layout, state: bytes, extra: dict[str, Any]
+    folder: Path, step: int, layout: Layout, state: memoryview, extra: dict[str, Any]
 ) -> Path:
     """Write the state after `step` committed steps under `folder`, atomically.
 
@@ -235,7 +235,7 @@ def usable_checkpoints(folder: Path, at_most: int | None = None) -> Iterator[Che
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
 
 
-def non_finite_tensors(layout: Layout, state: bytes) -> list[str]:
+def non_finite_tensors(layout: Layout, state: memoryview) -> list[str]:
     """Names of the parameters that hold a NaN or an infinity."""
     view = memoryview(state)
     found = []

@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from lockstep import membership
 from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
@@ -95,6 +98,7 @@ class Coordinator:
         self._idle: dict[int, int] = {}
         self._round = 0
         self._results: dict[int, list[BatchSums]] = {}
+        self._copy: npt.NDArray[np.uint8] | None = None
         self._checkpoint_asked = self._stop_asked = self._paused = False
         first = progress_of(step, Phase.STARTED)
         for seat in range(plan.seats):
@@ -291,9 +295,17 @@ class Coordinator:
             self._listen(TICK)
             self._take_requests()
 
-    def snapshot(self) -> bytes:
-        """A copy of the state segment. Called when every worker rests."""
-        return self.host.state.map[: self.host.state.nbytes]
+    def snapshot(self) -> memoryview:
+        """A copy of the state segment, in a buffer that the next one overwrites.
+
+        Called when every worker rests. Copying into memory that is already there takes a third of
+        the time that fresh memory does, and this is what the workers wait for.
+        """
+        self.sink.settle()
+        if self._copy is None:
+            self._copy = np.empty(self.host.state.nbytes, np.uint8)
+        self._copy[:] = np.frombuffer(self.host.state.map, np.uint8, self.host.state.nbytes)
+        return self._copy.data
 
     def _evaluate(self) -> dict[str, float]:
         """The held-out metrics of the state at rest; each batch by one worker.
@@ -326,7 +338,7 @@ class Coordinator:
     def _checkpoint_due(self) -> bool:
         every = self.schedule.checkpoint_seconds
         due = every is not None and time.monotonic() - self._checkpointed >= every
-        return due or self._checkpoint_asked
+        return (due or self._checkpoint_asked) and not self.sink.busy()
 
     def _time_is_up(self) -> bool:
         limit = self.schedule.seconds

@@ -131,7 +131,7 @@ class Failures:
 
     # Errors of the user's code.
 
-    def raised(self, message: Message, snapshot: Callable[[], bytes]) -> LockstepError:
+    def raised(self, message: Message, snapshot: Callable[[], memoryview]) -> LockstepError:
         """The error that a worker has reported. The state before a loss that is not finite is
         kept, if it is sound itself."""
         error = from_message(message["error"])

@@ -19,7 +19,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lockstep.errors import IntegrityError
+from lockstep.errors import IntegrityError, ResourceError
 
 FIRST = "0" * 32
 
@@ -51,7 +51,7 @@ def _chain(previous: str, body: str) -> str:
 
 
 class Ledger:
-    """Appends lines to a run's ledger. Lines reach the disk at `sync`."""
+    """Appends lines to a run's ledger. `flush` gives them to the kernel, `sync` to the disk."""
 
     def __init__(self, path: Path, last_hash: str = FIRST) -> None:
         self.hash = last_hash
@@ -68,15 +68,29 @@ class Ledger:
     def end(self, steps: int, state: str) -> None:
         """Write the last line."""
         self._append(f'{{"end":{steps},"state":"{state}"')
+        self.flush()
         self.sync()
 
     def _append(self, body: str) -> None:
         self.hash = _chain(self.hash, body)
         self._file.write(f'{body},"hash":"{self.hash}"}}\n')
 
+    def flush(self) -> None:
+        """Give every line to the kernel: a killed master loses none of them.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise ResourceError(
+                f"the ledger cannot be written: {error}",
+                fix="free disk space, then resume the run",
+            ) from error
+
     def sync(self) -> None:
-        """Bring every line to the disk."""
-        self._file.flush()
+        """Bring every flushed line to the disk. May be called from any thread."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

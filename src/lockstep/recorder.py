@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,7 @@ class Recorder:
         self.recoveries = start.recoveries
         self._start = start
         self._loss = float("nan")
-        self._state = b""
+        self._state: bytes | memoryview = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Any] | None = None
         self._first_step_at: float | None = None
@@ -71,8 +72,8 @@ class Recorder:
     ) -> None:
         self._writer.shutdown(wait=True)
         self.display.__exit__(kind, error, trace)
-        self.ledger.sync()
-        self.ledger.close()
+        with contextlib.suppress(OSError):  # a full disk has been reported when it was met
+            self.ledger.close()
         self.events.close()
 
     # The sink.
@@ -99,17 +100,18 @@ class Recorder:
     def recovered(self, recoveries: list[dict[str, Any]]) -> None:
         self.recoveries += recoveries
 
-    def checkpoint(self, step: int, state: bytes) -> None:
+    def checkpoint(self, step: int, state: memoryview) -> None:
         """Write in the background, one at a time. A failure is reported, and training goes on."""
-        self.wait()
-        self.ledger.sync()
+        self.settle()
+        self.ledger.flush()
         self._state = state
         extra = {"ledger": self.ledger.hash}
         self._writing = self._writer.submit(self._write, step, state, extra)
 
-    def _write(self, step: int, state: bytes, extra: dict[str, Any]) -> None:
+    def _write(self, step: int, state: memoryview, extra: dict[str, Any]) -> None:
         begun = time.perf_counter()
         try:
+            self.ledger.sync()
             path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
         except ResourceError as error:
             self.events.add("checkpoint_failed", step=step, error=error.what)
@@ -120,8 +122,10 @@ class Recorder:
         for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written."""
+    def busy(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    def settle(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -130,7 +134,7 @@ class Recorder:
 
     def finish(self, steps: int, rate: float, begun: float, source: Source) -> Result:
         """Write what remains, from the state at rest, and make the result."""
-        self.wait()
+        self.settle()
         state = self._state
         digest = fingerprint(tensor_digests(self.layout, state))
         self.ledger.end(steps, digest)

@@ -25,8 +25,17 @@ class Sink(Protocol):
     def recovered(self, recoveries: list[dict[str, Any]]) -> None:
         """Recoveries that have been completed, as the result lists them."""
 
-    def checkpoint(self, step: int, state: bytes) -> None:
-        """A consistent copy of the state segment after `step` committed steps."""
+    def busy(self) -> bool:
+        """Whether the last checkpoint is still being written."""
+
+    def settle(self) -> None:
+        """Wait until it is written: its copy of the state may be overwritten then."""
+
+    def checkpoint(self, step: int, state: memoryview) -> None:
+        """A consistent copy of the state segment after `step` committed steps.
+
+        It stays as it is until `settle` has returned.
+        """
 
 
 class NullSink:
@@ -47,5 +56,11 @@ class NullSink:
     def recovered(self, recoveries: list[dict[str, Any]]) -> None:
         pass
 
-    def checkpoint(self, step: int, state: bytes) -> None:
+    def busy(self) -> bool:
+        return False
+
+    def settle(self) -> None:
+        pass
+
+    def checkpoint(self, step: int, state: memoryview) -> None:
         pass
