@@ -55,8 +55,8 @@ def run(
     with Host.start(source, explicit) as host:
         job, facts = _complete(job, explicit, host)
         plan = _decompose(job, facts, host)
+        profile = host.set_up(plan)
         with RunFolder.create(job.out, source.label) as folder:
-            profile = host.set_up(plan)
             manifest = make_manifest(source, job, plan, profile, host.facts)
             folder.write_manifest(manifest)
             start = Restart(step=0, ledger=None)

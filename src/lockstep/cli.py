@@ -215,28 +215,36 @@ def _job(name: str, extra: list[str]) -> tuple[Any]:
 
 
 def _arguments(extra: list[str]) -> dict[str, Any]:
-    """`--model cnn --wide` as `{"model": "cnn", "wide": True}`; values are read as YAML."""
-    import yaml
-
+    """`--model cnn --wide` as `{"model": "cnn", "wide": True}`."""
     arguments: dict[str, Any] = {}
-    items = iter(extra)
     pending: str | None = None
-    for item in items:
+    for item in extra:
         if item.startswith("--"):
-            if pending is not None:
-                arguments[pending] = True
-            key, equals, value = item[2:].replace("-", "_", 1).partition("=")
-            pending = None if equals else key
-            if equals:
-                arguments[key] = yaml.safe_load(value)
+            name, equals, value = item[2:].partition("=")
+            pending = name.replace("-", "_")
+            arguments[pending] = _value(value) if equals else True
+            pending = None if equals else pending
         elif pending is not None:
-            arguments[pending] = yaml.safe_load(item)
+            arguments[pending] = _value(item)
             pending = None
         else:
             raise JobError(f"unexpected argument {item!r}", expected="--name value")
-    if pending is not None:
-        arguments[pending] = True
     return arguments
+
+
+def _value(text: str) -> Any:
+    """A number, a YAML value such as `[1, 2]` or `true`, or else the text itself."""
+    import yaml
+
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def main() -> None:

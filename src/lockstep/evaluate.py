@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lockstep.buffers import PrivateBuffers
 from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job import Task
@@ -41,8 +42,7 @@ def evaluate_batches(
     `beat` is called with each batch's index before it is evaluated.
     """
     model = shared.model
-    for (_, buffer), committed in zip(shared.buffers, shared.committed, strict=True):
-        buffer.copy_(committed)
+    PrivateBuffers(model, shared.buffers).restore(shared.committed)
     precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if autocast:
         precision = torch.autocast("cpu", torch.bfloat16)

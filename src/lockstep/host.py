@@ -111,6 +111,7 @@ class Host:
             "op": "load",
             "name": source.name,
             "args": dict(source.args),
+            "code": source.code,
             "settings": settings,
             "folder": os.getcwd(),
             "path": [entry or os.getcwd() for entry in sys.path],

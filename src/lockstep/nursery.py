@@ -92,7 +92,7 @@ class Nursery:
         facts = {
             "settings": settings,
             "task": type(self.task).__name__,
-            "code": code_digest(self.task),
+            "code": request["code"] or code_digest(self.task),
             "train_samples": train,
             "eval_samples": held_out,
             "parameters": sum(p.numel() for p in parameters),
@@ -125,6 +125,7 @@ class Nursery:
         assert self.session is not None
         ours, theirs = Channel.pair()
         parent = os.getpid()
+        _flush()
         pid = os.fork()
         if pid == 0:
             _in_child(parent, [self.channel, ours])
@@ -144,6 +145,7 @@ class Nursery:
         """Fork a nursery with the same task, for a trial that must not touch this one's state."""
         ours, theirs = Channel.pair()
         parent = os.getpid()
+        _flush()
         pid = os.fork()
         if pid == 0:
             _in_child(parent, [self.channel, ours])
@@ -223,6 +225,12 @@ def _length(dataset: Any, name: str) -> int:
             fix="look at what it reads, and where from",
         )
     return size
+
+
+def _flush() -> None:
+    """Write what is buffered, so that a fork does not write it again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _in_child(parent: int, inherited: list[Channel]) -> None:

@@ -109,16 +109,21 @@ class Owner:
             for _, run in itertools.groupby(updated, lambda n: self._dtype(n))
             for part in group_blocks(shared.blocks, list(run))
         ]
+        self._leaves = [
+            (n, [storage_run(slot.grads[shared.blocks[n].param], shared.blocks[n])
+                 for slot in shared.slots])
+            for n in numbers
+        ]  # fmt: skip
         self._loaded: UpdateGroup | None = None
         self._first_update = True
         self._step = bare_step(self.optimizer)
 
     def reduce(self, reduced: Sequence[torch.Tensor], presence: Presence) -> None:
         """Sum this owner's blocks into the shared gradient, before its norm is taken."""
-        for group in self.groups:
-            for owned in group.blocks:
-                run = storage_run(reduced[owned.block.param], owned.block)
-                self._reducer.sum(presence.of(owned.block.param), owned.leaves, run)
+        for number, leaves in self._leaves:
+            block = self.shared.blocks[number]
+            run = storage_run(reduced[block.param], block)
+            self._reducer.sum(presence.of(block.param), leaves, run)
 
     def update(
         self,

@@ -80,5 +80,7 @@ class Result:
             content = json.loads(folder.result_path.read_text())
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{path} has no readable result: {error}") from error
-        source = Source(**manifest["source"]) if manifest["source"]["importable"] else None
+        recorded, source = manifest["source"], None
+        if recorded["importable"]:
+            source = Source(name=recorded["name"], args=recorded["args"])
         return Result(**{**content, "folder": Path(path), "source": source})

@@ -32,6 +32,8 @@ class Source:
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
     payload: bytes | None = None
+    code: str = ""
+    """The digest of the code of a pickled object, made where the code is."""
 
     @property
     def label(self) -> str:
@@ -58,7 +60,9 @@ def source_of(job: Job) -> Source:
     if module == "__main__":
         module = getattr(sys.modules["__main__"], "__file__", None) or "__main__"
     return Source(
-        name=_absolute(f"{module}:{kind.__qualname__}"), payload=cloudpickle.dumps(job.task)
+        name=_absolute(f"{module}:{kind.__qualname__}"),
+        payload=cloudpickle.dumps(job.task),
+        code=code_digest(job.task),
     )
 
 

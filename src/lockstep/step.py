@@ -16,7 +16,9 @@ import torch
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
 from lockstep.barrier import Barrier
+from lockstep.buffers import PrivateBuffers
 from lockstep.claims import Claims
+from lockstep.clipping import NormLimit
 from lockstep.control import DIGEST_BYTES, RING, Phase, Stat, progress_of
 from lockstep.data import Loader
 from lockstep.embeddings import Redo
@@ -99,7 +101,7 @@ class Stepper:
         report: Report,
     ) -> None:
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
-        self.audit, self.seed, self.clip = audit, seed, clip_grad_norm
+        self.audit, self.seed = audit, seed
         self.autocast, self.faults = autocast, faults or None
         self.control = shared.control
         self.scheduler = task.scheduler(shared.optimizer)
@@ -110,10 +112,14 @@ class Stepper:
         self._gradient_audit: GradientAudit | None = None
         self._claims = Claims(shared.control)
         self._writer = SlotWriter(shared)
-        self._buffers = [buffer for _, buffer in shared.buffers]
+        self._buffers = PrivateBuffers(shared.model, shared.buffers)
+        self._all_params = list(shared.model.named_parameters())
         self._state = memoryview(shared.segments["state"].map)
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
         self._reduced = shared.reduced
+        self._limit = None
+        if clip_grad_norm is not None:
+            self._limit = NormLimit(shared, clip_grad_norm, self._meet)
 
     def join(self, part: Part, barrier: Barrier, owner: Owner) -> None:
         """Take a part in the membership that begins now."""
@@ -154,8 +160,8 @@ class Stepper:
             self._check_all(step, active)
         presence = Presence(control, active)
         scale = None
-        if self.clip is not None:
-            scale = self._clip_scale(step, presence, resume_update)
+        if self._limit is not None:
+            scale = self._limit.scale(step, presence, self.owner, self.part.norms, resume_update)
         reduced = clock()
         self.owner.update(step, presence, self._reduced if scale is not None else None, scale)
         if self._buffers and self.part.rank == 0:
@@ -224,8 +230,8 @@ class Stepper:
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         seed_everything(derive(self.seed, "shard", step, shard))
-        for buffer, committed in zip(self._buffers, self.shared.committed, strict=True):
-            buffer.copy_(committed)
+        self._buffers.restore(self.shared.committed)
+        versions = [parameter._version for _, parameter in self._all_params]
         self._writer.begin(slot, written)
         self._fault("forward", step, shard)
         with self._precision():
@@ -235,9 +241,23 @@ class Stepper:
         self._fault("backward", step, shard)
         loss.backward(self._weight(weight, loss))
         self._writer.finish()
-        for kept, buffer in zip(slot.buffers, self._buffers, strict=True):
-            kept.copy_(buffer)
+        self._buffers.save(slot.buffers)
+        if versions != [parameter._version for _, parameter in self._all_params]:
+            raise self._changed(versions)
         return value
+
+    def _changed(self, versions: list[int]) -> TaskError:
+        changed = [
+            name
+            for (name, parameter), version in zip(self._all_params, versions, strict=True)
+            if parameter._version != version
+        ]
+        return TaskError(
+            "the loss changed parameters in place: workers share them, so who is first would count",
+            expected="parameters that only the optimizer changes",
+            found=", ".join(changed[:5]),
+            fix="keep what the loss changes in a buffer, and leave out max_norm of embeddings",
+        )
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
         """Let a scripted fault strike here; one that flips a bit is returned."""
@@ -272,29 +292,6 @@ class Stepper:
         self._meet(progress_of(step, Phase.GUARDED))
         self._gradient_audit.check(step, active, part.rank, part.workers, part.seat)
         self._meet(progress_of(step, Phase.AUDITED))
-
-    def _clip_scale(self, step: int, presence: Presence, resumed: bool) -> torch.Tensor:
-        """The factor that limits the global norm: `torch.nn.utils.clip_grad_norm_`'s own.
-
-        The norm of each whole tensor is taken by one worker, and then the norm of the norms by
-        each, so the bits are those of the plain function on the summed gradient.
-        """
-        assert self._reduced is not None and self.clip is not None
-        norms = self.control.norms
-        if not resumed:
-            self.owner.reduce(self._reduced, presence)
-            self._meet(progress_of(step, Phase.REDUCED))
-            for index in self.part.norms:
-                if any(presence.of(index)):
-                    norms[index] = torch.linalg.vector_norm(self._reduced[index], 2.0).item()
-            self._meet(progress_of(step, Phase.NORMED))
-        dtypes = {parameter.dtype for parameter in self.shared.params}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        there = [i for i in range(len(self.shared.params)) if any(presence.of(i))]
-        parts = torch.from_numpy(norms[there]).to(dtype)
-        total = torch.linalg.vector_norm(parts, 2.0) if there else torch.zeros((), dtype=dtype)
-        self.control.total_norms[step % RING] = total.item()
-        return torch.clamp(self.clip / (total + 1e-6), max=1.0)
 
     def _meet(self, progress: int) -> None:
         self.barrier.arrive(progress)

@@ -1,0 +1,49 @@
+"""A worker's own buffers: every shard starts from the committed ones and leaves its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lockstep.errors import TaskError
+
+
+class PrivateBuffers:
+    """The model's buffers as this worker's forward passes see them.
+
+    They are looked up in their modules each time: a forward pass may put another tensor in the
+    place of one (`self.count = self.count + 1`).
+    """
+
+    def __init__(self, model: nn.Module, buffers: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._places: list[tuple[nn.Module, str, torch.Tensor]] = []
+        for name, own in buffers:
+            path, _, leaf = name.rpartition(".")
+            self._places.append((model.get_submodule(path), leaf, own))
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def restore(self, committed: Sequence[torch.Tensor]) -> None:
+        """Set every buffer to its committed value."""
+        for (module, leaf, own), value in zip(self._places, committed, strict=True):
+            module._buffers[leaf] = own.copy_(value)
+
+    def save(self, homes: Sequence[torch.Tensor]) -> None:
+        """Copy what the forward pass has left into a slot.
+
+        Raises:
+            TaskError: a buffer has another shape or type than it had at the start.
+        """
+        for (module, leaf, own), home in zip(self._places, homes, strict=True):
+            value = module._buffers[leaf]
+            if value is None or value.shape != own.shape or value.dtype != own.dtype:
+                raise TaskError(
+                    f"the forward pass changed the shape or type of buffer {leaf}",
+                    expected=f"{tuple(own.shape)} {own.dtype}",
+                    found="None" if value is None else f"{tuple(value.shape)} {value.dtype}",
+                    fix="give it its final shape when the model is built",
+                )
+            home.copy_(value)
