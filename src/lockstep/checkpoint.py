@@ -5,34 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import safetensors
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, ResourceError
-from lockstep.fingerprint import fingerprint, tensor_digests
+from lockstep.fingerprint import entry_array, fingerprint, tensor_digests
 from lockstep.layout import Entry, Layout
 from lockstep.memory import Segment
 
 MODEL, REST, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
-
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
-
-
-def entry_array(entry: Entry, state: memoryview) -> npt.NDArray[Any]:
-    """A tensor of the state as an array of words of its element size, in its own shape."""
-    count = int(np.prod(entry.shape, dtype=np.int64))
-    size = entry.nbytes // count if count else 1
-    flat: npt.NDArray[Any] = np.frombuffer(state, _WORDS[size], count=count, offset=entry.offset)
-    return np.lib.stride_tricks.as_strided(
-        flat, entry.shape, [stride * size for stride in entry.stride], writeable=True
-    )
 
 
 def write_model(path: Path, layout: Layout, state: bytes | memoryview) -> None:
@@ -90,6 +76,7 @@ def write_checkpoint(
             "files": {name: file_digest(partial / name) for name in (MODEL, REST)},
             **extra,
         }
+        manifest["digest"] = _manifest_digest(manifest)
         write_json(partial / MANIFEST, manifest)
         if final.exists():
             shutil.rmtree(final)
@@ -175,17 +162,38 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        recorded = manifest.pop("digest")
+        if recorded != _manifest_digest(manifest):
+            raise IntegrityError(
+                f"{path / MANIFEST} is not what was written",
+                expected=f"digest {_manifest_digest(manifest)[:16]}…",
+                found=f"digest {str(recorded)[:16]}…",
+                fix="it was torn or altered; an earlier checkpoint can be used",
+            )
         for name, expected in manifest["files"].items():
-            if (found := file_digest(path / name)) != expected:
-                raise IntegrityError(
-                    f"{path / name} is not what was written",
-                    expected=f"digest {expected[:16]}…",
-                    found=f"digest {found[:16]}…{_name_tensors(path / name, manifest)}",
-                    fix="it was torn or altered; an earlier checkpoint can be used",
-                )
-    except (OSError, ValueError, KeyError) as error:
-        raise IntegrityError(f"{path} is not a whole checkpoint: {error}") from error
+            _check_file(path / name, expected, manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"{path / MANIFEST} is not a checkpoint's manifest: {error}",
+            fix="an earlier checkpoint can be used",
+        ) from error
     return Checkpoint(path=path, step=manifest["step"], manifest=manifest)
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return blake3(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_file(path: Path, expected: str, manifest: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing", fix="an earlier checkpoint can be used")
+    if (found := file_digest(path)) != expected:
+        raise IntegrityError(
+            f"{path} is not what was written",
+            expected=f"digest {expected[:16]}…",
+            found=f"digest {found[:16]}…{_name_tensors(path, manifest)}",
+            fix="it was torn or altered; an earlier checkpoint can be used",
+        )
 
 
 def _name_tensors(path: Path, manifest: dict[str, Any]) -> str:
@@ -218,18 +226,7 @@ _DTYPES = {
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Paths of the checkpoints under a run's `checkpoints` folder, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
-
-
-def usable_checkpoints(folder: Path, at_most: int | None = None) -> Iterator[Checkpoint]:
-    """The good checkpoints, newest first; torn and altered ones are passed over."""
-    for path in list_checkpoints(folder):
-        if at_most is not None and int(path.name.removeprefix("step-")) > at_most:
-            continue
-        try:
-            yield open_checkpoint(path)
-        except IntegrityError:
-            continue
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}

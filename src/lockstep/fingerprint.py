@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from lockstep.layout import Entry, Layout
@@ -12,10 +15,30 @@ from lockstep.memory import Segment
 Buffer = bytes | bytearray | memoryview
 
 
+_WORDS: dict[int, npt.DTypeLike] = {
+    1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128
+}  # fmt: skip
+_SIZES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4,
+    "uint64": 8,
+}  # fmt: skip
+
+
+def entry_array(entry: Entry, state: memoryview) -> npt.NDArray[Any]:
+    """A tensor of the state as an array of words of its element size, in its own shape."""
+    count = int(np.prod(entry.shape, dtype=np.int64))
+    size = _SIZES.get(entry.dtype) or entry.nbytes // max(count, 1)
+    flat: npt.NDArray[Any] = np.frombuffer(state, _WORDS[size], count=count, offset=entry.offset)
+    return np.lib.stride_tricks.as_strided(
+        flat, entry.shape, [stride * size for stride in entry.stride], writeable=True
+    )
+
+
 def tensor_digest(entry: Entry, state: memoryview) -> str:
-    """The digest of one tensor: its name, type, shape and bytes."""
+    """The digest of one tensor: its name, type, shape, and bytes in row-major order."""
     digest = blake3(f"{entry.kind}\0{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
-    digest.update(state[entry.offset : entry.offset + entry.nbytes])
+    digest.update(np.ascontiguousarray(entry_array(entry, state)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -147,12 +149,25 @@ class Job:
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
                 expected = " or ".join(_KIND_NAMES[kind] for kind in kinds)
                 raise JobError(f"{name} has the wrong type", expected=expected, found=repr(value))
+        if self.out is not None and not isinstance(self.out, str | os.PathLike):
+            raise JobError("out has the wrong type", expected="a path", found=repr(self.out))
+        if not isinstance(self.evaluate, bool):
+            raise JobError(
+                "evaluate has the wrong type", expected="true or false", found=repr(self.evaluate)
+            )
+        if self.args and not isinstance(self.task, str):
+            raise JobError(
+                "args are given, but the task is an object",
+                expected="args with a task that is named",
+                found=", ".join(self.args),
+                fix="give them to the task's constructor",
+            )
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise JobError(
-                    f"{name} is out of range", expected=f"at least {least}", found=repr(value)
-                )
+            most = _MOST.get(name, math.inf)
+            if value is not None and not (least <= value <= most and math.isfinite(value)):
+                limits = f"at least {least}" + (f", at most {most}" if name in _MOST else "")
+                raise JobError(f"{name} is out of range", expected=limits, found=repr(value))
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise JobError(
                 "clip_grad_norm is out of range",
@@ -202,6 +217,7 @@ _LEAST: dict[str, float] = {
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
     "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0, "audit": 0,
 }  # fmt: skip
+_MOST = {"audit": 1}
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -147,8 +148,7 @@ class Recorder:
             fingerprint=digest,
             steps=steps,
             samples_per_second=round(rate, 2),
-            metrics={**(self.history[-1]["metrics"] if self.history else {}),
-                     "train_loss": self._loss},
+            metrics=self._metrics(),
             workers=self.plan.workers,
             shards=self.plan.shards,
             threads=self.plan.threads,
@@ -164,6 +164,12 @@ class Recorder:
         self.events.add("finished", steps=steps, fingerprint=digest)
         write_json(self.folder.result_path, result.to_message())
         return result
+
+    def _metrics(self) -> dict[str, float]:
+        metrics = dict(self.history[-1]["metrics"]) if self.history else {}
+        if math.isfinite(self._loss):
+            metrics["train_loss"] = self._loss
+        return metrics
 
     def _times(self) -> dict[str, dict[str, float]]:
         return {
