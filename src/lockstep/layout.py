@@ -122,20 +122,25 @@ UNIT_BYTES = (4 << 10, 1 << 20)
 class Audit:
     """Which units the ledger records after each step: a rolling sample of the state.
 
-    Each step records one unit of the trainable parameters and one of everything else, in turn,
+    A step records one unit of the trainable parameters and one of everything else, in turn,
     so that a change of any parameter shows at once or at the next step's losses, and every byte
     is looked at again and again at a cost that does not grow with the model.
     """
 
     params: tuple[Unit, ...]
     others: tuple[Unit, ...]
+    every: int
+    """Only every so many steps: a small model's steps are too short for a digest each."""
 
     def units(self, step: int) -> tuple[Unit, ...]:
         """The units that the ledger records for `step`."""
-        picked = [group[step % len(group)] for group in (self.params, self.others) if group]
-        return tuple(picked)
+        turn, left = divmod(step, self.every)
+        if left:
+            return ()
+        return tuple(group[turn % len(group)] for group in (self.params, self.others) if group)
 
 
+SMALL_STATE, SMALL_EVERY = 1 << 20, 8
 PER_STEP = 2
 """The largest number of units that a step records."""
 
@@ -156,7 +161,8 @@ def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
             start, stop = part * length, min((part + 1) * length, entry.nbytes)
             label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
             mine.append(Unit(name=label, offset=entry.offset + start, nbytes=stop - start))
-    return Audit(params=tuple(params), others=tuple(others))
+    every = 1 if total >= SMALL_STATE else SMALL_EVERY
+    return Audit(params=tuple(params), others=tuple(others), every=every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class Presence:
         self.uniform: Mask | None = None
         """The mask that all parameters share, or None where they differ."""
         everything = flags if len(active) == shards else flags[list(active)]
-        if everything.all():
+        if everything.tobytes() == _all_there(everything.size):
             self.uniform = _mask(tuple(active), shards)
         else:
             keep = _mask(tuple(active), shards)
@@ -39,6 +39,11 @@ class Presence:
 
     def of(self, param: int) -> Mask:
         return self._masks[param] if self.uniform is None else self.uniform
+
+
+@lru_cache(maxsize=64)
+def _all_there(count: int) -> bytes:
+    return b"\x01" * count
 
 
 @lru_cache(maxsize=64)

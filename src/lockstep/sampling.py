@@ -50,8 +50,8 @@ class Sampling:
     def shard_span(self, step: int, shard: int) -> tuple[int, int]:
         """Where the shard starts and stops in its data epoch's order."""
         start, stop = self.batch_span(step)
-        size = stop - start
-        return start + size * shard // self.shards, start + size * (shard + 1) // self.shards
+        edges = _edges(stop - start, self.shards)
+        return start + edges[shard], start + edges[shard + 1]
 
     def weights(self, step: int) -> tuple[float, ...]:
         """Each shard's share n / N of the step's samples."""
@@ -65,9 +65,13 @@ class Sampling:
 
 
 @lru_cache(maxsize=64)
+def _edges(size: int, shards: int) -> tuple[int, ...]:
+    return tuple(size * shard // shards for shard in range(shards + 1))
+
+
+@lru_cache(maxsize=64)
 def _weights(size: int, shards: int) -> tuple[float, ...]:
-    edges = [size * shard // shards for shard in range(shards + 1)]
-    return tuple((stop - start) / size for start, stop in pairwise(edges))
+    return tuple((stop - start) / size for start, stop in pairwise(_edges(size, shards)))
 
 
 @lru_cache(maxsize=64)
