@@ -19,7 +19,7 @@ import torch
 from lockstep.layout import ALIGN, Block
 from lockstep.memory import Segment
 
-GROUP = 1 << 19
+GROUP = 1 << 17
 """Elements: blocks are updated in groups of about this size, which stay in the cache."""
 
 
