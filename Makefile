@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format bench clean
+.PHONY: help run test test-long check format bench bench-recovery chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' \
@@ -44,8 +44,15 @@ format: $(READY) ## Format, and fix what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Measure Lockstep against its alternatives
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(READY) ## Measure Lockstep against its alternatives (half an hour, alone on the machine)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-recovery: $(READY) ## Measure recovery from killed workers, beside torchrun's restart
+	$(BIN)/lockstep data fetch mnist
+	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
+chaos: $(READY) ## Harm runs at random and compare them with undisturbed ones
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 clean: ## Remove caches and build output (keeps .venv and runs)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

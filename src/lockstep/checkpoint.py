@@ -52,7 +52,7 @@ def _sync(path: Path) -> None:
 
 
 def write_checkpoint(
-    folder: Path, step: int, layout: Layout, state: memoryview, extra: dict[str, Any]
+    folder: Path, step: int, layout: Layout, state: bytes | memoryview, extra: dict[str, Any]
 ) -> Path:
     """Write the state after `step` committed steps under `folder`, atomically.
 
@@ -232,7 +232,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
 
 
-def non_finite_tensors(layout: Layout, state: memoryview) -> list[str]:
+def non_finite_tensors(layout: Layout, state: bytes | memoryview) -> list[str]:
     """Names of the parameters that hold a NaN or an infinity."""
     view = memoryview(state)
     found = []

@@ -149,7 +149,7 @@ class Owner:
                 grads = self._scale(group, presence, reduced, scale)
             if self._first_update:
                 grads = self._leave_out_done(group, grads, step)
-            self.undo.save(group.ranges, group.first, step)
+            self.undo.save(group.ranges, group.first, group.last, step)
             if self.faults:
                 self.faults.at("update_begin", step)
             self._run_optimizer(group, grads)

@@ -62,6 +62,7 @@ class Capacity:
     """The room that one log needs."""
 
     ranges: int
+    blocks: int
     nbytes: int
 
     @property
@@ -70,8 +71,9 @@ class Capacity:
 
     @property
     def header(self) -> int:
-        """Bytes before the data: a valid mark, a count, the first block, and the ranges."""
-        return math.ceil((3 + 2 * self.ranges) * 8 / ALIGN) * ALIGN
+        """Bytes before the data: a valid mark, a count, the first and the last block, the ranges,
+        and which step each block was at."""
+        return math.ceil((4 + 2 * self.ranges + self.blocks) * 8 / ALIGN) * ALIGN
 
 
 def needed_capacity(blocks: Sequence[Block], tensors: Sequence[Sequence[int]]) -> Capacity:
@@ -79,7 +81,7 @@ def needed_capacity(blocks: Sequence[Block], tensors: Sequence[Sequence[int]]) -
 
     `tensors` gives, per block, the bytes of each tensor that its update changes.
     """
-    ranges = nbytes = 0
+    ranges = numbers = nbytes = 0
     for first in range(len(blocks)):
         size = count = total = 0
         for number in range(first, len(blocks)):
@@ -88,8 +90,9 @@ def needed_capacity(blocks: Sequence[Block], tensors: Sequence[Sequence[int]]) -
             size += blocks[number].size
             count += len(tensors[number])
             total += sum(tensors[number]) + ALIGN * len(tensors[number])
+            numbers = max(numbers, number - first + 1)
         ranges, nbytes = max(ranges, count), max(nbytes, total)
-    return Capacity(ranges=ranges, nbytes=math.ceil(nbytes / ALIGN) * ALIGN)
+    return Capacity(ranges=ranges, blocks=numbers, nbytes=math.ceil(nbytes / ALIGN) * ALIGN)
 
 
 class UndoLog:
@@ -110,16 +113,19 @@ class UndoLog:
         """Put back what a dead worker was overwriting, and forget it; whether there was anything.
 
         Called by the master once the worker is dead, before its seat is taken again. Nobody else
-        writes to these bytes. A group that is marked done is whole: it stays.
+        writes to these bytes. A group whose blocks are all marked done is whole: it stays.
+        Otherwise the marks are put back too, since the worker may have died between two of them.
         """
         header = self._header(seat)
-        valid, ranges, first = (int(value) for value in header[:3])
+        valid, ranges, first, last = (int(value) for value in header[:4])
         header[0] = 0
-        if valid == 0 or block_done[first] >= valid - 1:
+        if valid == 0 or block_done[first : last + 1].min() >= valid - 1:
             return False
+        marks = 4 + 2 * self.capacity.ranges
+        block_done[first : last + 1] = header[marks : marks + last + 1 - first]
         cursor = self._data_start(seat)
         for index in range(ranges):
-            offset, nbytes = int(header[3 + 2 * index]), int(header[4 + 2 * index])
+            offset, nbytes = int(header[4 + 2 * index]), int(header[5 + 2 * index])
             state.map[offset : offset + nbytes] = self.segment.map[cursor : cursor + nbytes]
             cursor += nbytes
         return True
@@ -128,7 +134,10 @@ class UndoLog:
 class UndoWriter:
     """One worker's log. It saves one group at a time."""
 
-    def __init__(self, log: UndoLog, seat: int, state: torch.Tensor) -> None:
+    def __init__(
+        self, log: UndoLog, seat: int, state: torch.Tensor, block_done: npt.NDArray[np.int32]
+    ) -> None:
+        self._done, self._marks = block_done, 4 + 2 * log.capacity.ranges
         self._header = log._header(seat)
         self._valid = self._header.data
         self._header[0] = 0
@@ -140,14 +149,16 @@ class UndoWriter:
         self._ranges: Sequence[Range] = ()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def save(self, ranges: Sequence[Range], first: int, step: int) -> None:
+    def save(self, ranges: Sequence[Range], first: int, last: int, step: int) -> None:
         """Copy the ranges and mark the log valid. `ranges` is compared by identity.
 
-        `first` is the number of the group's first block.
+        `first` and `last` are the numbers of the group's first and last block.
         """
         if ranges is not self._ranges:
             self._point_to(ranges)
-            self._header[2] = first
+            self._header[2:4] = first, last
+        marks = self._marks
+        self._header[marks : marks + last + 1 - first] = self._done[first : last + 1]
         for kept, live in self._copies:
             kept.copy_(live)
         self._valid[0] = step + 1
@@ -161,7 +172,7 @@ class UndoWriter:
         self._header[1] = len(ranges)
         cursor = 0
         for index, item in enumerate(ranges):
-            self._header[3 + 2 * index : 5 + 2 * index] = (item.offset, item.nbytes)
+            self._header[4 + 2 * index : 6 + 2 * index] = (item.offset, item.nbytes)
             kept = self._room[cursor : cursor + item.nbytes]
             self._copies.append((kept, self._state[item.offset : item.offset + item.nbytes]))
             cursor += item.nbytes

@@ -97,7 +97,9 @@ class Worker:
             audit_fraction=plan["audit"],
             report=channel.send,
         )
-        self.undo = UndoWriter(self.shared.undo, seat, self.shared.state_bytes)
+        self.undo = UndoWriter(
+            self.shared.undo, seat, self.shared.state_bytes, self.control.block_done
+        )
         self.step = 0
         self.doing = "starting"
 

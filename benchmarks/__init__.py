@@ -1,0 +1,1 @@
+"""Lockstep measured against its alternatives: `python -m benchmarks.run`."""

@@ -1,0 +1,169 @@
+"""The five models of the benchmark: how to build each, its data, and how much a worker draws.
+
+The models are small on purpose: what is measured is what a step costs beside the arithmetic.
+Data are random tensors in memory, so that no contender waits for a disk; every contender draws
+its batches with `Draw`, or by Lockstep's equal rule for a `TensorDataset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SAMPLES = 8192
+"""Samples in each data set: every batch size here divides it."""
+WORLD = 2
+"""Workers of every two-process contender."""
+
+
+class Lookup(nn.Module):
+    """A table of 200,000 rows of 32, eight features a sample, and a small classifier on top."""
+
+    rows, width, features = 200_000, 32, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(self.rows, self.width)
+        self.head = nn.Sequential(
+            nn.Linear(self.width * self.features, 64), nn.ReLU(), nn.Linear(64, 2)
+        )
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits `[n, 2]` of row numbers `[n, 8]`, int64."""
+        logits: torch.Tensor = self.head(self.table(rows).flatten(1))
+        return logits
+
+
+class TinyTransformer(nn.Module):
+    """Two encoder layers of width 128 with four heads, over 64 tokens; classes from the mean."""
+
+    tokens, width, length, classes = 1000, 128, 64, 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            self.width, 4, 4 * self.width, dropout=0.0, batch_first=True
+        )
+        self.embed = nn.Embedding(self.tokens, self.width)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.out = nn.Linear(self.width, self.classes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits `[n, 10]` of token numbers `[n, 64]`, int64."""
+        logits: torch.Tensor = self.out(self.encoder(self.embed(tokens)).mean(1))
+        return logits
+
+
+def _softmax() -> nn.Module:
+    return nn.Linear(784, 10)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model with its inputs."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    """Of one sample."""
+    values: int | None
+    """Inputs are int64 below this; None: float32, standard normal."""
+    classes: int
+    batch: int
+    """Samples per worker and step; a global batch is `WORLD` times that."""
+
+    def model(self) -> nn.Module:
+        """The model, freshly initialised, the same one each time."""
+        torch.manual_seed(0)
+        return self.build()
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All inputs `[SAMPLES, *shape]` and labels `[SAMPLES]`, the same ones each time."""
+        generator = torch.Generator().manual_seed(1)
+        size = (SAMPLES, *self.shape)
+        if self.values is None:
+            inputs = torch.randn(size, generator=generator)
+        else:
+            inputs = torch.randint(self.values, size, generator=generator)
+        return inputs, torch.randint(self.classes, (SAMPLES,), generator=generator)
+
+
+CASES: dict[str, Case] = {
+    "softmax": Case(build=_softmax, shape=(784,), values=None, classes=10, batch=64),
+    "mlp": Case(build=_mlp, shape=(784,), values=None, classes=10, batch=64),
+    "cnn": Case(build=_cnn, shape=(1, 28, 28), values=None, classes=10, batch=32),
+    "transformer": Case(build=TinyTransformer, shape=(64,), values=1000, classes=10, batch=16),
+    "embedding": Case(build=Lookup, shape=(8,), values=Lookup.rows, classes=2, batch=256),
+}
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of one batch: a scalar with a graph."""
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
+
+
+def adam(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of every contender."""
+    return torch.optim.Adam(params, lr=1e-3, fused=True)
+
+
+class Draw:
+    """Batches by slices of a permutation, anew for each pass over the data.
+
+    With `world` > 1, each global batch of `world * batch` samples is cut into equal parts, and
+    this gives the one of `rank`.
+    """
+
+    def __init__(
+        self, tensors: tuple[torch.Tensor, torch.Tensor], batch: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self._tensors, self._batch, self._offset = tensors, batch, rank * batch
+        self._stride = world * batch
+        self._generator = torch.Generator().manual_seed(2)
+        self._start = self._size = len(tensors[0])
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch: inputs `[batch, ...]` and labels `[batch]`."""
+        if self._start + self._stride > self._size:
+            self._order = torch.randperm(self._size, generator=self._generator)
+            self._start = 0
+        first = self._start + self._offset
+        chosen = self._order[first : first + self._batch]
+        self._start += self._stride
+        inputs, labels = self._tensors
+        return inputs.index_select(0, chosen), labels.index_select(0, chosen)
+
+
+def sizes(name: str) -> dict[str, int]:
+    """Bytes of one copy of the parameters, gradients, Adam's state and the data of a model."""
+    case = CASES[name]
+    model = case.model()
+    optimizer = adam(list(model.parameters()))
+    loss(model, Draw(case.tensors(), 2)()).backward()
+    optimizer.step()
+    state = [t for s in optimizer.state.values() for t in s.values()]
+    return {
+        "parameters": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "adam_state": sum(t.nbytes for t in state if isinstance(t, torch.Tensor)),
+        "data": sum(t.nbytes for t in case.tensors()),
+    }

@@ -1,0 +1,316 @@
+"""What Lockstep's numbers must be: its documented contract, in one process of plain PyTorch.
+
+Nothing of Lockstep is imported here; only a task's own methods are called. `train` is the contract
+for any number of shards. `train_unsharded` is the loop that everybody writes; it must agree where
+there is one shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import nn
+
+Sums = list[tuple[int, dict[str, float]]]
+
+
+@dataclass
+class Outcome:
+    """What a training run comes to."""
+
+    model: dict[str, torch.Tensor]
+    """The module's state dict."""
+    buffers: dict[str, torch.Tensor]
+    """Every buffer, also those that the state dict leaves out."""
+    state: dict[str, dict[str, Any]]
+    """The optimizer's state, by the parameter's name."""
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    evaluations: Sums = field(default_factory=list)
+    """`(committed steps, metrics)`."""
+
+    def file(self) -> bytes:
+        """The state dict as a safetensors file."""
+        tensors = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.model.items()
+        }
+        return save(tensors, metadata={"format": "pt"})
+
+
+class Params(list[nn.Parameter]):
+    """What a task's `optimizer` is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        super().__init__(parameter for _, parameter in self._named)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return self._named
+
+
+# Random numbers and samples.
+
+
+def derive(seed: int, purpose: str, *numbers: int) -> int:
+    text = "/".join(str(part) for part in (seed, purpose, *numbers))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_all(value: int) -> None:
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+
+
+def order(seed: int, data_epoch: int, samples: int) -> list[int]:
+    generator = torch.Generator().manual_seed(derive(seed, "order", data_epoch))
+    indices: list[int] = torch.randperm(samples, generator=generator).tolist()
+    return indices
+
+
+def fetch(task: Any, data: Any, seed: int, data_epoch: int, indices: Sequence[int]) -> Any:
+    """The batch of these samples; each is drawn under a seed of its own."""
+    if hasattr(data, "__getitems__"):
+        seed_all(derive(seed, "sample", data_epoch, indices[0]))
+        return task.collate(data.__getitems__(list(indices)))
+    samples = []
+    for index in indices:
+        seed_all(derive(seed, "sample", data_epoch, index))
+        samples.append(data[index])
+    return task.collate(samples)
+
+
+# Sums.
+
+
+def pairwise(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum along a balanced tree, neighbours first; what is missing is skipped."""
+    level = list(values)
+    while len(level) > 1:
+        level = [add(*level[at : at + 2]) for at in range(0, len(level), 2)]
+    return level[0]
+
+
+def add(left: torch.Tensor | None, right: torch.Tensor | None = None) -> torch.Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+def combined(values: Sequence[torch.Tensor | None], weights: Sequence[float]) -> torch.Tensor:
+    """What the shards made of one buffer, as one; None for a shard without samples."""
+    present = [value for value in values if value is not None]
+    first = present[0]
+    if len(present) == 1:
+        return first
+    if not first.is_floating_point():
+        return functools.reduce(torch.maximum, present)
+    pairs = zip(values, weights, strict=True)
+    mean = pairwise([None if value is None else value * weight for value, weight in pairs])
+    agreed = torch.stack([value == first for value in present]).all(0)
+    assert mean is not None
+    return torch.where(agreed, first, mean)
+
+
+# Training.
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The numerics that a worker with one thread has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+@one_thread()
+def train(
+    task: Any,
+    *,
+    batch_size: int,
+    steps: int,
+    shards: int,
+    seed: int,
+    clip_grad_norm: float | None = None,
+    precision: str = "fp32",
+    eval_batch_size: int | None = None,
+) -> Outcome:
+    """Train `task` as Lockstep's documentation says that it trains."""
+    seed_all(seed)
+    model = task.model()
+    data, held_out = task.train_data(), task.eval_data()
+    model.train()
+    params = Params(model)
+    optimizer = task.optimizer(params)
+    scheduler = task.scheduler(optimizer)
+    committed = copy_of_buffers(model)
+    steps_per_epoch = math.ceil(len(data) / batch_size)
+    outcome = Outcome(model={}, buffers={}, state={})
+
+    for step in range(steps):
+        data_epoch, place = divmod(step, steps_per_epoch)
+        batch = order(seed, data_epoch, len(data))[place * batch_size : (place + 1) * batch_size]
+        size = len(batch)
+        weights: list[float] = []
+        losses: list[float] = []
+        grads: list[list[torch.Tensor | None]] = [[] for _ in params]
+        buffers: list[dict[str, torch.Tensor | None]] = []
+
+        for shard in range(shards):
+            mine = batch[size * shard // shards : size * (shard + 1) // shards]
+            weights.append(len(mine) / size)
+            for parameter in params:
+                parameter.grad = None
+            if mine:
+                samples = fetch(task, data, seed, data_epoch, mine)
+                seed_all(derive(seed, "shard", step, shard))
+                set_buffers(model, committed)
+                with autocast(precision):
+                    loss = task.loss(model, samples)
+                if len(mine) == size:
+                    loss.backward()
+                else:
+                    loss.backward(torch.full_like(loss, len(mine) / size))
+                losses.append(loss.item())
+                buffers.append({**copy_of_buffers(model)})
+            else:
+                losses.append(0.0)
+                buffers.append(dict.fromkeys(committed))
+            for kept, parameter in zip(grads, params, strict=True):
+                kept.append(parameter.grad)
+
+        for parameter, kept in zip(params, grads, strict=True):
+            parameter.grad = pairwise(kept)
+        if clip_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
+            outcome.norms.append(norm.item())
+        optimizer.step()
+        committed = {
+            name: combined([shard[name] for shard in buffers], weights) for name in committed
+        }
+        set_buffers(model, committed)
+        outcome.losses.append(weighted_sum(losses, weights))
+
+        ends_epoch = place == steps_per_epoch - 1
+        if scheduler and (task.scheduler_interval == "step" or ends_epoch):
+            scheduler.step()
+        if held_out is not None and (ends_epoch or step == steps - 1):
+            metrics = evaluate(
+                task, model, held_out, eval_batch_size or batch_size, seed, precision
+            )
+            outcome.evaluations.append((step + 1, metrics))
+
+    outcome.model = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    outcome.buffers = committed
+    outcome.state = {name: dict(optimizer.state.get(p, {})) for name, p in params.named()}
+    return outcome
+
+
+def copy_of_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def set_buffers(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(values[name])
+
+
+def weighted_sum(losses: Sequence[float], weights: Sequence[float]) -> float:
+    total = 0.0
+    for loss, weight in zip(losses, weights, strict=True):
+        total += loss * weight
+    return total
+
+
+def evaluate(
+    task: Any, model: nn.Module, data: Any, batch_size: int, seed: int, precision: str
+) -> dict[str, float]:
+    """The mean of each metric over the samples: once each, in the order of the data."""
+    sums: dict[str, float] = {}
+    model.eval()
+    with torch.no_grad(), autocast(precision):
+        for number, start in enumerate(range(0, len(data), batch_size)):
+            indices = range(start, min(start + batch_size, len(data)))
+            batch = fetch(task, data, seed, -1, indices)
+            seed_all(derive(seed, "eval", number))
+            for name, value in task.metrics(model, batch).items():
+                value = torch.as_tensor(value).double()
+                one = value.numel() == 1  # the mean over the batch
+                value = value.item() * len(indices) if one else value.sum().item()
+                sums[name] = sums.get(name, 0.0) + value
+    model.train()
+    return {name: value / len(data) for name, value in sums.items()}
+
+
+@one_thread()
+def train_unsharded(
+    task: Any,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    clip_grad_norm: float | None = None,
+    precision: str = "fp32",
+    eval_batch_size: int | None = None,
+) -> Outcome:
+    """The loop that everybody writes."""
+    seed_all(seed)
+    model = task.model()
+    data, _ = task.train_data(), task.eval_data()
+    params = Params(model)
+    optimizer = task.optimizer(params)
+    scheduler = task.scheduler(optimizer)
+    steps_per_epoch = math.ceil(len(data) / batch_size)
+    losses, norms = [], []
+
+    model.train()
+    for step in range(steps):
+        data_epoch, place = divmod(step, steps_per_epoch)
+        indices = order(seed, data_epoch, len(data))[place * batch_size : (place + 1) * batch_size]
+        batch = fetch(task, data, seed, data_epoch, indices)
+        seed_all(derive(seed, "shard", step, 0))
+
+        model.zero_grad()  # also of what the optimizer leaves out
+        with autocast(precision):
+            loss = task.loss(model, batch)
+        loss.backward()
+        if clip_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
+            norms.append(norm.item())
+        optimizer.step()
+        if scheduler and (task.scheduler_interval == "step" or place == steps_per_epoch - 1):
+            scheduler.step()
+        losses.append(loss.item())
+
+    return Outcome(
+        model={name: value.detach().clone() for name, value in model.state_dict().items()},
+        buffers=copy_of_buffers(model),
+        state={name: dict(optimizer.state.get(p, {})) for name, p in params.named()},
+        losses=losses,
+        norms=norms,
+    )

@@ -1,0 +1,187 @@
+"""Recovery's rules: where to go on, who has stalled, how long to wait; and a simulated host."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.control import Phase, progress_of
+from lockstep.membership import Status, Target
+from lockstep.recovery import (
+    Patience,
+    Resumption,
+    progress_word,
+    resume,
+    stalled,
+    step_in_flight,
+)
+from tests.simulated import Simulation
+
+S, C, R, N, U = Phase.STARTED, Phase.COMPUTED, Phase.REDUCED, Phase.NORMED, Phase.UPDATED
+
+
+def words(*reached: tuple[int, Phase]) -> list[int]:
+    return [progress_of(step, phase) for step, phase in reached]
+
+
+# Which step is in flight.
+
+
+@pytest.mark.parametrize(
+    ("reached", "step"),
+    [
+        ([(0, S)], 0),
+        ([(7, S), (7, S)], 7),
+        ([(7, C), (7, S)], 7),
+        ([(7, U), (7, N)], 7),
+        ([(7, U), (7, C)], 7),
+        ([(7, U), (7, U)], 8),
+        ([(7, U), (8, S)], 8),
+        ([(8, C), (7, U)], 8),
+        ([(8, C), (8, S), (7, U)], 8),
+    ],
+)
+def test_a_step_is_committed_when_all_have_updated(
+    reached: list[tuple[int, Phase]], step: int
+) -> None:
+    assert step_in_flight(words(*reached)) == step
+
+
+def test_open_shards_are_shared_out() -> None:
+    done = [7, 6, 7, 6, 6, 6, 7]
+    found = resume(words((7, C), (7, S)), done, [6, 6], workers=3)
+    assert found == Resumption(step=7, updating=False, todo=((1,), (3,), (4, 5)))
+    assert progress_word(found) == progress_of(7, S)
+
+
+def test_a_step_that_is_being_applied_is_only_applied() -> None:
+    found = resume(words((7, U), (7, C)), [7, 7], [7, 6, 6], workers=2)
+    assert found == Resumption(step=7, updating=True, todo=((), ()))
+    assert progress_word(found) == progress_of(7, N)
+
+
+def test_all_gradients_and_no_update_yet() -> None:
+    found = resume(words((7, C), (7, C)), [7, 7], [6, 6], workers=1)
+    assert found == Resumption(step=7, updating=False, todo=((),))
+
+
+def test_more_workers_than_open_shards() -> None:
+    found = resume(words((3, S)), [3, 2, 3], [2], workers=3)
+    assert sorted(map(len, found.todo)) == [0, 0, 1]
+
+
+@given(
+    st.integers(0, 50),
+    st.lists(st.booleans(), min_size=1, max_size=20),
+    st.integers(1, 8),
+)
+def test_every_open_shard_is_given_out_once(step: int, done: list[bool], workers: int) -> None:
+    found = resume(words((step, S)), [step - (not d) for d in done], [step - 1], workers)
+    given_out = sorted(shard for part in found.todo for shard in part)
+    assert given_out == [shard for shard, d in enumerate(done) if not d]
+    assert max(map(len, found.todo)) - min(map(len, found.todo)) <= 1
+
+
+# Stalls.
+
+
+def test_those_who_wait_for_others_have_not_stalled() -> None:
+    behind, reason = stalled(words((5, C), (5, S), (5, S)), [9.0, 9.0, 0.1], limit=2.0)
+    assert behind == [1]
+    assert "2.0 s" in reason
+
+
+def test_everybody_moves() -> None:
+    assert stalled(words((5, C), (5, S)), [9.0, 1.0], limit=2.0) == ([], "everybody moves")
+
+
+def test_all_have_stalled() -> None:
+    assert stalled(words((5, S), (5, S)), [3.0, 3.0], limit=2.0)[0] == [0, 1]
+
+
+def test_patience_is_longer_than_any_step() -> None:
+    patience = Patience(None)
+    assert patience.limit == Patience.FIRST
+    for seconds in (0.0, 0.9, 0.3):
+        patience.step_took(seconds)
+    assert patience.limit == pytest.approx(9.0)
+    patience.step_took(4.0)
+    assert patience.limit == pytest.approx(40.0)
+
+
+def test_patience_has_a_least() -> None:
+    patience = Patience(None)
+    for _ in range(10):
+        patience.step_took(0.001)
+    assert patience.limit == Patience.LEAST
+
+
+def test_patience_as_it_is_set() -> None:
+    patience = Patience(0.5)
+    assert patience.limit == 0.5
+    patience.step_took(100.0)
+    assert patience.limit == 0.5
+
+
+# A simulated host.
+
+
+def play(world: Simulation, dice: random.Random, deaths: int) -> None:
+    """Let workers and the master act in a random order, and workers die anywhere."""
+    for _ in range(dice.randrange(300)):
+        seats = sorted(world.processes)
+        seat = dice.choice(seats)
+        writes = dice.choice((0, 1, 2, 3, 5, 8, 13))
+        while writes and world.move(seat):
+            writes -= 1
+        starting = world.members.status.get(seat) is Status.STARTING
+        if dice.random() < 0.04 and world.deaths < deaths and not starting:
+            world.kill(seat)
+        if dice.random() < 0.8:
+            world.hear(dice.choice(seats))
+        if dice.random() < 0.02:
+            world.decide(Target(dice.randint(1, world.members.seats)))
+        if dice.random() < 0.3:
+            world.tick()
+
+
+def finish(world: Simulation) -> None:
+    """Everybody goes on, in turn, until the job is done."""
+    for _ in range(20_000):
+        if world.finished:
+            return
+        for seat in sorted(world.processes):
+            world.move(seat)
+        for seat in sorted(world.processes):
+            world.hear(seat)
+        world.tick()
+    raise AssertionError(f"no end: {world.members}")
+
+
+@settings(max_examples=500)
+@given(st.integers(0, 2**32))
+def test_every_block_is_updated_once_by_every_step(seed: int) -> None:
+    """Whoever dies between whichever two writes; and only what a dead worker was at is redone."""
+    dice = random.Random(seed)
+    shards = dice.randint(1, 6)
+    seats = dice.randint(min(2, shards), shards)
+    world = Simulation(
+        shards=shards,
+        blocks=[dice.choice((0.1, 0.4, 0.6)) for _ in range(dice.randint(1, 6))],
+        workers=dice.randint(1, seats),
+        seats=seats,
+        steps=4,
+        clip=dice.random() < 0.3,
+    )
+    try:
+        play(world, dice, deaths=6)
+        finish(world)
+        world.check_committed(4)
+        assert sorted(world.computed) == [0, 1, 2, 3]
+        for count in world.computed.values():
+            assert shards <= count <= shards + world.deaths
+    finally:
+        world.close()
