@@ -29,13 +29,12 @@ def events(result_folder: Any, name: str) -> list[dict[str, Any]]:
 
 def test_a_flipped_gradient_bit_is_found_and_put_right(run_folders: Callable[[], str]) -> None:
     clean = train(run_folders())
-    flip = Fault(seat=1, step=3, phase="slot", kind="flip")
+    flip = Fault(seat=-1, step=3, phase="slot", kind="flip")
     audited = train(run_folders(), audit=1.0, faults=(flip,))
     assert audited.fingerprint == clean.fingerprint
     (found,) = events(audited.folder, "corrupt")
-    assert found["worker"] == 1
     assert found["step"] == 3
-    assert found["shard"] in home_shards(6, 3, 1) or found["shard"] < 6
+    assert found["shard"] in range(6)
     unaudited = train(run_folders(), faults=(flip,))
     assert unaudited.fingerprint != clean.fingerprint, "the fault did not change anything"
 

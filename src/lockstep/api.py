@@ -160,6 +160,8 @@ def _complete(job: Job, explicit: dict[str, Any], host: Host) -> tuple[Job, Fact
     settings = {**loaded["settings"], **explicit}
     if "steps" in explicit and "data_epochs" not in explicit:
         settings.pop("data_epochs", None)
+    if "data_epochs" in explicit and "steps" not in explicit:
+        settings.pop("steps", None)
     names = {field.name for field in dataclasses.fields(Facts)}
     facts = {name: value for name, value in loaded.items() if name in names}
     return job.replace(**settings), Facts(cores=numerics.cores(), **facts)

@@ -89,7 +89,8 @@ class Failures:
         done = [r for r in self._open if "regroup_ms" in r and committed >= r["at"]]
         self._open = [r for r in self._open if r not in done]
         for record in done:
-            record["recovery_ms"] = round((committed - record.pop("at")) * 1e3, 2)
+            since = round((committed - record.pop("at")) * 1e3, 2)
+            record["recovery_ms"] = max(since, record["regroup_ms"])  # mended while regrouping
             self.sink.event("recovered", **record)
         return done
 

@@ -24,6 +24,7 @@ class Status(enum.Enum):
     READY = "ready"
     WORKING = "working"
     RESTING = "resting"
+    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class Members:
     def having(self, *wanted: Status) -> tuple[int, ...]:
         """The seats with one of these statuses, in order."""
         return tuple(seat for seat, status in sorted(self.status.items()) if status in wanted)
+
+    @property
+    def staying(self) -> int:
+        """How many live workers have not been sent home."""
+        return len(self.status) - len(self.having(Status.LEAVING))
 
     @property
     def all_rest(self) -> bool:
@@ -180,16 +186,17 @@ def _died(members: Members, seat: int) -> Decision:
             return members, (GiveUp(),), f"{reason}, the {members.failed_starts}th in a row"
         members, commands, _ = _fill(members, reason)
         return members, commands, reason
-    if was is Status.READY:
-        members, commands, _ = _fill(members, reason)
-        return members, commands, reason
+    if was in (Status.READY, Status.LEAVING):
+        members, spawned, _ = _fill(members, reason)
+        members, commands, reason = _form_if_at_rest(members, reason)
+        return members, (*spawned, *commands), reason
     return _regroup(members, reason)
 
 
 def _target(members: Members, workers: int) -> Decision:
     workers = max(1, min(workers, members.seats))
     members = replace(members, target=workers)
-    live = len(members.status)
+    live = members.staying
     reason = f"{workers} workers are wanted, {live} are there"
     if live < workers:
         return _fill(members, reason)
@@ -218,7 +225,8 @@ def _form_if_at_rest(members: Members, reason: str) -> Decision:
         members, spawned, _ = _fill(members, reason)
         return members, spawned, f"{reason}; waiting for workers to start"
     formed, extra = there[: members.target], there[members.target :]
-    status = dict.fromkeys(formed, Status.WORKING) | dict.fromkeys(starting, Status.STARTING)
+    status = {**members.status, **dict.fromkeys(formed, Status.WORKING)}
+    status |= dict.fromkeys(extra, Status.LEAVING)
     members = replace(members, status=status, formed=formed, regrouping=False)
     dismissed = tuple(Dismiss(seat) for seat in extra)
     members, spawned, _ = _fill(members, reason)
@@ -227,7 +235,7 @@ def _form_if_at_rest(members: Members, reason: str) -> Decision:
 
 def _fill(members: Members, reason: str) -> Decision:
     """Start as many workers as are missing, in free seats."""
-    missing = members.target - len(members.status)
+    missing = members.target - members.staying
     free = [seat for seat in range(members.seats) if seat not in members.status]
     seats = free[: max(missing, 0)]
     for seat in seats:
