@@ -184,9 +184,7 @@ def _died(members: Members, seat: int) -> Decision:
         members = replace(members, failed_starts=members.failed_starts + 1)
         if members.failed_starts >= MAX_FAILED_STARTS:
             return members, (GiveUp(),), f"{reason}, the {members.failed_starts}th in a row"
-        members, commands, _ = _fill(members, reason)
-        return members, commands, reason
-    if was in (Status.READY, Status.LEAVING):
+    if was not in (Status.WORKING, Status.RESTING):
         members, spawned, _ = _fill(members, reason)
         members, commands, reason = _form_if_at_rest(members, reason)
         return members, (*spawned, *commands), reason
