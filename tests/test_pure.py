@@ -31,7 +31,7 @@ from lockstep.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from lockstep.data import Order
+from lockstep.data import FetchTimes, Order, Rows, wants_loaders
 from lockstep.errors import KINDS, IntegrityError, LockstepError, ResourceError
 from lockstep.errors import from_message as error_from
 from lockstep.errors import to_message as message_of
@@ -832,3 +832,31 @@ def test_a_shortage_at_allocation_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "posix_fallocate", none_left)
     with pytest.raises(ResourceError, match="state segment"):
         Segment.create("state", 4096)
+
+
+# Fetching.
+
+
+def test_batches_fetched_together_are_those_fetched_alone_and_aligned() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = Rows((torch.randn(50, 7, generator=generator), torch.arange(50)))
+    wanted = [np.array([3, 1, 4]), np.array([15]), np.arange(20, 33)]
+    together = rows.several(wanted)
+    for indices, batch in zip(wanted, together, strict=True):
+        alone = rows(0, indices)
+        for mine, theirs in zip(batch, alone, strict=True):
+            assert torch.equal(mine, theirs)
+            assert mine.data_ptr() % 64 == 0
+
+
+def test_large_batches_are_fetched_one_by_one() -> None:
+    rows = Rows((torch.zeros(4, 1 << 16),))
+    assert rows.ahead(8) == 1
+    assert rows.ahead(1) > 1
+
+
+def test_one_slow_fetch_does_not_move_loading_to_another_process() -> None:
+    times = FetchTimes(each=[(0.2, 0.01), *[(0.0002, 0.0002)] * 7])
+    assert not wants_loaders(times, compute_seconds=0.1, spare_cores=0)[0]
+    waiting = FetchTimes(each=[(0.02, 0.001)] * 8)
+    assert wants_loaders(waiting, compute_seconds=0.1, spare_cores=0)[0]

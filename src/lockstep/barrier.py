@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from lockstep import futex
 from lockstep.control import Control
+from lockstep.numerics import cores
 
 NAP = 0.02
 """Seconds: the longest single sleep before the epoch and the parent are looked at again."""
-SPINS = 300
-"""Looks at a word before sleeping, where every worker has a core: about 20 microseconds."""
+SPINS = 20_000
+"""Looks at a word before sleeping, where every worker has a core: about a millisecond, more than
+workers usually differ by. A core that has gone to sleep takes up to 0.1 ms to wake in a virtual
+machine, which short steps would pay at each meeting."""
 
 
 class Regroup(Exception):
@@ -26,10 +28,12 @@ class Barrier:
     when its parent dies.
     """
 
-    def __init__(self, control: Control, seat: int, seats: Sequence[int], epoch: int) -> None:
+    def __init__(
+        self, control: Control, seat: int, seats: Sequence[int], epoch: int, threads: int = 1
+    ) -> None:
         self.control, self.seat, self.epoch = control, seat, epoch
         self.others = [other for other in seats if other != seat]
-        crowded = len(seats) > (os.cpu_count() or 1)
+        crowded = len(seats) * threads > cores()
         self.spins = 1 if crowded else SPINS
 
     def arrive(self, progress: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,7 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     its samples, each under its own seed, so that augmentation does not depend on who loads what.
     """
     if type(dataset) is TensorDataset and type(task).collate is Task.collate:
-        tensors = dataset.tensors
-
-        def fetch_rows(_: int, indices: Sequence[int] | Indices) -> list[torch.Tensor]:
-            rows = _as_index(indices)
-            return [tensor.index_select(0, rows) for tensor in tensors]
-
-        return fetch_rows
+        return Rows(dataset.tensors)
     get_all = getattr(dataset, "__getitems__", None)
     if get_all is not None:
 
@@ -52,6 +48,45 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
         return task.collate(samples)
 
     return fetch_each
+
+
+class Rows:
+    """Fetches batches of a `TensorDataset`: rows of each tensor."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        sizes = [tensor[:1].numel() * tensor.dtype.itemsize for tensor in tensors]
+        self._row_bytes = max(sum(sizes), 1)
+        self._unit = max((ALIGN // math.gcd(size, ALIGN) for size in sizes if size), default=1)
+
+    def __call__(self, _: int, indices: Sequence[int] | Indices) -> list[torch.Tensor]:
+        rows = _as_index(indices)
+        return [tensor.index_select(0, rows) for tensor in self._tensors]
+
+    def ahead(self, samples: int) -> int:
+        """How many batches of so many samples are worth fetching at once: small ones, whose
+        copying costs less than the calls to have it done."""
+        return max(1, min(MOST_AHEAD, AHEAD_BYTES // (samples * self._row_bytes + 1)))
+
+    def several(self, batches: Sequence[Indices]) -> list[list[torch.Tensor]]:
+        """Batches as slices of one gathered tensor, each beginning where memory is aligned, since
+        some kernels round differently where it is not."""
+        starts, pieces, size = [], [], 0
+        for indices in batches:
+            starts.append(size)
+            padding = -len(indices) % self._unit
+            pieces += [indices, indices[:1].repeat(padding)]
+            size += len(indices) + padding
+        gathered = self(0, np.concatenate(pieces))
+        return [
+            [tensor[start : start + len(indices)] for tensor in gathered]
+            for start, indices in zip(starts, batches, strict=True)
+        ]
+
+
+ALIGN = 64
+"""Bytes."""
+MOST_AHEAD, AHEAD_BYTES = 8, 1 << 21
 
 
 def _as_index(indices: Sequence[int] | Indices) -> torch.Tensor:
@@ -85,22 +120,29 @@ class Order:
 
 @dataclass
 class FetchTimes:
-    """What fetching cost over the first batches, against computing."""
+    """What fetching the first batches cost: `(wall, cpu)` seconds of each."""
 
-    fetches: int = 0
-    wall: float = 0.0
-    cpu: float = 0.0
+    each: list[tuple[float, float]] = field(default_factory=list)
+
+    def typical(self) -> tuple[float, float]:
+        """Wall and cpu seconds of a batch. The slowest quarter is left out: a first fetch, and one
+        that was interrupted by other processes, say little about the others."""
+        kept = sorted(self.each)[: math.ceil(len(self.each) * 3 / 4)]
+        return sum(wall for wall, _ in kept) / len(kept), sum(cpu for _, cpu in kept) / len(kept)
 
 
-TRIAL_FETCHES = 4
+TRIAL_FETCHES = 8
 
 
 def wants_loaders(times: FetchTimes, compute_seconds: float, spare_cores: int) -> tuple[bool, str]:
-    """Whether fetching should move to a process beside the worker, and why."""
-    each = times.wall / times.fetches
-    if each < 0.001 or times.wall < 0.05 * compute_seconds:
+    """Whether fetching should move to a process beside the worker, and why.
+
+    `compute_seconds` is what the same number of shards took to compute.
+    """
+    each, cpu = times.typical()
+    if each < 0.001 or each * len(times.each) < 0.05 * compute_seconds:
         return False, f"fetching takes {each * 1e3:.2f} ms a batch: not worth a process"
-    blocked = 1 - times.cpu / times.wall
+    blocked = 1 - cpu / each
     if blocked < 0.3 and spare_cores < 1:
         return False, "fetching is all computation and no core is idle"
     return True, f"fetching takes {each * 1e3:.1f} ms a batch, {blocked:.0%} of it waiting"
@@ -113,9 +155,9 @@ Work = tuple[int, int]
 class Loader:
     """A worker's batches, in the order in which it will compute its shards.
 
-    It begins in the worker itself, one shard ahead: `prefetch` is called when the worker has
-    nothing better to do. Where fetching proves slow it moves to loader processes (PyTorch's
-    `DataLoader`), which changes no bit, since samples are seeded by their indices.
+    It begins in the worker itself, a shard or a few small ones ahead: `prefetch` is called when the
+    worker has nothing better to do. Where fetching proves slow it moves to loader processes
+    (PyTorch's `DataLoader`), which changes no bit, since samples are seeded by their indices.
     """
 
     def __init__(
@@ -127,8 +169,10 @@ class Loader:
         self._order = Order(sampling)
         self._shards: Sequence[int] = ()
         self._upcoming: Iterator[Work] = iter(())
-        self._next: Work | None = None
-        self._ahead: tuple[Work, Any] | None = None
+        self._planned: deque[Work] = deque()
+        """What has been taken from `_upcoming`, the next work first."""
+        self._ahead: deque[Any] = deque()
+        """The batches of the first of them."""
         self._stream: Iterator[Any] | None = None
         self._times = FetchTimes()
 
@@ -137,54 +181,55 @@ class Loader:
         self.close()
         self._shards = shards
         self._upcoming = self._work(step)
-        self._advance()
+        self._planned.clear()
+        self._plan(1)
         if self.loaders:
             self._start()
 
     def get(self, step: int, shard: int) -> Any:
         """The batch of a shard; work that was not assigned is fetched on the spot."""
         work = (step, shard)
-        if work != self._next:
-            return self._fetch(work)
+        if not self._planned or work != self._planned[0]:
+            return self._fetch([work])[0]
         if self._stream is not None:
             batch = next(self._stream)
-        elif self._ahead is not None:
-            batch = self._ahead[1]
+        elif self._ahead:
+            batch = self._ahead.popleft()
         else:
-            batch = self._fetch(work)
-        self._ahead = None
+            batch = self._fetch([work])[0]
         self._advance()
         return batch
 
     def skip(self, step: int, shard: int) -> None:
         """Leave out a shard that somebody else has computed."""
-        if self._next == (step, shard):
+        if self._planned and self._planned[0] == (step, shard):
             if self._stream is not None:
                 next(self._stream)
-            self._ahead = None
+            elif self._ahead:
+                self._ahead.popleft()
             self._advance()
 
     def prefetch(self) -> None:
-        """Fetch the next assigned batch now, in the worker, unless loader processes do it."""
-        if self._stream is None and self._ahead is None and self._next is not None:
-            self._ahead = (self._next, self._fetch(self._next))
+        """Fetch what comes next now, in the worker, unless loader processes do it."""
+        if self._stream is None and not self._ahead and self._planned:
+            if isinstance(self.fetch, Rows):
+                start, stop = self.sampling.shard_span(*self._planned[0])
+                self._plan(self.fetch.ahead(stop - start))
+            self._ahead.extend(self._fetch(self._planned))
 
     def consider(self, compute_seconds: float) -> None:
-        """Choose between worker and loader processes, once enough has been measured.
-
-        `compute_seconds` is what the same number of shards took to compute.
-        """
-        if self.decision or self._times.fetches < TRIAL_FETCHES:
+        """Choose between worker and loader processes, once enough has been measured."""
+        if self.decision or len(self._times.each) < TRIAL_FETCHES:
             return
         move, self.decision = wants_loaders(self._times, compute_seconds, self.spare_cores)
         self.loaders = int(move)
-        if move and self._next is not None:
+        if move and self._planned:
             self._start()
 
     def close(self) -> None:
         """End the loader processes and drop what was fetched ahead."""
         self._stream = None
-        self._ahead = None
+        self._ahead.clear()
 
     def _work(self, first: int) -> Iterator[Work]:
         for step in range(first, self.last):
@@ -193,22 +238,30 @@ class Loader:
                     yield step, shard
 
     def _advance(self) -> None:
-        self._next = next(self._upcoming, None)
+        self._planned.popleft()
+        if not self._planned:
+            self._plan(1)
 
-    def _fetch(self, work: Work) -> Any:
-        indices = self._order.indices(*work)
-        if self.decision:
-            return self.fetch(self.sampling.data_epoch(work[0]), indices)
+    def _plan(self, works: int) -> None:
+        self._planned.extend(itertools.islice(self._upcoming, works - len(self._planned)))
+
+    def _fetch(self, works: Sequence[Work]) -> list[Any]:
+        """The batches of these works."""
+        indices = [self._order.indices(*work) for work in works]
+        if isinstance(self.fetch, Rows) and len(works) > 1:
+            return list(self.fetch.several(indices))
         wall, cpu = time.perf_counter(), time.thread_time()
-        batch = self.fetch(self.sampling.data_epoch(work[0]), indices)
-        self._times.fetches += 1
-        self._times.wall += time.perf_counter() - wall
-        self._times.cpu += time.thread_time() - cpu
-        return batch
+        batches = [
+            self.fetch(self.sampling.data_epoch(step), rows)
+            for (step, _), rows in zip(works, indices, strict=True)
+        ]
+        if not self.decision:
+            self._times.each.append((time.perf_counter() - wall, time.thread_time() - cpu))
+        return batches
 
     def _start(self) -> None:
         """Move to loader processes, from the next assigned batch on."""
-        self._ahead = None
+        self._ahead.clear()
         self._stream = iter(
             DataLoader(
                 _Requests(self.fetch),
@@ -222,10 +275,10 @@ class Loader:
         )
 
     def _requests(self) -> Iterator[tuple[int, list[int]]]:
-        """What the loader processes are asked for: they run ahead of `_next`."""
-        if self._next is None:
+        """What the loader processes are asked for: they run ahead of `_planned`."""
+        if not self._planned:
             return
-        order, first = Order(self.sampling), self._next
+        order, first = Order(self.sampling), self._planned[0]
         for work in itertools.dropwhile(lambda item: item != first, self._work(first[0])):
             yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
 

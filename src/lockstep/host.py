@@ -18,7 +18,7 @@ from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Control, ControlShape
 from lockstep.errors import WorkerLostError, from_message
 from lockstep.layout import Layout
-from lockstep.memory import Segment
+from lockstep.memory import Segment, set_allocator
 from lockstep.planning import Plan
 from lockstep.source import Source
 from lockstep.undo import Capacity, UndoLog
@@ -96,6 +96,7 @@ class Host:
         ours, theirs = Channel.pair()
         environment = dict(os.environ)
         numerics.set_environment(settings.get("numerics", "native"), environment)
+        set_allocator(environment)
         command = [sys.executable, "-m", "lockstep.nursery", str(theirs.fileno()), str(os.getpid())]
         process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL

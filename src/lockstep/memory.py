@@ -5,9 +5,24 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from lockstep.errors import ResourceError
+
+ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""What glibc's malloc is told in processes that compute: keep what a step has freed for the next
+one, in huge pages. By default it goes back to the kernel, and each step faults it in again."""
+
+
+def set_allocator(environment: MutableMapping[str, str]) -> None:
+    """Prepare the environment of a process that will compute; what the user has set stays."""
+    for name, value in ALLOCATOR.items():
+        environment.setdefault(name, value)
 
 
 class Segment:

@@ -75,7 +75,7 @@ class Worker:
         self.shared, self.control = session.shared, session.shared.control
         self.sampling = session.sampling()
         self.fetch = make_fetch(session.task, session.train, plan["seed"])
-        spare = (os.cpu_count() or 1) - plan["workers"] * plan["threads"]
+        spare = numerics.cores() - plan["workers"] * plan["threads"]
         self.loader = Loader(
             self.fetch,
             self.sampling,
@@ -139,7 +139,8 @@ class Worker:
             blocks=own_blocks(shared.blocks, workers)[rank],
             norms=norm_parts(sizes, workers)[rank],
         )
-        barrier = Barrier(self.control, self.seat, seats, message["epoch"])
+        threads = self.session.plan["threads"]
+        barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
         self.stepper.join(part, barrier, Owner(shared, part.blocks, self.undo, self.faults))
         self.stepper.catch_up(self.step)
         all_of_step = tuple(message["todo"]) == part.shards
