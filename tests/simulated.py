@@ -1,9 +1,9 @@
 """A host in one process: simulated workers that take one small step at a time, and may die between
 any two writes.
 
-The control segment, the undo log, `membership` and `recovery` are the real ones; the workers'
-program is `step.Stepper`'s and `owner.Owner`'s, with numbers in place of tensors: a block holds
-how many steps have updated it, a slot which step it was computed for and from what.
+The control segment, `membership` and `recovery` are the real ones; the workers' program is
+`step.Stepper`'s and `base.BasePart`'s, with numbers in place of tensors: a block holds how many
+steps have updated it, a slot which step it was computed for and from what.
 """
 
 from __future__ import annotations
@@ -14,19 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from lockstep import membership
-from lockstep.control import Control, ControlShape, Phase, progress_of
+from lockstep.control import RING, Control, ControlShape, Phase, progress_of
 from lockstep.layout import Block, own_blocks
 from lockstep.membership import Members, Status
 from lockstep.memory import Segment
-from lockstep.recovery import progress_word, resume
+from lockstep.recovery import resume
 from lockstep.sampling import home_shards
-from lockstep.undo import Range, UndoLog, UndoWriter, group_blocks, needed_capacity
 
-BLOCK_BYTES = 16
-"""A block is two words, which an update writes one after the other: between, it is torn."""
 AHEAD = 3
 """Steps that the lease runs ahead."""
 
@@ -50,33 +46,30 @@ class Process:
 
 
 class Simulation:
-    """A job of `steps` steps with `shards` shards and `blocks` blocks.
+    """A job of `steps` steps with `shards` shards and blocks of the given sizes (elements).
 
-    `blocks` are sizes in elements, in units of an update group's size: two blocks of 0.6 are two
-    groups, two of 0.4 one.
+    The base is brought up to date after every `every` steps.
     """
 
     def __init__(
-        self, *, shards: int, blocks: list[float], workers: int, seats: int, steps: int, clip: bool
-    ) -> None:
-        self.shards, self.steps, self.clip = shards, steps, clip
-        sizes = [max(1, int(size * (1 << 19))) for size in blocks]
-        self.blocks = [Block(param=n, start=0, stop=s, whole=True) for n, s in enumerate(sizes)]
+        self, *, shards: int, blocks: list[int], workers: int, seats: int, steps: int,
+        clip: bool, every: int,
+    ) -> None:  # fmt: skip
+        self.shards, self.steps, self.clip, self.every = shards, steps, clip, every
+        self.blocks = [Block(param=n, start=0, stop=s, whole=True) for n, s in enumerate(blocks)]
         count = len(blocks)
-        capacity = needed_capacity(self.blocks, [[BLOCK_BYTES]] * count)
-        shape = ControlShape(shards=shards, seats=seats, blocks=count, params=count)
-        self.segments = [
-            Segment.create("control", shape.nbytes()),
-            Segment.create("undo", seats * capacity.total),
-            Segment.create("state", count * BLOCK_BYTES),
-        ]
-        self.control = Control(self.segments[0], shape)
-        self.undo = UndoLog(self.segments[1], capacity)
-        self.state = np.frombuffer(self.segments[2].map, np.int64, count=2 * count).reshape(-1, 2)
-        self.flat = torch.frombuffer(self.segments[2].map, dtype=torch.uint8)
-        self.control.shard_done[:] = self.control.block_done[:] = -1
-        self.buffers = [0, 0]
-        """The committed buffers, of two words as well; rank 0 writes them from the slots."""
+        shape = ControlShape(shards=shards, seats=seats, params=count)
+        self.control = Control(Segment.create("control", shape.nbytes()), shape)
+        self.state = np.zeros((count + 1, 2), np.int64)
+        """A block is two words, which an update writes one after the other: between, it is torn.
+        The last are the committed buffers, which rank 0 writes from the slots."""
+        self.base = self.state.copy()
+        self.control.base_step = 0
+        self.written: Any = None
+        """The base at the beginning of the checkpoint that is being written from it."""
+        self.control.shard_done[:] = -1
+        for seat in range(seats):
+            self.control.set_updating(seat, -1)
         self.slots: list[Any] = [None] * shards
         self.reduced: list[Any] = [None] * count
         self.claims: dict[int, int] = {}
@@ -88,18 +81,17 @@ class Simulation:
         """Steps in the ledger."""
         self.computed: dict[int, int] = {}
         """By step: shards whose computation was begun."""
-        self.deaths = 0
+        self.deaths = self.times_back = 0
+        self.stopping = False
+        """Whether the lease is not extended any more, so that everybody comes to rest."""
         self.decide(membership.Begin())
 
     def close(self) -> None:
         """Let go of the shared memory."""
-        del self.flat, self.state
         for process in self.processes.values():
             process.life.close()
         self.processes.clear()
         self.control.close()
-        for segment in self.segments[1:]:
-            segment.close()
 
     # Workers.
 
@@ -109,7 +101,6 @@ class Simulation:
 
     def live(self, seat: int) -> Life:
         """As `worker.Worker.serve`."""
-        undo = UndoWriter(self.undo, seat, self.flat, self.control.block_done)
         process = self.processes[seat]
         process.said.append("hello")
         step = 0
@@ -120,15 +111,16 @@ class Simulation:
             if message["op"] == "stop":
                 return
             if message["op"] == "join":
-                worker = _Worker(self, seat, message["seats"], message["epoch"], undo)
-                step = message["step"]
-                todo, updating = message["todo"], message["updating"]
+                worker = _Worker(self, seat, message["seats"], message["epoch"])
+                step, todo = message["step"], message["todo"]
+                if message["refresh"]:
+                    yield from worker.refresh_base(step)
             else:
-                todo, updating = None, False
+                todo = None
             try:
                 while step < self.control.lease:
-                    yield from worker.run(step, todo, updating)
-                    step, todo, updating = step + 1, None, False
+                    yield from worker.run(step, todo)
+                    step, todo = step + 1, None
                 process.said.append(f"idle {step}")
             except Regroup:
                 process.said.append("regroup")
@@ -173,7 +165,6 @@ class Simulation:
             case "regroup":
                 self.decide(membership.Rested(seat))
             case "died":
-                self.undo.restore(seat, self.segments[2], self.control.block_done)
                 self.idle.pop(seat, None)
                 del self.processes[seat]
                 self.decide(membership.Died(seat))
@@ -202,26 +193,46 @@ class Simulation:
 
     def _form(self, seats: tuple[int, ...]) -> None:
         control = self.control
-        words = [control.progress(seat) for seat in self.seats or seats]
-        found = resume(words, control.shard_done.tolist(), control.block_done.tolist(), len(seats))
+        members = self.seats or seats
+        words = [control.progress(seat) for seat in members]
+        found = resume(
+            words,
+            [control.updating(seat) for seat in members],
+            control.shard_done.tolist(),
+            control.base_step,
+            len(seats),
+        )
         self._record_to(min(words))
-        if not found.updating and self.recorded < found.step:
+        if found.back is not None:
+            self.times_back += 1
+            self.state[:] = self.base
+            self.control.base_due[:] = 0
+        elif self.recorded < found.step:
             self._record_to(progress_of(found.step - 1, Phase.STARTED))
-            self.check_committed(found.step)  # `mend` digests the state now
             self._record_to(progress_of(found.step, Phase.STARTED))
+        self.check_committed(found.step)
+        for seat in {*members, *seats}:
+            control.set_updating(seat, -1)
         for seat in seats:
-            control.set_progress(seat, progress_word(found))
+            control.set_progress(seat, progress_of(found.step, Phase.STARTED))
         self.seats = seats
         self.idle.clear()
         self._grant()
         for rank, seat in enumerate(seats):
             self.processes[seat].inbox.append(
                 {"op": "join", "epoch": control.epoch, "seats": seats, "step": found.step,
-                 "todo": found.todo[rank], "updating": found.updating}
+                 "todo": found.todo[rank],
+                 "refresh": found.back is None and self.written is None}
             )  # fmt: skip
 
     def _grant(self) -> None:
-        self.control.lease = max(self.control.lease, min(self.recorded + AHEAD, self.steps))
+        lease = max(self.control.lease, min(self.recorded + AHEAD, self.steps))
+        if self.stopping:
+            lease = self.control.lease
+        for step in range(self.control.lease, lease):
+            due = (step + 1) % self.every == 0 and self.written is None
+            self.control.base_due[step % RING] = due
+        self.control.lease = lease
         if self.members.regrouping:
             return
         woken = [seat for seat, step in self.idle.items() if step < self.control.lease]
@@ -230,6 +241,23 @@ class Simulation:
             self.processes[seat].inbox.append({"op": "run"})
         if woken:
             self.decide(membership.Resumed())
+
+    def checkpoint(self) -> None:
+        """As `Coordinator.snapshot`, if everybody rests at the lease's end; else ask for rest."""
+        self.stopping = True
+        resting = self.members.all_rest and bool(self.idle) and not self.members.regrouping
+        if resting and self.recorded == self.control.lease and self.written is None:
+            self.stopping = False
+            self.check_committed(self.recorded)
+            self.base[:] = self.state
+            self.control.base_step = self.recorded
+            self.written = self.base.copy()
+
+    def end_checkpoint(self) -> None:
+        self.stopping = False
+        if self.written is not None:
+            assert self.base.tolist() == self.written.tolist(), "written to while being read"
+            self.written = None
 
     def _record_to(self, reached: int) -> None:
         while (
@@ -243,8 +271,7 @@ class Simulation:
 
     def check_committed(self, step: int) -> None:
         """The state is that after `step` steps, whole: every block updated exactly once by each."""
-        assert self.state.tolist() == [[step, step]] * len(self.blocks)
-        assert self.buffers == [step, step]
+        assert self.state.tolist() == [[step, step]] * len(self.state)
 
     def having(self, *wanted: Status) -> tuple[int, ...]:
         return self.members.having(*wanted)
@@ -253,20 +280,13 @@ class Simulation:
 class _Worker:
     """A worker in one membership, as `step.Stepper` with `owner.Owner`."""
 
-    def __init__(
-        self, world: Simulation, seat: int, seats: tuple[int, ...], epoch: int, undo: UndoWriter
-    ) -> None:
+    def __init__(self, world: Simulation, seat: int, seats: tuple[int, ...], epoch: int) -> None:
         self.world, self.control, self.seat, self.epoch = world, world.control, seat, epoch
         self.rank, self.workers = seats.index(seat), len(seats)
         self.others = [other for other in seats if other != seat]
         self.home = home_shards(world.shards, self.workers, self.rank)
         self.own = own_blocks(world.blocks, self.workers)[self.rank]
-        self.groups = group_blocks(world.blocks, list(self.own))
-        self.ranges = [
-            [Range(offset=number * BLOCK_BYTES, nbytes=BLOCK_BYTES) for number in group]
-            for group in self.groups
-        ]
-        self.undo = undo
+        self.parts = [*self.own, len(world.blocks)] if self.rank == 0 else [*self.own]
 
     def wait(self, step: int, phase: Phase) -> Life:
         """As `Barrier.wait`."""
@@ -282,15 +302,12 @@ class _Worker:
         yield True
         yield from self.wait(step, phase)
 
-    def run(self, step: int, todo: list[int] | None, updating: bool) -> Life:
+    def run(self, step: int, todo: list[int] | None) -> Life:
         """As `Stepper.run`."""
         world, control = self.world, self.control
         yield from self.compute(step, self.home if todo is None else todo)
-        if not updating:
-            control.set_progress(self.seat, progress_of(step, Phase.COMPUTED))
-            yield True
-        yield from self.wait(step, Phase.COMPUTED)
-        if world.clip and not updating:
+        yield from self.meet(step, Phase.COMPUTED)
+        if world.clip:
             for number in self.own:
                 world.reduced[number] = ("torn", step)
                 yield True
@@ -298,14 +315,13 @@ class _Worker:
                 yield True
             yield from self.meet(step, Phase.REDUCED)
             yield from self.meet(step, Phase.NORMED)
+        control.set_updating(self.seat, step)
+        yield True
         yield from self.update(step)
-        if self.rank == 0:
-            for word in (0, 1):
-                assert self.sum(step) == step
-                world.buffers[word] = step + 1
-                yield True
         yield from self.meet(step, Phase.UPDATED)
         world.check_committed(step + 1)
+        if control.base_due[step % RING]:
+            yield from self.refresh_base(step + 1)
         control.set_progress(self.seat, progress_of(step + 1, Phase.STARTED))
         yield True
 
@@ -336,24 +352,27 @@ class _Worker:
         return step
 
     def update(self, step: int) -> Life:
-        """As `Owner.update`."""
-        world, done = self.world, self.control.block_done
-        for group, ranges in zip(self.groups, self.ranges, strict=True):
-            open_blocks = [number for number in group if done[number] < step]
-            yield True
-            self.undo.save(ranges, group[0], group[-1], step)
-            yield True
-            for number in open_blocks:
-                if world.clip:
-                    assert world.reduced[number] == (step, step)
-                else:
-                    self.sum(step)
-                assert world.state[number].tolist() == [step, step], "updated twice, or torn"
-                for word in (0, 1):
-                    world.state[number, word] = step + 1
-                    yield True
-            for number in group:
-                done[number] = step
+        """As `Owner.update`, and `Stepper._combine_buffers`."""
+        world = self.world
+        for number in self.parts:
+            if world.clip and number in self.own:
+                assert world.reduced[number] == (step, step)
+            else:
+                self.sum(step)
+            assert world.state[number].tolist() == [step, step], "updated twice, or torn"
+            for word in (0, 1):
+                world.state[number, word] = step + 1
                 yield True
-            self.undo.clear()
+
+    def refresh_base(self, committed: int) -> Life:
+        """As `Stepper.refresh_base`."""
+        world = self.world
+        assert world.written is None, "a checkpoint is being written from the base"
+        for number in self.parts:
+            for word in (0, 1):
+                assert world.state[number, word] == committed
+                world.base[number, word] = committed
+                yield True
+        if self.rank == 0:
+            self.control.base_step = committed
             yield True

@@ -21,6 +21,7 @@ from torch import nn
 
 from lockstep import layout as layouts
 from lockstep import memory, seeds
+from lockstep.base import Base, BasePart, steps_between
 from lockstep.channel import INLINE, Channel, Closed
 from lockstep.checkpoint import (
     MANIFEST,
@@ -31,27 +32,31 @@ from lockstep.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
+from lockstep.control import Control, ControlShape
 from lockstep.data import FetchTimes, Order, Rows, wants_loaders
 from lockstep.errors import KINDS, IntegrityError, LockstepError, ResourceError
 from lockstep.errors import from_message as error_from
 from lockstep.errors import to_message as message_of
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.gradients import CHUNK, Node, Reducer, combine_buffers, depth, tree
-from lockstep.layout import ALIGN, BLOCK, Block, Entry, Layout, cut_blocks, own_blocks
+from lockstep.layout import (
+    ALIGN,
+    BLOCK,
+    GROUP,
+    Block,
+    Entry,
+    Layout,
+    Range,
+    cut_blocks,
+    group_blocks,
+    merge_ranges,
+    own_blocks,
+)
 from lockstep.ledger import Ledger, StepRecord, read_ledger
 from lockstep.memory import Segment
 from lockstep.optim import may_cut
 from lockstep.sampling import Sampling, home_shards
 from lockstep.state import contiguous_stride, dense_stride
-from lockstep.undo import (
-    GROUP,
-    Range,
-    UndoLog,
-    UndoWriter,
-    group_blocks,
-    merge_ranges,
-    needed_capacity,
-)
 from tests import reference
 
 # Sampling.
@@ -246,7 +251,7 @@ def test_buffers_combine_as_documented(counts: list[int], seed: int) -> None:
             assert torch.equal(committed, made)  # a constant stays what it is
 
 
-# The undo log.
+# Ranges and groups.
 
 
 @st.composite
@@ -290,42 +295,33 @@ def test_groups_are_runs_of_bounded_size(sizes: list[int]) -> None:
         assert len(group) == 1 or sum(sizes[number] for number in group) <= GROUP
 
 
-def test_undo_restores_what_a_dead_worker_overwrote() -> None:
-    blocks = [Block(param=0, start=0, stop=100, whole=True)]
-    capacity = needed_capacity(blocks, [[400, 1]])
-    done = np.full(1, 6, np.int32)
-    state = Segment.create("state", 4096)
-    log = Segment.create("undo", 2 * capacity.total)
-    before = bytes(range(256)) * 16
-    state.map[:4096] = before
-    flat = torch.frombuffer(state.map, dtype=torch.uint8)
-    undo = UndoLog(log, capacity)
-    writer = UndoWriter(undo, 1, flat, done)
-    ranges = [Range(offset=256, nbytes=400), Range(offset=1024, nbytes=1)]
-
-    writer.save(ranges, first=0, last=0, step=7)
-    flat[200:1100] = 255
-    assert not undo.restore(0, state, done)  # another seat's log is empty
-    assert undo.restore(1, state, done)
-    assert state.map[256:656] == before[256:656]
-    assert state.map[1024:1025] == before[1024:1025]
-    assert set(state.map[656:1024]) == {255}
-    assert not undo.restore(1, state, done)  # once
-
-    flat[300] = 1
-    writer.save(ranges, first=0, last=0, step=8)
-    flat[300] = 2
-    writer.clear()
-    assert not undo.restore(1, state, done)  # the group was updated whole
-
-    writer.save(ranges, first=0, last=0, step=9)
-    flat[300] = 3
-    done[0] = 9
-    assert not undo.restore(1, state, done)  # so it was here, but for the log's mark
-    assert flat[300] == 3
-    del flat, undo, writer
+def test_the_base_is_copied_part_by_part_and_put_back() -> None:
+    shape = ControlShape(shards=1, seats=1, params=1)
+    control = Control(Segment.create("control", shape.nbytes()), shape)
+    state, kept = Segment.create("state", 8192), Segment.create("base", 8192)
+    base = Base(control, state, kept)
+    first, second = bytes(range(256)) * 32, bytes(range(255, -1, -1)) * 32
+    state.map[:8192] = first
+    assert bytes(base.take(3)) == first
+    part = BasePart(state, kept, [Range(offset=256, nbytes=400), Range(offset=1024, nbytes=1)])
+    state.map[:8192] = second
+    part.refresh()
+    assert base.put_back() == 3
+    mixed = bytearray(first)
+    mixed[256:656], mixed[1024:1025] = second[256:656], second[1024:1025]
+    assert state.map[:8192] == mixed
+    del base, part
+    control.close()
     state.close()
-    log.close()
+    kept.close()
+
+
+def test_the_base_is_as_young_as_its_cost_allows() -> None:
+    assert steps_between(10 << 20, 2, steps_per_second=0.0) == 1
+    assert steps_between(10 << 20, 2, steps_per_second=1.0) == 1, "long steps: after each"
+    assert steps_between(1 << 10, 2, steps_per_second=1000.0) == 50
+    large = steps_between(8 << 30, 1, steps_per_second=10.0)
+    assert steps_between(8 << 30, 4, steps_per_second=10.0) == pytest.approx(large / 4, abs=1)
 
 
 # The ledger.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import lockstep
+from lockstep import coordinator
 from lockstep.data import Order
 from lockstep.errors import PoisonError
 from lockstep.faults import PHASES, Fault
@@ -114,6 +115,29 @@ def test_deaths_while_a_recovery_is_under_way(name: str, yard: Yard) -> None:
     task, settings = settings_of(name)
     result = yard.check(task, faults=faults, **settings)
     assert len(events(result.folder, "died")) > len(TOGETHER)
+
+
+# Going back to a state that is many steps old.
+
+
+@pytest.mark.parametrize("name", ["cnn", "onecycle", "clip", "by-epoch", "embedding"])
+def test_steps_since_the_base_are_computed_again(
+    name: str, yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedules, buffers and optimizer state go back with the parameters, on survivors and on
+    successors alike; what was recorded is not recorded twice."""
+    monkeypatch.setattr(coordinator, "steps_between", lambda *_: 1_000_000)
+    entry: Entry = ZOO[name]
+    settings = entry.settings()
+    last = settings["steps"] - 2
+    faults = (
+        Fault(seat=-1, step=last - 4, phase="update_end"),
+        Fault(seat=0, step=last, phase="update_done"),
+    )
+    result = yard.check(entry.task, faults=faults, **settings)
+    first, second = sorted(result.recoveries, key=lambda recovery: int(recovery["step"]))
+    assert first["steps_back"] == first["step"] == last - 4
+    assert second["step"] == last
 
 
 # Hanging.

@@ -28,22 +28,20 @@ class NormLimit:
         self._orders: dict[tuple[int, ...], tuple[list[int], torch.dtype]] = {}
 
     def scale(
-        self, step: int, presence: Presence, owner: Owner, mine: Sequence[int], resumed: bool
+        self, step: int, presence: Presence, owner: Owner, mine: Sequence[int]
     ) -> torch.Tensor:
         """The factor that the summed gradient is to be multiplied by, at most 1.
 
-        `mine` are the parameters whose norms this worker takes. With `resumed` all norms are
-        there from before a worker died.
+        `mine` are the parameters whose norms this worker takes.
         """
         control = self.shared.control
-        if not resumed:
-            owner.reduce(self.reduced, presence)
-            self.meet(progress_of(step, Phase.REDUCED))
-            for index in mine:
-                if any(presence.of(index)):
-                    norm = torch.linalg.vector_norm(self.reduced[index], 2.0)
-                    control.norms[index] = norm.item()
-            self.meet(progress_of(step, Phase.NORMED))
+        owner.reduce(self.reduced, presence)
+        self.meet(progress_of(step, Phase.REDUCED))
+        for index in mine:
+            if any(presence.of(index)):
+                norm = torch.linalg.vector_norm(self.reduced[index], 2.0)
+                control.norms[index] = norm.item()
+        self.meet(progress_of(step, Phase.NORMED))
         there = [i for i in range(len(self.shared.params)) if any(presence.of(i))]
         order, dtype = self._order(tuple(there))
         parts = torch.from_numpy(control.norms[order]).to(dtype)

@@ -21,6 +21,8 @@ from lockstep.memory import Segment
 
 LINE = 64
 """Bytes: one cache line; words with different writers never share one."""
+HEADER = 3
+"""Lines before those of the seats: the lease, the membership epoch, the base's step."""
 RING = 1024
 """Step records kept: the lease never runs further ahead of the ledger than this."""
 DIGEST_BYTES = 16
@@ -70,24 +72,23 @@ class ControlShape:
     shards: int
     seats: int
     """How many workers there can be at one time; a worker's seat is its index here."""
-    blocks: int
     params: int
 
     def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Name, element type and shape of each array, in order."""
         words = LINE // 4
         return {
-            "header": (np.int32, (2, words)),
+            "header": (np.int32, (HEADER, words)),
             "progress": (np.int32, (self.seats, words)),
             "shard_done": (np.int32, (self.shards,)),
             "shard_by": (np.int32, (self.shards,)),
-            "block_done": (np.int32, (self.blocks,)),
             "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
             "norms": (np.float64, (max(self.params, 1),)),
             "seconds": (np.float64, (self.seats, len(Stat))),
             "losses": (np.float64, (RING, self.shards)),
             "total_norms": (np.float64, (RING,)),
             "times": (np.float64, (RING,)),
+            "base_due": (np.uint8, (RING,)),
             "digests": (np.uint8, (RING * PER_STEP * DIGEST_BYTES,)),
             "fired": (np.uint8, (MAX_FAULTS,)),
         }
@@ -117,7 +118,6 @@ class Control:
         self._words = memoryview(segment.map).cast("i")
         self.shard_done = arrays["shard_done"]
         self.shard_by = arrays["shard_by"]
-        self.block_done = arrays["block_done"]
         self.has_grad = arrays["has_grad"]
         self.norms = arrays["norms"]
         self.seconds = arrays["seconds"]
@@ -125,6 +125,9 @@ class Control:
         self.losses = arrays["losses"]
         self.total_norms = arrays["total_norms"]
         self.times = arrays["times"]
+        self.base_due = arrays["base_due"]
+        """Whether the base is brought up to date after a step. Set by the master before it grants
+        the step, so that all workers agree."""
         self._digests = arrays["digests"]
         self._digest_bytes = self._digests.data
         self.fired = arrays["fired"]
@@ -146,6 +149,16 @@ class Control:
     def epoch(self) -> int:
         return self._words[LINE // 4]
 
+    # After how many steps the base was taken. Written by rank 0, and by the master at rest.
+
+    @property
+    def base_step(self) -> int:
+        return self._words[2 * LINE // 4]
+
+    @base_step.setter
+    def base_step(self, step: int) -> None:
+        self._words[2 * LINE // 4] = step
+
     def raise_epoch(self) -> int:
         """Take the next membership epoch and wake every worker that waits at a barrier."""
         raised = self.epoch + 1
@@ -155,30 +168,39 @@ class Control:
         return raised
 
     def progress(self, seat: int) -> int:
-        return self._words[(2 + seat) * LINE // 4]
+        return self._words[(HEADER + seat) * LINE // 4]
 
     def set_progress(self, seat: int, value: int) -> None:
         """Publish how far the worker in `seat` is. Called by that worker alone while it lives."""
-        self._words[(2 + seat) * LINE // 4] = value
+        self._words[(HEADER + seat) * LINE // 4] = value
 
     def progress_address(self, seat: int) -> int:
         """The address of a seat's progress word, for futex waits."""
-        return self.base + (2 + seat) * LINE
+        return self.base + (HEADER + seat) * LINE
 
     def shard(self, seat: int) -> int:
         """The shard that the worker in `seat` is on, or was on last."""
-        return self._words[(2 + seat) * LINE // 4 + 1]
+        return self._words[(HEADER + seat) * LINE // 4 + 1]
 
     def sign_of_life(self, seat: int) -> tuple[int, int, int]:
         """Changes whenever the worker in `seat` gets anywhere."""
-        word = (2 + seat) * LINE // 4
+        word = (HEADER + seat) * LINE // 4
         return self._words[word], self._words[word + 1], self._words[word + 2]
 
     def beat(self, seat: int, shard: int) -> None:
         """Say that this worker begins a shard, or a held-out batch. Called by the worker."""
-        word = (2 + seat) * LINE // 4
+        word = (HEADER + seat) * LINE // 4
         self._words[word + 1] = shard
         self._words[word + 2] = (self._words[word + 2] + 1) & 0x7FFFFFFF
+
+    def updating(self, seat: int) -> int:
+        """The last step whose update the worker in `seat` has begun."""
+        return self._words[(HEADER + seat) * LINE // 4 + 3]
+
+    def set_updating(self, seat: int, step: int) -> None:
+        """Say that this worker is about to overwrite the state. Called by it before it does, and
+        by the master, with -1, when everybody rests."""
+        self._words[(HEADER + seat) * LINE // 4 + 3] = step
 
     def set_digest(self, step: int, index: int, digest: bytes) -> None:
         """Record the digest of the step's unit of this index."""

@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from lockstep import membership
+from lockstep.base import steps_between
 from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, progress_of
@@ -28,7 +26,7 @@ from lockstep.history import History
 from lockstep.host import Event, Host
 from lockstep.membership import Members
 from lockstep.planning import Plan
-from lockstep.recovery import progress_word, resume
+from lockstep.recovery import resume
 from lockstep.sink import Sink
 
 TICK = 0.05
@@ -98,11 +96,14 @@ class Coordinator:
         self._idle: dict[int, int] = {}
         self._round = 0
         self._results: dict[int, list[BatchSums]] = {}
-        self._copy: npt.NDArray[np.uint8] | None = None
+        self._marked = step
+        """The last step at whose end the base is, or will be, brought up to date."""
         self._checkpoint_asked = self._stop_asked = self._paused = False
         first = progress_of(step, Phase.STARTED)
         for seat in range(plan.seats):
             self.control.set_progress(seat, first)
+            self.control.set_updating(seat, -1)
+        host.base.take(step)
 
     @property
     def step(self) -> int:
@@ -157,15 +158,22 @@ class Coordinator:
     def _form(self, seats: tuple[int, ...], reason: str) -> None:
         """Put the state in order and send the new members on. Everybody rests."""
         control = self.control
-        words = [control.progress(seat) for seat in self.history.seats or seats]
+        members = self.history.seats or seats
         resumption = resume(
-            words, control.shard_done.tolist(), control.block_done.tolist(), len(seats)
+            [control.progress(seat) for seat in members],
+            [control.updating(seat) for seat in members],
+            control.shard_done.tolist(),
+            control.base_step,
+            len(seats),
         )
-        if not resumption.updating:
+        if resumption.back is None:
             self.history.mend(resumption.step)
-        word = progress_word(resumption)
+        else:
+            self._go_back()
+        for seat in {*members, *seats}:
+            control.set_updating(seat, -1)
         for seat in seats:
-            control.set_progress(seat, word)
+            control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
         self.history.seats = seats
         self._idle.clear()
         self._results.clear()
@@ -182,9 +190,15 @@ class Coordinator:
                     "seats": seats,
                     "step": resumption.step,
                     "todo": resumption.todo[rank],
-                    "resume_update": resumption.updating,
+                    "refresh": resumption.back is None and not self.sink.busy(),
                 },
             )
+
+    def _go_back(self) -> None:
+        """Put the base in the place of a state that is torn."""
+        self.history.drain()
+        self.host.base.put_back()
+        self.control.base_due[:] = 0  # later steps' marks may lie in the places of those redone
 
     def _tell(self, seat: int, message: Message) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""
@@ -229,6 +243,7 @@ class Coordinator:
         per_second = self.clock.rate / self.plan.batch_size
         ahead = min(most, least + int(per_second * self.schedule.ahead_seconds))
         lease = max(self.control.lease, min(self.step + ahead, self._stop))
+        self._mark(self.control.lease, lease, per_second)
         self.control.lease = lease
         if self.members.regrouping:
             return
@@ -238,6 +253,16 @@ class Coordinator:
             self._tell(seat, {"op": "run"})
         if woken:
             self._decide(membership.Resumed())
+
+    def _mark(self, first: int, last: int, steps_per_second: float) -> None:
+        """Mark the steps of a new lease at whose end the base is brought up to date: none while a
+        checkpoint is being written from it."""
+        every = steps_between(self.host.base.nbytes, self.plan.workers, steps_per_second)
+        for step in range(first, last):
+            due = step - self._marked >= every and not self.sink.busy()
+            self.control.base_due[step % RING] = due
+            if due:
+                self._marked = step
 
     def _listen(self, seconds: float) -> None:
         """Hear what the workers say, and who has died, for up to so many seconds."""
@@ -296,16 +321,9 @@ class Coordinator:
             self._take_requests()
 
     def snapshot(self) -> memoryview:
-        """A copy of the state segment, in a buffer that the next one overwrites.
-
-        Called when every worker rests. Copying into memory that is already there takes a third of
-        the time that fresh memory does, and this is what the workers wait for.
-        """
+        """The base, brought up to date. Called when every worker rests."""
         self.sink.settle()
-        if self._copy is None:
-            self._copy = np.empty(self.host.state.nbytes, np.uint8)
-        self._copy[:] = np.frombuffer(self.host.state.map, np.uint8, self.host.state.nbytes)
-        return self._copy.data
+        return self.host.base.take(self.step)
 
     def _evaluate(self) -> dict[str, float]:
         """The held-out metrics of the state at rest; each batch by one worker.

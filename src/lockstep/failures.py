@@ -34,7 +34,7 @@ class Failures:
     # Deaths.
 
     def died(self, seat: Seat, status: Status | None) -> None:
-        """Take note of a death: undo what the worker had half done, and count it.
+        """Take note of a death, and count it.
 
         Raises:
             PoisonError: the same shard of the same step has taken too many workers with it.
@@ -43,7 +43,6 @@ class Failures:
         how = self.host.how_it_ended(seat)
         word, shard = self.control.progress(seat.number), self.control.shard(seat.number)
         step, phase = describe_progress(word)
-        undone = self.host.undo.restore(seat.number, self.host.state, self.control.block_done)
         waited = self._stalled_for.pop(seat.number, None)
         self._signs.clear()  # whoever waited for it starts afresh
         facts = {
@@ -53,7 +52,6 @@ class Failures:
             "phase": phase,
             "shard": shard if word == progress_of(step, Phase.STARTED) else None,
             "how": how,
-            "undone": undone,
         }
         self.sink.event("died", status=status.value if status else None, **facts)
         if status in (Status.WORKING, Status.RESTING):
@@ -80,8 +78,11 @@ class Failures:
         """A new membership goes on from here."""
         now = time.monotonic()
         for record in self._open:
+            if "regroup_ms" in record:
+                continue  # a replacement joins before a step could be committed
             record["regroup_ms"] = round((now - record["at"]) * 1e3, 2)
             record["recomputed"] = sum(map(len, resumption.todo))
+            record["steps_back"] = resumption.back or 0
         self._signs.clear()
 
     def recovered(self, committed: float) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import numerics
+from lockstep.base import Base
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Control, ControlShape
 from lockstep.errors import WorkerLostError, from_message
@@ -21,7 +22,6 @@ from lockstep.layout import Layout
 from lockstep.memory import Segment, set_allocator
 from lockstep.planning import Plan
 from lockstep.source import Source
-from lockstep.undo import Capacity, UndoLog
 
 LOAD_SECONDS = 600.0
 """The longest that building the task and its data may take."""
@@ -153,8 +153,8 @@ class Host:
         ]
         self.layout = Layout.from_message(message["layout"])
         self.state = self._segments[0]
-        self.undo = UndoLog(self._segments[1], Capacity(**message["undo"]))
         self.control = Control(self._segments[2], ControlShape(**message["control"]))
+        self.base = Base(self.control, self.state, self._segments[1])
         profile: dict[str, Any] = message["profile"]
         return profile
 

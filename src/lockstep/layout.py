@@ -105,6 +105,44 @@ def own_blocks(blocks: Sequence[Block], workers: int) -> list[range]:
     return runs
 
 
+GROUP = 1 << 20
+"""Elements: blocks are updated in groups of about this size: few calls, within the cache."""
+
+
+def group_blocks(blocks: Sequence[Block], numbers: Sequence[int]) -> list[list[int]]:
+    """Cut an owner's run of blocks into groups of at most `GROUP` elements, or one block."""
+    groups: list[list[int]] = []
+    size = 0
+    for number in numbers:
+        if not groups or size + blocks[number].size > GROUP:
+            groups.append([])
+            size = 0
+        groups[-1].append(number)
+        size += blocks[number].size
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A run of bytes of the state segment."""
+
+    offset: int
+    nbytes: int
+
+
+def merge_ranges(ranges: Iterable[Range]) -> list[Range]:
+    """Sort and join ranges that touch, or that only a tensor's padding separates."""
+    merged: list[Range] = []
+    for item in sorted(ranges, key=lambda r: r.offset):
+        if merged:
+            end = merged[-1].offset + merged[-1].nbytes
+            if item.offset in (end, math.ceil(end / ALIGN) * ALIGN):
+                last = merged.pop()
+                item = Range(offset=last.offset, nbytes=item.offset + item.nbytes - last.offset)
+        merged.append(item)
+    return merged
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """A run of bytes of the state segment that is digested as one."""
@@ -114,6 +152,8 @@ class Unit:
     nbytes: int
 
 
+PARTS = 256
+"""A state is cut into about so many digest units, as long as they are of a sensible size."""
 UNIT_BYTES = (4 << 10, 1 << 20)
 """Bytes: the least and the largest size of a digest unit."""
 
@@ -150,7 +190,7 @@ def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
     entries = list(entries)
     total = sum(entry.nbytes for entry in entries)
     least, most = UNIT_BYTES
-    length = min(max(math.ceil(total / 64 / ALIGN) * ALIGN, least), most)
+    length = min(max(math.ceil(total / PARTS / ALIGN) * ALIGN, least), most)
     names = set(trainable)
     params: list[Unit] = []
     others: list[Unit] = []

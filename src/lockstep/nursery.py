@@ -109,12 +109,11 @@ class Nursery:
             self.task, self.model, self.train, self.held_out, request["plan"]
         )
         shared = self.session.shared
-        names = ("state", "undo", "control")
+        names = ("state", "base", "control")
         message = {
             "event": "ready",
             "layout": shared.layout.to_message(),
             "control": dataclasses.asdict(shared.control.shape),
-            "undo": dataclasses.asdict(shared.undo.capacity),
             "nbytes": [shared.segments[name].nbytes for name in names],
             "profile": numerics.profile(request["plan"]["numerics"], request["plan"]["threads"]),
         }

@@ -13,10 +13,9 @@ from torch import nn
 from lockstep.control import Control
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
-from lockstep.layout import Block
+from lockstep.layout import Block, group_blocks
 from lockstep.optim import StateKey, bare_step
 from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
-from lockstep.undo import Range, UndoWriter, group_blocks, merge_ranges
 
 Mask = tuple[bool, ...]
 """Which shards have a gradient."""
@@ -77,9 +76,6 @@ class UpdateGroup:
     """Consecutive blocks that are summed and updated together."""
 
     blocks: list[OwnedBlock]
-    first: int
-    last: int
-    ranges: list[Range]
     leaves: list[torch.Tensor]
     """The run of each shard's slot that spans all blocks, 1-D."""
     total: torch.Tensor
@@ -98,17 +94,13 @@ class UpdateGroup:
 class Owner:
     """Updates the blocks of one worker. Made anew when the membership changes."""
 
-    def __init__(
-        self, shared: SharedState, numbers: Sequence[int], undo: UndoWriter, faults: FaultScript
-    ) -> None:
-        self.shared, self.undo, self.faults = shared, undo, faults
+    def __init__(self, shared: SharedState, numbers: Sequence[int], faults: FaultScript) -> None:
+        self.shared, self.faults = shared, faults or None
         self.optimizer = shared.optimizer
         self._present = shared.view(PRESENT)
         self._reducer = Reducer(shared)
-        self._done = shared.control.block_done
         self.optimizer.state.clear()
         updated = [n for n in numbers if shared.groups[shared.blocks[n].param] is not None]
-        self._unmanaged = [n for n in numbers if shared.groups[shared.blocks[n].param] is None]
         self.groups = [
             self._make_group(part)
             for _, run in itertools.groupby(updated, lambda n: self._dtype(n))
@@ -120,7 +112,6 @@ class Owner:
             for n in numbers
         ]  # fmt: skip
         self._loaded: UpdateGroup | None = None
-        self._first_update = True
         self._step = bare_step(self.optimizer)
 
     def reduce(self, reduced: Sequence[torch.Tensor], presence: Presence) -> None:
@@ -137,7 +128,7 @@ class Owner:
         reduced: Sequence[torch.Tensor] | None = None,
         scale: torch.Tensor | None = None,
     ) -> None:
-        """Update every block that `step` has not updated yet.
+        """Update all blocks of this owner. If it does not return, the state is torn.
 
         `reduced` and `scale` are given where the norm is limited: the gradient is then `reduced`
         times `scale`, and otherwise the sum of the shards' slots.
@@ -147,30 +138,11 @@ class Owner:
                 grads = self._sum(group, presence)
             else:
                 grads = self._scale(group, presence, reduced, scale)
-            if self._first_update:
-                grads = self._leave_out_done(group, grads, step)
-            self.undo.save(group.ranges, group.first, group.last, step)
-            if self.faults:
+            if self.faults is not None:
                 self.faults.at("update_begin", step)
             self._run_optimizer(group, grads)
-            if self.faults:
+            if self.faults is not None:
                 self.faults.at("update_end", step)
-            self._done[group.first : group.last + 1] = step
-            if self.faults:
-                self.faults.at("update_done", step)
-            self.undo.clear()
-        for number in self._unmanaged:
-            self._done[number] = step
-        self._first_update = False
-
-    def _leave_out_done(
-        self, group: UpdateGroup, grads: Sequence[torch.Tensor | None], step: int
-    ) -> Sequence[torch.Tensor | None]:
-        """Leave out the blocks that their last owner had updated before it died."""
-        return [
-            None if self._done[owned.number] >= step else gradient
-            for owned, gradient in zip(group.blocks, grads, strict=True)
-        ]
 
     def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
         if presence.uniform == (True,):
@@ -242,12 +214,8 @@ class Owner:
         members: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         for item in owned:
             members[shared.groups[item.block.param] or 0].append(item.param)
-        ranges = [shared.block_ranges(number) for number in numbers]
         return UpdateGroup(
             blocks=owned,
-            first=numbers[0],
-            last=numbers[-1],
-            ranges=merge_ranges(list(itertools.chain.from_iterable(ranges))),
             leaves=leaves,
             total=total,
             grads=[item.shaped(item.total) for item in owned],

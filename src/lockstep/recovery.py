@@ -16,9 +16,10 @@ class Resumption:
     """Where a new membership goes on."""
 
     step: int
-    """The step in flight: every step before it is committed."""
-    updating: bool
-    """All its gradients are there and some blocks have been updated: update the others."""
+    """The first step to be run, again or for the first time."""
+    back: int | None
+    """None: the state is that before `step`. Else some blocks have been updated and others not: the
+    state is put back to the base, which is so many committed steps older."""
     todo: tuple[tuple[int, ...], ...]
     """Per rank: the shards that are still to be computed."""
 
@@ -34,33 +35,33 @@ def step_in_flight(words: Sequence[int]) -> int:
 
 def resume(
     words: Sequence[int],
+    updating: Sequence[int],
     shard_done: Sequence[int],
-    block_done: Sequence[int],
+    base_step: int,
     workers: int,
 ) -> Resumption:
     """Decide where `workers` workers go on.
 
     Args:
         words: the progress words of the membership that was in force.
+        updating: for each of its members, the last step whose update it has begun.
         shard_done: per shard, the last step that it was computed for.
-        block_done: per block, the last step that updated it, after undo.
+        base_step: after how many steps the base was taken. It is whole once anybody has begun to
+            update: everybody had come to the step's first meeting, and copied its part before.
         workers: how many there will be.
     """
     step = step_in_flight(words)
-    updating = any(done == step for done in block_done)
-    open_shards = [] if updating else [s for s, done in enumerate(shard_done) if done != step]
+    back = step - base_step if step in updating else None
+    if back:
+        step, open_shards = base_step, list(range(len(shard_done)))
+    else:
+        open_shards = [shard for shard, done in enumerate(shard_done) if done != step]
     count = len(open_shards)
     todo = tuple(
         tuple(open_shards[count * rank // workers : count * (rank + 1) // workers])
         for rank in range(workers)
     )
-    return Resumption(step=step, updating=updating, todo=todo)
-
-
-def progress_word(resumption: Resumption) -> int:
-    """The progress word that every member starts the new membership with."""
-    phase = Phase.NORMED if resumption.updating else Phase.STARTED
-    return resumption.step * PHASES_PER_STEP + phase
+    return Resumption(step=step, back=back, todo=todo)
 
 
 def stalled(

@@ -17,7 +17,7 @@ from torch import nn
 from lockstep.control import Control, ControlShape
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job import Parameters, Task
-from lockstep.layout import ALIGN, Allocator, Block, Entry, Layout, cut_blocks
+from lockstep.layout import ALIGN, Allocator, Block, Entry, Layout, Range, cut_blocks
 from lockstep.memory import Segment, check_available
 from lockstep.optim import (
     NUMBER_TYPES,
@@ -27,7 +27,6 @@ from lockstep.optim import (
     may_cut,
     param_groups_of,
 )
-from lockstep.undo import Range, UndoLog, needed_capacity
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
@@ -69,7 +68,6 @@ class SharedState:
     state_bytes: torch.Tensor
     segments: dict[str, Segment]
     control: Control
-    undo: UndoLog
 
     def entry(self, name: str) -> Entry:
         return self._entries()[name]
@@ -96,6 +94,11 @@ class SharedState:
         if key.form == "like" and not block.whole:
             return storage_run(tensor, block)
         return tensor
+
+    def buffer_ranges(self) -> list[Range]:
+        """The bytes of the state segment that hold the committed buffers."""
+        entries = [entry for entry in self.layout.entries if entry.kind == "buffer"]
+        return [Range(offset=entry.offset, nbytes=entry.nbytes) for entry in entries]
 
     def block_ranges(self, number: int) -> list[Range]:
         """The bytes of the state segment that an update of this block changes."""
@@ -309,26 +312,13 @@ def _allocate(
         initial_state(optimizer, trainable[block.param][1], block) if block_keys else {}
         for block, block_keys in zip(blocks, keys, strict=True)
     ]
-    shape = ControlShape(shards=shards, seats=seats, blocks=len(blocks), params=len(trainable))
+    shape = ControlShape(shards=shards, seats=seats, params=len(trainable))
     copies = shards + clip
-    undo = needed_capacity(
-        blocks,
-        [
-            [block.size * trainable[block.param][1].dtype.itemsize, 1]
-            + [
-                (block.size if key.form == "like" else math.prod(key.shape)) * key.dtype.itemsize
-                for key in block_keys
-            ]
-            for block, block_keys in zip(blocks, keys, strict=True)
-        ],
-    )
-    check_available(
-        "the run's shared memory", layout.state_bytes + copies * slot_bytes + seats * undo.total
-    )
+    check_available("the run's shared memory", 2 * layout.state_bytes + copies * slot_bytes)
     segments = {
         "state": Segment.create("state", layout.state_bytes),
         "slots": Segment.create("slots", copies * slot_bytes),
-        "undo": Segment.create("undo", seats * undo.total),
+        "base": Segment.create("base", layout.state_bytes),
         "control": Segment.create("control", shape.nbytes()),
     }
     state_flat = torch.frombuffer(segments["state"].map, dtype=torch.uint8)
@@ -350,7 +340,6 @@ def _allocate(
         state_bytes=state_flat,
         segments=segments,
         control=Control(segments["control"], shape),
-        undo=UndoLog(segments["undo"], undo),
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -365,7 +354,6 @@ def _allocate(
     shared.slots = slots[:shards]
     shared.reduced = slots[shards].grads if clip else None
     shared.control.shard_done[:] = -1
-    shared.control.block_done[:] = -1
     return shared
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
 from lockstep.barrier import Barrier
+from lockstep.base import BasePart
 from lockstep.buffers import PrivateBuffers
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
@@ -29,6 +31,7 @@ from lockstep.job import Task
 from lockstep.layout import Audit, Block, own_blocks
 from lockstep.owner import Owner, Presence
 from lockstep.sampling import Sampling
+from lockstep.schedule import Schedule
 from lockstep.seeds import derive, seed_everything
 from lockstep.state import SharedState, Slot
 
@@ -104,10 +107,8 @@ class Stepper:
         self.audit, self.seed = audit, seed
         self.autocast, self.faults = autocast, faults or None
         self.control = shared.control
-        self.scheduler = task.scheduler(shared.optimizer)
-        self._scheduled = 0
+        self.schedule = Schedule(task, shared.optimizer, sampling)
         self._fetching = 0.0
-        shared.optimizer._opt_called = True  # type: ignore[attr-defined]  # not all own blocks
         self._audit_fraction, self._report = audit_fraction, report
         self._gradient_audit: GradientAudit | None = None
         self._claims = Claims(shared.control)
@@ -127,12 +128,15 @@ class Stepper:
         self._seconds = self.control.seconds[part.seat]
         self._writer.tables.forget()
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
+        ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
+        buffers = self.shared.buffer_ranges() if part.rank == 0 else []
+        segments = self.shared.segments
+        self._base = BasePart(segments["state"], segments["base"], [*ranges, *buffers])
 
-    def run(self, step: int, todo: Sequence[int], resume_update: bool = False) -> None:
+    def run(self, step: int, todo: Sequence[int]) -> None:
         """Run one step to its commit.
 
-        `todo` are this worker's shards that are not computed yet. With `resume_update` all
-        gradients are there and some blocks have been updated: only the rest is.
+        `todo` are this worker's shards that are not computed yet.
 
         Raises:
             Regroup: the membership changed; the step is not committed.
@@ -146,32 +150,36 @@ class Stepper:
         fetching, self._fetching = self._fetching, 0.0
         seconds[Stat.COMPUTE] += computed - begun - fetching
         self.loader.consider(seconds[Stat.COMPUTE])
-        if not resume_update:
-            barrier.arrive(progress_of(step, Phase.COMPUTED))
-            if self._fault("barrier", step) is not None:
-                flip_bit(self.owner.groups[0].blocks[0].param.detach())
-            self.loader.prefetch()
+        barrier.arrive(progress_of(step, Phase.COMPUTED))
+        if self._fault("barrier", step) is not None:
+            flip_bit(self.owner.groups[0].blocks[0].param.detach())
+        self.loader.prefetch()
         waiting = clock()
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
         self._fault("reduce", step)
         active = self.sampling.active(step)
-        if self._audit_fraction and not resume_update:
+        if self._audit_fraction:
             self._check_all(step, active)
         presence = Presence(control, active)
         scale = None
         if self._limit is not None:
-            scale = self._limit.scale(step, presence, self.owner, self.part.norms, resume_update)
+            scale = self._limit.scale(step, presence, self.owner, self.part.norms)
         reduced = clock()
+        control.set_updating(self.part.seat, step)
         self.owner.update(step, presence, self._reduced if scale is not None else None, scale)
         if self._buffers and self.part.rank == 0:
             self._combine_buffers(step)
+        self._fault("update_done", step)
         updated = clock()
         barrier.arrive(progress_of(step, Phase.UPDATED))
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
-        self.catch_up(step + 1)
+        self.schedule.go_to(step + 1)
+        if control.base_due[step % RING]:
+            self.refresh_base(step + 1)
+        copied = clock()
         self._fault("audit", step)
         if self.part.rank == 0:
             control.times[step % RING] = committed
@@ -181,7 +189,13 @@ class Stepper:
         seconds[Stat.DATA] += waiting - computed + fetching
         seconds[Stat.WAIT] += (meeting - waiting) + (committed - updated)
         seconds[Stat.REDUCE] += reduced - meeting
-        seconds[Stat.UPDATE] += updated - reduced
+        seconds[Stat.UPDATE] += (updated - reduced) + (copied - committed)
+
+    def refresh_base(self, committed: int) -> None:
+        """Bring this worker's part of the base to the state after so many committed steps."""
+        self._base.refresh()
+        if self.part.rank == 0:
+            self.control.base_step = committed
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
@@ -301,17 +315,6 @@ class Stepper:
         weights = self.sampling.weights(step)
         for index, committed in enumerate(self.shared.committed):
             combine_buffers(committed, [slot.buffers[index] for slot in self.shared.slots], weights)
-
-    def catch_up(self, committed: int) -> None:
-        """Bring the schedule to where it is after so many committed steps, and no further: a step
-        that has to be finished by others is finished at its own learning rate."""
-        if self.scheduler is None:
-            return
-        every_step = self.task.scheduler_interval == "step"
-        for step in range(self._scheduled, committed):
-            if every_step or self.sampling.ends_epoch(step):
-                self.scheduler.step()
-        self._scheduled = max(self._scheduled, committed)
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""

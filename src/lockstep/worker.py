@@ -25,7 +25,6 @@ from lockstep.owner import Owner
 from lockstep.sampling import Sampling, home_shards
 from lockstep.state import SharedState, build
 from lockstep.step import Part, Stepper, norm_parts
-from lockstep.undo import UndoWriter
 
 
 @dataclass
@@ -97,9 +96,6 @@ class Worker:
             audit_fraction=plan["audit"],
             report=channel.send,
         )
-        self.undo = UndoWriter(
-            self.shared.undo, seat, self.shared.state_bytes, self.control.block_done
-        )
         self.step = 0
         self.doing = "starting"
 
@@ -114,7 +110,7 @@ class Worker:
             match message["op"]:
                 case "join":
                     self.join(message)
-                    self.run(message["todo"], message["resume_update"])
+                    self.run(message["todo"])
                 case "run":
                     self.run()
                 case "evaluate":
@@ -141,20 +137,22 @@ class Worker:
         )
         threads = self.session.plan["threads"]
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
-        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.undo, self.faults))
-        self.stepper.catch_up(self.step)
+        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.faults))
+        self.stepper.schedule.go_to(self.step)
+        if message["refresh"]:
+            self.stepper.refresh_base(self.step)
         all_of_step = tuple(message["todo"]) == part.shards
         self.loader.assign(part.shards, self.step if all_of_step else self.step + 1)
 
-    def run(self, todo: list[int] | None = None, resume_update: bool = False) -> None:
+    def run(self, todo: list[int] | None = None) -> None:
         """Run steps up to the lease's end."""
         part = self.stepper.part
         try:
             while self.step < self.control.lease:
                 self.doing = f"computing step {self.step}"
-                self.stepper.run(self.step, part.shards if todo is None else todo, resume_update)
+                self.stepper.run(self.step, part.shards if todo is None else todo)
                 self.step += 1
-                todo, resume_update = None, False
+                todo = None
         except Regroup:
             self.channel.send({"event": "regroup", "step": self.step})
             return

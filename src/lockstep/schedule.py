@@ -1,0 +1,76 @@
+"""The user's learning-rate schedule: stepped with the commits, and put back with the state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lockstep.job import Task
+from lockstep.sampling import Sampling
+
+REMEMBERED = 1024
+"""Steps: how far back the schedule goes without being run from its beginning."""
+
+Options = list[dict[str, Any]]
+"""What each parameter group holds beside its parameters."""
+
+
+class Schedule:
+    """Sets the options of an optimizer's groups for each step. One per worker."""
+
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, sampling: Sampling) -> None:
+        self._task, self._optimizer, self._sampling = task, optimizer, sampling
+        self._initial = _options(optimizer)
+        self._known: dict[int, Options] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._scheduler = self._task.scheduler(self._optimizer)
+        # A worker that owns no block never steps its optimizer, and PyTorch would warn of it.
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._at = self._now = 0
+        """After how many steps the scheduler is, and after how many the optimizer's options are."""
+
+    def go_to(self, committed: int) -> None:
+        """Set the options to what they are after so many committed steps, and no further: a step
+        that others have to finish is finished at its own learning rate."""
+        if self._scheduler is None:
+            return
+        if committed <= self._at and committed in self._known:
+            self._set(self._known[committed])
+            self._now = committed
+            return
+        if committed < self._at:
+            self._set(self._initial)
+            self._begin()
+        elif self._now != self._at:
+            self._set(self._known[self._at])
+        every_step = self._task.scheduler_interval == "step"
+        for step in range(self._at, committed):
+            if every_step or self._sampling.ends_epoch(step):
+                self._scheduler.step()
+        self._at = self._now = committed
+        self._known[committed] = _options(self._optimizer)
+        self._known.pop(committed - REMEMBERED, None)
+
+    def _set(self, options: Options) -> None:
+        for group, wanted in zip(self._optimizer.param_groups, options, strict=True):
+            for name in group.keys() - wanted.keys() - {"params"}:
+                del group[name]
+            for name, value in wanted.items():
+                if isinstance(value, torch.Tensor) and isinstance(group.get(name), torch.Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+
+
+def _options(optimizer: torch.optim.Optimizer) -> Options:
+    return [
+        {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in group.items()
+            if name != "params"
+        }
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,91 @@
+"""A schedule goes back with the state, and then sets what it had set before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lockstep import schedule
+from lockstep.job import Task
+from lockstep.sampling import Sampling
+
+Make = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
+
+
+class Scheduled(Task):
+    def __init__(self, make: Make, interval: Any) -> None:
+        self.make, self.scheduler_interval = make, interval
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+        return self.make(optimizer)
+
+
+SCHEDULES: dict[str, tuple[Make, str]] = {
+    "one-cycle": (lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=100), "step"),
+    "warm-up-and-cosine": (
+        lambda o: lr_scheduler.SequentialLR(
+            o,
+            [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.CosineAnnealingLR(o, 20)],
+            milestones=[4],
+        ),
+        "step",
+    ),
+    "exponential": (lambda o: lr_scheduler.ExponentialLR(o, 0.9), "step"),
+    "by-epoch": (lambda o: lr_scheduler.StepLR(o, 1, 0.5), "data_epoch"),
+}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def begin(name: str, rate: str) -> tuple[schedule.Schedule, Callable[[], list[dict[str, Any]]]]:
+    make, interval = SCHEDULES[name]
+    weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups: list[dict[str, Any]] = [
+        {"params": weights[:1]},
+        {"params": weights[1:], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.1) if rate == "tensor" else 0.1)
+    sampling = Sampling(samples=30, batch_size=10, shards=1, seed=0)
+
+    def options() -> list[dict[str, Any]]:
+        return [
+            {name: _plain(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+
+    return schedule.Schedule(Scheduled(make, interval), optimizer, sampling), options
+
+
+@pytest.mark.parametrize("remembered", [1024, 3])
+@pytest.mark.parametrize("rate", ["number", "tensor"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_back_and_forth(
+    name: str, rate: str, remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether what it had set is still remembered, or it has to begin anew."""
+    monkeypatch.setattr(schedule, "REMEMBERED", remembered)
+    straight, expected = begin(name, rate)
+    wanted = []
+    for step in range(25):
+        straight.go_to(step)
+        wanted.append(expected())
+    other, found = begin(name, rate)
+    for step in (0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 2, 3, 4, 20, 0, 1, 19, 20, 21, 22, 21, 24):
+        other.go_to(step)
+        assert found() == wanted[step], step
+
+
+def test_a_schedule_that_begins_late_is_where_the_others_are() -> None:
+    straight, expected = begin("one-cycle", "number")
+    for step in range(18):
+        straight.go_to(step)
+    late, found = begin("one-cycle", "number")
+    late.go_to(17)
+    assert found() == expected()
