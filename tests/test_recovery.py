@@ -135,7 +135,7 @@ def test_steps_since_the_base_are_computed_again(
         Fault(seat=0, step=last, phase="update_done"),
     )
     result = yard.check(entry.task, faults=faults, **settings)
-    first, second = sorted(result.recoveries, key=lambda recovery: int(recovery["step"]))
+    first, *_, second = sorted(result.recoveries, key=lambda recovery: int(recovery["step"]))
     assert first["steps_back"] == first["step"] == last - 4
     assert second["step"] == last
 
