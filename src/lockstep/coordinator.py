@@ -267,7 +267,6 @@ class Coordinator:
             case "corrupt":
                 self.sink.event("corrupt", **{k: v for k, v in message.items() if k != "event"})
             case "failed":
-                self.history.drain()
                 raise self.failures.raised(message, self.snapshot)
 
     def _admit(self, number: int, probe: str) -> None:

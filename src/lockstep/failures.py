@@ -134,11 +134,18 @@ class Failures:
 
     def raised(self, message: Message, snapshot: Callable[[], memoryview]) -> LockstepError:
         """The error that a worker has reported. The state before a loss that is not finite is
-        kept, if it is sound itself."""
+        kept, if it is sound itself.
+
+        Nobody rests, and yet nobody writes to the state: whoever computes has passed the commit of
+        the step before, so that is whole, and the others cannot use this step's gradients before
+        this worker's are there. Some may not have digested the step before: that is made up for.
+        """
         error = from_message(message["error"])
-        step = self.history.step
-        self.sink.event("failed", step=message["step"], error=error.what.splitlines()[0])
-        if isinstance(error, NonFiniteError):
+        self.history.drain()
+        step: int = message["step"]
+        self.sink.event("failed", step=step, error=error.what.splitlines()[0])
+        if isinstance(error, NonFiniteError) and step == self.history.in_flight():
+            self.history.mend(step)
             state = snapshot()
             assert self.host.layout is not None
             broken = non_finite_tensors(self.host.layout, state)
