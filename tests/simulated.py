@@ -21,7 +21,7 @@ from lockstep.control import Control, ControlShape, Phase, progress_of
 from lockstep.layout import Block, own_blocks
 from lockstep.membership import Members, Status
 from lockstep.memory import Segment
-from lockstep.recovery import progress_word, resume
+from lockstep.recovery import last_meeting, progress_word, resume
 from lockstep.sampling import home_shards
 from lockstep.undo import Range, UndoLog, UndoWriter, group_blocks, needed_capacity
 
@@ -203,7 +203,8 @@ class Simulation:
     def _form(self, seats: tuple[int, ...]) -> None:
         control = self.control
         words = [control.progress(seat) for seat in self.seats or seats]
-        found = resume(words, control.shard_done.tolist(), control.block_done.tolist(), len(seats))
+        ready = last_meeting(audited=False, clipped=self.clip)
+        found = resume(words, control.shard_done.tolist(), len(seats), ready)
         self._record_to(min(words))
         if not found.updating and self.recorded < found.step:
             self._record_to(progress_of(found.step - 1, Phase.STARTED))

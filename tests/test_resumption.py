@@ -52,24 +52,24 @@ def test_a_step_is_committed_when_all_have_updated(
 
 def test_open_shards_are_shared_out() -> None:
     done = [7, 6, 7, 6, 6, 6, 7]
-    found = resume(words((7, C), (7, S)), done, [6, 6], workers=3)
+    found = resume(words((7, C), (7, S)), done, workers=3, ready=C)
     assert found == Resumption(step=7, updating=False, todo=((1,), (3,), (4, 5)))
     assert progress_word(found) == progress_of(7, S)
 
 
 def test_a_step_that_is_being_applied_is_only_applied() -> None:
-    found = resume(words((7, U), (7, C)), [7, 7], [7, 6, 6], workers=2)
+    found = resume(words((7, U), (7, C)), [7, 7], workers=2, ready=C)
     assert found == Resumption(step=7, updating=True, todo=((), ()))
     assert progress_word(found) == progress_of(7, N)
 
 
 def test_all_gradients_and_no_update_yet() -> None:
-    found = resume(words((7, C), (7, C)), [7, 7], [6, 6], workers=1)
+    found = resume(words((7, R), (7, N)), [7, 7], workers=1, ready=N)
     assert found == Resumption(step=7, updating=False, todo=((),))
 
 
 def test_more_workers_than_open_shards() -> None:
-    found = resume(words((3, S)), [3, 2, 3], [2], workers=3)
+    found = resume(words((3, S)), [3, 2, 3], workers=3, ready=C)
     assert sorted(map(len, found.todo)) == [0, 0, 1]
 
 
@@ -79,7 +79,7 @@ def test_more_workers_than_open_shards() -> None:
     st.integers(1, 8),
 )
 def test_every_open_shard_is_given_out_once(step: int, done: list[bool], workers: int) -> None:
-    found = resume(words((step, S)), [step - (not d) for d in done], [step - 1], workers)
+    found = resume(words((step, S)), [step - (not d) for d in done], workers, ready=C)
     given_out = sorted(shard for part in found.todo for shard in part)
     assert given_out == [shard for shard, d in enumerate(done) if not d]
     assert max(map(len, found.todo)) - min(map(len, found.todo)) <= 1

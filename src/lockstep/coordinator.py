@@ -28,7 +28,7 @@ from lockstep.history import History
 from lockstep.host import Event, Host
 from lockstep.membership import Members
 from lockstep.planning import Plan
-from lockstep.recovery import progress_word, resume
+from lockstep.recovery import last_meeting, progress_word, resume
 from lockstep.sink import Sink
 
 TICK = 0.05
@@ -93,6 +93,7 @@ class Coordinator:
         self.failures = Failures(host, self.history, sink)
         self.members = Members(target=plan.workers, seats=plan.seats)
         self._requests = requests
+        self._ready = last_meeting(audited=plan.audit > 0, clipped=plan.clip_grad_norm is not None)
         self._stop = schedule.next_stop(step)
         self._begun = self._checkpointed = time.monotonic()
         self._idle: dict[int, int] = {}
@@ -158,9 +159,7 @@ class Coordinator:
         """Put the state in order and send the new members on. Everybody rests."""
         control = self.control
         words = [control.progress(seat) for seat in self.history.seats or seats]
-        resumption = resume(
-            words, control.shard_done.tolist(), control.block_done.tolist(), len(seats)
-        )
+        resumption = resume(words, control.shard_done.tolist(), len(seats), self._ready)
         if not resumption.updating:
             self.history.mend(resumption.step)
         word = progress_word(resumption)

@@ -18,7 +18,7 @@ class Resumption:
     step: int
     """The step in flight: every step before it is committed."""
     updating: bool
-    """All its gradients are there and some blocks have been updated: update the others."""
+    """Its gradients may have been applied, wholly or in part: apply the rest of them."""
     todo: tuple[tuple[int, ...], ...]
     """Per rank: the shards that are still to be computed."""
 
@@ -32,22 +32,27 @@ def step_in_flight(words: Sequence[int]) -> int:
     return (min(words) + PHASES_PER_STEP - Phase.UPDATED) // PHASES_PER_STEP
 
 
+def last_meeting(*, audited: bool, clipped: bool) -> Phase:
+    """The phase that every member has to reach before any of them changes the state."""
+    return Phase.NORMED if clipped else Phase.AUDITED if audited else Phase.COMPUTED
+
+
 def resume(
-    words: Sequence[int],
-    shard_done: Sequence[int],
-    block_done: Sequence[int],
-    workers: int,
+    words: Sequence[int], shard_done: Sequence[int], workers: int, ready: Phase
 ) -> Resumption:
     """Decide where `workers` workers go on.
+
+    Whether the step is being applied is told by the words and not by what has been updated: the
+    rank that combines buffers may own no block and leave no other mark.
 
     Args:
         words: the progress words of the membership that was in force.
         shard_done: per shard, the last step that it was computed for.
-        block_done: per block, the last step that updated it, after undo.
         workers: how many there will be.
+        ready: the `last_meeting`.
     """
     step = step_in_flight(words)
-    updating = any(done == step for done in block_done)
+    updating = min(words) >= step * PHASES_PER_STEP + ready
     open_shards = [] if updating else [s for s, done in enumerate(shard_done) if done != step]
     count = len(open_shards)
     todo = tuple(
