@@ -222,9 +222,9 @@ class Simulation:
             )  # fmt: skip
 
     def _grant(self) -> None:
-        self.control.lease = max(self.control.lease, min(self.recorded + AHEAD, self.steps))
         if self.members.regrouping:
             return
+        self.control.lease = max(self.control.lease, min(self.recorded + AHEAD, self.steps))
         woken = [seat for seat, step in self.idle.items() if step < self.control.lease]
         for seat in woken:
             del self.idle[seat]

@@ -223,14 +223,17 @@ class Coordinator:
         )
 
     def _grant(self) -> None:
-        """Extend the lease as far as it may go, and wake the workers that rest below it."""
+        """Extend the lease as far as it may go, and wake the workers that rest below it.
+
+        Not while everybody is to rest: a lone worker meets nobody at a barrier who could tell it.
+        """
+        if self.members.regrouping:
+            return
         least, most = AHEAD_STEPS
         per_second = self.clock.rate / self.plan.batch_size
         ahead = min(most, least + int(per_second * self.schedule.ahead_seconds))
         lease = max(self.control.lease, min(self.step + ahead, self._stop))
         self.control.lease = lease
-        if self.members.regrouping:
-            return
         woken = [seat for seat, step in self._idle.items() if step < lease]
         for seat in woken:
             del self._idle[seat]
@@ -286,12 +289,24 @@ class Coordinator:
         if self.schedule.evaluates_at(self.step):
             self.sink.evaluated(self.step, self._evaluate())
         if self.schedule.checkpoints_at(self.step) or self._checkpoint_due() or self._stop_asked:
-            self.sink.checkpoint(self.step, self.snapshot())
-            self._checkpointed = time.monotonic()
-            self._checkpoint_asked = False
+            self._checkpoint()
+        if self._paused:
+            self._pause()
+
+    def _checkpoint(self) -> None:
+        self.sink.checkpoint(self.step, self.snapshot())
+        self._checkpointed = time.monotonic()
+        self._checkpoint_asked = False
+
+    def _pause(self) -> None:
+        """Stay at rest until somebody asks to go on. Workers may come and go meanwhile."""
+        self.sink.event("paused", step=self.step)
         while self._paused and not self._stop_asked:
             self._listen(TICK)
             self._take_requests()
+            if self._checkpoint_asked and not self.sink.busy():
+                self._checkpoint()
+        self.sink.event("went_on", step=self.step)
 
     def snapshot(self) -> memoryview:
         """A copy of the state segment, in a buffer that the next one overwrites.
