@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import lockstep
 from lockstep.errors import RunFolderError, WorkerLostError
 from tests.faulty import Yard, assert_same, events, until, yard
-from tests.masters import PACED, SETTINGS, STEPS, Master, Start, master, wanted
+from tests.masters import PACED, SETTINGS, STEPS, Master, Start, master, processes_of, wanted
 
 __all__ = ["master", "wanted", "yard"]  # fixtures
 
@@ -217,6 +218,22 @@ def test_a_signal_stops_at_the_end_of_a_step(
     recorded = [json.loads(line) for line in (running.folder / "ledger.jsonl").open()]
     assert recorded[-1]["step"] == step - 1, "the checkpoint is that of the last step"
     assert_same(resume(running.folder, workers=4), wanted)
+
+
+def test_a_signal_to_all_processes_stops_at_the_end_of_a_step(
+    master: Start, wanted: lockstep.Result
+) -> None:
+    """As service managers send it: only the master's business."""
+    running = master("--workers=2", "--loaders=1")
+    running.await_step(20)
+    for pid in (*processes_of(running.mark), running.process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    code, said = running.end(20)
+    assert code == 130, said
+    assert "stopped after step" in said
+    assert running.left(ORPHAN_SECONDS) == set()
+    assert_same(resume(running.folder, workers=1), wanted)
 
 
 def test_a_second_signal_ends_it_at_once(master: Start) -> None:

@@ -3,25 +3,62 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 import lockstep
-from lockstep.errors import StoppedError
+from benchmarks.harm import live_workers, loaders_of
+from lockstep.errors import PoisonError, StoppedError, WorkerLostError
+from lockstep.failures import LOST_LOADERS
 from lockstep.faults import Fault
+from lockstep.job import Parameters
 from lockstep.layout import cut_blocks, own_blocks
+from lockstep.recovery import POISON_DEATHS
 from tests.faulty import Yard, events, until, yard
-from tests.zoo import CLASSES, FEATURES, Vectors
+from tests.zoo import CLASSES, FEATURES, ZOO, Vectors
 
 __all__ = ["yard"]  # a fixture
 
 WAIT = 20.0
 """Seconds: the longest that a test waits for an event."""
+
+
+# Runs in the background.
+
+
+@pytest.fixture
+def endless() -> Iterator[Callable[..., lockstep.Run]]:
+    """Starts runs that end when the test does."""
+    started: list[lockstep.Run] = []
+
+    def start(**settings: Any) -> lockstep.Run:
+        task = settings.pop("task", Vectors())
+        settings = {"threads": 1, "steps": 10**6, "batch_size": 26, "evaluate": False, **settings}
+        started.append(lockstep.start(task, quiet=True, **settings))
+        first = Path(settings["out"], "events.jsonl")
+        until(lambda: first.exists() and events(settings["out"], "first_step"), WAIT, "a step")
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.stop()
+        with pytest.raises(StoppedError):
+            run.result(WAIT)
+
+
+Start = Callable[..., lockstep.Run]
+
+
+# The audit.
 
 
 class OneBlock(Vectors):
@@ -46,29 +83,131 @@ def test_an_audit_after_the_buffers_were_combined(yard: Yard) -> None:
     assert events(result.folder, "corrupt") == []
 
 
-# A run in the background, and what is asked of it.
+# Hanging where there is no step to be late for.
+
+SMALL: dict[str, Any] = {"steps": 8, "batch_size": 26}
 
 
-@pytest.fixture
-def endless() -> Iterator[Callable[..., lockstep.Run]]:
-    """Starts runs that end when the test does."""
-    started: list[lockstep.Run] = []
-
-    def start(**settings: Any) -> lockstep.Run:
-        settings = {"threads": 1, "steps": 10**6, "batch_size": 26, "evaluate": False, **settings}
-        started.append(lockstep.start(Vectors(), quiet=True, **settings))
-        first = Path(settings["out"], "events.jsonl")
-        until(lambda: first.exists() and events(settings["out"], "first_step"), WAIT, "a step")
-        return started[-1]
-
-    yield start
-    for run in started:
-        run.stop()
-        with pytest.raises(StoppedError):
-            run.result(WAIT)
+@pytest.mark.parametrize("phase", ["start", "join"])
+def test_stopped_before_the_first_step(phase: str, yard: Yard) -> None:
+    """All wait for a worker that is stopped before it has said a word, or done anything."""
+    stop = Fault(seat=1, step=0, phase=phase, kind="stop")
+    result = yard.check(Vectors(), faults=(stop,), **SMALL)
+    (stalled,) = events(result.folder, "stalled")
+    assert stalled["worker"] == 1
+    assert stalled["state"].startswith("T")
+    assert stalled["host"] == platform.node()
+    assert stalled["phase"] == {"start": "starting", "join": "compute"}[phase]
 
 
-Start = Callable[..., lockstep.Run]
+def test_endless_in_an_evaluation(yard: Yard) -> None:
+    loop = Fault(seat=2, step=5, phase="evaluate", kind="loop")
+    result = yard.check(Vectors(), faults=(loop,), stall_seconds=0.5, **SMALL)
+    (stalled,) = events(result.folder, "stalled")
+    assert (stalled["worker"], stalled["step"], stalled["phase"]) == (2, 5, "evaluate")
+    assert "in _strike" in stalled["stack"]
+    (died,) = events(result.folder, "died")
+    assert died["phase"] == "evaluate"
+
+
+# Loader processes.
+
+
+def test_a_loader_process_is_killed(endless: Start, run_folder: str) -> None:
+    """Its worker is replaced. After a few times workers load for themselves."""
+    run = endless(task=ZOO["augmented"].task, workers=2, shards=4, loaders=1, out=run_folder)
+    for count in range(1, LOST_LOADERS + 1):
+        kill_a_loader(run_folder)
+        await_losses(run_folder, count)
+    until(lambda: len(events(run_folder, "recovered")) >= LOST_LOADERS, WAIT, "a recovery")
+    assert not loaders_of(live_workers(Path(run_folder)))
+    assert run.running
+
+
+def await_losses(folder: str, count: int) -> None:
+    until(lambda: len(lost_loaders(folder)) >= count, WAIT, "a loss")
+
+
+def kill_a_loader(folder: str) -> None:
+    loaders = until(lambda: loaders_of(live_workers(Path(folder))), WAIT, "loader processes")
+    os.kill(loaders[0], signal.SIGKILL)
+
+
+def lost_loaders(folder: str) -> list[Any]:
+    return events(folder, "lost_loader")
+
+
+class DeadlySample(Dataset[Any]):
+    """One sample kills whoever loads it."""
+
+    def __len__(self) -> int:
+        return 104
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 33:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(FEATURES), index % CLASSES
+
+
+class DeadlyData(Vectors):
+    def train_data(self) -> Dataset[Any]:
+        return DeadlySample()
+
+
+def test_a_sample_that_kills_loaders_is_named(run_folder: str, yard: Yard) -> None:
+    with pytest.raises(PoisonError) as caught:
+        yard.run(DeadlyData(), out=run_folder, workers=2, loaders=1, **SMALL)
+    assert lost_loaders(run_folder)
+    assert re.search(r"its samples are .*\b33\b", caught.value.found)
+
+
+# What kills whoever touches it.
+
+
+class DeadlyBatch(Vectors):
+    """One held-out sample kills."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> Any:
+        if 17 in batch[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().metrics(model, batch)
+
+
+def test_a_poisoned_held_out_batch_stops_the_run(run_folder: str, yard: Yard) -> None:
+    settings: dict[str, Any] = {**SMALL, "eval_batch_size": 7, "checkpoint_steps": 5}
+    with pytest.raises(PoisonError, match="held-out batch 2 after step 5") as caught:
+        yard.run(DeadlyBatch(), out=run_folder, **settings)
+    assert "14, 15, 16, 17, 18, 19, 20" in caught.value.found
+    assert len(events(run_folder, "died")) == POISON_DEATHS
+
+
+class DeadlyOptimizer(torch.optim.SGD):
+    """Kills the process, if it is a worker."""
+
+    armed = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.armed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+
+
+class DeadlyUpdate(Vectors):
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called in each worker, and not where the optimizer is only tried."""
+        DeadlyOptimizer.armed = True
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        return DeadlyOptimizer(params, lr=0.1)
+
+
+def test_an_update_that_always_kills_stops_the_run(run_folder: str, yard: Yard) -> None:
+    with pytest.raises(WorkerLostError, match="step 0 is not committed") as caught:
+        yard.run(DeadlyUpdate(), out=run_folder, workers=1, shards=1, **SMALL)
+    assert "in phase reduce" in caught.value.found
+
+
+# Requests.
 
 
 def test_a_lone_worker_lets_another_join(endless: Start, run_folder: str) -> None:

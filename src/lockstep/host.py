@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -54,9 +55,13 @@ class Seat:
             return "gone"
         return next(line for line in status.splitlines() if line.startswith("State")).split("\t")[1]
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process."""
+        return self.process_state().startswith("T")
+
     def python_stack(self) -> str:
         """The worker's Python stack, if it still answers signals."""
-        if self.stack_fd < 0 or self.process_state().startswith("T"):
+        if self.stack_fd < 0 or self.is_stopped():
             return ""
         limit = time.monotonic() + STACK_SECONDS
         signal.pidfd_send_signal(self.pidfd, signal.SIGUSR1)
@@ -84,6 +89,7 @@ class Host:
 
     def __init__(self, channel: Channel, process: subprocess.Popen[bytes] | None) -> None:
         self._channel, self._process = channel, process
+        self.name = platform.node() or "localhost"
         self.seats: dict[int, Seat] = {}
         self.facts: dict[str, Any] = {}
         self.layout: Layout | None = None

@@ -164,6 +164,9 @@ class Recorder:
             checkpoints=sorted(p.name for p in self.folder.checkpoints.glob("step-*")),
             source=source,
         )  # fmt: skip
+        if self.plan.faults:
+            fired = self.host.control.fired[: len(self.plan.faults)].tolist()
+            self.events.add("faults", fired=fired)
         self.events.add("finished", steps=steps, fingerprint=digest)
         with disk_errors("the result"):
             write_json(self.folder.result_path, result.to_message())
