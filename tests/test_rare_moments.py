@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -116,21 +117,18 @@ def test_endless_in_an_evaluation(yard: Yard) -> None:
 def test_a_loader_process_is_killed(endless: Start, run_folder: str) -> None:
     """Its worker is replaced. After a few times workers load for themselves."""
     run = endless(task=ZOO["augmented"].task, workers=2, shards=4, loaders=1, out=run_folder)
-    for count in range(1, LOST_LOADERS + 1):
-        kill_a_loader(run_folder)
-        await_losses(run_folder, count)
-    until(lambda: len(events(run_folder, "recovered")) >= LOST_LOADERS, WAIT, "a recovery")
+    until(lambda: lost_enough(run_folder), WAIT, "losses")
+    until(lambda: events(run_folder, "recovered"), WAIT, "a recovery")
     assert not loaders_of(live_workers(Path(run_folder)))
     assert run.running
 
 
-def await_losses(folder: str, count: int) -> None:
-    until(lambda: len(lost_loaders(folder)) >= count, WAIT, "a loss")
-
-
-def kill_a_loader(folder: str) -> None:
-    loaders = until(lambda: loaders_of(live_workers(Path(folder))), WAIT, "loader processes")
-    os.kill(loaders[0], signal.SIGKILL)
+def lost_enough(folder: str) -> bool:
+    """Kill a loader process, if there is one: it may be one that was ending anyway."""
+    for pid in loaders_of(live_workers(Path(folder)))[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(lost_loaders(folder)) >= LOST_LOADERS
 
 
 def lost_loaders(folder: str) -> list[Any]:
@@ -204,7 +202,7 @@ class DeadlyUpdate(Vectors):
 def test_an_update_that_always_kills_stops_the_run(run_folder: str, yard: Yard) -> None:
     with pytest.raises(WorkerLostError, match="step 0 is not committed") as caught:
         yard.run(DeadlyUpdate(), out=run_folder, workers=1, shards=1, **SMALL)
-    assert "in phase reduce" in caught.value.found
+    assert "in phase update" in caught.value.found
 
 
 # Requests.
