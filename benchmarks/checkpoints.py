@@ -83,7 +83,7 @@ def page(found: list[dict[str, Any]], command: str) -> str:
             "<!-- Written by benchmarks/checkpoints.py; do not edit. -->",
             "# What checkpoints cost\n",
             "Samples per second with one checkpoint a second, as a share of those without: the",
-            "same steps, run in turns. Two workers of one thread. Bar: 0.98, a stall of at most 2 %.",
+            "same steps, run in turns. Two workers of one thread. Bar: 0.98 (a stall of 2 %).",
             f"To measure again, on a machine that does nothing else: `{command}`.\n",
             "| model | steps | checkpoints | ratio | least to greatest | pairs | verdict |",
             "|---|---:|---:|---:|---:|---:|---|",
