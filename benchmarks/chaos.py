@@ -207,7 +207,7 @@ def chaos(
 ) -> Tally:
     """Disturb runs until so many faults have struck, or so many seconds have passed."""
     rng, tally, begun = random.Random(seed), Tally(), time.monotonic()
-    names = names or [*SCENARIOS, MASTERS]
+    names, told = names or [*SCENARIOS, MASTERS], 0
     with tempfile.TemporaryDirectory(prefix="lockstep-chaos-") as folder:
         place, wanted = Path(folder), {}
         for number, name in enumerate(names):
@@ -221,7 +221,8 @@ def chaos(
             else:
                 disturb(name, wanted[name], out, rng, tally)
             if loud:
-                print(summary(tally), file=sys.stderr, flush=True)
+                new, told = tally.problems[told:], len(tally.problems)
+                print(*new, summary(tally), sep="\n", file=sys.stderr, flush=True)
     return tally
 
 
@@ -296,8 +297,6 @@ def main() -> int:
     tally = chaos(options.seed, options.faults, options.minutes * 60, options.only)
     text = page(tally, options.seed)
     print(text)
-    for problem in tally.problems:
-        print(problem, file=sys.stderr)
     if options.write and not tally.problems:
         options.write.write_text(text)
     return 1 if tally.problems else 0

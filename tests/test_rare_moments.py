@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch.utils.data import Dataset
 
 import lockstep
 from benchmarks.harm import live_workers, loaders_of
+from lockstep.channel import Channel
 from lockstep.errors import PoisonError, StoppedError, WorkerLostError
 from lockstep.failures import LOST_LOADERS
 from lockstep.faults import Fault
+from lockstep.host import Seat
 from lockstep.job import Parameters
 from lockstep.layout import cut_blocks, own_blocks
 from lockstep.recovery import POISON_DEATHS
@@ -109,6 +112,19 @@ def test_endless_in_an_evaluation(yard: Yard) -> None:
     assert "in _strike" in stalled["stack"]
     (died,) = events(result.folder, "died")
     assert died["phase"] == "evaluate"
+
+
+def test_a_worker_has_died_before_it_is_killed() -> None:
+    """It was found to be silent just before its death was heard of."""
+    ours, theirs = Channel.pair()
+    with subprocess.Popen(["true"]) as process:
+        pidfd = os.pidfd_open(process.pid)
+    stack = os.memfd_create("stack")
+    seat = Seat(number=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
+    assert seat.python_stack() == ""
+    seat.kill()
+    seat.close()
+    theirs.close()
 
 
 # Loader processes.

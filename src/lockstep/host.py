@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import select
@@ -44,8 +45,13 @@ class Seat:
 
     def kill(self) -> None:
         """Kill the process; its end shows on the pidfd."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        """Send a signal to the process, which may have ended without our having heard of it."""
         if self.alive:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def process_state(self) -> str:
         """What the kernel says of the process: running, sleeping, stopped."""
@@ -64,7 +70,7 @@ class Seat:
         if self.stack_fd < 0 or self.is_stopped():
             return ""
         limit = time.monotonic() + STACK_SECONDS
-        signal.pidfd_send_signal(self.pidfd, signal.SIGUSR1)
+        self._send(signal.SIGUSR1)
         while os.fstat(self.stack_fd).st_size == 0 and time.monotonic() < limit:
             select.select([], [], [], 0.005)
         return os.pread(self.stack_fd, 16384, 0).decode(errors="replace")
