@@ -48,6 +48,7 @@ def test_a_killed_master_leaves_nothing_and_its_run_goes_on(
     assert [entry["step"] for entry in result.history] == list(range(4, STEPS + 1, 4))
 
 
+@pytest.mark.long
 def test_killed_again_and_again(master: Start, wanted: lockstep.Result) -> None:
     """Also a resumed run can be killed, and one that has no checkpoint yet."""
     first = master("--workers=2", "--checkpoint-steps=40")
@@ -149,6 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert_same(result, wanted)
 
 
+@pytest.mark.long
 def test_all_checkpoints_are_gone(stopped: Path, yard: Yard, wanted: lockstep.Result) -> None:
     folder = Path(shutil.copytree(stopped, yard.path()))
     shutil.rmtree(folder / "checkpoints")
@@ -202,7 +204,9 @@ def test_two_masters(master: Start) -> None:
 # Signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_signal_stops_at_the_end_of_a_step(
     number: signal.Signals, master: Start, wanted: lockstep.Result
 ) -> None:
