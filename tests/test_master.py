@@ -230,7 +230,7 @@ def test_a_signal_to_all_processes_stops_at_the_end_of_a_step(
     """As service managers send it: only the master's business."""
     running = master("--workers=2", "--loaders=1")
     running.await_step(20)
-    for pid in (*processes_of(running.mark), running.process.pid):
+    for pid in processes_of(running.mark):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     code, said = running.end(20)
