@@ -19,10 +19,10 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format bench bench-recovery chaos clean
+.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints chaos clean
 
 help: ## Show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' \
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
 		$(MAKEFILE_LIST)
 
 run: $(READY) ## Train the MNIST CNN on two workers
@@ -50,6 +50,9 @@ bench: $(READY) ## Measure Lockstep against its alternatives (half an hour, alon
 bench-recovery: $(READY) ## Measure recovery from killed workers, beside torchrun's restart
 	$(BIN)/lockstep data fetch mnist
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
+bench-checkpoints: $(READY) ## Measure what a checkpoint a second costs
+	$(BIN)/python -m benchmarks.checkpoints $(ARGS)
 
 chaos: $(READY) ## Harm runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import lockstep
-from benchmarks.chaos import live_workers, read_events
+from benchmarks.harm import live_workers, read_events
 
 SETTINGS: dict[str, Any] = {
     "workers": 2,

@@ -113,13 +113,18 @@ def assert_struck(folder: str | Path, faults: Sequence[Fault]) -> None:
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Wait for a condition, looking at it every few milliseconds; its value."""
+    """Wait for a condition, looking at it every few milliseconds; its value.
+
+    Time in which this process itself was held up does not count.
+    """
     import select
     import time
 
-    limit = time.monotonic() + seconds
+    left, last = seconds, time.monotonic()
     while not (value := condition()):
-        if time.monotonic() > limit:
+        now = time.monotonic()
+        left, last = left - min(now - last, 0.1), now
+        if left < 0:
             raise AssertionError(f"not within {seconds} s: {what}")
         select.select([], [], [], 0.005)
     return value

@@ -226,6 +226,8 @@ class Simulation:
             )  # fmt: skip
 
     def _grant(self) -> None:
+        if self.members.regrouping:
+            return
         lease = max(self.control.lease, min(self.recorded + AHEAD, self.steps))
         if self.stopping:
             lease = self.control.lease
@@ -233,8 +235,6 @@ class Simulation:
             due = (step + 1) % self.every == 0 and self.written is None
             self.control.base_due[step % RING] = due
         self.control.lease = lease
-        if self.members.regrouping:
-            return
         woken = [seat for seat, step in self.idle.items() if step < self.control.lease]
         for seat in woken:
             del self.idle[seat]

@@ -20,6 +20,7 @@ import lockstep
 from lockstep import errors, state
 from lockstep.checkpoint import list_checkpoints, open_checkpoint
 from lockstep.errors import LockstepError
+from lockstep.faults import Fault
 from lockstep.job import Job
 from lockstep.jobfile import read_job_file
 from lockstep.memory import available_bytes
@@ -145,13 +146,19 @@ def test_memory_is_counted_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_loss_that_is_not_finite(run_folders: Callable[[], str]) -> None:
-    """Its step is named, and the state before it is kept as if the run had stopped there."""
+    """Its step is named, and the state before it is kept as if the run had stopped there.
+
+    That the other worker has not digested its share of the step before makes no difference.
+    """
     step = first_step_with(Poisoned.sample)
     assert 0 < step < SETTINGS["steps"] - 1
+    late = Fault(seat=0, step=step - 1, phase="audit", kind="stop")
     task = f"{TASKS}:Poisoned"
     folder, clean_folder = Path(run_folders()), run_folders()
-    with pytest.raises(errors.NonFiniteError, match=f"the loss is nan at step {step},") as caught:
-        lockstep.run(task, **SETTINGS, quiet=True, out=str(folder))
+    with pytest.raises(errors.NonFiniteError, match=f"at step {step}, shard 1:") as caught:
+        lockstep.run(
+            task, **SETTINGS, faults=(late,), stall_seconds=60.0, quiet=True, out=str(folder)
+        )
     assert is_whole(caught.value)
 
     clean = lockstep.run(

@@ -97,41 +97,70 @@ def test_every_open_shard_is_given_out_once(step: int, done: list[bool], workers
 
 
 def test_those_who_wait_for_others_have_not_stalled() -> None:
-    behind, reason = stalled(words((5, C), (5, S), (5, S)), [9.0, 9.0, 0.1], limit=2.0)
+    behind, reason = stalled(words((5, C), (5, S), (5, S)), [9.0, 9.0, 0.1], [2.0] * 3)
     assert behind == [1]
     assert "2.0 s" in reason
 
 
 def test_everybody_moves() -> None:
-    assert stalled(words((5, C), (5, S)), [9.0, 1.0], limit=2.0) == ([], "everybody moves")
+    found = stalled(words((5, C), (5, S)), [9.0, 1.0], [2.0, 2.0])
+    assert found == ([], "everybody moves")
 
 
 def test_all_have_stalled() -> None:
-    assert stalled(words((5, S), (5, S)), [3.0, 3.0], limit=2.0)[0] == [0, 1]
+    assert stalled(words((5, S), (5, S)), [3.0, 3.0], [2.0, 2.0])[0] == [0, 1]
+
+
+def test_each_has_its_own_limit() -> None:
+    assert stalled(words((5, S), (5, S)), [3.0, 3.0], [30.0, 2.0])[0] == [1]
+
+
+def learned(*steps: float) -> Patience:
+    patience = Patience(None)
+    for seconds in steps:
+        patience.step_took(seconds)
+    return patience
 
 
 def test_patience_is_longer_than_any_step() -> None:
-    patience = Patience(None)
-    assert patience.limit == Patience.FIRST
-    for seconds in (0.0, 0.9, 0.3):
-        patience.step_took(seconds)
-    assert patience.limit == pytest.approx(9.0)
-    patience.step_took(4.0)
-    assert patience.limit == pytest.approx(40.0)
+    assert learned().limit() == Patience.FIRST
+    assert learned(0.0, 0.9, 0.3).limit() == Patience.LEAST
+    assert learned(0.0, 0.9, 7.0).limit() == pytest.approx(70.0)
 
 
-def test_patience_has_a_least() -> None:
-    patience = Patience(None)
-    for _ in range(10):
-        patience.step_took(0.001)
-    assert patience.limit == Patience.LEAST
+def test_patience_with_what_has_not_been_done_before() -> None:
+    assert learned(*[0.001] * 10).limit(first=True) == Patience.FIRST
+
+
+def test_no_patience_with_a_stopped_process() -> None:
+    assert learned().limit(stopped=True) == Patience.STOPPED
+    assert learned(60.0, 60.0, 60.0).limit(stopped=True) == Patience.STOPPED
+
+
+def test_patience_learns_from_silence_that_ended() -> None:
+    """Data that took a minute once may do so again."""
+    patience = learned(*[0.001] * 10)
+    patience.silence_ended(60.0)
+    assert patience.limit() == pytest.approx(180.0)
+
+
+def test_patience_grows_with_those_given_up_on() -> None:
+    """A slow shard that was taken for a stall is given time enough before it counts as poison."""
+    patience = learned(*[0.001] * 10)
+    limits = []
+    for _ in range(3):
+        limits.append(patience.limit())
+        patience.given_up += 1
+    assert limits == [30.0, 60.0, 120.0]
+    patience.step_took(0.001)
+    assert patience.limit() == 30.0
 
 
 def test_patience_as_it_is_set() -> None:
     patience = Patience(0.5)
-    assert patience.limit == 0.5
+    assert patience.limit() == patience.limit(stopped=True) == patience.limit(first=True) == 0.5
     patience.step_took(100.0)
-    assert patience.limit == 0.5
+    assert patience.limit() == 0.5
 
 
 # A simulated host.

@@ -39,7 +39,10 @@ def _write_tensors(path: Path, named: list[tuple[str, Entry]], state: bytes | me
         )
         for key, entry in named
     }
-    safetensors.serialize_file(tensors, str(path), metadata={"format": "pt"})
+    try:
+        safetensors.serialize_file(tensors, str(path), metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # what else can be wrong is the disk
+        raise OSError(str(error)) from error
     _sync(path)
 
 
@@ -79,10 +82,13 @@ def write_checkpoint(
         manifest["digest"] = _manifest_digest(manifest)
         write_json(partial / MANIFEST, manifest)
         if final.exists():
+            if _is_good(final, manifest["digest"]):  # written before the run was resumed at it
+                shutil.rmtree(partial)
+                return final
             shutil.rmtree(final)
         partial.rename(final)
         _sync(folder)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ResourceError(
             f"the checkpoint of step {step} could not be written: {error}",
@@ -90,6 +96,14 @@ def write_checkpoint(
             fix="free disk space or choose another run folder; earlier checkpoints are kept",
         ) from error
     return final
+
+
+def _is_good(path: Path, digest: str) -> bool:
+    """Whether a whole checkpoint with this digest of its manifest is there already."""
+    try:
+        return _manifest_digest(open_checkpoint(path).manifest) == digest
+    except IntegrityError:
+        return False
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -227,6 +241,12 @@ _DTYPES = {
 def list_checkpoints(folder: Path) -> list[Path]:
     """Paths of the checkpoints under a run's `checkpoints` folder, newest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a master left that was killed while it wrote. Called by the run's one master."""
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}

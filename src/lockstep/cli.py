@@ -257,3 +257,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("lockstep: interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # newer typers end so at a KeyboardInterrupt, without a word
+            print("lockstep: interrupted", file=sys.stderr)
+        raise

@@ -179,8 +179,12 @@ class Control:
         return self.base + (HEADER + seat) * LINE
 
     def shard(self, seat: int) -> int:
-        """The shard that the worker in `seat` is on, or was on last."""
+        """The shard or held-out batch that the worker in `seat` is on, or was on last; -1: none."""
         return self._words[(HEADER + seat) * LINE // 4 + 1]
+
+    def forget_shard(self, seat: int) -> None:
+        """Say that the worker in `seat` is on none. Called by the master before it begins."""
+        self._words[(HEADER + seat) * LINE // 4 + 1] = -1
 
     def sign_of_life(self, seat: int) -> tuple[int, int, int]:
         """Changes whenever the worker in `seat` gets anywhere."""

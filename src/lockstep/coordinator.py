@@ -139,8 +139,8 @@ class Coordinator:
         for command in commands:
             match command:
                 case membership.Spawn(seat):
-                    self.host.spawn(seat)
-                    self.sink.event("spawned", worker=seat, reason=reason)
+                    pid = self.host.spawn(seat).pid
+                    self.sink.event("spawned", worker=seat, pid=pid, reason=reason)
                 case membership.Regroup():
                     self.control.raise_epoch()
                     self.sink.event("regroup", epoch=self.control.epoch, reason=reason)
@@ -174,6 +174,7 @@ class Coordinator:
             control.set_updating(seat, -1)
         for seat in seats:
             control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
+            control.forget_shard(seat)
         self.history.seats = seats
         self._idle.clear()
         self._results.clear()
@@ -191,6 +192,7 @@ class Coordinator:
                     "step": resumption.step,
                     "todo": resumption.todo[rank],
                     "refresh": resumption.back is None and not self.sink.busy(),
+                    "loaders": self.failures.loaders_live,
                 },
             )
 
@@ -219,11 +221,16 @@ class Coordinator:
             if self._at_stop():
                 return
             self._grant()
-            self.failures.kill_stalled(self._working())
+            self._watch(self._working())
 
     def _working(self) -> set[int]:
         """The members that are at work on steps."""
         return set(self.members.having(membership.Status.WORKING))
+
+    def _watch(self, working: set[int]) -> None:
+        """See that everybody who has something to do gets on with it."""
+        self.failures.kill_stalled(working)
+        self.failures.kill_absent(self.members.status)
 
     def _rest_wanted(self) -> bool:
         """Whether the workers shall come to rest before the next stop."""
@@ -238,15 +245,18 @@ class Coordinator:
         )
 
     def _grant(self) -> None:
-        """Extend the lease as far as it may go, and wake the workers that rest below it."""
+        """Extend the lease as far as it may go, and wake the workers that rest below it.
+
+        Not while everybody is to rest: a lone worker meets nobody at a barrier who could tell it.
+        """
+        if self.members.regrouping:
+            return
         least, most = AHEAD_STEPS
         per_second = self.clock.rate / self.plan.batch_size
         ahead = min(most, least + int(per_second * self.schedule.ahead_seconds))
         lease = max(self.control.lease, min(self.step + ahead, self._stop))
         self._mark(self.control.lease, lease, per_second)
         self.control.lease = lease
-        if self.members.regrouping:
-            return
         woken = [seat for seat, step in self._idle.items() if step < lease]
         for seat in woken:
             del self._idle[seat]
@@ -273,7 +283,7 @@ class Coordinator:
     def _heard(self, event: Event) -> None:
         seat, message = event.seat, event.message
         if message is None:
-            self.failures.died(seat, self.members.status.get(seat.number))
+            self.failures.died(seat, self.members.status.get(seat.number), self.snapshot)
             self._idle.pop(seat.number, None)
             self._decide(membership.Died(seat.number))
             return
@@ -290,9 +300,11 @@ class Coordinator:
                 if message["round"] == self._round:
                     self._results[seat.number] = message["results"]
             case "corrupt":
-                self.sink.event("corrupt", **{k: v for k, v in message.items() if k != "event"})
+                facts = {name: value for name, value in message.items() if name != "event"}
+                self.sink.event("corrupt", host=self.host.name, **facts)
+            case "lost_loader":
+                self.failures.lost_loader(seat)
             case "failed":
-                self.history.drain()
                 raise self.failures.raised(message, self.snapshot)
 
     def _admit(self, number: int, probe: str) -> None:
@@ -304,7 +316,8 @@ class Coordinator:
                 found=f"probe {probe}",
                 fix="run with --numerics portable",
             )
-        self.sink.event("joined", worker=number, pid=self.host.seats[number].pid, probe=probe)
+        pid = self.host.seats[number].pid
+        self.sink.event("joined", host=self.host.name, worker=number, pid=pid, probe=probe)
 
     # At rest: the state is committed and nobody writes to it.
 
@@ -313,12 +326,25 @@ class Coordinator:
         if self.schedule.evaluates_at(self.step):
             self.sink.evaluated(self.step, self._evaluate())
         if self.schedule.checkpoints_at(self.step) or self._checkpoint_due() or self._stop_asked:
-            self.sink.checkpoint(self.step, self.snapshot())
-            self._checkpointed = time.monotonic()
-            self._checkpoint_asked = False
+            self._checkpoint()
+        if self._paused:
+            self._pause()
+
+    def _checkpoint(self) -> None:
+        self.sink.checkpoint(self.step, self.snapshot())
+        self._checkpointed = time.monotonic()
+        self._checkpoint_asked = False
+
+    def _pause(self) -> None:
+        """Stay at rest until somebody asks to go on. Workers may come and go meanwhile."""
+        self.sink.event("paused", step=self.step)
         while self._paused and not self._stop_asked:
             self._listen(TICK)
             self._take_requests()
+            self._watch(self._working())
+            if self._checkpoint_asked and not self.sink.busy():
+                self._checkpoint()
+        self.sink.event("went_on", step=self.step)
 
     def snapshot(self) -> memoryview:
         """The base, brought up to date. Called when every worker rests."""
@@ -336,14 +362,18 @@ class Coordinator:
             self._await_rest()
             self._round += 1
             self._results.clear()
+            self.failures.evaluating = True
             for rank, seat in enumerate(seats):
+                self.control.forget_shard(seat)
                 batches = list(range(rank, total, len(seats)))
                 message = {"op": "evaluate", "round": self._round, "batches": batches}
                 self._tell(seat, message)
             while self.control.epoch == epoch and len(self._results) < len(seats):
                 self._listen(TICK)
-                self.failures.kill_stalled(set(seats) - self._results.keys())
+                self._watch(set(seats) - self._results.keys())
+            self.failures.evaluating = False
             if self.control.epoch == epoch:
+                self.failures.evaluated()
                 return combine([item for part in self._results.values() for item in part])
             self._await_rest()
 
@@ -351,7 +381,7 @@ class Coordinator:
         """Wait until the members in force all rest at the stop."""
         while self.members.regrouping or not self.members.all_rest:
             self._listen(TICK)
-            self.failures.kill_stalled(self._working())
+            self._watch(self._working())
 
     def _checkpoint_due(self) -> bool:
         every = self.schedule.checkpoint_seconds

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -132,6 +136,8 @@ class FetchTimes:
 
 
 TRIAL_FETCHES = 8
+DYING_SECONDS = 0.5
+"""How long a loader process that has broken a connection may take to die."""
 
 
 def wants_loaders(times: FetchTimes, compute_seconds: float, spare_cores: int) -> tuple[bool, str]:
@@ -226,6 +232,21 @@ class Loader:
         if move and self._planned:
             self._start()
 
+    def has_lost_a_process(self) -> bool:
+        """Whether a loader process has died, or dies right now. PyTorch tells it by an error from
+        a signal's handler, wherever the worker is; a broken connection may come before that."""
+        processes = getattr(self._stream, "_workers", ())
+        if not processes:
+            return False
+        try:
+            return bool(wait([process.sentinel for process in processes], DYING_SECONDS))
+        except RuntimeError:
+            return True
+
+    def do_without(self) -> None:
+        """Fetch in the worker from now on: loader processes have died again and again."""
+        self.loaders, self.decision = 0, "loader processes died"
+
     def close(self) -> None:
         """End the loader processes and drop what was fetched ahead."""
         self._stream = None
@@ -270,7 +291,7 @@ class Loader:
                 collate_fn=_as_it_is,
                 num_workers=self.loaders or 1,
                 multiprocessing_context="fork",
-                worker_init_fn=_follow_worker,
+                worker_init_fn=functools.partial(_follow_worker, os.getpid()),
             )
         )
 
@@ -307,5 +328,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _follow_worker(_: int) -> None:
-    die_with_parent()
+def _follow_worker(worker: int, _: int) -> None:
+    die_with_parent(worker)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # PyTorch ends those so that do not go

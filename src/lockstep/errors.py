@@ -20,6 +20,9 @@ The command line prints it and exits with `exit_code`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class LockstepError(Exception):
     """Base of all errors raised by Lockstep."""
@@ -102,6 +105,17 @@ class StoppedError(LockstepError):
     """Somebody asked the run to stop; its last checkpoint is that of the last step."""
 
     exit_code = 130
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn an error of the disk into a `ResourceError` that names what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{what} cannot be written: {error}", fix="free disk space, then resume the run"
+        ) from error
 
 
 KINDS: dict[str, type[LockstepError]] = {

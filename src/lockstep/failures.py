@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lockstep.channel import Message
 from lockstep.checkpoint import non_finite_tensors
 from lockstep.control import Phase, describe_progress, progress_of
-from lockstep.errors import LockstepError, NonFiniteError, PoisonError, from_message
+from lockstep.errors import (
+    LockstepError,
+    NonFiniteError,
+    PoisonError,
+    WorkerLostError,
+    from_message,
+)
 from lockstep.history import History
 from lockstep.host import Host, Seat
 from lockstep.membership import Status
-from lockstep.recovery import POISON_DEATHS, Resumption, stalled
+from lockstep.recovery import POISON_DEATHS, Patience, Resumption, stalled
 from lockstep.sink import Sink
+
+STEP_DEATHS = 40
+"""Workers that may die without a step being committed in between before the run stops."""
+LOST_LOADERS = 3
+"""Loader processes that may die before workers fetch for themselves."""
+ABSENT_SECONDS = 60.0
+"""How long a worker may take to start, or to leave."""
+LONGEST_LOOK = 0.5
+"""Seconds: no more than this is counted as silence between two looks at the workers."""
 
 
 class Failures:
@@ -24,8 +39,17 @@ class Failures:
     def __init__(self, host: Host, history: History, sink: Sink) -> None:
         self.host, self.history, self.sink = host, history, sink
         self.control = host.control
-        self._signs: dict[int, tuple[tuple[int, int, int], float]] = {}
-        self._deaths: Counter[tuple[int, int]] = Counter()
+        self.evaluating = False
+        """Whether the workers are at held-out batches, and not at steps."""
+        self._evaluated = False
+        self._silence: dict[int, tuple[object, float]] = {}
+        """By seat: a member's last sign of life, and for how long there has been no other."""
+        self._absence: dict[int, tuple[object, float]] = {}
+        """The same of those who start or leave."""
+        self._without_loader: set[int] = set()
+        """Workers, by process id, that have lost a loader process."""
+        self._watched = time.monotonic()
+        self._deaths: Counter[tuple[str, int, int]] = Counter()
         self._stalled_for: dict[int, float] = {}
         self._open: list[dict[str, Any]] = []
         self.looked = time.monotonic()
@@ -33,45 +57,95 @@ class Failures:
 
     # Deaths.
 
-    def died(self, seat: Seat, status: Status | None) -> None:
+    def died(self, seat: Seat, status: Status | None, snapshot: Callable[[], memoryview]) -> None:
         """Take note of a death, and count it.
 
         Raises:
-            PoisonError: the same shard of the same step has taken too many workers with it.
+            PoisonError: the same samples have taken too many workers with them.
+            WorkerLostError: too many workers have died since the last committed step.
         """
         now = time.monotonic()
         how = self.host.how_it_ended(seat)
-        word, shard = self.control.progress(seat.number), self.control.shard(seat.number)
-        step, phase = describe_progress(word)
+        where = self._where(seat, status)
+        if seat.pid in self._without_loader:
+            how, where["shard"] = "lost a loader process", None
         waited = self._stalled_for.pop(seat.number, None)
-        self._signs.clear()  # whoever waited for it starts afresh
-        facts = {
-            "worker": seat.number,
-            "pid": seat.pid,
-            "step": step,
-            "phase": phase,
-            "shard": shard if word == progress_of(step, Phase.STARTED) else None,
-            "how": how,
-        }
+        self._silence.clear()  # whoever waited for it starts afresh
+        facts = {**where, "how": how}
         self.sink.event("died", status=status.value if status else None, **facts)
         if status in (Status.WORKING, Status.RESTING):
             detection = waited if waited is not None else now - self.looked
             self._open.append({**facts, "detection_ms": round(detection * 1e3, 2), "at": now})
-        if facts["shard"] is not None and status is Status.WORKING:
-            self._deaths[step, shard] += 1
-            if self._deaths[step, shard] >= POISON_DEATHS:
-                raise self._poison(step, shard, how)
+        if waited is not None:
+            how = f"showed no sign of life for {waited:.0f} s"
+        for what in ("shard", "batch"):
+            if where[what] is not None:
+                self._count(what, where["step"], where[what], how, snapshot)
+        if status not in (Status.LEAVING, None):
+            self._count_all(where, how)
 
-    def _poison(self, step: int, shard: int, how: str) -> PoisonError:
+    def _where(self, seat: Seat, status: Status | None) -> dict[str, Any]:
+        """Which worker, and what it was doing."""
+        word, shard = self.control.progress(seat.number), self.control.shard(seat.number)
+        step, phase = describe_progress(word)
+        batch = None
+        if status not in (Status.WORKING, Status.RESTING):
+            phase = status.value if status is not None else "away"
+            shard = -1
+        elif status is Status.RESTING:
+            phase = "evaluate" if self.evaluating else "rest"
+            batch = shard if self.evaluating and shard >= 0 else None
+            shard = -1
+        started = word == progress_of(step, Phase.STARTED)
+        return {
+            "host": self.host.name,
+            "worker": seat.number,
+            "pid": seat.pid,
+            "step": step,
+            "phase": phase,
+            "shard": shard if started and shard >= 0 else None,
+            "batch": batch,
+        }
+
+    def _count(
+        self, what: str, step: int, number: int, how: str, snapshot: Callable[[], memoryview]
+    ) -> None:
+        """Count the deaths at a shard or a held-out batch; too many are poison."""
+        self._deaths[what, step, number] += 1
+        if self._deaths[what, step, number] < POISON_DEATHS:
+            return
+        if what == "shard":  # nobody can have gone past the shard: the state is that before it
+            self._keep(step, snapshot)
+        raise self._poison(what, step, number, how)
+
+    def _count_all(self, where: dict[str, Any], how: str) -> None:
+        """Count the deaths since the last committed step, wherever they happened."""
+        step = self.history.step
+        self._deaths["step", step, 0] += 1
+        if self._deaths["step", step, 0] >= STEP_DEATHS:
+            raise WorkerLostError(
+                f"{STEP_DEATHS} workers have died, and step {step} is not committed yet",
+                expected="workers that live",
+                found=f"the last one, at step {where['step']} in phase {where['phase']}, {how}",
+                fix="look for the out-of-memory killer, or for native code that crashes; "
+                "then resume the run",
+            )
+
+    def _poison(self, what: str, step: int, number: int, how: str) -> PoisonError:
         from lockstep.data import Order  # torch, which only this needs
 
-        sampling = self.history.sampling
-        indices = Order(sampling).indices(step, shard).tolist()
+        if what == "shard":
+            name, where = f"shard {number} of step {step}", "the training set"
+            indices = Order(self.history.sampling).indices(step, number).tolist()
+        else:
+            name, where = f"held-out batch {number} after step {step}", "the held-out set"
+            size, most = self.history.plan.eval_batch_size, self.history.plan.eval_samples
+            indices = list(range(number * size, min((number + 1) * size, most)))
         listed = ", ".join(map(str, indices[:16])) + (", …" if len(indices) > 16 else "")
         return PoisonError(
-            f"shard {shard} of step {step} has killed {POISON_DEATHS} workers, one after another",
+            f"{name} has killed {POISON_DEATHS} workers, one after another",
             found=f"the last one {how}; its samples are {listed}",
-            fix="look at these samples (indices into the training set), then resume the run",
+            fix=f"look at these samples (indices into {where}), then resume the run",
         )
 
     def regrouped(self, resumption: Resumption) -> None:
@@ -83,7 +157,7 @@ class Failures:
             record["regroup_ms"] = round((now - record["at"]) * 1e3, 2)
             record["recomputed"] = sum(map(len, resumption.todo))
             record["steps_back"] = resumption.back or 0
-        self._signs.clear()
+        self._silence.clear()
 
     def recovered(self, committed: float) -> list[dict[str, Any]]:
         """A step was committed at this time: the recoveries that it completes, if any."""
@@ -95,56 +169,123 @@ class Failures:
             self.sink.event("recovered", **record)
         return done
 
+    def lost_loader(self, seat: Seat) -> None:
+        """A worker ends itself since one of its loader processes has died. What the loader was at
+        is not known; when it has happened too often, workers do without and show it."""
+        self._without_loader.add(seat.pid)
+        self.sink.event("lost_loader", host=self.host.name, worker=seat.number, pid=seat.pid)
+
+    @property
+    def loaders_live(self) -> bool:
+        """Whether loader processes are worth another try."""
+        return len(self._without_loader) < LOST_LOADERS
+
     # Stalls.
 
     def kill_stalled(self, working: set[int]) -> None:
         """Kill the workers among `working` that hold the others up and show no sign of life."""
+        passed = self._time_passed()
         seats = [seat for seat in self.history.seats if seat in working]
         if not seats:
             return
-        now = time.monotonic()
-        still = []
+        patience = self.history.patience
+        silent = []
         for seat in seats:
-            sign = self.control.sign_of_life(seat)
-            last, since = self._signs.get(seat, (None, now))
-            if last != sign:
-                self._signs[seat], since = (sign, now), now
-            still.append(now - since)
+            before, sign = self._silence.get(seat), self.control.sign_of_life(seat)
+            silent.append(_silent(self._silence, seat, sign, passed))
+            if before is not None and before[0] != sign:
+                patience.silence_ended(before[1])
+        first = self.evaluating and not self._evaluated
+        limits = [
+            patience.limit(stopped=self._is_stopped(seat, seconds), first=first)
+            for seat, seconds in zip(seats, silent, strict=True)
+        ]
         words = [self.control.progress(seat) for seat in seats]
-        behind, reason = stalled(words, still, self.history.patience.limit)
+        behind, reason = stalled(words, silent, limits)
         for index in behind:
-            self._kill(self.host.seats[seats[index]], still[index], reason)
+            if not self._is_stopped(seats[index], silent[index]):
+                patience.given_up += 1
+            status = Status.RESTING if self.evaluating else Status.WORKING
+            self._kill(self.host.seats[seats[index]], status, silent[index], reason)
 
-    def _kill(self, seat: Seat, still: float, reason: str) -> None:
-        step, phase = describe_progress(self.control.progress(seat.number))
+    def kill_absent(self, members: Mapping[int, Status]) -> None:
+        """Kill the workers that take too long to start, or to leave when they were sent home.
+
+        Called right after `kill_stalled`.
+        """
+        for number, status in members.items():
+            seat = self.host.seats[number]
+            if status in (Status.STARTING, Status.LEAVING) and seat.alive:
+                silent = _silent(self._absence, number, (seat.pid, status), self._passed)
+                stopped = self._is_stopped(number, silent)
+                limit = self.history.patience.limit(stopped=True) if stopped else ABSENT_SECONDS
+                if silent > limit:
+                    self._kill(seat, status, silent, f"{status.value} for {silent:.1f} s")
+
+    def _time_passed(self) -> float:
+        """Seconds since the last look, as far as they count: who was stopped itself, with the
+        whole job or by a slow disk, cannot tell that others were silent."""
+        now = time.monotonic()
+        self._passed, self._watched = min(now - self._watched, LONGEST_LOOK), now
+        return self._passed
+
+    def _is_stopped(self, seat: int, silent: float) -> bool:
+        """Whether the process is stopped; asked only of those that have been silent for long."""
+        return silent > Patience.STOPPED / 2 and self.host.seats[seat].is_stopped()
+
+    def _kill(self, seat: Seat, status: Status, silent: float, reason: str) -> None:
         self.sink.event(
             "stalled",
-            worker=seat.number,
-            pid=seat.pid,
-            step=step,
-            phase=phase,
+            **self._where(seat, status),
             reason=reason,
             state=seat.process_state(),
             stack=seat.python_stack(),
         )
-        self._stalled_for[seat.number] = still
-        self._signs.pop(seat.number, None)
+        self._stalled_for[seat.number] = silent
+        self._silence.pop(seat.number, None)
         seat.kill()
+
+    def evaluated(self) -> None:
+        """Held-out data have been evaluated."""
+        self.evaluating, self._evaluated = False, True
 
     # Errors of the user's code.
 
     def raised(self, message: Message, snapshot: Callable[[], memoryview]) -> LockstepError:
         """The error that a worker has reported. The state before a loss that is not finite is
-        kept, if it is sound itself."""
+        kept."""
         error = from_message(message["error"])
-        step = self.history.step
-        self.sink.event("failed", step=message["step"], error=error.what.splitlines()[0])
+        self.history.drain()
+        step: int = message["step"]
+        self.sink.event("failed", step=step, error=error.what.splitlines()[0])
         if isinstance(error, NonFiniteError):
-            state = snapshot()
-            assert self.host.layout is not None
-            broken = non_finite_tensors(self.host.layout, state)
-            if broken:
-                self.sink.event("not_saved", step=step, tensors=broken[:5])
-            else:
-                self.sink.checkpoint(step, state)
+            self._keep(step, snapshot)
         return error
+
+    def _keep(self, step: int, snapshot: Callable[[], memoryview]) -> None:
+        """Keep the state before a step in flight as a checkpoint, if it is sound itself.
+
+        Nobody rests, and yet nobody writes to the state: whoever computes has passed the commit of
+        the step before, so that is whole, and the others cannot use this step's gradients before
+        all are there. Some may not have digested the step before: that is made up for.
+        """
+        if step != self.history.in_flight():
+            return
+        self.history.mend(step)
+        state = snapshot()
+        assert self.host.layout is not None
+        broken = non_finite_tensors(self.host.layout, state)
+        if broken:
+            self.sink.event("not_saved", step=step, tensors=broken[:5])
+        else:
+            self.sink.checkpoint(step, state)
+
+
+def _silent(
+    known: dict[int, tuple[object, float]], seat: int, sign: object, passed: float
+) -> float:
+    """For how many seconds this has been the last sign of life."""
+    last, silent = known.get(seat, (None, 0.0))
+    silent = silent + passed if last == sign else 0.0
+    known[seat] = (sign, silent)
+    return silent

@@ -22,6 +22,10 @@ PHASES = (
 )  # fmt: skip
 """Where in a step a fault can strike."""
 
+AROUND = ("start", "join")
+"""Where else: before a worker has said that it is there, in a seat whose last word was this step's;
+and when it has been told that it is a member, from this step on."""
+
 KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip")
 """SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on; a
 flipped bit in the gradient (phase `slot`) or in a parameter (phase `barrier`)."""
@@ -42,10 +46,10 @@ class Fault:
     """Only while on this shard."""
 
     def __post_init__(self) -> None:
-        if self.phase not in PHASES or self.kind not in KINDS:
+        if self.phase not in (*PHASES, *AROUND) or self.kind not in KINDS:
             raise JobError(
                 f"there is no fault {self.kind!r} in phase {self.phase!r}",
-                expected=f"one of {', '.join(KINDS)} in one of {', '.join(PHASES)}",
+                expected=f"one of {', '.join(KINDS)} in one of {', '.join((*PHASES, *AROUND))}",
             )
 
 

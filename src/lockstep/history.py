@@ -11,7 +11,7 @@ from lockstep.control import DIGEST_BYTES, RING, Phase, progress_of
 from lockstep.host import Host
 from lockstep.ledger import StepRecord
 from lockstep.planning import Plan
-from lockstep.recovery import Patience
+from lockstep.recovery import Patience, step_in_flight
 from lockstep.sampling import Sampling
 from lockstep.sink import Sink
 
@@ -44,12 +44,17 @@ class History:
             return
         self._drain_to(min(self.control.progress(seat) for seat in self.seats))
 
-    def mend(self, step: int) -> None:
-        """Record all steps before `step`, though a member died before it had digested its share.
+    def in_flight(self) -> int:
+        """The first step that the membership in force has not committed."""
+        return step_in_flight([self.control.progress(seat) for seat in self.seats])
 
-        Called when everybody rests and no block of `step` has been updated: the state is that
-        after the step before.
+    def mend(self, step: int) -> None:
+        """Record all steps before `step`, though somebody has not digested its share of the last.
+
+        Called when nothing of `step` has been applied and nobody can do so meanwhile: the state is
+        that after the step before.
         """
+        self.drain()
         if self.step < step:
             self._drain_to(progress_of(step - 1, Phase.STARTED))
             state = memoryview(self.host.state.map)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -43,8 +45,13 @@ class Seat:
 
     def kill(self) -> None:
         """Kill the process; its end shows on the pidfd."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        """Send a signal to the process, which may have ended without our having heard of it."""
         if self.alive:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def process_state(self) -> str:
         """What the kernel says of the process: running, sleeping, stopped."""
@@ -54,12 +61,16 @@ class Seat:
             return "gone"
         return next(line for line in status.splitlines() if line.startswith("State")).split("\t")[1]
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process."""
+        return self.process_state().startswith("T")
+
     def python_stack(self) -> str:
         """The worker's Python stack, if it still answers signals."""
-        if self.stack_fd < 0 or self.process_state().startswith("T"):
+        if self.stack_fd < 0 or self.is_stopped():
             return ""
         limit = time.monotonic() + STACK_SECONDS
-        signal.pidfd_send_signal(self.pidfd, signal.SIGUSR1)
+        self._send(signal.SIGUSR1)
         while os.fstat(self.stack_fd).st_size == 0 and time.monotonic() < limit:
             select.select([], [], [], 0.005)
         return os.pread(self.stack_fd, 16384, 0).decode(errors="replace")
@@ -84,6 +95,7 @@ class Host:
 
     def __init__(self, channel: Channel, process: subprocess.Popen[bytes] | None) -> None:
         self._channel, self._process = channel, process
+        self.name = platform.node() or "localhost"
         self.seats: dict[int, Seat] = {}
         self.facts: dict[str, Any] = {}
         self.layout: Layout | None = None

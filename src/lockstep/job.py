@@ -124,7 +124,7 @@ class Job:
     """How many workers `scale` may go up to, at most `shards`; default: `workers`."""
     stall_seconds: float | None = None
     """A worker that shows no sign of life for so long is replaced; default: ten times the longest
-    step so far, at least 2 seconds."""
+    step so far, at least 30 seconds (300 at first), and one second if the process is stopped."""
     audit: float = 0.0
     """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
     1: it finds silent corruption, at about that fraction of the computing time."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lockstep.errors import IntegrityError, ResourceError
+from lockstep.errors import IntegrityError, disk_errors
 
 FIRST = "0" * 32
 
@@ -55,7 +55,8 @@ class Ledger:
 
     def __init__(self, path: Path, last_hash: str = FIRST) -> None:
         self.hash = last_hash
-        self._file = path.open("a", encoding="utf-8")
+        with disk_errors("the ledger"):
+            self._file = path.open("a", encoding="utf-8")
 
     def begin(self, job_digest: str, state: str) -> None:
         """Write the first line."""
@@ -73,7 +74,8 @@ class Ledger:
 
     def _append(self, body: str) -> None:
         self.hash = _chain(self.hash, body)
-        self._file.write(f'{body},"hash":"{self.hash}"}}\n')
+        with disk_errors("the ledger"):
+            self._file.write(f'{body},"hash":"{self.hash}"}}\n')
 
     def flush(self) -> None:
         """Give every line to the kernel: a killed master loses none of them.
@@ -81,17 +83,13 @@ class Ledger:
         Raises:
             ResourceError: the disk is full.
         """
-        try:
+        with disk_errors("the ledger"):
             self._file.flush()
-        except OSError as error:
-            raise ResourceError(
-                f"the ledger cannot be written: {error}",
-                fix="free disk space, then resume the run",
-            ) from error
 
     def sync(self) -> None:
         """Bring every flushed line to the disk. May be called from any thread."""
-        os.fsync(self._file.fileno())
+        with disk_errors("the ledger"):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -284,7 +284,9 @@ def main() -> None:
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master decides what Ctrl-C means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Nor what SIGTERM means, where all processes of a job get it. A handler, so that programs which
+    # the user's code starts do not ignore it.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     serve(Nursery(Channel.from_fd(fd)))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lockstep.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model
 from lockstep.control import Stat
-from lockstep.errors import ResourceError
+from lockstep.errors import ResourceError, disk_errors
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
 from lockstep.ledger import FIRST, Ledger, StepRecord
@@ -47,7 +47,7 @@ class Recorder:
         self.history = start.history
         self.recoveries = start.recoveries
         self._start = start
-        self._loss = float("nan")
+        self._loss = start.loss
         self._state: bytes | memoryview = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Any] | None = None
@@ -73,9 +73,9 @@ class Recorder:
     ) -> None:
         self._writer.shutdown(wait=True)
         self.display.__exit__(kind, error, trace)
-        with contextlib.suppress(OSError):  # a full disk has been reported when it was met
-            self.ledger.close()
-        self.events.close()
+        for file in (self.ledger, self.events):
+            with contextlib.suppress(OSError):  # a full disk has been reported when it was met
+                file.close()
 
     # The sink.
 
@@ -89,6 +89,8 @@ class Recorder:
         self.events.add(name, **fields)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        if self.history and self.history[-1]["step"] == step:
+            return  # a run resumed at its last step has done so before
         epoch = (step - 1) // self.plan.steps_per_epoch if step else 0
         self.history.append({"step": step, "data_epoch": epoch, "metrics": metrics})
         self.events.add("evaluated", step=step, data_epoch=epoch, metrics=metrics)
@@ -139,7 +141,8 @@ class Recorder:
         state = self._state
         digest = fingerprint(tensor_digests(self.layout, state))
         self.ledger.end(steps, digest)
-        write_model(self.folder.model_path, self.layout, state)
+        with disk_errors("the model"):
+            write_model(self.folder.model_path, self.layout, state)
         times = self._times()
         total = sum(sum(row.values()) for row in times.values())
         first = self._first_step_at or time.time()
@@ -161,8 +164,12 @@ class Recorder:
             checkpoints=sorted(p.name for p in self.folder.checkpoints.glob("step-*")),
             source=source,
         )  # fmt: skip
+        if self.plan.faults:
+            fired = self.host.control.fired[: len(self.plan.faults)].tolist()
+            self.events.add("faults", fired=fired)
         self.events.add("finished", steps=steps, fingerprint=digest)
-        write_json(self.folder.result_path, result.to_message())
+        with disk_errors("the result"):
+            write_json(self.folder.result_path, result.to_message())
         return result
 
     def _metrics(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, remove_partial
 from lockstep.errors import IntegrityError
 from lockstep.host import Host
 from lockstep.ledger import Line, read_ledger
@@ -22,6 +22,8 @@ class Restart:
     step: int
     ledger: str | None
     """The hash of the ledger's last line; None: the ledger has not begun."""
+    loss: float = float("nan")
+    """The loss of the step before."""
     history: list[dict[str, Any]] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -34,6 +36,7 @@ def find_restart(folder: RunFolder, host: Host) -> Restart:
     the same bits. Checkpoints that are torn or altered are named in the notes.
     """
     assert host.layout is not None
+    remove_partial(folder.checkpoints)
     notes = list(differences(folder.read_manifest(), host.facts))
     lines = _readable_lines(folder, notes)
     for path in list_checkpoints(folder.checkpoints):
@@ -49,6 +52,7 @@ def find_restart(folder: RunFolder, host: Host) -> Restart:
         return Restart(
             step=checkpoint.step,
             ledger=line.hash,
+            loss=float.fromhex(line.content.get("loss", "nan")),
             history=history,
             recoveries=recoveries,
             notes=notes,
@@ -80,10 +84,15 @@ def _remembered(folder: RunFolder, step: int) -> tuple[list[dict[str, Any]], lis
     """The evaluations and recoveries up to a step, from the events."""
     history: dict[int, dict[str, Any]] = {}
     recoveries = []
-    for line in folder.events_path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = folder.events_path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return [], []
+    for line in text.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+            event["event"]
+        except (ValueError, TypeError, KeyError):
             continue  # torn by the crash
         if event["event"] == "evaluated" and event["step"] <= step:
             history[event["step"]] = {

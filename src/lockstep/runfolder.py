@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.checkpoint import write_json
-from lockstep.errors import RunFolderError
+from lockstep.errors import RunFolderError, disk_errors
 
 
 class RunFolder:
@@ -112,7 +112,8 @@ class RunFolder:
         return folder
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_json(self.manifest_path, manifest)
+        with disk_errors("the manifest"):
+            write_json(self.manifest_path, manifest)
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest.
@@ -139,12 +140,14 @@ class Events:
     """Appends to a run's events; each line has a time, an event and its fields."""
 
     def __init__(self, path: Path | None) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
+        with disk_errors("the list of events"):
+            self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
 
     def add(self, event: str, **fields: Any) -> None:
         if self._file is not None:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
-            self._file.write(json.dumps({"time": time, "event": event, **fields}) + "\n")
+            with disk_errors("the list of events"):
+                self._file.write(json.dumps({"time": time, "event": event, **fields}) + "\n")
 
     def close(self) -> None:
         if self._file is not None:

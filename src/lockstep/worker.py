@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from lockstep import numerics
 from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
-from lockstep.control import Stat
+from lockstep.control import Stat, describe_progress
 from lockstep.data import Loader, make_fetch
 from lockstep.evaluate import evaluate_batches
 from lockstep.faults import FaultScript
@@ -103,6 +104,7 @@ class Worker:
         """Do what the master asks, until it says stop."""
         self.stack = os.memfd_create("lockstep-stack", os.MFD_CLOEXEC)
         faulthandler.register(signal.SIGUSR1, file=self.stack, all_threads=True)
+        self.faults.at("start", describe_progress(self.control.progress(self.seat))[0])
         self.channel.send({"event": "hello", "probe": numerics.probe()}, [self.stack])
         while True:
             self.doing = "waiting for the master"
@@ -123,6 +125,7 @@ class Worker:
         """Take a place among the members and catch up with the step in flight."""
         self.doing = "joining"
         self.step = message["step"]
+        self.faults.at("join", self.step)
         seats: list[int] = message["seats"]
         rank, workers = seats.index(self.seat), len(seats)
         shared = self.shared
@@ -141,6 +144,8 @@ class Worker:
         self.stepper.schedule.go_to(self.step)
         if message["refresh"]:
             self.stepper.refresh_base(self.step)
+        if not message["loaders"]:
+            self.loader.do_without()
         all_of_step = tuple(message["todo"]) == part.shards
         self.loader.assign(part.shards, self.step if all_of_step else self.step + 1)
 
@@ -193,10 +198,15 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     except Closed:
         return 0
     except Exception as error:
+        if worker.loader.has_lost_a_process():
+            return _tell(channel, {"event": "lost_loader"})
         message: Message = {"event": "failed", "error": describe_error(error, worker.doing)}
         message["step"] = worker.step
-        try:
-            channel.send(message)
-        except Closed:
-            return 1
-        return 1
+        return _tell(channel, message)
+
+
+def _tell(channel: Channel, message: Message) -> int:
+    """Send the last words, if anybody is there to hear them."""
+    with contextlib.suppress(Closed):
+        channel.send(message)
+    return 1
