@@ -40,7 +40,7 @@ from lockstep.gradients import CHUNK, Node, Reducer, combine_buffers, depth, tre
 from lockstep.layout import ALIGN, BLOCK, Block, Entry, Layout, cut_blocks, own_blocks
 from lockstep.ledger import Ledger, StepRecord, read_ledger
 from lockstep.memory import Segment
-from lockstep.optim import may_cut
+from lockstep.probing import may_cut
 from lockstep.sampling import Sampling, home_shards
 from lockstep.state import contiguous_stride, dense_stride
 from lockstep.undo import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lockstep.buffers import PrivateBuffers
+from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job import Task
@@ -42,11 +42,12 @@ def evaluate_batches(
     `beat` is called with each batch's index before it is evaluated.
     """
     model = shared.model
-    PrivateBuffers(model, shared.buffers).restore(shared.committed)
+    buffers = PrivateBuffers(model, shared.buffers)
     precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if autocast:
         precision = torch.autocast("cpu", torch.bfloat16)
     model.eval()
+    modes = Modes(model)
     results = []
     try:
         with torch.no_grad(), precision:
@@ -55,6 +56,8 @@ def evaluate_batches(
                 start, stop = index * batch_size, min((index + 1) * batch_size, samples)
                 batch = fetch(-1, range(start, stop))
                 seed_everything(derive(seed, "eval", index))
+                buffers.restore(shared.committed)  # metrics may change them: each batch its own
+                modes.restore()
                 values = task.metrics(model, batch)
                 sums = {name: _sum(name, value, stop - start) for name, value in values.items()}
                 results.append({"batch": index, "samples": stop - start, "sums": sums})

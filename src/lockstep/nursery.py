@@ -77,12 +77,14 @@ class Nursery:
         numerics.configure(threads=1)
         source = Source(name=request["name"], args=request["args"], payload=payload)
         self.task, job = resolve(source)
+        from lockstep.modules import check_model
         from lockstep.seeds import seed_everything
 
         settings = {} if job is None else _settings_of(job)
         seed = request["settings"].get("seed", settings.get("seed", 0))
         seed_everything(seed)
         self.model = self.task.model()
+        check_model(self.model)
         self.train = self.task.train_data()
         self.held_out = self.task.eval_data()
         train, held_out = _length(self.train, "train_data"), 0
@@ -208,15 +210,24 @@ def _settings_of(job: Any) -> dict[str, Any]:
 
 
 def _length(dataset: Any, name: str) -> int:
+    from torch.utils.data import DataLoader, IterableDataset
+
     try:
         size = len(dataset)
     except TypeError:
+        size = None
+    indexed = hasattr(type(dataset), "__getitem__")
+    if isinstance(dataset, dict):
+        indexed = 0 in dataset
+    if size is None or not indexed or isinstance(dataset, IterableDataset):
         raise DataError(
             f"Task.{name}() did not return a map-style data set",
             expected="__len__ and __getitem__",
             found=repr(type(dataset)),
-            fix="wrap a stream in a data set that knows its length",
-        ) from None
+            fix="return the data set itself: batches are made from it"
+            if isinstance(dataset, DataLoader)
+            else "wrap it in a data set that knows its length and is indexed from 0",
+        )
     if size == 0:
         raise DataError(
             f"Task.{name}() returned an empty data set",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from lockstep.control import Control, ControlShape
 from lockstep.errors import OptimizerError, TaskError
@@ -22,11 +23,12 @@ from lockstep.memory import Segment, check_available
 from lockstep.optim import (
     NUMBER_TYPES,
     StateKey,
+    check_schedule,
     discover_state,
     initial_state,
-    may_cut,
     param_groups_of,
 )
+from lockstep.probing import check_independent, may_cut
 from lockstep.undo import Range, UndoLog, needed_capacity
 
 PRESENT = "lockstep.present"
@@ -49,6 +51,8 @@ class SharedState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    """As it is before the first step."""
     layout: Layout
     params: list[nn.Parameter]
     """The trainable parameters; their data lie in the state segment."""
@@ -140,6 +144,7 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
         ResourceError: there is not enough memory.
     """
     named = list(model.named_parameters())
+    buffers = list(model.named_buffers())
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trainable:
         raise TaskError(
@@ -166,10 +171,14 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
         [cuttable[group, p.dtype] for (_, p), group in zip(trainable, groups, strict=True)],
     )
     keys = _all_keys(optimizer, trainable, groups, blocks)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer is not None]
+    for group, dtype in cuttable:
+        if group is not None:
+            check_independent(optimizer, group, dtype)
+    scheduler = task.scheduler(optimizer)
+    check_schedule(scheduler)
     layout, grad_offsets, slot_bytes = _lay_out(model, named, trainable, buffers, blocks, keys)
     return _allocate(
-        model, optimizer, layout, trainable, groups, blocks, keys, buffers,
+        model, optimizer, scheduler, layout, trainable, groups, blocks, keys, buffers,
         grad_offsets, slot_bytes, shards=shards, seats=seats, clip=clip,
     )  # fmt: skip
 
@@ -291,6 +300,7 @@ def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
 def _allocate(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
     layout: Layout,
     trainable: list[tuple[str, nn.Parameter]],
     groups: list[int | None],
@@ -336,6 +346,7 @@ def _allocate(
     shared = SharedState(
         model=model,
         optimizer=optimizer,
+        scheduler=scheduler,
         layout=layout,
         params=[parameter for _, parameter in trainable],
         names=[name for name, _ in trainable],
@@ -381,7 +392,8 @@ def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> Non
 def store_value(home: torch.Tensor, value: Any) -> None:
     """Write one value of optimizer state, a tensor or a number, to its shared place."""
     if isinstance(value, torch.Tensor):
-        home.copy_(value.reshape(home.shape))
+        if value.data_ptr() != home.data_ptr():
+            home.copy_(value.reshape(home.shape))
     else:
         home.fill_(value)
 

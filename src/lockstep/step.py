@@ -16,7 +16,7 @@ import torch
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
 from lockstep.barrier import Barrier
-from lockstep.buffers import PrivateBuffers
+from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
 from lockstep.control import DIGEST_BYTES, RING, Phase, Stat, progress_of
@@ -27,6 +27,7 @@ from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, own_blocks
+from lockstep.modules import held_tensors
 from lockstep.owner import Owner, Presence
 from lockstep.sampling import Sampling
 from lockstep.seeds import derive, seed_everything
@@ -104,7 +105,7 @@ class Stepper:
         self.audit, self.seed = audit, seed
         self.autocast, self.faults = autocast, faults or None
         self.control = shared.control
-        self.scheduler = task.scheduler(shared.optimizer)
+        self.scheduler = shared.scheduler
         self._scheduled = 0
         self._fetching = 0.0
         shared.optimizer._opt_called = True  # type: ignore[attr-defined]  # not all own blocks
@@ -113,7 +114,8 @@ class Stepper:
         self._claims = Claims(shared.control)
         self._writer = SlotWriter(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
-        self._all_params = list(shared.model.named_parameters())
+        self._modes = Modes(shared.model)
+        self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._state = memoryview(shared.segments["state"].map)
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
         self._reduced = shared.reduced
@@ -224,6 +226,7 @@ class Stepper:
                 return self._differentiate(step, shard, batch, slot, written)
             except Redo:  # an embedding was found to need its dense form
                 self._writer.abandon()
+                batch = self.loader.get(step, shard)  # the loss may have changed it
 
     def _differentiate(
         self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
@@ -231,7 +234,8 @@ class Stepper:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
-        versions = [parameter._version for _, parameter in self._all_params]
+        self._modes.restore()
+        versions = [tensor._version for _, tensor in self._kept]
         self._writer.begin(slot, written)
         self._fault("forward", step, shard)
         with self._precision():
@@ -242,21 +246,22 @@ class Stepper:
         loss.backward(self._weight(weight, loss))
         self._writer.finish()
         self._buffers.save(slot.buffers)
-        if versions != [parameter._version for _, parameter in self._all_params]:
+        if versions != [tensor._version for _, tensor in self._kept]:
             raise self._changed(versions)
         return value
 
     def _changed(self, versions: list[int]) -> TaskError:
         changed = [
             name
-            for (name, parameter), version in zip(self._all_params, versions, strict=True)
-            if parameter._version != version
+            for (name, tensor), version in zip(self._kept, versions, strict=True)
+            if tensor._version != version
         ]
         return TaskError(
-            "the loss changed parameters in place: workers share them, so who is first would count",
-            expected="parameters that only the optimizer changes",
+            "the loss changed tensors that outlive it: who computes which shard would count",
+            expected="parameters that only the optimizer changes, and a task that stays as it is",
             found=", ".join(changed[:5]),
-            fix="keep what the loss changes in a buffer, and leave out max_norm of embeddings",
+            fix="keep what the loss changes in a buffer of the model, leave out max_norm of "
+            "embeddings, and put a module that the task holds in eval mode",
         )
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:

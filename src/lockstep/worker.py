@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -186,18 +187,17 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     """Be the worker of a seat until the master says stop; returns the exit code."""
     from lockstep.nursery import describe_error
 
-    numerics.configure(session.plan["threads"])
-    worker = Worker(session, seat, channel)
+    worker: Worker | None = None
     try:
+        numerics.configure(session.plan["threads"])
+        worker = Worker(session, seat, channel)
         worker.serve()
         return 0
     except Closed:
         return 0
-    except Exception as error:
-        message: Message = {"event": "failed", "error": describe_error(error, worker.doing)}
-        message["step"] = worker.step
-        try:
+    except BaseException as error:  # the user's code may call sys.exit()
+        doing, step = (worker.doing, worker.step) if worker is not None else ("starting", 0)
+        message: Message = {"event": "failed", "error": describe_error(error, doing), "step": step}
+        with contextlib.suppress(Closed):
             channel.send(message)
-        except Closed:
-            return 1
         return 1
