@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lockstep.errors import TaskError
 from lockstep.job import Task
-from lockstep.processes import die_with_parent
+from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.sampling import Indices, Sampling
 from lockstep.seeds import derive, seed_everything
 
@@ -27,7 +29,8 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     A `TensorDataset` is indexed whole, unless the task collates itself; anything else is asked for
     its samples, each under its own seed, so that augmentation does not depend on who loads what.
     """
-    if type(dataset) is TensorDataset and type(task).collate is Task.collate:
+    plain = getattr(task.collate, "__func__", None) is Task.collate
+    if type(dataset) is TensorDataset and plain:
         tensors = dataset.tensors
 
         def fetch_rows(_: int, indices: Sequence[int] | Indices) -> list[torch.Tensor]:
@@ -146,8 +149,8 @@ class Loader:
         work = (step, shard)
         if work != self._next:
             return self._fetch(work)
-        if self._stream is not None:
-            batch = next(self._stream)
+        if self._stream is not None and (batch := self._from_stream()) is not None:
+            batch = batch.batch
         elif self._ahead is not None:
             batch = self._ahead[1]
         else:
@@ -185,6 +188,27 @@ class Loader:
         """End the loader processes and drop what was fetched ahead."""
         self._stream = None
         self._ahead = None
+
+    def _from_stream(self) -> _Loaded | None:
+        """The next batch from the loader processes; None if they cannot hand batches over.
+
+        Raises:
+            TaskError: they cannot, but were asked for.
+        """
+        assert self._stream is not None
+        loaded: _Loaded = next(self._stream)
+        if not loaded.problem:
+            return loaded
+        if self.decision.endswith("by request"):
+            raise TaskError(
+                "a batch cannot be handed over by a loader process",
+                expected="batches that can be pickled",
+                found=loaded.problem,
+                fix="set loaders to 0, or have Task.collate return plain tensors and containers",
+            )
+        self.loaders, self._stream = 0, None
+        self.decision = f"batches cannot be pickled: {loaded.problem}"
+        return None
 
     def _work(self, first: int) -> Iterator[Work]:
         for step in range(first, self.last):
@@ -230,14 +254,42 @@ class Loader:
             yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch from a loader process, or why it cannot be handed over."""
+
+    batch: Any
+    problem: str = ""
+
+
 class _Requests(Dataset[Any]):
-    """A data set whose items are whole batches, indexed by `(data_epoch, indices)`."""
+    """A data set whose items are whole batches, indexed by `(data_epoch, indices)`.
+
+    The first batch is pickled for a trial: where that fails, torch's queue would lose the batch
+    and wait for it for ever.
+    """
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
+        self._tried = False
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> Any:
-        return self.fetch(*request)
+    def __getitem__(self, request: tuple[int, list[int]]) -> _Loaded:
+        batch = self.fetch(*request)
+        if not self._tried:
+            try:
+                pickle.dumps(batch)
+            except Exception as error:
+                return _Loaded(None, str(error))
+            self._tried = True
+        return _Loaded(batch)
+
+
+def lost_a_loader(error: BaseException) -> bool:
+    """Whether an error is torch's word that a loader process has died.
+
+    It comes from a signal handler, so it may come anywhere in the worker.
+    """
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 class _Requested:
@@ -256,3 +308,4 @@ def _as_it_is(batch: Any) -> Any:
 
 def _follow_worker(_: int) -> None:
     die_with_parent()
+    own_file_positions()

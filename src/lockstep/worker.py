@@ -17,7 +17,7 @@ from lockstep import numerics
 from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat
-from lockstep.data import Loader, make_fetch
+from lockstep.data import Loader, lost_a_loader, make_fetch
 from lockstep.evaluate import evaluate_batches
 from lockstep.faults import FaultScript
 from lockstep.job import Task
@@ -27,6 +27,9 @@ from lockstep.sampling import Sampling, home_shards
 from lockstep.state import SharedState, build
 from lockstep.step import Part, Stepper, norm_parts
 from lockstep.undo import UndoWriter
+
+LOST_A_LOADER = 3
+"""The exit code of a worker whose loader process has died."""
 
 
 @dataclass
@@ -196,6 +199,8 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     except Closed:
         return 0
     except BaseException as error:  # the user's code may call sys.exit()
+        if lost_a_loader(error):
+            return LOST_A_LOADER  # and die with it: a replacement has loaders of its own
         doing, step = (worker.doing, worker.step) if worker is not None else ("starting", 0)
         message: Message = {"event": "failed", "error": describe_error(error, doing), "step": step}
         with contextlib.suppress(Closed):
