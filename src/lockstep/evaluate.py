@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,15 +59,34 @@ def evaluate_batches(
                 buffers.restore(shared.committed)  # metrics may change them: each batch its own
                 modes.restore()
                 values = task.metrics(model, batch)
-                sums = {name: _sum(name, value, stop - start) for name, value in values.items()}
+                sums = _sums(values, stop - start)
                 results.append({"batch": index, "samples": stop - start, "sums": sums})
     finally:
         model.train()
     return results
 
 
+def _sums(values: object, samples: int) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise TaskError(
+            "Task.metrics did not return a mapping",
+            expected="names, and for each a number or a tensor",
+            found=repr(type(values)),
+            fix='return, for instance, {"loss": self.loss(model, batch)}',
+        )
+    return {str(name): _sum(name, value, samples) for name, value in values.items()}
+
+
 def _sum(name: str, value: torch.Tensor | float, samples: int) -> float:
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TaskError(
+            f"the metric {name!r} is not a number",
+            expected=f"one number, or one per sample: shape ({samples},)",
+            found=repr(value)[:200],
+            fix="return each sample's value, or their mean",
+        ) from None
     if tensor.numel() == 1:
         return tensor.double().item() * samples
     if tensor.ndim == 1 and len(tensor) == samples:

@@ -65,7 +65,8 @@ class SlotWriter:
                 gradients.append(gradient)
                 self._written[index] = 1
                 parameter.grad = None
-        torch._foreach_copy_(homes, gradients)
+        if homes:
+            torch._foreach_copy_(homes, gradients)
 
     def _hook(self, index: int) -> Callable[[nn.Parameter], None]:
         def keep(parameter: torch.Tensor) -> None:

@@ -60,15 +60,17 @@ def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float
         TaskError: it is not a scalar tensor with a graph.
         NonFiniteError: it is NaN or infinite.
     """
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    usable = isinstance(loss, torch.Tensor) and loss.requires_grad and loss.is_floating_point()
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not usable:
         found = (
-            f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+            f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}, "
+            f"requires_grad={loss.requires_grad}"
             if isinstance(loss, torch.Tensor)
             else repr(type(loss))
         )
         raise TaskError(
             "Task.loss did not return a loss",
-            expected="a tensor of one element, with a graph: the mean over the batch",
+            expected="a real tensor of one element, with a graph: the mean over the batch",
             found=found,
             fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
         )
