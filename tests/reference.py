@@ -115,6 +115,8 @@ def combined(values: Sequence[torch.Tensor | None], weights: Sequence[float]) ->
     first = present[0]
     if len(present) == 1:
         return first
+    if first.dtype is torch.uint16:
+        return first  # a constant: PyTorch does not compute with it
     if not first.is_floating_point():
         return functools.reduce(torch.maximum, present)
     pairs = zip(values, weights, strict=True)
@@ -163,7 +165,6 @@ def train(
     seed_all(seed)
     model = task.model()
     data, held_out = task.train_data(), task.eval_data()
-    model.train()
     params = Params(model)
     optimizer = task.optimizer(params)
     scheduler = task.scheduler(optimizer)
@@ -189,6 +190,7 @@ def train(
                 samples = fetch(task, data, seed, data_epoch, mine)
                 seed_all(derive(seed, "shard", step, shard))
                 set_buffers(model, committed)
+                model.train()
                 with autocast(precision):
                     loss = task.loss(model, samples)
                 if len(mine) == size:
@@ -252,17 +254,20 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean of each metric over the samples: once each, in the order of the data."""
     sums: dict[str, float] = {}
-    model.eval()
+    committed = copy_of_buffers(model)
     with torch.no_grad(), autocast(precision):
         for number, start in enumerate(range(0, len(data), batch_size)):
             indices = range(start, min(start + batch_size, len(data)))
             batch = fetch(task, data, seed, -1, indices)
             seed_all(derive(seed, "eval", number))
+            set_buffers(model, committed)
+            model.eval()
             for name, value in task.metrics(model, batch).items():
                 value = torch.as_tensor(value).double()
                 one = value.numel() == 1  # the mean over the batch
                 value = value.item() * len(indices) if one else value.sum().item()
                 sums[name] = sums.get(name, 0.0) + value
+    set_buffers(model, committed)
     model.train()
     return {name: value / len(data) for name, value in sums.items()}
 
@@ -288,13 +293,13 @@ def train_unsharded(
     steps_per_epoch = math.ceil(len(data) / batch_size)
     losses, norms = [], []
 
-    model.train()
     for step in range(steps):
         data_epoch, place = divmod(step, steps_per_epoch)
         indices = order(seed, data_epoch, len(data))[place * batch_size : (place + 1) * batch_size]
         batch = fetch(task, data, seed, data_epoch, indices)
         seed_all(derive(seed, "shard", step, 0))
 
+        model.train()
         model.zero_grad()  # also of what the optimizer leaves out
         with autocast(precision):
             loss = task.loss(model, batch)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lockstep
 
@@ -93,6 +93,36 @@ class LossWithoutGraph(Blobs):
         return super().loss(model, batch).detach()
 
 
+class ComplexLoss(Blobs):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return super().loss(model, batch) + 0j
+
+
+class HidesAMethod(Blobs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss()  # type: ignore[method-assign]
+
+
+class StepsByTheBatch(Blobs):
+    scheduler_interval = "batch"  # type: ignore[assignment]
+
+
+class MetricsOfNoNames(Blobs):
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        return torch.zeros(3)  # type: ignore[return-value]
+
+
+class MetricsOfWords(Blobs):
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        return {"verdict": "good"}
+
+
+class MetricsThatAreNotFinite(Blobs):
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        return {"nan": float("nan"), "inf": float("inf")}
+
+
 class MetricsOfAnotherShape(Blobs):
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
         return {"scores": model(batch[0])}
@@ -121,6 +151,23 @@ class Stream(Blobs):
                     yield torch.zeros(FEATURES)
 
         return Endless()
+
+
+class StreamOfKnownLength(Blobs):
+    def train_data(self) -> Dataset[Any]:
+        class Numbers(IterableDataset[int]):
+            def __len__(self) -> int:
+                return SAMPLES
+
+            def __iter__(self) -> Iterator[int]:
+                return iter(range(SAMPLES))
+
+        return Numbers()
+
+
+class Batches(Blobs):
+    def train_data(self) -> Dataset[Any]:
+        return DataLoader(blobs(SAMPLES, seed=1))  # type: ignore[return-value]
 
 
 class Poisoned(Blobs):
@@ -184,6 +231,29 @@ class RaisesEverywhere(Blobs):
 def look_up(batch: Any) -> torch.Tensor:
     table: dict[str, torch.Tensor] = {}
     return table["no such key"]
+
+
+class DiesWhileLoading(Blobs):
+    def model(self) -> nn.Module:
+        os._exit(7)
+
+
+class AsksForThreads(Blobs):
+    """Computes on two threads before any worker is forked."""
+
+    def model(self) -> nn.Module:
+        torch.set_num_threads(2)
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        return super().model()
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        torch.exp(torch.zeros(1 << 20))  # on several threads
+        return super().loss(model, batch)
+
+
+class LeavesInTheLoss(Blobs):
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        raise SystemExit("enough")
 
 
 class LeavesWhileLoading(Blobs):

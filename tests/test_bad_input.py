@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ from lockstep.faults import Fault
 from lockstep.job import Job
 from lockstep.jobfile import read_job_file
 from lockstep.memory import available_bytes
+from lockstep.runfolder import RunFolder
 from lockstep.seeds import derive
+from lockstep.source import source_of
 from tests import command
 from tests.command import TASKS
 from tests.tasks import BATCH, SAMPLES, Blobs, Poisoned
@@ -61,6 +64,11 @@ CASES = {
         says=("did not return a loss", "one element", "shape (8,)"),
         starts=True,
     ),
+    "ComplexLoss": Case(
+        kind=errors.TaskError,
+        says=("did not return a loss", "a real tensor", "torch.complex64"),
+        starts=True,
+    ),
     "LossWithoutGraph": Case(
         kind=errors.TaskError,
         says=("did not return a loss", "with a graph", "requires_grad=False"),
@@ -69,6 +77,16 @@ CASES = {
     "MetricsOfAnotherShape": Case(
         kind=errors.TaskError,
         says=("the metric 'scores' has a shape", "one per sample: shape (1", ", 3)", "their mean"),
+        starts=True,
+    ),
+    "MetricsOfNoNames": Case(
+        kind=errors.TaskError,
+        says=("Task.metrics did not return a mapping", "torch.Tensor"),
+        starts=True,
+    ),
+    "MetricsOfWords": Case(
+        kind=errors.TaskError,
+        says=("the metric 'verdict' is not a number", "'good'"),
         starts=True,
     ),
     "MetricsOfOtherNames": Case(
@@ -80,6 +98,14 @@ CASES = {
     "Stream": Case(
         kind=errors.DataError,
         says=("train_data() did not return a map-style data set", "__len__", "Endless"),
+    ),
+    "StreamOfKnownLength": Case(
+        kind=errors.DataError,
+        says=("train_data() did not return a map-style data set", "indexed from 0"),
+    ),
+    "Batches": Case(
+        kind=errors.DataError,
+        says=("train_data() did not return a map-style data set", "DataLoader", "itself"),
     ),
     "Blobs": Case(
         kind=errors.DataError,
@@ -104,6 +130,23 @@ CASES = {
     "ForeignTensor": Case(
         kind=errors.OptimizerError,
         says=("a tensor that is not a parameter", "shape (3, 5) in group 0", "`params` alone"),
+    ),
+    "DiesWhileLoading": Case(
+        kind=errors.WorkerLostError,
+        says=("the parent of all workers, has ended", "it exited with code 7", "os._exit"),
+    ),
+    "LeavesInTheLoss": Case(
+        kind=errors.TaskError,
+        says=("error while computing step 0", "raise SystemExit", "enough"),
+        starts=True,
+    ),
+    "HidesAMethod": Case(
+        kind=errors.TaskError,
+        says=("an attribute loss, which hides the method loss()", "CrossEntropyLoss"),
+    ),
+    "StepsByTheBatch": Case(
+        kind=errors.TaskError,
+        says=("scheduler_interval of StepsByTheBatch", "step or data_epoch", "'batch'"),
     ),
     "LeavesWhileLoading": Case(
         kind=errors.TaskError,
@@ -207,11 +250,58 @@ def test_more_workers_than_shards() -> None:
         ("audit", 1.5, "audit is out of range"),
         ("out", 3, "out has the wrong type"),
         ("evaluate", "no", "evaluate has the wrong type"),
+        ("seed", 2**63, "seed is out of range"),
+        ("threads", 10**9, "threads is out of range"),
     ],
 )
 def test_wrong_settings(setting: str, value: object, says: str) -> None:
     with pytest.raises(errors.JobError, match=says):
         Job(task=Blobs()).replace(**{setting: value})
+
+
+class Unpicklable(Blobs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_task_that_cannot_be_pickled_is_refused(run_folder: str) -> None:
+    with pytest.raises(errors.TaskError, match="cannot be handed to another process") as caught:
+        lockstep.run(Unpicklable(), workers=1, steps=0, quiet=True, out=run_folder)
+    assert caught.value.found == "self.lock"
+    assert is_whole(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), {1: 2}, {"a", "b"}, b"lr"])
+def test_arguments_that_are_not_json_are_refused(value: object) -> None:
+    with pytest.raises(errors.JobError, match="'lr' cannot be written to the manifest") as caught:
+        source_of(Job(task="mnist", args={"lr": value}))
+    assert is_whole(caught.value)
+
+
+def test_arguments_that_are_json_are_taken() -> None:
+    args = {"lr": 0.1, "sizes": (1, [2, (3,)]), "wide": None, "limit": math.inf, "by": {"a": True}}
+    assert source_of(Job(task="mnist", args=args)).args == args
+
+
+def test_a_folder_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(errors.RunFolderError, match="run folder /proc/none cannot be made") as e:
+        RunFolder.create("/proc/none", "label")
+    assert is_whole(e.value)
+
+
+def test_metrics_that_are_not_finite_are_null_in_json(run_folder: str) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    task = f"{TASKS}:MetricsThatAreNotFinite"
+    result = lockstep.run(task, workers=1, steps=1, quiet=True, out=run_folder)
+    assert math.isnan(result.metrics["nan"])
+    for line in (Path(run_folder) / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    text = (Path(run_folder) / "result.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["metrics"]["inf"] is None
+    assert math.isnan(lockstep.Result.open(run_folder).metrics["nan"])
 
 
 def test_arguments_for_an_object_are_refused(run_folder: str) -> None:
@@ -238,6 +328,8 @@ def test_a_run_of_no_steps_has_a_result_that_is_json(run_folder: str) -> None:
         ("task: mnist\nseed: -1\n", "job.yaml, line 2: seed is out of range"),
         ("task: mnist\nworkers: 3\nshards: 2\n", "more workers than shards"),
         ("workers: 2\n", "job.yaml names no task"),
+        ("task: mnist\nseed: 1\nseed: 2\n", "job.yaml, line 3: seed is given twice.*line 2"),
+        ("task: mnist\non: 2\n", "job.yaml, line 2: unknown key True"),
         ("- mnist\n", "job.yaml is not a mapping"),
         ("", "job.yaml is not a mapping"),
         ("task: mnist\nargs: {model: cnn\nseed: 1\n", "job.yaml is not YAML: .*line 3"),

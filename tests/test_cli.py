@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +90,15 @@ def test_run_quietly(blobs: tuple[Path, str, str]) -> None:
 
 
 def test_plan_json(tmp_path: Path) -> None:
-    ended = command.lockstep("plan", *MNIST, "--json", cwd=tmp_path)
+    """It takes every option that `run` takes."""
+    more = ["--precision=bf16", "--clip-grad-norm=1", "--eval-batch-size=50"]
+    ended = command.lockstep("plan", *MNIST, *more, "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     plan = json.loads(ended.stdout)
     assert (plan["workers"], plan["shards"], plan["threads"]) == (2, 2, 1)
     assert (plan["steps"], plan["train_samples"]) == (MNIST_STEPS, 4000)
+    assert (plan["precision"], plan["clip_grad_norm"]) == ("bf16", 1.0)
+    assert plan["eval_batch_size"] == 50
     assert any("workers, threads, shards as asked" in reason for reason in plan["reasons"])
     assert list(tmp_path.iterdir()) == []
 
@@ -159,6 +168,71 @@ def test_verify_names_an_altered_tensor(copy: Path, file: str, tensor: str | Non
     assert f"(tensor {altered})" in caught.value.found
 
 
+@pytest.mark.parametrize("tensor", ["0.weight", "1.bias"])
+def test_verify_names_an_altered_tensor_of_the_model(
+    tensor: str, blobs: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(blobs[0], tmp_path / "copy")
+    flip_a_bit(folder / "model.safetensors", tensor)
+    with pytest.raises(IntegrityError, match="is not what the run computed") as caught:
+        lockstep.verify(folder, workers=1)
+    assert str(folder / "model.safetensors") in caught.value.what
+    assert f"(tensor {tensor})" in caught.value.found
+
+
+def cut(ledger: Path) -> None:
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-3]))
+
+
+def empty(ledger: Path) -> None:
+    ledger.write_text("")
+
+
+def change_seed(manifest: Path) -> None:
+    text = manifest.read_text()
+    assert text.count('"seed": 0') == 3
+    manifest.write_text(text.replace('"seed": 0', '"seed": 1'))
+
+
+def change_plan(manifest: Path) -> None:
+    content = json.loads(manifest.read_text())
+    content["plan"]["batch_size"] += 1
+    manifest.write_text(json.dumps(content))
+
+
+def change_result(result: Path) -> None:
+    content = json.loads(result.read_text())
+    content["fingerprint"] = content["fingerprint"][::-1]
+    result.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "alter", "says"),
+    [
+        ("ledger.jsonl", cut, "result.json is not that of the ledger.*found:    step 6"),
+        ("ledger.jsonl", empty, "ledger.jsonl is missing or empty"),
+        ("ledger.jsonl", Path.unlink, "ledger.jsonl is missing or empty"),
+        ("manifest.json", change_seed, "manifest.json is not the manifest that the run began"),
+        ("manifest.json", change_plan, "manifest.json is not the .* identity in batch_size"),
+        ("result.json", change_result, "result.json is not that of the ledger"),
+        ("result.json", empty, "result.json is not readable"),
+    ],
+    ids=["cut", "empty", "no-ledger", "seed", "plan", "fingerprint", "no-result"],
+)
+def test_verify_names_what_does_not_fit_the_ledger(
+    file: str,
+    alter: Callable[[Path], None],
+    says: str,
+    blobs: tuple[Path, str, str],
+    tmp_path: Path,
+) -> None:
+    """Before anything is started."""
+    folder = shutil.copytree(blobs[0], tmp_path / "copy")
+    alter(folder / file)
+    with pytest.raises(IntegrityError, match=f"(?s){says}"):
+        lockstep.verify(folder)
+
+
 def flip_a_bit(path: Path, tensor: str | None) -> str:
     """Flip the lowest bit of a tensor's last byte (None: of the first in the file); its name."""
     content = bytearray(path.read_bytes())
@@ -194,6 +268,44 @@ def test_verify_refuses_steps_that_were_not_recorded(blobs: tuple[Path, str, str
 def test_verify_refuses_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="is not a run folder"):
         lockstep.verify(tmp_path)
+
+
+# Signals.
+
+
+def test_sigterm_to_every_process_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    """As a service manager or a batch system sends it; what to do next is said."""
+    arguments = ["run", f"{TASKS}:Blobs", "--workers=2", "--steps=1000000", "--out=run"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lockstep", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        shown = next(line for line in process.stderr if "/1,000,000" in line)
+        os.killpg(process.pid, signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=command.LIMIT_SECONDS)
+    assert process.returncode == 130, shown
+    assert stdout == ""
+    assert stderr.endswith(", as asked\n  next:     lockstep resume run\n")
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_an_interruption_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lockstep import cli
+
+    def interrupted() -> None:
+        raise SystemExit(cli.INTERRUPTED)
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr() == ("", "lockstep: interrupted\n")
 
 
 # Arguments of recipes and tasks.

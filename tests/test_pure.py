@@ -54,7 +54,7 @@ from lockstep.layout import (
 )
 from lockstep.ledger import Ledger, StepRecord, read_ledger
 from lockstep.memory import Segment
-from lockstep.optim import may_cut
+from lockstep.probing import may_cut
 from lockstep.sampling import Sampling, home_shards
 from lockstep.state import contiguous_stride, dense_stride
 from tests import reference

@@ -107,6 +107,13 @@ def test_what_is_asked_for_last_counts() -> None:
     assert lockstep.plan(f"{TASKS}:small_blobs", data_epochs=2).steps == 14
 
 
+def test_a_task_that_asks_for_threads(run_folder: str) -> None:
+    """Its workers do not wait for threads that stayed behind in the process they come from."""
+    settings = {**SETTINGS, "workers": 1, "threads": 2, "steps": 2, "stall_seconds": 20}
+    result = lockstep.run(f"{TASKS}:AsksForThreads", quiet=True, out=run_folder, **settings)
+    assert (result.steps, result.recoveries) == (2, [])
+
+
 # The result.
 
 

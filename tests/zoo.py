@@ -285,9 +285,10 @@ class ChannelsLast(Images):
 
 
 class Counted(nn.Module):
-    """Buffers of all sorts: not persistent, whole numbers, constant, infinite."""
+    """Buffers of all sorts: not persistent, whole numbers, constant, infinite, of odd types."""
 
     seen: torch.Tensor
+    asked: torch.Tensor
     classes_seen: torch.Tensor
     largest: torch.Tensor
     mask: torch.Tensor
@@ -296,15 +297,22 @@ class Counted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(FEATURES, CLASSES)
+        self.drop = nn.Dropout(0.2)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("asked", torch.zeros(()))
+        self.register_buffer("table", torch.tensor([1, 2], dtype=torch.uint16))
+        self.register_buffer("nothing", None)
         self.register_buffer("classes_seen", torch.zeros(CLASSES, dtype=torch.bool))
         self.register_buffer("largest", torch.full((FEATURES,), -torch.inf))
         self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.1] * 4), persistent=False)
         self.register_buffer("mean", torch.zeros(FEATURES, dtype=torch.float64), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.layer(x * torch.exp(self.mask) - self.mean.float())
-        if self.training:
+        out: torch.Tensor = self.layer(self.drop(x) * torch.exp(self.mask) - self.mean.float())
+        if not self.training:
+            self.asked += 1
+            out = out * self.asked
+        else:
             self.seen += len(x)
             self.classes_seen[out.argmax(1)] = True
             self.largest.copy_(torch.maximum(self.largest, x.amax(0)))
@@ -313,8 +321,20 @@ class Counted(nn.Module):
 
 
 class Buffers(Vectors):
+    """Also leaves modules in another mode than it found them in."""
+
     def model(self) -> nn.Module:
         return Counted()
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        loss = super().loss(model, batch)
+        model.get_submodule("drop").eval()
+        return loss
+
+    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
+        metrics = super().metrics(model, batch)
+        model.train()
+        return metrics
 
 
 class Viewed(nn.Module):
@@ -492,6 +512,46 @@ class MaxNorm(Bags):
         return nn.Sequential(nn.EmbeddingBag(200, self.width, max_norm=1.0), nn.Linear(16, 200))
 
 
+# Optimizers that are not PyTorch's.
+
+
+class Lookahead(torch.optim.Optimizer):
+    """SGD that goes halfway back to a slow copy at every fifth step, and makes that copy anew.
+
+    After Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
+    """
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state.update(count=0, slow=parameter.clone())
+                state["count"] += 1
+                parameter.add_(parameter.grad, alpha=-group["lr"])
+                if state["count"] % 5 == 0:
+                    state["slow"] = state["slow"] + 0.5 * (parameter - state["slow"])
+                    parameter.copy_(state["slow"])
+
+
+class ByLookahead(Mixture):
+    """Some shards have no gradient at all."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        if batch[1][0] == 0:
+            return torch.zeros((), requires_grad=True)
+        return super().loss(model, batch)
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        return Lookahead(params, lr=0.1)
+
+
 # Element types.
 
 
@@ -652,7 +712,7 @@ ZOO: dict[str, Entry] = {
     "wide-clipped": Entry(task=Wide("SGD", lr=0.1, momentum=0.9), steps=6, clip_grad_norm=0.1),
     "wide-adafactor": Entry(task=Wide("Adafactor", lr=0.05), steps=6),
     "wide-branches": Entry(task=WideBranches("AdamW", lr=0.01), steps=6),
-    "mixture": Entry(task=Mixture()),
+    "mixture": Entry(task=ByLookahead()),
     "frozen": Entry(task=Frozen("RMSprop", lr=0.01, momentum=0.9, centered=True)),
     "odd-shapes": Entry(task=OddShapes()),
     "cnn": Entry(task=Images("SGD", lr=0.1, momentum=0.9)),
@@ -674,6 +734,7 @@ ZOO: dict[str, Entry] = {
 
 MORE: dict[str, Entry] = {
     "left-out": Entry(task=LeftOut()),
+    "mixture-sgd": Entry(task=Mixture()),
     "lambda": Entry(task=ByLambda("SGD", lr=0.5)),
     "wide": Entry(task=Wide("Adam", lr=0.01), steps=6),
     "recomputed": Entry(task=Transformer("plain"), steps=6),

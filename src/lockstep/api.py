@@ -11,7 +11,7 @@ from typing import Any
 from lockstep import numerics
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, StoppedError
 from lockstep.host import Host
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.manifest import make_manifest, recorded_source
@@ -130,7 +130,10 @@ def _train(
         desk.take_signals()
         desk.open(folder.path)
         coordinator = Coordinator(host, plan, schedule, recorder, start.step, requests=desk.take)
-        coordinator.run()
+        try:
+            coordinator.run()
+        except StoppedError as error:
+            raise StoppedError(error.what, fix=f"lockstep resume {folder.path}") from None
         result = recorder.finish(coordinator.step, coordinator.clock.rate, begun, source)
     try:
         write_report(folder.path)

@@ -1,4 +1,8 @@
-"""A worker's own buffers: every shard starts from the committed ones and leaves its own."""
+"""What a forward pass may change in the modules: their buffers, and whether they train.
+
+Every shard starts from the committed buffers and leaves its own, and every shard starts in the
+same modes: what one leaves behind must not reach the next that this worker happens to compute.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,12 @@ class PrivateBuffers:
         for name, own in buffers:
             path, _, leaf = name.rpartition(".")
             self._places.append((model.get_submodule(path), leaf, own))
+        self._empty = [
+            (module, leaf)
+            for module in model.modules()
+            for leaf, value in module._buffers.items()
+            if value is None
+        ]
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -35,8 +45,17 @@ class PrivateBuffers:
         """Copy what the forward pass has left into a slot.
 
         Raises:
-            TaskError: a buffer has another shape or type than it had at the start.
+            TaskError: a buffer has another shape or type than it had at the start, or was None.
         """
+        for module, leaf in self._empty:
+            value = module._buffers[leaf]
+            if value is not None:
+                raise TaskError(
+                    f"the forward pass gave a value to buffer {leaf}, which was None",
+                    expected="buffers that are there when the model is built",
+                    found=f"{tuple(value.shape)} {value.dtype}",
+                    fix="register it with its final shape when the model is built",
+                )
         for (module, leaf, own), home in zip(self._places, homes, strict=True):
             value = module._buffers[leaf]
             if value is None or value.shape != own.shape or value.dtype != own.dtype:
@@ -47,3 +66,16 @@ class PrivateBuffers:
                     fix="give it its final shape when the model is built",
                 )
             home.copy_(value)
+
+
+class Modes:
+    """Which of the model's modules are in training mode, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Put the modules back into these modes."""
+        for module, training in self._modes:
+            if module.training is not training:
+                module.training = training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,37 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+
+
+def check_model_file(path: Path, layout: Layout, state: bytes | memoryview) -> None:
+    """Compare a file that `write_model` wrote with the state that it should hold.
+
+    Raises:
+        IntegrityError: it is missing or differs; the tensors are named.
+    """
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing", fix="it is in the last checkpoint too")
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder) / MODEL
+        write_model(wanted, layout, state)
+        expected, found = file_digest(wanted), file_digest(path)
+        if expected == found:
+            return
+        try:
+            there = {name: bytes(tensor["data"]) for name, tensor in _read_tensors(path)}
+        except safetensors.SafetensorError as error:
+            named = str(error)
+        else:
+            should = {name: bytes(tensor["data"]) for name, tensor in _read_tensors(wanted)}
+            names = sorted(should.keys() | there.keys())
+            wrong = [name for name in names if should.get(name) != there.get(name)]
+            named = f"tensor {', '.join(wrong[:5])}" if wrong else "all tensors are the same"
+    raise IntegrityError(
+        f"{path} is not what the run computed",
+        expected=f"digest {expected[:16]}…",
+        found=f"digest {found[:16]}… ({named})",
+        fix="it was torn or altered; the last checkpoint holds the model too",
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Data sets of the recipes.")
 app.add_typer(data_app, name="data")
 
+INTERRUPTED = 130
 WITH_ARGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 JobArgument = Annotated[
     str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
@@ -35,6 +36,17 @@ Epochs = Annotated[float | None, typer.Option(help="Passes over the training dat
 Steps = Annotated[int | None, typer.Option(help="Optimizer updates, instead of --data-epochs.")]
 Batch = Annotated[int | None, typer.Option(help="Samples per step, over all workers.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
+EvalBatch = Annotated[int | None, typer.Option(help="Samples per held-out batch.")]
+MaxWorkers = Annotated[int | None, typer.Option(help="How far `scale` may go.")]
+Clip = Annotated[float | None, typer.Option(help="Limit of the gradient's norm.")]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+Numerics = Annotated[str | None, typer.Option(help="native or portable.")]
+Loaders = Annotated[int | None, typer.Option(help="Loader processes per worker.")]
+EverySteps = Annotated[int | None, typer.Option(help="Checkpoint every N steps.")]
+EverySeconds = Annotated[float | None, typer.Option(help="... or seconds.")]
+Audit = Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")]
+Stall = Annotated[float | None, typer.Option(help="Replace a silent worker.")]
+Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -50,16 +62,17 @@ def run(
     steps: Steps = None,
     batch_size: Batch = None,
     seed: Seed = None,
-    max_workers: Annotated[int | None, typer.Option(help="How far `scale` may go.")] = None,
-    clip_grad_norm: Annotated[float | None, typer.Option(help="Limit of the norm.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    numerics: Annotated[str | None, typer.Option(help="native or portable.")] = None,
-    loaders: Annotated[int | None, typer.Option(help="Loader processes per worker.")] = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="Checkpoint every N steps.")] = None,
-    checkpoint_seconds: Annotated[float | None, typer.Option(help="... or seconds.")] = None,
-    audit: Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")] = None,
-    stall_seconds: Annotated[float | None, typer.Option(help="Replace a silent worker.")] = None,
-    out: Annotated[str | None, typer.Option(help="The run folder; must not exist.")] = None,
+    eval_batch_size: EvalBatch = None,
+    max_workers: MaxWorkers = None,
+    clip_grad_norm: Clip = None,
+    precision: Precision = None,
+    numerics: Numerics = None,
+    loaders: Loaders = None,
+    checkpoint_steps: EverySteps = None,
+    checkpoint_seconds: EverySeconds = None,
+    audit: Audit = None,
+    stall_seconds: Stall = None,
+    out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -93,9 +106,20 @@ def plan(
     steps: Steps = None,
     batch_size: Batch = None,
     seed: Seed = None,
+    eval_batch_size: EvalBatch = None,
+    max_workers: MaxWorkers = None,
+    clip_grad_norm: Clip = None,
+    precision: Precision = None,
+    numerics: Numerics = None,
+    loaders: Loaders = None,
+    checkpoint_steps: EverySteps = None,
+    checkpoint_seconds: EverySeconds = None,
+    audit: Audit = None,
+    stall_seconds: Stall = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Show what `run` would do, and why. Nothing is trained or written."""
+    """Show what `run` would do with the same options, and why. Nothing is trained or written."""
     from lockstep.api import plan as plan_job
 
     found = plan_job(*_job(job, ctx.args), **_given(ctx, skip=("job", "as_json")))
@@ -256,8 +280,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("lockstep: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except SystemExit as end:
-        if end.code == 130:  # newer typers end so at a KeyboardInterrupt, without a word
+        sys.exit(INTERRUPTED)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:  # what newer typers make of Ctrl-C, without a word
             print("lockstep: interrupted", file=sys.stderr)
         raise

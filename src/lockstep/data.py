@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import pickle
 import signal
 import time
 from collections import deque
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lockstep.errors import TaskError
 from lockstep.job import Task
-from lockstep.processes import die_with_parent
+from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.sampling import Indices, Sampling
 from lockstep.seeds import derive, seed_everything
 
@@ -33,7 +35,8 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     A `TensorDataset` is indexed whole, unless the task collates itself; anything else is asked for
     its samples, each under its own seed, so that augmentation does not depend on who loads what.
     """
-    if type(dataset) is TensorDataset and type(task).collate is Task.collate:
+    plain = getattr(task.collate, "__func__", None) is Task.collate
+    if type(dataset) is TensorDataset and plain:
         return Rows(dataset.tensors)
     get_all = getattr(dataset, "__getitems__", None)
     if get_all is not None:
@@ -197,8 +200,8 @@ class Loader:
         work = (step, shard)
         if not self._planned or work != self._planned[0]:
             return self._fetch([work])[0]
-        if self._stream is not None:
-            batch = next(self._stream)
+        if self._stream is not None and (loaded := self._from_stream()) is not None:
+            batch = loaded.batch
         elif self._ahead:
             batch = self._ahead.popleft()
         else:
@@ -252,6 +255,27 @@ class Loader:
         self._stream = None
         self._ahead.clear()
 
+    def _from_stream(self) -> _Loaded | None:
+        """The next batch from the loader processes; None if they cannot hand batches over.
+
+        Raises:
+            TaskError: they cannot, but were asked for.
+        """
+        assert self._stream is not None
+        loaded: _Loaded = next(self._stream)
+        if not loaded.problem:
+            return loaded
+        if self.decision.endswith("by request"):
+            raise TaskError(
+                "a batch cannot be handed over by a loader process",
+                expected="batches that can be pickled",
+                found=loaded.problem,
+                fix="set loaders to 0, or have Task.collate return plain tensors and containers",
+            )
+        self.loaders, self._stream = 0, None
+        self.decision = f"batches cannot be pickled: {loaded.problem}"
+        return None
+
     def _work(self, first: int) -> Iterator[Work]:
         for step in range(first, self.last):
             for shard in self._shards:
@@ -304,14 +328,34 @@ class Loader:
             yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch from a loader process, or why it cannot be handed over."""
+
+    batch: Any
+    problem: str = ""
+
+
 class _Requests(Dataset[Any]):
-    """A data set whose items are whole batches, indexed by `(data_epoch, indices)`."""
+    """A data set whose items are whole batches, indexed by `(data_epoch, indices)`.
+
+    The first batch is pickled for a trial: where that fails, torch's queue would lose the batch
+    and wait for it for ever.
+    """
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
+        self._tried = False
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> Any:
-        return self.fetch(*request)
+    def __getitem__(self, request: tuple[int, list[int]]) -> _Loaded:
+        batch = self.fetch(*request)
+        if not self._tried:
+            try:
+                pickle.dumps(batch)
+            except Exception as error:
+                return _Loaded(None, str(error))
+            self._tried = True
+        return _Loaded(batch)
 
 
 class _Requested:
@@ -331,3 +375,4 @@ def _as_it_is(batch: Any) -> Any:
 def _follow_worker(worker: int, _: int) -> None:
     die_with_parent(worker)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # PyTorch ends those so that do not go
+    own_file_positions()

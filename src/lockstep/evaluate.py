@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lockstep.buffers import PrivateBuffers
+from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job import Task
@@ -42,11 +42,12 @@ def evaluate_batches(
     `beat` is called with each batch's index before it is evaluated.
     """
     model = shared.model
-    PrivateBuffers(model, shared.buffers).restore(shared.committed)
+    buffers = PrivateBuffers(model, shared.buffers)
     precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if autocast:
         precision = torch.autocast("cpu", torch.bfloat16)
     model.eval()
+    modes = Modes(model)
     results = []
     try:
         with torch.no_grad(), precision:
@@ -55,16 +56,37 @@ def evaluate_batches(
                 start, stop = index * batch_size, min((index + 1) * batch_size, samples)
                 batch = fetch(-1, range(start, stop))
                 seed_everything(derive(seed, "eval", index))
+                buffers.restore(shared.committed)  # metrics may change them: each batch its own
+                modes.restore()
                 values = task.metrics(model, batch)
-                sums = {name: _sum(name, value, stop - start) for name, value in values.items()}
+                sums = _sums(values, stop - start)
                 results.append({"batch": index, "samples": stop - start, "sums": sums})
     finally:
         model.train()
     return results
 
 
+def _sums(values: object, samples: int) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise TaskError(
+            "Task.metrics did not return a mapping",
+            expected="names, and for each a number or a tensor",
+            found=repr(type(values)),
+            fix='return, for instance, {"loss": self.loss(model, batch)}',
+        )
+    return {str(name): _sum(name, value, samples) for name, value in values.items()}
+
+
 def _sum(name: str, value: torch.Tensor | float, samples: int) -> float:
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TaskError(
+            f"the metric {name!r} is not a number",
+            expected=f"one number, or one per sample: shape ({samples},)",
+            found=repr(value)[:200],
+            fix="return each sample's value, or their mean",
+        ) from None
     if tensor.numel() == 1:
         return tensor.double().item() * samples
     if tensor.ndim == 1 and len(tensor) == samples:

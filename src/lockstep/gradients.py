@@ -13,6 +13,7 @@ from torch import nn
 from lockstep.control import Control
 from lockstep.embeddings import SparseTables
 from lockstep.errors import TaskError
+from lockstep.modules import CONSTANT
 from lockstep.state import SharedState, Slot
 
 CHUNK = 1 << 15
@@ -64,7 +65,8 @@ class SlotWriter:
                 gradients.append(gradient)
                 self._written[index] = 1
                 parameter.grad = None
-        torch._foreach_copy_(homes, gradients)
+        if homes:
+            torch._foreach_copy_(homes, gradients)
 
     def _hook(self, index: int) -> Callable[[nn.Parameter], None]:
         def keep(parameter: torch.Tensor) -> None:
@@ -178,11 +180,23 @@ def combine_buffers(
     `weights` are the shards' shares n/N of the step's samples; shards without samples are left
     out. Floating-point buffers take the weighted mean, except where all shards agree: constants
     stay as they are. Integer and boolean buffers take the maximum.
+
+    Raises:
+        TaskError: a buffer has changed whose type cannot be computed with.
     """
     used = [(slot, weight) for slot, weight in zip(slots, weights, strict=True) if weight]
     values = [slot for slot, _ in used]
     if len(values) == 1:
         committed.copy_(values[0])
+    elif committed.dtype in CONSTANT:
+        before = committed.flatten().view(torch.uint8)
+        if not all(torch.equal(value.flatten().view(torch.uint8), before) for value in values):
+            raise TaskError(
+                f"the forward pass changed a buffer of {committed.dtype}",
+                expected="a buffer of a type whose mean or maximum can be taken",
+                found=f"shape {tuple(committed.shape)} {committed.dtype}",
+                fix="use int64 or float32 for what changes",
+            )
     elif committed.is_floating_point() or committed.is_complex():
         scaled = [slot * weight for slot, weight in used]
         present = tuple(bool(weight) for weight in weights)

@@ -90,6 +90,18 @@ class Event:
     message: Message | None
 
 
+def describe_exit(code: int) -> str:
+    """How a process ended, in words, from its exit code."""
+    return f"exited with code {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # a real-time signal has no name
+
+
 class Host:
     """Starts and ends the processes of one host. Use it as a context manager."""
 
@@ -242,11 +254,7 @@ class Host:
                 break
             self._note(message)
         code = self._exits.get(seat.pid)
-        if code is None:
-            return "ended"
-        if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"exited with code {code}"
+        return "ended" if code is None else describe_exit(code)
 
     def _expect(self, event: str, seconds: float) -> tuple[Message, list[int]]:
         limit = time.monotonic() + seconds
@@ -268,11 +276,16 @@ class Host:
             self._note(message)
 
     def _lost(self) -> WorkerLostError:
-        code = self._process.poll() if self._process is not None else None
+        code = None
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(END_SECONDS)
         return WorkerLostError(
             "the nursery, the parent of all workers, has ended",
-            found="" if code is None else f"exit status {code}",
-            fix="look for the out-of-memory killer in the system's log",
+            expected="a process that loads the task, and lives as long as the run",
+            found="" if code is None else f"it {describe_exit(code)}",
+            fix="look for os._exit or native code that crashes in what the task loads, and for "
+            "the out-of-memory killer in the system's log",
         )
 
     def close(self) -> None:

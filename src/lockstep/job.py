@@ -217,7 +217,7 @@ _LEAST: dict[str, float] = {
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
     "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0, "audit": 0,
 }  # fmt: skip
-_MOST = {"audit": 1}
+_MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")

@@ -40,13 +40,35 @@ def read_job_file(path: Path) -> Job:
             expected="`task: ...` and settings",
             found=type(content).__name__,
         )
-    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    lines = _lines(path, root)
     for key, value in content.items():
         _check(path, lines.get(str(key), 1), key, value)
     if "task" not in content:
         raise JobError(f"the job file {path} names no task", fix="add a line such as `task: mnist`")
     content["task"] = _beside(path, content["task"])
     return Job(**{str(key): value for key, value in content.items()})
+
+
+def _lines(path: Path, root: yaml.MappingNode) -> dict[str, int]:
+    """The line of each key.
+
+    Raises:
+        JobError: a key is given twice: YAML would take the last without a word.
+    """
+    lines: dict[str, int] = {}
+    for key, _ in root.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise JobError(
+                f"{path}, line {line}: {key.value} is given twice",
+                expected="each setting once",
+                found=f"it is in line {lines[key.value]} too",
+                fix="remove one of them",
+            )
+        lines[key.value] = line
+        if key.tag.endswith((":bool", ":int", ":float", ":null")):  # `on` is read as True
+            lines[str(yaml.safe_load(key.value))] = line
+    return lines
 
 
 def _check(path: Path, line: int, key: Any, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lockstep.errors import JobError
+from lockstep.errors import IntegrityError, JobError
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.planning import Plan
 from lockstep.source import Source, source_of
@@ -50,9 +50,31 @@ def make_manifest(
         "probe": facts["probe"],
         "code": facts["code"],
         "identity": identity,
-        "digest": blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "digest": _digest(identity),
         "versions": {"python": platform.python_version(), "torch": profile["torch"]},
     }
+
+
+def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
+    """Compare a manifest with itself and with the digest that its run's ledger begins with.
+
+    Raises:
+        IntegrityError: it is not the run's; what differs is named, as far as it shows.
+    """
+    identity, plan = manifest["identity"], manifest["plan"]
+    wrong = [name for name in IDENTITY if identity[name] != plan[name]]
+    if wrong or manifest["digest"] != recorded or _digest(identity) != recorded:
+        raise IntegrityError(
+            f"{path} is not the manifest that the run began with",
+            expected=f"digest {recorded[:16]}…, which is in the ledger's first line",
+            found=f"digest {_digest(identity)[:16]}…"
+            + (f"; its plan differs from its identity in {', '.join(wrong)}" if wrong else ""),
+            fix="it was altered; use a copy of it",
+        )
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> Source:

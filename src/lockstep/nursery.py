@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep import numerics
 from lockstep.channel import Channel, Closed, Message
 from lockstep.errors import DataError, LockstepError, TaskError, to_message
-from lockstep.processes import die_with_parent
+from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.source import Source, code_digest, resolve
 
 if TYPE_CHECKING:
@@ -75,14 +75,17 @@ class Nursery:
                 file.seek(0)
                 payload = file.read()
         numerics.configure(threads=1)
+        numerics.keep_to_one_thread()
         source = Source(name=request["name"], args=request["args"], payload=payload)
         self.task, job = resolve(source)
+        from lockstep.modules import check_model
         from lockstep.seeds import seed_everything
 
         settings = {} if job is None else _settings_of(job)
         seed = request["settings"].get("seed", settings.get("seed", 0))
         seed_everything(seed)
         self.model = self.task.model()
+        check_model(self.model)
         self.train = self.task.train_data()
         self.held_out = self.task.eval_data()
         train, held_out = _length(self.train, "train_data"), 0
@@ -92,7 +95,7 @@ class Nursery:
         facts = {
             "settings": settings,
             "task": type(self.task).__name__,
-            "code": request["code"] or code_digest(self.task),
+            "code": code_digest(self.task) if payload is None else request["code"],
             "train_samples": train,
             "eval_samples": held_out,
             "parameters": sum(p.numel() for p in parameters),
@@ -207,15 +210,24 @@ def _settings_of(job: Any) -> dict[str, Any]:
 
 
 def _length(dataset: Any, name: str) -> int:
+    from torch.utils.data import DataLoader, IterableDataset
+
     try:
         size = len(dataset)
     except TypeError:
+        size = None
+    indexed = hasattr(type(dataset), "__getitem__")
+    if isinstance(dataset, dict):
+        indexed = 0 in dataset
+    if size is None or not indexed or isinstance(dataset, IterableDataset):
         raise DataError(
             f"Task.{name}() did not return a map-style data set",
             expected="__len__ and __getitem__",
             found=repr(type(dataset)),
-            fix="wrap a stream in a data set that knows its length",
-        ) from None
+            fix="return the data set itself: batches are made from it"
+            if isinstance(dataset, DataLoader)
+            else "wrap it in a data set that knows its length and is indexed from 0",
+        )
     if size == 0:
         raise DataError(
             f"Task.{name}() returned an empty data set",
@@ -235,10 +247,20 @@ def _flush() -> None:
 def _in_child(parent: int, inherited: list[Channel]) -> None:
     """Make a forked child independent of the nursery's own business."""
     die_with_parent(parent)
+    signal.signal(signal.SIGTERM, _leave_to_master)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for channel in inherited:
         channel.close()
+    own_file_positions()
+
+
+def _leave_to_master(number: int, frame: object) -> None:
+    pass
+
+
+def _default_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def serve(nursery: Nursery) -> None:
@@ -284,9 +306,11 @@ def main() -> None:
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master decides what Ctrl-C means
-    # Nor what SIGTERM means, where all processes of a job get it. A handler, so that programs which
-    # the user's code starts do not ignore it.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    # Nor does SIGTERM end anything here: it may have gone to all processes of a job at once, and
+    # the master, which has it too, stops with a checkpoint. What the task itself starts can be
+    # terminated as ever: a handler does not outlive an exec, and a fork puts the default back.
+    signal.signal(signal.SIGTERM, _leave_to_master)
+    os.register_at_fork(after_in_child=_default_sigterm)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     serve(Nursery(Channel.from_fd(fd)))
 

@@ -1,25 +1,27 @@
-"""The user's optimizer, taken apart into blocks: what state it keeps, and whether it may be cut.
+"""The user's optimizer, taken apart into blocks, and the state that it keeps for each.
 
 `torch.optim` classes update each tensor by itself, so a worker can run the user's own optimizer on
-just the blocks that it owns. Two things have to be known for that, and both are found by trying:
-which state the class keeps per tensor, and whether a tensor may be cut without changing a bit.
+just the blocks that it owns. Which state a class keeps per tensor is found by trying, as is whether
+a tensor may be cut (see `probing`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lockstep.errors import OptimizerError
+from lockstep.errors import OptimizerError, TaskError
 from lockstep.layout import Block
 
 NUMBER_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool}
@@ -35,7 +37,7 @@ class StateKey:
     dtype: torch.dtype
     shape: tuple[int, ...]
     rebound: bool
-    """Whether the optimizer replaces the object at each step, rather than changing it in place."""
+    """Whether the optimizer may replace the object, rather than change it in place."""
 
 
 def param_groups_of(
@@ -60,6 +62,28 @@ def param_groups_of(
                     fix="build the optimizer from `params` alone",
                 )
     return groups
+
+
+def check_schedule(scheduler: object) -> None:
+    """Refuse what `Task.scheduler` may not return.
+
+    Raises:
+        TaskError: it cannot be stepped as a schedule.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TaskError(
+            "Task.scheduler returned a ReduceLROnPlateau, which waits for a metric",
+            expected="a schedule that depends on the number of steps alone",
+            found="ReduceLROnPlateau",
+            fix="use another, for instance torch.optim.lr_scheduler.CosineAnnealingLR",
+        )
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TaskError(
+            "Task.scheduler did not return a scheduler",
+            expected="a torch.optim.lr_scheduler.LRScheduler, or None",
+            found=repr(type(scheduler)),
+            fix="return the scheduler itself; several in turn are a SequentialLR",
+        )
 
 
 def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any]:
@@ -122,7 +146,8 @@ def discover_state(
     """Step a stand-in of the block's shape twice and look at the state that appears.
 
     Raises:
-        OptimizerError: the optimizer cannot be run like this.
+        OptimizerError: the optimizer cannot be run like this: it wants a closure, remembers
+            something that is not of one tensor, or draws random numbers.
     """
     shape = parameter.shape if block.whole else (block.size,)
     stand_in = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
@@ -131,45 +156,104 @@ def discover_state(
     with borrowed(optimizer, {group: [stand_in]}):
         if start:
             optimizer.state[stand_in] = start
-        options = _options(optimizer)
+        remembered, drawn = _remembered(optimizer), _generators()
         first: dict[str, Any] = {}
         for _ in range(2):
             stand_in.grad = torch.zeros_like(stand_in)
             first = dict(optimizer.state.get(stand_in, {}))
-            try:
-                optimizer.step()
-            except TypeError as error:
-                raise OptimizerError(
-                    f"{kind} cannot be run by owners of blocks",
-                    expected="an optimizer whose step() needs no closure",
-                    found=str(error),
-                    fix="use another optimizer, for instance torch.optim.AdamW",
-                ) from error
-        changed = [name for name, value in _options(optimizer).items() if options[name] != value]
+            _try_step(optimizer)
+        if drawn != _generators():
+            raise OptimizerError(
+                f"{kind} draws random numbers in step()",
+                expected="updates that depend on the gradients alone",
+                found="the state of a global generator, changed by step()",
+                fix="add the noise to the loss, which is seeded for each shard",
+            )
+        now = _remembered(optimizer)
+        changed = [key for key in now if key not in remembered or remembered[key] != now[key]]
+        changed += [f"state[{key!r}]" for key in optimizer.state if key is not stand_in]
         if changed:
             raise OptimizerError(
                 f"{kind} keeps state that couples all parameters",
-                expected="state per parameter only",
-                found=f"param_groups options changed by step(): {', '.join(changed)}",
+                expected="state per parameter only, in optimizer.state[parameter]",
+                found=f"changed by step(): {', '.join(changed)}",
                 fix="use an optimizer with per-parameter state",
             )
         return [
-            _describe(name, value, first.get(name), stand_in, kind)
+            _describe(name, value, first.get(name), stand_in, optimizer)
             for name, value in optimizer.state.get(stand_in, {}).items()
             if value is not None
         ]
 
 
-def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        f"{number}.{name}": copy.deepcopy(value)
+def check_known(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keys: Sequence[StateKey]
+) -> None:
+    """Refuse state that appears later than in the first two steps: it has no place.
+
+    Raises:
+        OptimizerError: there is some.
+    """
+    if len(state) == len(keys):
+        return
+    known = {key.name for key in keys}
+    late = [name for name, value in state.items() if value is not None and name not in known]
+    if late:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} begins to keep state after its second step",
+            expected="all of a parameter's state at its first step",
+            found=", ".join(f"state[{name!r}]" for name in late),
+            fix="make it at the first step, as zeros",
+        )
+
+
+def _try_step(optimizer: torch.optim.Optimizer) -> None:
+    """Step; what a class of torch.optim, or the lack of a closure, raises is explained."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        closure = isinstance(error, TypeError) and "closure" in str(error)
+        if not closure and not _is_torchs(optimizer):
+            raise  # the user's own code: the traceback says more
+        raise OptimizerError(
+            f"{type(optimizer).__name__} cannot be run by owners of blocks",
+            expected="an optimizer whose step() needs no closure"
+            if closure
+            else "an optimizer for dense gradients on the CPU, whose step() updates in place",
+            found=str(error),
+            fix="use another optimizer, for instance torch.optim.AdamW",
+        ) from error
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _remembered(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """What the optimizer may remember beside its state: its groups' options and its attributes."""
+    options = {
+        f"param_groups[{number}][{name!r}]": copy.deepcopy(value)
         for number, group in enumerate(optimizer.param_groups)
         for name, value in group.items()
         if name != "params" and not isinstance(value, torch.Tensor)
     }
+    attributes = {
+        f"self.{name}": (id(value), value._version) if isinstance(value, torch.Tensor) else value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
+    }
+    return {**options, **attributes}
 
 
-def _describe(name: str, value: Any, before: Any, stand_in: nn.Parameter, kind: str) -> StateKey:
+def _generators() -> tuple[object, ...]:
+    """The states of the global generators."""
+    kind, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), kind, list(keys), rest
+
+
+def _describe(
+    name: str, value: Any, before: Any, stand_in: nn.Parameter, optimizer: torch.optim.Optimizer
+) -> StateKey:
     if isinstance(value, torch.Tensor):
         like = value.shape == stand_in.shape and stand_in.ndim > 0
         return StateKey(
@@ -177,75 +261,16 @@ def _describe(name: str, value: Any, before: Any, stand_in: nn.Parameter, kind: 
             form="like" if like else "tensor",
             dtype=value.dtype,
             shape=tuple(value.shape),
-            rebound=value is not before,
+            # Others' code may replace it at some steps only, as Lookahead does.
+            rebound=value is not before or not _is_torchs(optimizer),
         )
     form = type(value).__name__
     if form not in NUMBER_TYPES:
         raise OptimizerError(
-            f"{kind} keeps state that cannot be shared",
+            f"{type(optimizer).__name__} keeps state that cannot be shared",
             expected="tensors and numbers",
             found=f"state[{name!r}] is a {form}",
             fix="use an optimizer whose state is made of tensors and numbers",
         )
     dtype = torch.float64 if form == "float" else torch.int64
     return StateKey(name=name, form=form, dtype=dtype, shape=(), rebound=True)
-
-
-_PROBE_SHAPE, _PROBE_CUTS, _PROBE_STEPS = (67, 64), (7, 1280), 3
-
-
-def may_cut(optimizer: torch.optim.Optimizer, group: int, dtype: torch.dtype) -> bool:
-    """Whether this optimizer gives the same bits on a tensor and on its parts.
-
-    Tried, not assumed: LAMB, Adafactor and Muon fail here. One cut is at an odd place, so that a
-    kernel whose vectorised middle and scalar tail differ would fail as well.
-    """
-    generator = torch.Generator().manual_seed(0)
-    size = _PROBE_SHAPE[0] * _PROBE_SHAPE[1]
-    tensors = [torch.randn(size, generator=generator).to(dtype) for _ in range(1 + _PROBE_STEPS)]
-    try:
-        whole = _trial(optimizer, group, tensors, (0, size), _PROBE_SHAPE)
-        parts = _trial(optimizer, group, tensors, (0, *_PROBE_CUTS, size), None)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False  # it wants a matrix (Muon), a closure (LBFGS) or has state of its own shape
-    return torch.equal(whole, parts)
-
-
-def _trial(
-    optimizer: torch.optim.Optimizer,
-    group: int,
-    tensors: Sequence[torch.Tensor],
-    edges: Sequence[int],
-    shape: tuple[int, ...] | None,
-) -> torch.Tensor:
-    """The first tensor after a step with each of the others, cut at `edges`, joined again."""
-    spans = list(itertools.pairwise(edges))
-
-    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-        cut = [tensor[start:stop].clone() for start, stop in spans]
-        return [part.view(shape) for part in cut] if shape else cut
-
-    sample: Mapping[str, Any] = next((state for state in optimizer.state.values() if state), {})
-    parameters = [nn.Parameter(part) for part in parts(tensors[0])]
-    with borrowed(optimizer, {group: parameters}):
-        if sample:
-            for parameter in parameters:
-                optimizer.state[parameter] = _same_start(sample, parameter)
-        for gradient in tensors[1:]:
-            for parameter, part in zip(parameters, parts(gradient), strict=True):
-                parameter.grad = part
-            optimizer.step()
-    return torch.cat([parameter.detach().flatten() for parameter in parameters])
-
-
-def _same_start(sample: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """A state like the one that the constructor made for another parameter (as Adagrad does)."""
-    state: dict[str, Any] = {}
-    for name, value in sample.items():
-        if isinstance(value, torch.Tensor) and value.ndim:
-            if not bool((value == value.flatten()[0]).all()):
-                raise ValueError(f"state {name!r} does not start as a constant")
-            state[name] = torch.full_like(parameter, value.flatten()[0].item())
-        else:
-            state[name] = copy.deepcopy(value)
-    return state

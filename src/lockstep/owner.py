@@ -14,7 +14,7 @@ from lockstep.control import Control
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
 from lockstep.layout import Block, group_blocks
-from lockstep.optim import StateKey, bare_step
+from lockstep.optim import StateKey, bare_step, check_known
 from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
 
 Mask = tuple[bool, ...]
@@ -190,8 +190,13 @@ class Owner:
             group.settled = all(owned.begun and not owned.rebound for owned in group.blocks)
 
     def _share(self, owned: OwnedBlock) -> None:
-        """Bring state that the optimizer has made or replaced to its place in shared memory."""
+        """Bring state that the optimizer has made or replaced to its place in shared memory.
+
+        Raises:
+            OptimizerError: there is state that was not there when it was tried.
+        """
         state = self.optimizer.state[owned.param]
+        check_known(self.optimizer, state, owned.keys)
         for key in owned.rebound if owned.begun else owned.keys:
             home = self.shared.state_view(owned.number, key)
             store_value(home, state[key.name])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import signal
+import stat
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -19,3 +22,23 @@ def die_with_parent(parent: int | None = None) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def own_file_positions() -> None:
+    """Give this process positions of its own in the files that it has inherited to read.
+
+    A fork shares each open file's position with its parent, so two that seek and read in a data
+    set's file would get each other's bytes. Called in each fork, before it reads anything.
+    """
+    for entry in os.listdir("/proc/self/fd"):
+        fd = int(entry)
+        with contextlib.suppress(OSError):  # the descriptor that lists, or one that cannot be had
+            reads = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            if not reads or not stat.S_ISREG(os.fstat(fd).st_mode):
+                continue
+            again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.lseek(again, os.lseek(fd, 0, os.SEEK_CUR), os.SEEK_SET)
+                os.dup2(again, fd, inheritable=os.get_inheritable(fd))
+            finally:
+                os.close(again)

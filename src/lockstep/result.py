@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
-from lockstep.runfolder import RunFolder
+from lockstep.runfolder import RunFolder, plain
 from lockstep.source import Source, resolve
 
 if TYPE_CHECKING:
@@ -59,13 +61,14 @@ class Result:
         return model.eval()
 
     def to_message(self) -> dict[str, Any]:
-        """What `result.json` holds."""
+        """What `result.json` holds: null where a metric is not finite."""
         content = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.name not in ("source", "folder")
         }
-        return {"folder": str(self.folder), **content}
+        message: dict[str, Any] = plain({"folder": str(self.folder), **content})
+        return message
 
     @staticmethod
     def open(path: str | Path) -> Result:
@@ -83,4 +86,10 @@ class Result:
         recorded, source = manifest["source"], None
         if recorded["importable"]:
             source = Source(name=recorded["name"], args=recorded["args"])
+        content["metrics"] = with_nan(content["metrics"])
         return Result(**{**content, "folder": Path(path), "source": source})
+
+
+def with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Metrics as JSON has them, with NaN for what was not finite."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -12,6 +12,7 @@ from lockstep.errors import IntegrityError
 from lockstep.host import Host
 from lockstep.ledger import Line, read_ledger
 from lockstep.manifest import differences
+from lockstep.result import with_nan
 from lockstep.runfolder import RunFolder
 
 
@@ -96,7 +97,9 @@ def _remembered(folder: RunFolder, step: int) -> tuple[list[dict[str, Any]], lis
             continue  # torn by the crash
         if event["event"] == "evaluated" and event["step"] <= step:
             history[event["step"]] = {
-                name: event[name] for name in ("step", "data_epoch", "metrics")
+                "step": event["step"],
+                "data_epoch": event["data_epoch"],
+                "metrics": with_nan(event["metrics"]),
             }
         elif event["event"] == "recovered" and event["step"] < step:
             recoveries.append({k: v for k, v in event.items() if k not in ("time", "event")})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,9 +42,9 @@ class RunFolder:
         Raises:
             RunFolderError: `out` exists already, or cannot be made.
         """
+        path = Path(out or "runs")
         try:
             if out is not None:
-                path = Path(out)
                 path.mkdir(parents=True)
                 return cls(path)
             number = 1
@@ -57,7 +58,12 @@ class RunFolder:
         except FileExistsError:
             raise _exists(str(out)) from None
         except OSError as error:
-            raise RunFolderError(f"the run folder {out} cannot be made: {error}") from error
+            raise RunFolderError(
+                f"the run folder {path} cannot be made",
+                expected="a place that can be written to",
+                found=str(error),
+                fix="choose another, with --out or out=",
+            ) from error
 
     @staticmethod
     def check_free(out: str | None) -> None:
@@ -136,6 +142,17 @@ def _exists(out: str) -> RunFolderError:
     )
 
 
+def plain(content: Any) -> Any:
+    """The content with null in the place of the numbers that JSON does not have."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return content
+
+
 class Events:
     """Appends to a run's events; each line has a time, an event and its fields."""
 
@@ -146,8 +163,9 @@ class Events:
     def add(self, event: str, **fields: Any) -> None:
         if self._file is not None:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
+            line = json.dumps(plain({"time": time, "event": event, **fields}))
             with disk_errors("the list of events"):
-                self._file.write(json.dumps({"time": time, "event": event, **fields}) + "\n")
+                self._file.write(line + "\n")
 
     def close(self) -> None:
         if self._file is not None:

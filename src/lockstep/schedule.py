@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lockstep.job import Task
+from lockstep.optim import check_schedule
 from lockstep.sampling import Sampling
 
 REMEMBERED = 1024
@@ -17,7 +18,11 @@ Options = list[dict[str, Any]]
 
 
 class Schedule:
-    """Sets the options of an optimizer's groups for each step. One per worker."""
+    """Sets the options of an optimizer's groups for each step. Workers inherit it, each its own.
+
+    Raises:
+        TaskError: what the task returned is no schedule.
+    """
 
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, sampling: Sampling) -> None:
         self._task, self._optimizer, self._sampling = task, optimizer, sampling
@@ -27,6 +32,7 @@ class Schedule:
 
     def _begin(self) -> None:
         self._scheduler = self._task.scheduler(self._optimizer)
+        check_schedule(self._scheduler)
         # A worker that owns no block never steps its optimizer, and PyTorch would warn of it.
         self._optimizer._opt_called = True  # type: ignore[attr-defined]
         self._at = self._now = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from blake3 import blake3
 
 from lockstep.errors import JobError, TaskError
 from lockstep.job import Job, Task
+from lockstep.runfolder import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Source:
 def source_of(job: Job) -> Source:
     """The source of a job's task."""
     if isinstance(job.task, str):
+        _check_args(job.args)
         return Source(name=_absolute(job.task), args=dict(job.args))
     if not isinstance(job.task, Task):
         raise JobError(
@@ -53,17 +56,57 @@ def source_of(job: Job) -> Source:
             found=repr(type(job.task)),
             fix="subclass lockstep.Task and pass an instance",
         )
-    import cloudpickle
-
     kind = type(job.task)
     module = kind.__module__
     if module == "__main__":
         module = getattr(sys.modules["__main__"], "__file__", None) or "__main__"
     return Source(
         name=_absolute(f"{module}:{kind.__qualname__}"),
-        payload=cloudpickle.dumps(job.task),
+        payload=_pickled(job.task),
         code=code_digest(job.task),
     )
+
+
+def _pickled(task: Task) -> bytes:
+    import cloudpickle
+
+    try:
+        pickled: bytes = cloudpickle.dumps(task)
+    except Exception as error:  # whatever an object's own __reduce__ may raise
+        held = ", ".join(f"self.{name}" for name in vars(task) if not _can_pickle(task, name))
+        raise TaskError(
+            f"the task {type(task).__name__} cannot be handed to another process: {error}",
+            expected="a task that can be pickled, as its attributes and its code's globals can",
+            found=held or "something that its methods or its module refer to",
+            fix="open files, locks and connections in train_data() or model(), which run there",
+        ) from error
+    return pickled
+
+
+def _can_pickle(task: Task, name: str) -> bool:
+    import cloudpickle
+
+    try:
+        cloudpickle.dumps(vars(task)[name])
+    except Exception:
+        return False
+    return True
+
+
+def _check_args(args: Mapping[str, Any]) -> None:
+    """The arguments of a named task go into the manifest, as JSON."""
+    for name, value in args.items():
+        try:
+            same = json.loads(json.dumps(plain(value))) == plain(value)
+        except (TypeError, ValueError):
+            same = False
+        if not isinstance(name, str) or not same:
+            raise JobError(
+                f"the argument {name!r} cannot be written to the manifest",
+                expected="text, numbers, true or false, null, and lists and mappings of these",
+                found=repr(value)[:200],
+                fix="give what it is made from, or hand over the task as an object",
+            )
 
 
 def _absolute(name: str) -> str:
@@ -130,7 +173,32 @@ def _complete(task: Task) -> Task:
             expected="; ".join(_METHODS[name] for name in missing),
             fix=f"write {'it' if len(missing) == 1 else 'them'} in class {kind}",
         )
+    _check_attributes(task)
     return task
+
+
+def _check_attributes(task: Task) -> None:
+    """Refuse attributes that stand in the way of a method, and a misspelt interval."""
+    from torch import nn
+
+    kind = type(task).__name__
+    for name, value in vars(task).items():
+        if callable(getattr(Task, name, None)) and (
+            isinstance(value, nn.Module) or not callable(value)
+        ):
+            raise TaskError(
+                f"the task {kind} has an attribute {name}, which hides the method {name}()",
+                expected=_METHODS.get(name, f"the method {name}() alone"),
+                found=f"self.{name} is a {type(value).__name__}",
+                fix="give the attribute another name",
+            )
+    if task.scheduler_interval not in ("step", "data_epoch"):
+        raise TaskError(
+            f"the scheduler_interval of {kind} is not one of its values",
+            expected="step or data_epoch",
+            found=repr(task.scheduler_interval),
+            fix="name when the schedule is stepped",
+        )
 
 
 def _call(found: Any, source: Source) -> Any:
@@ -185,7 +253,7 @@ def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
+        if error.name and f"{name}.".startswith(f"{error.name}."):
             raise JobError(
                 f"there is no module {error.name}",
                 found=f"looked in {os.getcwd()} and the Python path",
@@ -195,10 +263,14 @@ def _import_module(name: str) -> ModuleType:
 
 
 def code_digest(task: Task) -> str:
-    """A digest of the file that defines the task, or of its class's source; "" if unknown."""
+    """A digest of the file that defines the task, or of its methods' source; "" if unknown."""
     try:
         path = inspect.getsourcefile(type(task))
         data = Path(path).read_bytes() if path else inspect.getsource(type(task)).encode()
     except (OSError, TypeError):
-        return ""
-    return blake3(data).hexdigest()[:32]
+        try:  # in a notebook, whose classes have no file, but whose functions have a cell
+            methods = [value for value in vars(type(task)).values() if inspect.isfunction(value)]
+            data = "".join(map(inspect.getsource, methods)).encode()
+        except (OSError, TypeError):
+            return ""
+    return blake3(data).hexdigest()[:32] if data else ""

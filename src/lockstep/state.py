@@ -24,9 +24,9 @@ from lockstep.optim import (
     StateKey,
     discover_state,
     initial_state,
-    may_cut,
     param_groups_of,
 )
+from lockstep.probing import check_independent, may_cut
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
@@ -143,6 +143,7 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
         ResourceError: there is not enough memory.
     """
     named = list(model.named_parameters())
+    buffers = list(model.named_buffers())
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trainable:
         raise TaskError(
@@ -169,7 +170,9 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
         [cuttable[group, p.dtype] for (_, p), group in zip(trainable, groups, strict=True)],
     )
     keys = _all_keys(optimizer, trainable, groups, blocks)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer is not None]
+    for group, dtype in cuttable:
+        if group is not None:
+            check_independent(optimizer, group, dtype)
     layout, grad_offsets, slot_bytes = _lay_out(model, named, trainable, buffers, blocks, keys)
     return _allocate(
         model, optimizer, layout, trainable, groups, blocks, keys, buffers,
@@ -369,7 +372,8 @@ def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> Non
 def store_value(home: torch.Tensor, value: Any) -> None:
     """Write one value of optimizer state, a tensor or a number, to its shared place."""
     if isinstance(value, torch.Tensor):
-        home.copy_(value.reshape(home.shape))
+        if value.data_ptr() != home.data_ptr():
+            home.copy_(value.reshape(home.shape))
     else:
         home.fill_(value)
 

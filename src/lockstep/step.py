@@ -18,7 +18,7 @@ import torch
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
 from lockstep.barrier import Barrier
 from lockstep.base import BasePart
-from lockstep.buffers import PrivateBuffers
+from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
 from lockstep.control import DIGEST_BYTES, RING, Phase, Stat, progress_of
@@ -29,6 +29,7 @@ from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, own_blocks
+from lockstep.modules import held_tensors
 from lockstep.owner import Owner, Presence
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
@@ -62,15 +63,17 @@ def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float
         TaskError: it is not a scalar tensor with a graph.
         NonFiniteError: it is NaN or infinite.
     """
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    usable = isinstance(loss, torch.Tensor) and loss.requires_grad and loss.is_floating_point()
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not usable:
         found = (
-            f"a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+            f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}, "
+            f"requires_grad={loss.requires_grad}"
             if isinstance(loss, torch.Tensor)
             else repr(type(loss))
         )
         raise TaskError(
             "Task.loss did not return a loss",
-            expected="a tensor of one element, with a graph: the mean over the batch",
+            expected="a real tensor of one element, with a graph: the mean over the batch",
             found=found,
             fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
         )
@@ -94,6 +97,7 @@ class Stepper:
         shared: SharedState,
         sampling: Sampling,
         loader: Loader,
+        schedule: Schedule,
         audit: Audit,
         *,
         seed: int,
@@ -107,14 +111,15 @@ class Stepper:
         self.audit, self.seed = audit, seed
         self.autocast, self.faults = autocast, faults or None
         self.control = shared.control
-        self.schedule = Schedule(task, shared.optimizer, sampling)
+        self.schedule = schedule
         self._fetching = 0.0
         self._audit_fraction, self._report = audit_fraction, report
         self._gradient_audit: GradientAudit | None = None
         self._claims = Claims(shared.control)
         self._writer = SlotWriter(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
-        self._all_params = list(shared.model.named_parameters())
+        self._modes = Modes(shared.model)
+        self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._state = memoryview(shared.segments["state"].map)
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
         self._reduced = shared.reduced
@@ -238,6 +243,7 @@ class Stepper:
                 return self._differentiate(step, shard, batch, slot, written)
             except Redo:  # an embedding was found to need its dense form
                 self._writer.abandon()
+                batch = self.loader.get(step, shard)  # the loss may have changed it
 
     def _differentiate(
         self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
@@ -245,7 +251,8 @@ class Stepper:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
-        versions = [parameter._version for _, parameter in self._all_params]
+        self._modes.restore()
+        versions = [tensor._version for _, tensor in self._kept]
         self._writer.begin(slot, written)
         self._fault("forward", step, shard)
         with self._precision():
@@ -256,21 +263,22 @@ class Stepper:
         loss.backward(self._weight(weight, loss))
         self._writer.finish()
         self._buffers.save(slot.buffers)
-        if versions != [parameter._version for _, parameter in self._all_params]:
+        if versions != [tensor._version for _, tensor in self._kept]:
             raise self._changed(versions)
         return value
 
     def _changed(self, versions: list[int]) -> TaskError:
         changed = [
             name
-            for (name, parameter), version in zip(self._all_params, versions, strict=True)
-            if parameter._version != version
+            for (name, tensor), version in zip(self._kept, versions, strict=True)
+            if tensor._version != version
         ]
         return TaskError(
-            "the loss changed parameters in place: workers share them, so who is first would count",
-            expected="parameters that only the optimizer changes",
+            "the loss changed tensors that outlive it: who computes which shard would count",
+            expected="parameters that only the optimizer changes, and a task that stays as it is",
             found=", ".join(changed[:5]),
-            fix="keep what the loss changes in a buffer, and leave out max_norm of embeddings",
+            fix="keep what the loss changes in a buffer of the model, leave out max_norm of "
+            "embeddings, and put a module that the task holds in eval mode",
         )
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:

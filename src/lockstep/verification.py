@@ -7,15 +7,21 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from lockstep.checkpoint import (
+    Checkpoint,
+    check_model_file,
+    list_checkpoints,
+    open_checkpoint,
+)
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
 from lockstep.job import Task
 from lockstep.ledger import Line, StepRecord, read_ledger
-from lockstep.manifest import differences, recorded_source
+from lockstep.manifest import check_manifest, differences, recorded_source
 from lockstep.planning import Plan
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
@@ -98,7 +104,7 @@ def verify(
     """
     folder = RunFolder.open(run)
     manifest = folder.read_manifest()
-    lines = list(read_ledger(folder.ledger_path))
+    lines = _read_lines(folder, manifest)
     checkpoints = [open_checkpoint(path) for path in list_checkpoints(folder.checkpoints)]
     recorded = [line for line in lines if "step" in line.content]
     first, last = _span(steps, len(recorded))
@@ -118,6 +124,9 @@ def verify(
         if (error := comparison.error(notes)) is not None:
             raise error
         final = _compare_end(host, lines, checkpoints, last, notes)
+        if final:
+            assert host.layout is not None
+            check_model_file(folder.model_path, host.layout, memoryview(host.state.map))
     return Verification(
         first=step,
         last=last,
@@ -126,6 +135,43 @@ def verify(
         final=final,
         notes=notes,
     )
+
+
+def _read_lines(folder: RunFolder, manifest: dict[str, Any]) -> list[Line]:
+    """The ledger, if it is whole and that of this manifest and this result.
+
+    Of a run that has not finished, the last line may have been cut off by a crash.
+
+    Raises:
+        IntegrityError: it is not.
+    """
+    finished = folder.result_path.is_file()
+    lines: list[Line] = []
+    if folder.ledger_path.is_file():
+        lines = list(read_ledger(folder.ledger_path, torn_tail=not finished))
+    if not lines:
+        raise IntegrityError(
+            f"{folder.ledger_path} is missing or empty",
+            expected="a line for the job, and one for each committed step",
+            fix="there is nothing to compare with: the run recorded no step, or its ledger is lost",
+        )
+    check_manifest(folder.manifest_path, manifest, lines[0].content["job"])
+    end = lines[-1].content
+    if finished and (found := _result_state(folder.result_path)) != end.get("state"):
+        raise IntegrityError(
+            f"{folder.result_path} is not that of the ledger",
+            expected=f"the ledger's end, with fingerprint {found}",
+            found=f"fingerprint {end['state']}" if "end" in end else f"step {end.get('step')}",
+            fix="one of them was altered or cut short; use a copy of it",
+        )
+    return lines
+
+
+def _result_state(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} is not readable: {error}", fix="use a copy of it") from error
 
 
 def _span(steps: tuple[int | None, int | None], recorded: int) -> tuple[int, int]:

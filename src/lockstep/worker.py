@@ -24,6 +24,7 @@ from lockstep.job import Task
 from lockstep.layout import own_blocks
 from lockstep.owner import Owner
 from lockstep.sampling import Sampling, home_shards
+from lockstep.schedule import Schedule
 from lockstep.state import SharedState, build
 from lockstep.step import Part, Stepper, norm_parts
 
@@ -36,6 +37,8 @@ class Session:
     train: Dataset[Any]
     held_out: Dataset[Any] | None
     shared: SharedState
+    schedule: Schedule
+    """As it is before the first step."""
     plan: Message
 
     @staticmethod
@@ -55,15 +58,21 @@ class Session:
             seats=plan["seats"],
             clip=plan["clip_grad_norm"] is not None,
         )
-        return Session(task=task, train=train, held_out=held_out, shared=shared, plan=plan)
-
-    def sampling(self) -> Sampling:
-        return Sampling(
-            samples=self.plan["train_samples"],
-            batch_size=self.plan["batch_size"],
-            shards=self.plan["shards"],
-            seed=self.plan["seed"],
+        sampling = sampling_of(plan)
+        schedule = Schedule(task, shared.optimizer, sampling)
+        return Session(
+            task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
         )
+
+
+def sampling_of(plan: Message) -> Sampling:
+    """The division of the training set that a plan has decided."""
+    return Sampling(
+        samples=plan["train_samples"],
+        batch_size=plan["batch_size"],
+        shards=plan["shards"],
+        seed=plan["seed"],
+    )
 
 
 class Worker:
@@ -73,7 +82,7 @@ class Worker:
         plan = session.plan
         self.session, self.seat, self.channel = session, seat, channel
         self.shared, self.control = session.shared, session.shared.control
-        self.sampling = session.sampling()
+        self.sampling = sampling_of(plan)
         self.fetch = make_fetch(session.task, session.train, plan["seed"])
         spare = numerics.cores() - plan["workers"] * plan["threads"]
         self.loader = Loader(
@@ -89,6 +98,7 @@ class Worker:
             self.shared,
             self.sampling,
             self.loader,
+            session.schedule,
             self.shared.layout.audit(),
             seed=plan["seed"],
             autocast=plan["precision"] == "bf16",
@@ -190,18 +200,19 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     """Be the worker of a seat until the master says stop; returns the exit code."""
     from lockstep.nursery import describe_error
 
-    numerics.configure(session.plan["threads"])
-    worker = Worker(session, seat, channel)
+    worker: Worker | None = None
     try:
+        numerics.configure(session.plan["threads"])
+        worker = Worker(session, seat, channel)
         worker.serve()
         return 0
     except Closed:
         return 0
-    except Exception as error:
-        if worker.loader.has_lost_a_process():
+    except BaseException as error:  # the user's code may call sys.exit()
+        if worker is not None and worker.loader.has_lost_a_process():
             return _tell(channel, {"event": "lost_loader"})
-        message: Message = {"event": "failed", "error": describe_error(error, worker.doing)}
-        message["step"] = worker.step
+        doing, step = (worker.doing, worker.step) if worker is not None else ("starting", 0)
+        message: Message = {"event": "failed", "error": describe_error(error, doing), "step": step}
         return _tell(channel, message)
 
 

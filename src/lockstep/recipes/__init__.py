@@ -26,7 +26,9 @@ def find(name: str) -> Callable[..., Job]:
             "there is no such recipe",
             expected=" or ".join(names()),
             found=repr(name),
-            fix="name a task of your own as module:Task or file.py:Task",
+            fix=f"name the task in the file too: {name}:Task"
+            if name.endswith(".py")
+            else "name a task of your own as module:Task or file.py:Task",
         )
     recipe: Callable[..., Job] = getattr(importlib.import_module(f"{__name__}.{name}"), name)
     return recipe

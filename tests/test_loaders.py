@@ -1,0 +1,78 @@
+"""Loader processes: they die, cannot hand over a batch, or share open files; no bit changes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import Dataset, get_worker_info
+
+import lockstep
+from lockstep.errors import TaskError
+from lockstep.processes import own_file_positions
+from tests.zoo import SAMPLES, Noisy, Vectors
+
+SETTINGS: dict[str, Any] = {
+    "workers": 2, "shards": 2, "threads": 1, "batch_size": 26, "steps": 6, "evaluate": False,
+    "quiet": True,
+}  # fmt: skip
+
+
+class DeadlyOnce(Noisy):
+    """Kills the first loader process that asks for a certain sample."""
+
+    def __init__(self) -> None:
+        super().__init__(SAMPLES, seed=1)
+        self.struck = multiprocessing.get_context("fork").Value("i", 0)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 77 and get_worker_info() is not None and self.struck.value == 0:
+            self.struck.value = 1
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+class KillsALoader(Vectors):
+    def train_data(self) -> Dataset[Any]:
+        return DeadlyOnce()
+
+
+class Unpicklable(Vectors):
+    def train_data(self) -> Dataset[Any]:
+        return Noisy(SAMPLES, seed=1)
+
+    def collate(self, samples: list[Any]) -> Any:
+        return [*super().collate(samples), lambda: None]
+
+
+def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> None:
+    """The step is finished by the others, and the replacement has a loader of its own."""
+    task = f"{__file__}:KillsALoader"
+    calm = lockstep.run(task, loaders=0, out=str(tmp_path / "calm"), **SETTINGS)
+    struck = lockstep.run(task, loaders=1, out=str(tmp_path / "struck"), **SETTINGS)
+    assert [r["how"] for r in struck.recoveries] == ["lost a loader process"]
+    assert struck.fingerprint == calm.fingerprint
+
+
+def test_batches_that_a_loader_cannot_hand_over(run_folder: str) -> None:
+    """Torch's own loader would wait for them for ever."""
+    with pytest.raises(TaskError, match="cannot be handed over by a loader process") as error:
+        lockstep.run(f"{__file__}:Unpicklable", loaders=1, out=run_folder, **SETTINGS)
+    assert "set loaders to 0" in error.value.fix
+
+
+def test_a_fork_reads_open_files_from_a_place_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"0123456789")
+    with path.open("rb", buffering=0) as file:
+        assert file.read(2) == b"01"
+        pid = os.fork()
+        if pid == 0:
+            own_file_positions()
+            os._exit(0 if file.read(3) == b"234" else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert file.read(3) == b"234"

@@ -1,0 +1,251 @@
+"""What would make the bits depend on the number of workers is refused, or differ from PyTorch's.
+
+Models, optimizers, schedules and losses; each is looked at in this process, and nothing is started.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler as Schedule
+
+from lockstep import state
+from lockstep.errors import LockstepError, OptimizerError, TaskError
+from lockstep.gradients import combine_buffers
+from lockstep.job import Parameters
+from lockstep.layout import cut_blocks
+from lockstep.modules import check_model, held_tensors
+from lockstep.optim import check_known, discover_state
+from tests.zoo import Complex, Counted, Lookahead, Odd, Vectors, Viewed
+
+
+def message(error: pytest.ExceptionInfo[LockstepError]) -> str:
+    assert error.value.expected
+    assert error.value.found
+    assert error.value.fix
+    return str(error.value)
+
+
+# Models.
+
+
+class TiedData(nn.Module):
+    """Two parameters over the same memory: plain PyTorch updates it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight.data = self.a.weight.data.t()
+
+
+class WeightInABuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.register_buffer("copy", self.a.weight.data[1:])
+
+
+class Interleaved(nn.Module):
+    """Two parameters in the same memory that have nothing in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        both = torch.zeros(4, 6)
+        self.left, self.right = nn.Parameter(both[:, :3]), nn.Parameter(both[:, 3:])
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+
+def with_buffer(value: torch.Tensor) -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: None, "Task.model did not return a module"),
+        (lambda: nn.LazyLinear(2), "parameter weight has no shape yet"),
+        (lambda: nn.Linear(2, 2, device="meta"), "parameter weight is not in main memory"),
+        (lambda: with_buffer(torch.eye(2).to_sparse()), "buffer table is sparse"),
+        (lambda: nn.Linear(2, 2, dtype=torch.complex128), "weight has a type that cannot be"),
+        (TiedData, "a.weight and b.weight share memory"),
+        (WeightInABuffer, "a.weight and copy share memory"),
+        (lambda: Extra(2, 2), "state dict has _extra_state"),
+    ],
+    ids=["none", "lazy", "meta", "sparse", "complex128", "tied", "in-buffer", "extra"],
+)
+def test_a_model_that_cannot_be_shared_is_refused(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(TaskError) as error:
+        check_model(make())
+    assert says in message(error)
+
+
+@pytest.mark.parametrize("make", [Interleaved, Counted, Viewed, Odd, Complex])
+def test_an_odd_model_is_taken(make: Callable[[], nn.Module]) -> None:
+    check_model(make())
+
+
+def test_a_buffer_of_a_type_without_sums_may_not_change() -> None:
+    table = torch.tensor(3, dtype=torch.uint16)
+    combine_buffers(table, [table.clone(), table.clone()], (0.5, 0.5))
+    with pytest.raises(TaskError, match=r"changed a buffer of torch\.uint16"):
+        combine_buffers(table, [table.clone(), torch.zeros_like(table)], (0.5, 0.5))
+
+
+def test_what_the_task_holds_is_known() -> None:
+    task, model = Vectors(), nn.Linear(2, 2)
+    task.teacher, task.same, task.centre = nn.BatchNorm1d(2), model, torch.zeros(2)  # type: ignore[attr-defined]
+    names = [name for name, _ in held_tensors(task, model)]
+    assert "self.teacher.running_mean" in names
+    assert "self.centre" in names
+    assert not any(name.startswith("self.same") for name in names)
+
+
+# Optimizers that are not PyTorch's.
+
+
+class Own(torch.optim.Optimizer):
+    """SGD. Each subclass has a `factor` that it should not have."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in given:
+            parameter.sub_(parameter.grad * self.factor(parameter, given))
+
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        raise NotImplementedError
+
+
+class Counts(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        self.calls += 1
+        return 0.1
+
+
+class CountsInState(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        self.state["all"]["calls"] = 1  # type: ignore[index]
+        return 0.1
+
+
+class CountsInGroup(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        self.param_groups[0]["calls"] = self.param_groups[0].get("calls", 0) + 1
+        return 0.1
+
+
+class LimitsTheNorm(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        return 1 / (1 + sum(torch.linalg.vector_norm(p.grad) for p in given if p.grad is not None))
+
+
+class DrawsTorch(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        return torch.rand(())
+
+
+class DrawsPython(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        return random.random()
+
+
+class DrawsNumPy(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        return float(np.random.rand())
+
+
+class Fails(Own):
+    def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
+        raise TypeError("a mistake of its own")
+
+
+class With(Vectors):
+    """Any optimizer, any schedule."""
+
+    def __init__(self, kind: Callable[[Any], Any], schedule: Callable[[Any], Any] | None = None):
+        self.kind, self.make = kind, schedule
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = self.kind(params)
+        return made
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Schedule | None:
+        return self.make(optimizer) if self.make else None
+
+
+def build(task: With) -> state.SharedState:
+    return state.build(task, task.model(), shards=2, seats=1, clip=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Counts, "changed by step(): self.calls"),
+        (CountsInState, "changed by step(): state['all']"),
+        (CountsInGroup, "changed by step(): param_groups[0]['calls']"),
+        (LimitsTheNorm, "in another way when there are others"),
+        (DrawsTorch, "draws random numbers"),
+        (DrawsPython, "draws random numbers"),
+        (DrawsNumPy, "draws random numbers"),
+        (torch.optim.SparseAdam, "SparseAdam does not support dense gradients"),
+        (lambda p: torch.optim.Adam(p, capturable=True), "must be on supported devices"),
+    ],
+)
+def test_an_optimizer_that_owners_cannot_run(kind: Callable[[Any], Any], says: str) -> None:
+    with pytest.raises(OptimizerError) as error:
+        build(With(kind))
+    assert says in message(error)
+
+
+def test_a_mistake_in_an_optimizer_is_shown_as_it_is() -> None:
+    with pytest.raises(TypeError, match="a mistake of its own"):
+        build(With(Fails))
+
+
+def test_state_that_comes_late_is_refused() -> None:
+    """`Lookahead` may replace its state at some steps only, so it is looked at after each."""
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = Lookahead([parameter], lr=0.1)
+    block = cut_blocks([3], [True])[0]
+    keys = discover_state(optimizer, 0, parameter, block)
+    assert {key.name: key.rebound for key in keys} == {"count": True, "slow": True}
+    check_known(optimizer, {"count": 1, "slow": parameter}, keys)
+    with pytest.raises(OptimizerError, match="begins to keep state after its second step") as error:
+        check_known(optimizer, {"count": 1, "slow": parameter, "late": 1}, keys)
+    assert "state['late']" in message(error)
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        (ReduceLROnPlateau, "ReduceLROnPlateau, which waits for a metric"),
+        (lambda optimizer: [ConstantLR(optimizer)], "did not return a scheduler"),
+    ],
+    ids=["plateau", "list"],
+)
+def test_a_schedule_that_cannot_be_stepped_is_refused(
+    schedule: Callable[[Any], Any], says: str
+) -> None:
+    with pytest.raises(TaskError) as error:
+        build(With(lambda params: torch.optim.SGD(params, lr=0.1), schedule))
+    assert says in message(error)
