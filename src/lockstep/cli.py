@@ -192,10 +192,26 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 @data_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")]) -> None:
-    """Fetch a recipe's data into the cache."""
+    """Fetch a recipe's data into the cache, and print the folder."""
     from lockstep.datasets import fetch as fetch_data
 
     print(fetch_data(name))
+
+
+@data_app.command("list")
+def list_data(as_json: Json = False) -> None:
+    """List the data sets that can be fetched, and which are here."""
+    from lockstep.datasets import DATA_SETS
+
+    rows = [
+        {"name": each.name, "where": each.where(), "about": each.about, "licence": each.licence}
+        for each in DATA_SETS
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['name']:<15} {row['where']:<10} {row['about']} ({row['licence']})")
 
 
 def _given(ctx: typer.Context, skip: tuple[str, ...]) -> dict[str, Any]:
