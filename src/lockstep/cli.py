@@ -76,7 +76,10 @@ def _show(result: Result, as_json: bool) -> None:
         return
     print(f"fingerprint  {result.fingerprint}")
     for name, value in result.metrics.items():
-        print(f"{name:<12} {value:.6g}")
+        beside = result.baseline.get(name)
+        print(
+            f"{name:<12} {value:.6g}" + (f"  (baseline {beside:.6g})" if beside is not None else "")
+        )
     print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
     print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")
     print(f"folder       {result.folder}")
