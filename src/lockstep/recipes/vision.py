@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from lockstep.datasets import load_fashion_mnist
 from lockstep.datasets.images import Images, read_images
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes.mnist import nearest_mean
 
 BATCH_SIZE = 128
 RATE, WARM_UP = 0.15, 0.2
@@ -144,13 +145,7 @@ class Vision(Task):
 
     def baseline(self) -> dict[str, float]:
         """The accuracy of taking the class whose mean image is nearest."""
-        (train, labels), (test, wanted) = self.train_data().tensors, self.eval_data().tensors
-        pixels = train.flatten(1).double()
-        means = torch.stack(
-            [pixels[labels == label].mean(dim=0) for label in range(len(self.images.classes))]
-        ).nan_to_num(math.inf)  # a class without images is nobody's nearest
-        nearest = torch.cdist(test.flatten(1).double(), means).argmin(dim=1)
-        return {"accuracy": (nearest == wanted).double().mean().item()}
+        return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
     def predict(self, model: nn.Module, images: torch.Tensor) -> list[dict[str, Any]]:
         """For each of the images (uint8, `[n, channels, height, width]`), the likeliest class."""
