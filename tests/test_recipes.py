@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import lockstep
+from benchmarks.applications import curve
 from lockstep import recipes
 from lockstep.datasets import fetch
 from lockstep.datasets.idx import to_idx
@@ -280,3 +282,12 @@ def test_defaults_reach_what_the_recipe_promises(name: str, run_folder: str) -> 
     metric, bar = BARS[name]
     assert result.metrics[metric] >= bar
     assert result.metrics[metric] > result.baseline[metric]
+
+
+def test_curve_of_a_run(tmp_path: Path) -> None:
+    history = [{"step": 5 * n, "metrics": {"auc": 0.9 + n / 100}} for n in (1, 2, 3)]
+    result = {"history": history, "baseline": {"auc": 0.85}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    drawn = curve(tmp_path, "auc")
+    assert "auc: 0.93" in drawn
+    assert "baseline: 0.85" in drawn
