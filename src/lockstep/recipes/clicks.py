@@ -1,0 +1,189 @@
+"""Yes or no from hashed categorical features, as for clicks: here, who earns more than 50,000.
+
+Every column of a table becomes a category per row, every category a bucket of one hash, and the
+model a factorisation machine beside a network (DeepFM: Guo, Tang, Ye, Li and He, 2017). One fifth
+of the rows is held out. `docs/applications.md` says what it reaches and in what time.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import TensorDataset
+
+from lockstep.datasets import load_adult
+from lockstep.datasets.tables import Table, numbers_of, read_table
+from lockstep.errors import DataError
+from lockstep.job import Job, Parameters, Task
+
+BATCH_SIZE = 256
+BUCKETS = 1 << 14
+QUANTILES = 40
+"""A column of numbers with more values than this is cut into ranges."""
+HELD_OUT = 5
+"""One row in so many is held out."""
+
+
+def clicks(
+    data: str | None = None, label: str = "income", epochs: float = 6, width: int = 16
+) -> Job:
+    """Learn how likely a yes is.
+
+    Args:
+        data: A table (CSV or TSV) with named columns. None: the data set `adult`.
+        label: The column to predict. It has two values; the one that sorts last means yes.
+        epochs: Passes over the data.
+        width: The length of embeddings.
+    """
+    task = Clicks(data, label, width)
+    return Job(task=task, batch_size=BATCH_SIZE, eval_batch_size=1024, data_epochs=epochs)
+
+
+class DeepFM(nn.Module):
+    """Log-odds: a sum over categories, their pairs' products, and what a network adds."""
+
+    def __init__(self, fields: int, width: int) -> None:
+        super().__init__()
+        self.alone = nn.Embedding(BUCKETS, 1)
+        self.factors = nn.Embedding(BUCKETS, width)
+        self.deep = nn.Sequential(
+            nn.Linear(fields * width, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 1)
+        )
+        nn.init.zeros_(self.alone.weight)
+        nn.init.normal_(self.factors.weight, std=0.05)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Buckets `[n, fields]` (int64) to log-odds `[n]`."""
+        factors = self.factors(features)
+        pairs = (factors.sum(dim=1).square() - factors.square().sum(dim=1)).sum(dim=1) / 2
+        deep = self.deep(factors.flatten(1)).squeeze(1)
+        odds: torch.Tensor = self.alone(features).sum(dim=(1, 2)) + pairs + deep
+        return odds
+
+
+class Clicks(Task):
+    """Predict yes or no; see `clicks`."""
+
+    scheduler_interval = "data_epoch"
+
+    def __init__(self, data: str | None = None, label: str = "income", width: int = 16) -> None:
+        self.data, self.label, self.width = data, label, width
+
+    @functools.cached_property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Buckets `[n, fields]`, yes or no `[n]` (float), and `[n]`: which rows are held out."""
+        table = dict(load_adult() if self.data is None else read_table(self.data))
+        found = np.array(table.pop(self.label, []))
+        values = np.unique(found)
+        if len(values) != 2 or not table or len(found) < 2 * HELD_OUT:
+            raise DataError(
+                f"the column {self.label} of {self.data or 'adult'} cannot be learned",
+                expected=f"{2 * HELD_OUT} rows or more, a label with two values, another column",
+                found=f"{len(found)} rows, {len(values)} values of {self.label}, "
+                f"columns {', '.join(table)}",
+                fix="name the label: --label COLUMN",
+            )
+        # The legacy generator is the one whose stream NumPy promises never to change (NEP 19).
+        held_out = np.random.RandomState(0).permutation(len(found)) < len(found) // HELD_OUT
+        features = torch.from_numpy(hashed(table, ~held_out))
+        return features, torch.from_numpy(found == values[1]).float(), torch.from_numpy(held_out)
+
+    def model(self) -> nn.Module:
+        """A fresh DeepFM."""
+        return DeepFM(self.rows[0].shape[1], self.width)
+
+    def train_data(self) -> TensorDataset:
+        """`(buckets, yes or no)` of the rows to learn from."""
+        features, labels, held_out = self.rows
+        return TensorDataset(features[~held_out], labels[~held_out])
+
+    def eval_data(self) -> TensorDataset:
+        """`(buckets, yes or no)` of the rows held out."""
+        features, labels, held_out = self.rows
+        return TensorDataset(features[held_out], labels[held_out])
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Mean cross-entropy."""
+        return F.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.02)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> ExponentialLR:
+        """A rate that halves with every pass; it needs no known end."""
+        return ExponentialLR(optimizer, gamma=0.5)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
+        """Per row, `[n]`: the cross-entropy, and whether the likelier answer is the right one."""
+        odds = model(batch[0])
+        return {
+            "loss": F.binary_cross_entropy_with_logits(odds, batch[1], reduction="none"),
+            "accuracy": (odds > 0) == (batch[1] > 0),
+        }
+
+    def outputs(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        """Per row, `[n]`: the log-odds, and the answer."""
+        return {"odds": model(batch[0]), "yes": batch[1] > 0}
+
+    def score(self, outputs: dict[str, Any]) -> dict[str, float]:
+        """The area under the ROC curve, which is no mean over rows."""
+        return {"auc": auc(outputs["odds"], outputs["yes"])}
+
+    def baseline(self) -> dict[str, float]:
+        """What naive Bayes reaches: counts of the same categories, nothing learned."""
+        features, labels = self.train_data().tensors
+        held_out, answers = self.eval_data().tensors
+        counts = [
+            torch.bincount(features[labels == answer].flatten(), minlength=BUCKETS) + 1.0
+            for answer in (0, 1)
+        ]
+        prior = labels.mean().logit()
+        weight = (counts[1] / (labels == 1).sum() / (counts[0] / (labels == 0).sum())).log()
+        odds = weight[held_out].sum(dim=1) + prior
+        right = ((odds > 0) == (answers > 0)).double().mean().item()
+        return {"auc": auc(odds, answers > 0), "accuracy": right}
+
+    def predict(self, model: nn.Module, features: torch.Tensor) -> list[dict[str, Any]]:
+        """For each row of buckets (`[n, fields]`), the probability of a yes."""
+        with torch.no_grad():
+            return [{"probability": p} for p in model(features).sigmoid().tolist()]
+
+
+def hashed(table: Table, known: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """A bucket for each value of a table, `[rows, columns]`; many numbers become few ranges, which
+    are chosen by the rows that are `known`."""
+    columns = []
+    for name, values in table.items():
+        numbers = numbers_of(values) if len(set(values)) > QUANTILES else None
+        if numbers is not None:
+            # Ranges of equal counts, and of equally many values where most rows have the same.
+            rows, cuts = np.array(numbers)[known], np.linspace(0, 1, QUANTILES + 1)[1:-1]
+            edges = [np.quantile(rows, cuts), np.quantile(np.unique(rows), cuts)]
+            places = np.searchsorted(np.unique(np.concatenate(edges)), numbers, side="left")
+            values = places.astype(str).tolist()
+        buckets = {value: zlib.crc32(f"{name}={value}".encode()) % BUCKETS for value in set(values)}
+        columns.append([buckets[value] for value in values])
+    return np.array(columns, np.int64).T.copy()
+
+
+def auc(scores: torch.Tensor, yes: torch.Tensor) -> float:
+    """The probability that a yes scores higher than a no, where equal scores count half.
+
+    `scores` and `yes` (bool) are `[n]`; NaN if all answers are the same.
+    """
+    _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    ones, zeros = int(yes.sum()), int((~yes).sum())
+    if not ones or not zeros:
+        return float("nan")
+    above = ranks[yes].sum().item() - ones * (ones + 1) / 2
+    return float(above / (ones * zeros))

@@ -1,0 +1,186 @@
+"""Which film next: a two-tower model of MovieLens 100k, judged by each user's last film.
+
+The user's tower sees who the user is and the films before; the film's tower is its embedding. A
+film's score is their product, and the loss a softmax over films, as in Covington, Adams and
+Sargin, "Deep Neural Networks for YouTube Recommendations", 2016. Held out is the last film of
+every user (leave one out), and its rank is among all films that the user has not yet seen.
+`docs/applications.md` says what it reaches and in what time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import TensorDataset
+
+from lockstep.datasets import load_ratings
+from lockstep.datasets.movielens import Ratings
+from lockstep.errors import DataError
+from lockstep.job import Job, Parameters, Task
+
+BATCH_SIZE = 512
+LENGTH = 20
+"""How many of the films before are looked at."""
+TOP = 10
+"""How many films a recommendation has."""
+PADDING = 0
+"""Stands for no film; film `i` of the data is number `i + 1` to the model."""
+
+
+def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> Job:
+    """Learn which item a user takes next.
+
+    Args:
+        data: A table of ratings, as `lockstep.datasets.load_ratings` reads it (CSV or TSV with
+            user_id, item_id and perhaps timestamp). None: MovieLens 100k.
+        epochs: Passes over the data.
+        width: The length of embeddings.
+    """
+    task = Recommend(data, width)
+    return Job(task=task, batch_size=BATCH_SIZE, data_epochs=epochs)
+
+
+class Towers(nn.Module):
+    """Scores of all items for users of whom the latest items are known."""
+
+    def __init__(self, users: int, items: int, width: int) -> None:
+        super().__init__()
+        self.users = nn.Embedding(users, width)
+        self.items = nn.Embedding(items + 1, width, padding_idx=PADDING)
+        self.recent = nn.Parameter(torch.zeros(LENGTH))
+        self.tower = nn.Sequential(
+            nn.Dropout(0.3), nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Dropout(0.3),
+            nn.Linear(2 * width, width),
+        )  # fmt: skip
+        self.popular = nn.Parameter(torch.zeros(items + 1))
+        for embedding in (self.users, self.items):
+            nn.init.normal_(embedding.weight, std=width**-0.5)
+
+    def forward(self, users: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+        """Users `[n]` and their latest items `[n, LENGTH]` (int64) to scores `[n, items + 1]`."""
+        there = recent != PADDING
+        weights = self.recent.masked_fill(~there, -1e9).softmax(dim=1) * there
+        history = (weights.unsqueeze(1) @ self.items(recent)).squeeze(1)
+        person = self.tower(torch.cat([self.users(users), history], dim=1)) + history
+        scores: torch.Tensor = person @ self.items.weight.T + self.popular
+        return scores
+
+
+class Recommend(Task):
+    """Predict the next item of users; see `recommend`."""
+
+    scheduler_interval = "data_epoch"
+
+    def __init__(self, data: str | None = None, width: int = 64) -> None:
+        self.data, self.width = data, width
+
+    @functools.cached_property
+    def ratings(self) -> Ratings:
+        """Who took what, in order; read when first asked for."""
+        return load_ratings(self.data)
+
+    @functools.cached_property
+    def histories(self) -> list[torch.Tensor]:
+        """The items of each user, `[n]`, the earliest first; numbers of the model."""
+        ends = np.flatnonzero(np.diff(self.ratings.users)) + 1
+        return list(map(torch.from_numpy, np.split(self.ratings.items + 1, ends)))
+
+    def model(self) -> nn.Module:
+        """Fresh towers."""
+        return Towers(len(self.ratings.user_names), len(self.ratings.item_names), self.width)
+
+    def train_data(self) -> TensorDataset:
+        """`(user, items before, item)` for each item but a user's first and last."""
+        users, before, items = [], [], []
+        for user, history in enumerate(self.histories):
+            padded = F.pad(history[:-2], (LENGTH - 1, 0), value=PADDING)
+            before.append(padded.unfold(0, LENGTH, 1) if len(history) > 2 else padded[:0, None])
+            items.append(history[1:-1])
+            users.append(torch.full((len(items[-1]),), user))
+        before = [rows for rows in before if len(rows)]
+        if not before:
+            raise DataError(
+                "there is nothing to learn from in these ratings",
+                expected="users with three items or more: the last is held out",
+                found=f"{len(self.histories)} users, none with three",
+                fix="look at the column user_id",
+            )
+        return TensorDataset(torch.cat(users), torch.cat(before), torch.cat(items))
+
+    def eval_data(self) -> TensorDataset:
+        """`(user, items before, last item, all items before)` for each user with two or more."""
+        known = [(user, history) for user, history in enumerate(self.histories) if len(history) > 1]
+        longest = max(len(history) for _, history in known)
+        seen = [F.pad(history[:-1], (longest - len(history), 0)) for _, history in known]
+        return TensorDataset(
+            torch.tensor([user for user, _ in known]),
+            F.pad(torch.stack(seen), (LENGTH, 0))[:, -LENGTH:],
+            torch.stack([history[-1] for _, history in known]),
+            torch.stack(seen),
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Mean cross-entropy of the item that was taken, among all."""
+        users, before, items = batch[:3]
+        return F.cross_entropy(model(users, before), items)
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.05)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> ExponentialLR:
+        """A rate that falls with every pass; it needs no known end."""
+        return ExponentialLR(optimizer, gamma=0.85)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
+        """Per user, `[n]`: the loss, and hit rate and NDCG of the first `TOP` items."""
+        users, before, items, seen = batch
+        scores = model(users, before)
+        return {
+            "loss": F.cross_entropy(scores, items, reduction="none"),
+            **ranking(unseen(scores, seen), items),
+        }
+
+    def baseline(self) -> dict[str, float]:
+        """Hit rate and NDCG of recommending to everybody what most have taken."""
+        _, _, items, seen = self.eval_data().tensors
+        known = torch.cat([history[:-1] for history in self.histories])
+        taken = torch.bincount(known, minlength=len(self.ratings.item_names) + 1).double()
+        values = ranking(unseen(taken.repeat(len(items), 1), seen), items)
+        return {name: value.double().mean().item() for name, value in values.items()}
+
+    def predict(self, model: nn.Module, users: torch.Tensor) -> list[dict[str, Any]]:
+        """For each of the users (`[n]`, numbers of the data), the `TOP` items that come next."""
+        known = [self.histories[user] for user in users.tolist()]
+        before = torch.stack([F.pad(h[-LENGTH:], (LENGTH - min(len(h), LENGTH), 0)) for h in known])
+        seen = nn.utils.rnn.pad_sequence(known, batch_first=True, padding_value=PADDING)
+        with torch.no_grad():
+            best = unseen(model(users, before), seen).topk(TOP).indices
+        names = self.ratings.item_names
+        return [
+            {"user": self.ratings.user_names[user], "items": [names[item - 1] for item in items]}
+            for user, items in zip(users.tolist(), best.tolist(), strict=True)
+        ]
+
+
+def unseen(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """`scores` `[n, items]` with those of the items in `seen` `[n, any]`, and of none, at -inf."""
+    return scores.scatter(1, seen, -torch.inf).index_fill(1, torch.tensor([PADDING]), -torch.inf)
+
+
+def ranking(scores: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
+    """HR and NDCG at `TOP` of `items` `[n]` by `scores` `[n, items]`; `[n]` each.
+
+    An item's rank counts those with a higher score, and half of those with the same one, which
+    is where it would be on average: an item that was seen is never above it.
+    """
+    own = scores.gather(1, items[:, None])
+    rank = (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
+    hit = rank < TOP
+    return {f"hr@{TOP}": hit, f"ndcg@{TOP}": hit / torch.log2(rank + 2)}
