@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -241,7 +243,7 @@ class Loader:
                 collate_fn=_as_it_is,
                 num_workers=self.loaders or 1,
                 multiprocessing_context="fork",
-                worker_init_fn=_follow_worker,
+                worker_init_fn=functools.partial(follow_worker, os.getpid()),
             )
         )
 
@@ -306,6 +308,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _follow_worker(_: int) -> None:
-    die_with_parent()
+def follow_worker(worker: int, _: int) -> None:
+    """Called first in a loader process: end when the worker does, or now if it has already.
+
+    Torch's own watchdog takes whatever the parent is by now for the worker, and so would stay for
+    ever where the worker was killed just after the fork.
+    """
+    die_with_parent(worker)
     own_file_positions()
