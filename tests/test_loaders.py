@@ -12,6 +12,7 @@ import pytest
 from torch.utils.data import Dataset, get_worker_info
 
 import lockstep
+from lockstep.data import follow_worker
 from lockstep.errors import TaskError
 from lockstep.processes import own_file_positions
 from tests.zoo import SAMPLES, Noisy, Vectors
@@ -56,6 +57,14 @@ def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> Non
     struck = lockstep.run(task, loaders=1, out=str(tmp_path / "struck"), **SETTINGS)
     assert [r["how"] for r in struck.recoveries] == ["lost a loader process"]
     assert struck.fingerprint == calm.fingerprint
+
+
+def test_a_loader_whose_worker_has_died_already_ends() -> None:
+    pid = os.fork()
+    if pid == 0:
+        follow_worker(os.getpid(), 0)  # not its parent, as after the parent's death
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 def test_batches_that_a_loader_cannot_hand_over(run_folder: str) -> None:

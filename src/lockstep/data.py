@@ -315,7 +315,7 @@ class Loader:
                 collate_fn=_as_it_is,
                 num_workers=self.loaders or 1,
                 multiprocessing_context="fork",
-                worker_init_fn=functools.partial(_follow_worker, os.getpid()),
+                worker_init_fn=functools.partial(follow_worker, os.getpid()),
             )
         )
 
@@ -372,7 +372,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _follow_worker(worker: int, _: int) -> None:
+def follow_worker(worker: int, _: int) -> None:
+    """Called first in a loader process: end when the worker does, or now if it has already.
+
+    Torch's own watchdog takes whatever the parent is by now for the worker, and so would stay for
+    ever where the worker was killed just after the fork.
+    """
     die_with_parent(worker)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # PyTorch ends those so that do not go
     own_file_positions()
