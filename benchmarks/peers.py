@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.report import CONTENDERS
+from lockstep.memory import set_allocator
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,7 @@ class Gate(Protocol):
 
 
 def contend(contender: str, name: str, seconds: float, gate: Gate | None, rank: int) -> Timed:
-    """Train in this process and time it: `ddp`, `ddp_static`, `nosync` or `threads`."""
+    """Train in this process and time it: `ddp`, `ddp_malloc`, `nosync` or `threads`."""
     import torch
 
     from benchmarks import models
@@ -57,8 +58,8 @@ def contend(contender: str, name: str, seconds: float, gate: Gate | None, rank: 
     batch = case.batch * (models.WORLD if alone else 1)
     world = 1 if alone else models.WORLD
     model = case.model()
-    if contender in DDP_SETTINGS:
-        model = _distributed(model, rank, world, DDP_SETTINGS[contender])
+    if contender in DDP:
+        model = _distributed(model, rank, world)
     optimizer = models.adam(list(model.parameters()))
     draw = models.Draw(case.tensors(), batch, rank, world)
 
@@ -69,21 +70,20 @@ def contend(contender: str, name: str, seconds: float, gate: Gate | None, rank: 
 
     for _ in range(WARM_STEPS):
         step()
-    if contender in DDP_SETTINGS:
+    if contender in DDP:
         steps, elapsed = _for_steps(step, seconds, rank)
     else:
         steps, elapsed = _for_seconds(step, seconds, gate, rank)
     return {"samples": steps * batch, "seconds": elapsed, "steps": steps}
 
 
-DDP_SETTINGS: dict[str, dict[str, Any]] = {
-    "ddp": {"gradient_as_bucket_view": True},
-    "ddp_static": {"gradient_as_bucket_view": True, "static_graph": True},
-}
-"""The contenders that are DistributedDataParallel, and what each sets."""
+DDP = ("ddp", "ddp_malloc")
+"""The contenders that are DistributedDataParallel."""
+ALLOCATOR = ("ddp_malloc", "nosync")
+"""The contenders whose processes get the allocator settings that Lockstep gives its workers."""
 
 
-def _distributed(model: nn.Module, rank: int, world: int, settings: dict[str, Any]) -> nn.Module:
+def _distributed(model: nn.Module, rank: int, world: int) -> nn.Module:
     """`model` under DistributedDataParallel over gloo, on the loopback interface."""
     import datetime
 
@@ -97,7 +97,7 @@ def _distributed(model: nn.Module, rank: int, world: int, settings: dict[str, An
         world_size=world,
         timeout=datetime.timedelta(seconds=WAIT),
     )
-    return DistributedDataParallel(model, **settings)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def _for_steps(step: Callable[[], None], seconds: float, rank: int) -> tuple[int, float]:
@@ -259,6 +259,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as folder:
             os.environ["BENCHMARK_MEET"] = str(Path(folder) / "meet")
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            if args.contender in ALLOCATOR:
+                set_allocator(os.environ)
             result = measure(args.contender, args.model, args.seconds, args.steps, args.out)
     print(json.dumps(result), flush=True)
 

@@ -16,7 +16,7 @@ from typing import Any
 Rates = Mapping[str, Sequence[float | None]]
 """Samples per second by contender; one entry per repetition, None where it failed."""
 
-CONTENDERS = ("lockstep", "ddp", "ddp_static", "nosync", "threads", "auto")
+CONTENDERS = ("lockstep", "ddp", "ddp_malloc", "nosync", "threads", "auto")
 MODELS: dict[str, str] = {
     "softmax": "softmax regression, 784→10, 64 samples per worker",
     "mlp": "MLP, 784→512→512→10, 64 samples per worker",
@@ -27,8 +27,9 @@ MODELS: dict[str, str] = {
 DDP_BARS = {"softmax": 4.0, "mlp": 1.8, "cnn": 1.5, "transformer": 1.1, "embedding": 2.5}
 NOSYNC_BAR = 0.95
 AUTO_BAR = 0.97
-DDP = ("ddp", "ddp_static")
-"""DistributedDataParallel with two settings; the one with the better median stands for it."""
+DDP = ("ddp", "ddp_malloc")
+"""DistributedDataParallel as users run it, and with Lockstep's settings of malloc; the one with the
+better median stands for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +236,11 @@ from one to the next. Start-up and warm-up are not counted.
 
 - `lockstep`: 2 workers of 1 thread, V = 2, with the ledger and everything else that a run has.
 - `ddp`: `DistributedDataParallel` on gloo over loopback, 2 processes of 1 thread,
-  `gradient_as_bucket_view=True`; `ddp_static`: with `static_graph=True` too. The faster of the
-  two stands for DDP in the ratios.
-- `nosync`: two processes that never synchronise; the bound. What exactness and synchrony cost
-  together is the ratio to it.
+  `gradient_as_bucket_view=True`; `ddp_malloc`: the same with the settings of glibc's malloc that
+  Lockstep gives its workers, so that what these do alone can be seen. The faster of the two
+  stands for DDP in the ratios.
+- `nosync`: two processes that never synchronise, with the same settings of malloc; the bound.
+  What exactness and synchrony cost together is the ratio to it.
 - `threads`: one process of 2 threads on the batches of both workers.
 - `auto`: Lockstep without `workers`; its plan chooses. It is compared with the best of
   `lockstep`, `ddp` and `threads` (`nosync` trains two models, so it is no alternative)."""

@@ -14,7 +14,7 @@ from benchmarks import footprint, models, process, report, run
 RATES: dict[str, list[float | None]] = {
     "lockstep": [400.0, 390.0, None],
     "ddp": [100.0, 130.0, 110.0],
-    "ddp_static": [90.0, 95.0, 80.0],
+    "ddp_malloc": [90.0, 95.0, 80.0],
     "nosync": [410.0, 400.0, 405.0],
     "threads": [200.0, 210.0, 220.0],
     "auto": [400.0, 300.0, 500.0],
@@ -49,7 +49,7 @@ def test_a_ratio_without_a_common_repetition_is_none() -> None:
 
 def test_the_best_is_by_median_and_ignores_what_never_finished() -> None:
     assert report.best(RATES, report.DDP) == "ddp"
-    assert report.best({"ddp": [None], "ddp_static": [1.0]}, report.DDP) == "ddp_static"
+    assert report.best({"ddp": [None], "ddp_malloc": [1.0]}, report.DDP) == "ddp_malloc"
     assert report.best({}, report.DDP) is None
 
 
