@@ -310,7 +310,8 @@ def test_the_base_is_copied_part_by_part_and_put_back() -> None:
     mixed = bytearray(first)
     mixed[256:656], mixed[1024:1025] = second[256:656], second[1024:1025]
     assert state.map[:8192] == mixed
-    del base, part
+    base.close()
+    del part
     control.close()
     state.close()
     kept.close()

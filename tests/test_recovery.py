@@ -154,7 +154,7 @@ def test_stopped_and_endless(yard: Yard) -> None:
     assert stopped["phase"] == "compute"
     assert stopped["state"].startswith("T")
     assert "update" not in stopped["stack"]
-    assert endless["phase"] == "reduce"
+    assert endless["phase"] == "update"
     assert "owner.py" in endless["stack"]
     assert "in _strike" in endless["stack"]
     for recovery in result.recoveries:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ConstantLR, ReduceLROnPlateau
-from torch.optim.lr_scheduler import LRScheduler as Schedule
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
 from lockstep import state
 from lockstep.errors import LockstepError, OptimizerError, TaskError
@@ -23,6 +22,8 @@ from lockstep.job import Parameters
 from lockstep.layout import cut_blocks
 from lockstep.modules import check_model, held_tensors
 from lockstep.optim import check_known, discover_state
+from lockstep.sampling import Sampling
+from lockstep.schedule import Schedule
 from tests.zoo import Complex, Counted, Lookahead, Odd, Vectors, Viewed
 
 
@@ -186,7 +187,7 @@ class With(Vectors):
         made: torch.optim.Optimizer = self.kind(params)
         return made
 
-    def scheduler(self, optimizer: torch.optim.Optimizer) -> Schedule | None:
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         return self.make(optimizer) if self.make else None
 
 
@@ -246,6 +247,8 @@ def test_state_that_comes_late_is_refused() -> None:
 def test_a_schedule_that_cannot_be_stepped_is_refused(
     schedule: Callable[[Any], Any], says: str
 ) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    task = With(lambda _: optimizer, schedule)
     with pytest.raises(TaskError) as error:
-        build(With(lambda params: torch.optim.SGD(params, lr=0.1), schedule))
+        Schedule(task, optimizer, Sampling(samples=8, batch_size=4, shards=1, seed=0))
     assert says in message(error)

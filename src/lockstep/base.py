@@ -53,17 +53,21 @@ class Base:
 
     def __init__(self, control: Control, state: Segment, base: Segment) -> None:
         self.control, self.nbytes = control, state.nbytes
-        self._state, self._base = state, base
+        self._state = memoryview(state.map)[: state.nbytes]
+        self._base = memoryview(base.map)[: state.nbytes]
 
     def take(self, step: int) -> memoryview:
         """Copy the state after `step` committed steps; returns the copy."""
-        kept = memoryview(self._base.map)[: self.nbytes]
-        kept[:] = memoryview(self._state.map)[: self.nbytes]
+        self._base[:] = self._state
         self.control.base_step = step
-        return kept
+        return self._base
 
     def put_back(self) -> int:
         """Make the state what the base holds; returns after how many steps that was."""
-        kept = memoryview(self._base.map)[: self.nbytes]
-        memoryview(self._state.map)[: self.nbytes] = kept
+        self._state[:] = self._base
         return self.control.base_step
+
+    def close(self) -> None:
+        """Let go of the memory: what `take` returned cannot be read any more."""
+        self._state.release()
+        self._base.release()

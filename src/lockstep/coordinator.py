@@ -302,6 +302,7 @@ class Coordinator:
             case "evaluated":
                 if message["round"] == self._round:
                     self._results[seat.number] = message["results"]
+                self._decide(membership.Rested(seat.number))
             case "scored":
                 if message["round"] == self._round:
                     self._scored = message
@@ -364,8 +365,8 @@ class Coordinator:
         """
         total = batch_count(self.plan.eval_samples, self.plan.eval_batch_size)
         while True:
-            seats, epoch = self.members.formed, self.control.epoch
             self._await_rest()
+            seats, epoch = self.members.formed, self.control.epoch
             self._round += 1
             self._results.clear()
             self.failures.evaluating = True
@@ -374,17 +375,19 @@ class Coordinator:
                 batches = list(range(rank, total, len(seats)))
                 message = {"op": "evaluate", "round": self._round, "batches": batches}
                 self._tell(seat, message)
+            self._decide(membership.Resumed())
             while self.control.epoch == epoch and len(self._results) < len(seats):
                 self._listen(TICK)
-                self._watch(set(seats) - self._results.keys())
+                self._watch(self._working())
+            complete = self.control.epoch == epoch
+            self._await_rest()
             self.failures.evaluating = False
-            if self.control.epoch == epoch:
+            if complete:
                 self.failures.evaluated()
                 results = [item for part in self._results.values() for item in part]
-                scored = self._score(seats[0], gather(results))
+                scored = self._score(self.members.formed[0], gather(results))
                 if scored is not None:
                     return {**combine(results), **scored}
-            self._await_rest()
 
     def _score(self, seat: int, outputs: Outputs) -> dict[str, float] | None:
         """The metrics of all outputs together, and at the end the baseline; None: `seat` died."""

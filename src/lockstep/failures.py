@@ -92,10 +92,12 @@ class Failures:
         if status not in (Status.WORKING, Status.RESTING):
             phase = status.value if status is not None else "away"
             shard = -1
+        elif self.evaluating:
+            phase, batch, shard = "evaluate", shard if shard >= 0 else None, -1
         elif status is Status.RESTING:
-            phase = "evaluate" if self.evaluating else "rest"
-            batch = shard if self.evaluating and shard >= 0 else None
-            shard = -1
+            phase, shard = "rest", -1
+        elif self.control.updating(seat.number) == step and word < progress_of(step, Phase.UPDATED):
+            phase = "update"
         started = word == progress_of(step, Phase.STARTED)
         return {
             "host": self.host.name,
@@ -205,8 +207,7 @@ class Failures:
         for index in behind:
             if not self._is_stopped(seats[index], silent[index]):
                 patience.given_up += 1
-            status = Status.RESTING if self.evaluating else Status.WORKING
-            self._kill(self.host.seats[seats[index]], status, silent[index], reason)
+            self._kill(self.host.seats[seats[index]], Status.WORKING, silent[index], reason)
 
     def kill_absent(self, members: Mapping[int, Status]) -> None:
         """Kill the workers that take too long to start, or to leave when they were sent home.

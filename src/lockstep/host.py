@@ -301,6 +301,7 @@ class Host:
                 self._process.kill()
                 self._process.wait()
         if self._segments:
+            self.base.close()
             self.control.close()
             for segment in self._segments[:2]:
                 segment.close()
