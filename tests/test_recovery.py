@@ -145,12 +145,12 @@ def test_steps_since_the_base_are_computed_again(
 
 def test_stopped_and_endless(yard: Yard) -> None:
     """Workers that live and do nothing are replaced; the event tells where they were."""
-    stop = Fault(seat=1, step=20, phase="backward", kind="stop")
+    stop = Fault(seat=-1, step=20, phase="backward", kind="stop")  # others may take one's shards
     loop = Fault(seat=2, step=60, phase="update_begin", kind="loop")
     task, settings = settings_of("transformer", stall_seconds=0.5)
     result = yard.check(task, faults=(stop, loop), **settings)
-    stalls = {(event["worker"], event["step"]): event for event in events(result.folder, "stalled")}
-    stopped, endless = stalls[1, 20], stalls[2, 60]
+    stalls = {event["step"]: event for event in events(result.folder, "stalled")}
+    stopped, endless = stalls[20], stalls[60]
     assert stopped["phase"] == "compute"
     assert stopped["state"].startswith("T")
     assert "update" not in stopped["stack"]
