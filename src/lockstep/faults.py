@@ -7,14 +7,18 @@ first, so that a test can tell that it did.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError
+
+if TYPE_CHECKING:
+    from lockstep.control import Control
 
 PHASES = (
     "load", "forward", "backward", "slot", "barrier", "reduce", "update_begin", "update_end",
@@ -54,6 +58,8 @@ class Fault:
 
 
 MAX_FAULTS = 64
+LOCKS = 1 << 40
+"""Where the faults' record locks lie in the control segment's file: past the shards' claims."""
 SLOW_SECONDS = 0.05
 """How much longer a slowed worker takes for each shard."""
 
@@ -61,12 +67,12 @@ SLOW_SECONDS = 0.05
 class FaultScript:
     """A worker's view of the script."""
 
-    def __init__(self, script: Sequence[Mapping[str, Any]], seat: int, fired: Any) -> None:
+    def __init__(self, script: Sequence[Mapping[str, Any]], seat: int, control: Control) -> None:
         faults = [Fault(**item) for item in script]
         self._mine = [
             (number, fault) for number, fault in enumerate(faults) if fault.seat in (seat, -1)
         ]
-        self._fired = fired
+        self._fired, self._fd = control.fired, control.segment.fd
         self.slow_down = 0.0
 
     def __bool__(self) -> bool:
@@ -81,13 +87,23 @@ class FaultScript:
                 continue
             if fault.shard is not None and fault.shard != shard:
                 continue
-            if self._fired[number] and not fault.repeat:
+            if not self._take(number, fault):
                 continue
-            self._fired[number] = min(255, int(self._fired[number]) + 1)
             if fault.kind == "flip":
                 return fault
             self._strike(fault)
         return None
+
+    def _take(self, number: int, fault: Fault) -> bool:
+        """Mark a fault as fired; of several workers that are there at once, one gets it."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, LOCKS + number)
+        try:
+            if self._fired[number] and not fault.repeat:
+                return False
+            self._fired[number] = min(255, int(self._fired[number]) + 1)
+            return True
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, LOCKS + number)
 
     def _strike(self, fault: Fault) -> None:
         match fault.kind:

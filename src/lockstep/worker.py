@@ -92,7 +92,7 @@ class Worker:
             spare_cores=spare,
             last=plan["steps"],
         )
-        self.faults = FaultScript(plan["faults"], seat, self.control.fired)
+        self.faults = FaultScript(plan["faults"], seat, self.control)
         self.stepper = Stepper(
             session.task,
             self.shared,
