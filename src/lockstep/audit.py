@@ -136,6 +136,7 @@ def _private_copy(slot: Slot) -> Slot:
     return Slot(
         grads=[torch.empty_like(gradient) for gradient in slot.grads],
         buffers=[torch.empty_like(buffer) for buffer in slot.buffers],
+        numbers={index: torch.empty_like(numbers) for index, numbers in slot.numbers.items()},
         flat=torch.empty(0, dtype=torch.uint8),
     )
 
@@ -143,7 +144,7 @@ def _private_copy(slot: Slot) -> Slot:
 def _digest(slot: Slot, flags: Any, loss: float) -> bytes:
     """A digest of what a shard's computation left: gradients where there are any, buffers, loss."""
     digest = blake3(np.float64(loss).tobytes() + flags.tobytes())
-    grads = [grad for grad, there in zip(slot.grads, flags, strict=True) if there]
+    grads = [slot.dense(index) for index, there in enumerate(flags) if there]
     for tensor in (*grads, *slot.buffers):
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest(16)
@@ -154,9 +155,16 @@ def _copy(source: Slot, target: Slot) -> None:
         (*target.grads, *target.buffers), (*source.grads, *source.buffers), strict=True
     ):
         left.copy_(right)
+    for index, numbers in target.numbers.items():
+        numbers.copy_(source.numbers[index])
+
+
+def flip_gradient_bit(slot: Slot) -> None:
+    """Flip a bit of a gradient: the first that is not a table's, whose last row may not count."""
+    flip_bit(next(grad for i, grad in enumerate(slot.grads) if i not in slot.numbers))
 
 
 def flip_bit(tensor: torch.Tensor) -> None:
-    """Flip a high bit of a tensor's last element: what a scripted `flip` fault does."""
+    """Flip a high bit of a tensor's last element."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
     flat[-1] ^= 0x40

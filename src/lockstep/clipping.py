@@ -35,7 +35,7 @@ class NormLimit:
         `mine` are the parameters whose norms this worker takes.
         """
         control = self.shared.control
-        owner.reduce(self.reduced, presence)
+        owner.reduce(presence)
         self.meet(progress_of(step, Phase.REDUCED))
         for index in mine:
             if any(presence.of(index)):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control
-from lockstep.embeddings import SparseTables
+from lockstep.embeddings import DENSE, SparseTables
 from lockstep.errors import TaskError
 from lockstep.modules import CONSTANT
 from lockstep.state import SharedState, Slot
@@ -32,10 +32,10 @@ class SlotWriter:
     """
 
     def __init__(self, shared: SharedState) -> None:
-        self._grads: list[torch.Tensor] = []
+        self._slot = shared.slots[0]
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
-        self.tables = SparseTables(shared.model, shared.params)
+        self.tables = SparseTables(shared.tables)
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
             if parameter.numel() < EARLY:
@@ -46,7 +46,7 @@ class SlotWriter:
     def begin(self, slot: Slot, written: npt.NDArray[np.uint8]) -> None:
         """Direct the gradients of the coming backward pass to a slot; `written` marks them."""
         self.tables.begin()
-        self._grads, self._written = slot.grads, written
+        self._slot, self._written = slot, written
         written[:] = 0
 
     def abandon(self) -> None:
@@ -61,7 +61,7 @@ class SlotWriter:
             gradient = parameter.grad
             if gradient is not None:
                 self._check(index, gradient)
-                homes.append(self._grads[index])
+                homes.append(self._slot.grads[index])
                 gradients.append(gradient)
                 self._written[index] = 1
                 parameter.grad = None
@@ -73,18 +73,19 @@ class SlotWriter:
             gradient = parameter.grad
             if gradient is None:
                 return
-            if index in self.tables:
-                parameter.grad = None
-                self.tables.store(index, gradient, self._grads[index])
-                self._written[index] = 1
-                return
-            self._check(index, gradient)
-            if self._written[index]:
-                self._grads[index].add_(gradient)  # the loss ran backward more than once
-            else:
-                self._grads[index].copy_(gradient)
-                self._written[index] = 1
             parameter.grad = None
+            again = bool(self._written[index])  # the loss ran backward more than once
+            home = self._slot.grads[index]
+            if index in self.tables:
+                if again:
+                    self.tables.give_up(index)
+                self.tables.store(index, gradient, home, self._slot.numbers[index])
+            else:
+                self._check(index, gradient)
+                home.add_(gradient) if again else home.copy_(gradient)
+                if index in self._slot.numbers:
+                    self._slot.numbers[index][0] = DENSE
+            self._written[index] = 1
 
         return keep
 

@@ -14,7 +14,7 @@ moves with the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,12 +72,18 @@ class Allocator:
         return offset
 
 
-def cut_blocks(sizes: Sequence[int], cuttable: Sequence[bool]) -> list[Block]:
-    """Cut parameters of the given sizes (elements) into blocks, in order."""
-    target = math.ceil(sum(sizes) / TARGET_BLOCKS)
-    length = max(BLOCK, math.ceil(target / 4096) * 4096)
+def cut_blocks(
+    sizes: Sequence[int], cuttable: Sequence[bool], widths: Mapping[int, int] | None = None
+) -> list[Block]:
+    """Cut parameters of the given sizes (elements) into blocks, in order.
+
+    `widths` are those of the tables that are to be cut between rows.
+    """
+    least = max(BLOCK, math.ceil(sum(sizes) / TARGET_BLOCKS))
     blocks = []
     for index, (size, may_cut) in enumerate(zip(sizes, cuttable, strict=True)):
+        grid = math.lcm(64, widths[index]) if widths and index in widths else 4096
+        length = math.ceil(least / grid) * grid
         if size <= length or not may_cut:
             blocks.append(Block(param=index, start=0, stop=size, whole=True))
             continue

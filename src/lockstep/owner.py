@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
 
 from lockstep.control import Control
+from lockstep.embeddings import TableSum
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
 from lockstep.layout import Block, group_blocks
@@ -19,6 +20,9 @@ from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_
 
 Mask = tuple[bool, ...]
 """Which shards have a gradient."""
+
+Run = tuple[list[torch.Tensor], torch.Tensor] | TableSum
+"""What is summed at once: the shards' runs, 1-D, and where their sum goes; or a table's rows."""
 
 
 class Presence:
@@ -57,6 +61,8 @@ class OwnedBlock:
     number: int
     block: Block
     param: nn.Parameter
+    first: int
+    """Where its run begins in its group's."""
     keys: list[StateKey]
     rebound: list[StateKey]
     leaves: list[torch.Tensor]
@@ -76,13 +82,16 @@ class UpdateGroup:
     """Consecutive blocks that are summed and updated together."""
 
     blocks: list[OwnedBlock]
-    leaves: list[torch.Tensor]
-    """The run of each shard's slot that spans all blocks, 1-D."""
     total: torch.Tensor
+    """Where the gradients of all blocks are summed, 1-D."""
+    tables: list[tuple[int, Run]]
+    """The runs of large embeddings, each with its parameter."""
+    dense: list[Run]
+    """The runs between them."""
     grads: list[torch.Tensor]
     """Per block: its part of `total`, in the shape of its parameter."""
     only_grads: list[torch.Tensor]
-    """Per block: its run of the first slot in the same shape; the gradient where V = 1."""
+    """Where V = 1, per block: the gradient in the slot itself, except of large embeddings."""
     members: list[list[nn.Parameter]]
     """Per parameter group of the optimizer."""
     grads_in_place: Sequence[torch.Tensor | None] = ()
@@ -106,20 +115,34 @@ class Owner:
             for _, run in itertools.groupby(updated, lambda n: self._dtype(n))
             for part in group_blocks(shared.blocks, list(run))
         ]
-        self._leaves = [
-            (n, [storage_run(slot.grads[shared.blocks[n].param], shared.blocks[n])
-                 for slot in shared.slots])
-            for n in numbers
-        ]  # fmt: skip
+        self._targets = [self._target(n, shared.reduced) for n in numbers] if shared.reduced else []
         self._loaded: UpdateGroup | None = None
         self._step = bare_step(self.optimizer)
 
-    def reduce(self, reduced: Sequence[torch.Tensor], presence: Presence) -> None:
+    def reduce(self, presence: Presence) -> None:
         """Sum this owner's blocks into the shared gradient, before its norm is taken."""
-        for number, leaves in self._leaves:
-            block = self.shared.blocks[number]
-            run = storage_run(reduced[block.param], block)
-            self._reducer.sum(presence.of(block.param), leaves, run)
+        for param, target in self._targets:
+            self._sum_run(target, presence.of(param))
+
+    def _target(self, number: int, reduced: Sequence[torch.Tensor]) -> tuple[int, Run]:
+        """Where a block is summed in the shared gradient."""
+        block = self.shared.blocks[number]
+        leaves = [storage_run(slot.grads[block.param], block) for slot in self.shared.slots]
+        return block.param, self._run(block, leaves, storage_run(reduced[block.param], block))
+
+    def _run(self, block: Block, leaves: list[torch.Tensor], total: torch.Tensor) -> Run:
+        """How a run that begins with a block is summed into `total`."""
+        table = self.shared.tables.get(block.param)
+        if table is None:
+            return leaves, total
+        gradients = [slot.table(block.param) for slot in self.shared.slots]
+        return TableSum(block.start // table.embedding_dim, gradients, total)
+
+    def _sum_run(self, run: Run, present: Mask) -> None:
+        if isinstance(run, TableSum):
+            run.sum(present, partial(self._reducer.sum, present))
+        else:
+            self._reducer.sum(present, *run)
 
     def update(
         self,
@@ -145,13 +168,17 @@ class Owner:
                 self.faults.at("update_end", step)
 
     def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
+        for param, table in group.tables:
+            self._sum_run(table, presence.of(param))
         if presence.uniform == (True,):
             return group.only_grads
         if presence.uniform is not None:
-            self._reducer.sum(presence.uniform, group.leaves, group.total)
+            for run in group.dense:
+                self._sum_run(run, presence.uniform)
             return group.grads
         for owned in group.blocks:
-            self._reducer.sum(presence.of(owned.block.param), owned.leaves, owned.total)
+            if owned.block.param not in self.shared.tables:
+                self._reducer.sum(presence.of(owned.block.param), owned.leaves, owned.total)
         return self._present_grads(group, presence)
 
     def _scale(
@@ -219,14 +246,36 @@ class Owner:
         members: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         for item in owned:
             members[shared.groups[item.block.param] or 0].append(item.param)
+        tables, dense = self._divide(owned, leaves, total)
         return UpdateGroup(
             blocks=owned,
-            leaves=leaves,
             total=total,
+            tables=tables,
+            dense=dense,
             grads=[item.shaped(item.total) for item in owned],
-            only_grads=[item.shaped(item.leaves[0]) for item in owned],
+            only_grads=[
+                item.shaped(item.total if item.block.param in shared.tables else item.leaves[0])
+                for item in owned
+            ],
             members=members,
         )
+
+    def _divide(
+        self, owned: list[OwnedBlock], leaves: list[torch.Tensor], total: torch.Tensor
+    ) -> tuple[list[tuple[int, Run]], list[Run]]:
+        """Part the group's run into those of large embeddings, and what lies between them."""
+        tables, dense = [], []
+        for table, items in itertools.groupby(
+            owned, lambda item: item.block.param if item.block.param in self.shared.tables else None
+        ):
+            blocks = list(items)
+            part = slice(blocks[0].first, blocks[-1].first + blocks[-1].block.size)
+            run = self._run(blocks[0].block, [leaf[part] for leaf in leaves], total[part])
+            if table is None:
+                dense.append(run)
+            else:
+                tables.append((table, run))
+        return tables, dense
 
     def _own(
         self, number: int, start: int, leaves: list[torch.Tensor], total: torch.Tensor
@@ -239,6 +288,7 @@ class Owner:
             number=number,
             block=block,
             param=nn.Parameter(shared.block_view(block)),
+            first=first,
             keys=keys,
             rebound=[key for key in keys if key.rebound],
             leaves=[leaf[first : first + block.size] for leaf in leaves],

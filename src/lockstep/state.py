@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control, ControlShape
+from lockstep.embeddings import TableGradient, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job import Parameters, Task
 from lockstep.layout import ALIGN, Allocator, Block, Entry, Layout, Range, cut_blocks
@@ -38,8 +39,20 @@ class Slot:
 
     grads: list[torch.Tensor]
     buffers: list[torch.Tensor]
+    numbers: dict[int, torch.Tensor]
+    """Of a gradient that is a large table's: which rows there are (see `embeddings`)."""
     flat: torch.Tensor
     """The slot's bytes."""
+
+    def table(self, index: int) -> TableGradient:
+        """The gradient of a large table."""
+        return TableGradient(self.grads[index], self.numbers[index])
+
+    def dense(self, index: int) -> torch.Tensor:
+        """A gradient in its parameter's shape."""
+        if index in self.numbers:
+            return self.table(index).dense(0, len(self.grads[index]))
+        return self.grads[index]
 
 
 @dataclass
@@ -60,6 +73,8 @@ class SharedState:
     """Name and the module's own (private) buffer."""
     committed: list[torch.Tensor]
     """The committed buffers, in the state segment, in the order of `buffers`."""
+    tables: dict[int, nn.Embedding]
+    """The large embeddings that may be run in their sparse form, by trainable parameter."""
     slots: list[Slot]
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
@@ -165,17 +180,21 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
         kind = (group, parameter.dtype)
         if kind not in cuttable:
             cuttable[kind] = group is not None and may_cut(optimizer, group, parameter.dtype)
+    tables = find_tables(model, [parameter for _, parameter in trainable])
     blocks = cut_blocks(
         [parameter.numel() for _, parameter in trainable],
         [cuttable[group, p.dtype] for (_, p), group in zip(trainable, groups, strict=True)],
+        {index: table.embedding_dim for index, table in tables.items()},
     )
     keys = _all_keys(optimizer, trainable, groups, blocks)
     for group, dtype in cuttable:
         if group is not None:
             check_independent(optimizer, group, dtype)
-    layout, grad_offsets, slot_bytes = _lay_out(model, named, trainable, buffers, blocks, keys)
+    layout, grad_offsets, slot_bytes = _lay_out(
+        model, named, trainable, buffers, tables, blocks, keys
+    )
     return _allocate(
-        model, optimizer, layout, trainable, groups, blocks, keys, buffers,
+        model, optimizer, layout, trainable, groups, blocks, keys, buffers, tables,
         grad_offsets, slot_bytes, shards=shards, seats=seats, clip=clip,
     )  # fmt: skip
 
@@ -206,6 +225,7 @@ def _lay_out(
     named: list[tuple[str, nn.Parameter]],
     trainable: list[tuple[str, nn.Parameter]],
     buffers: list[tuple[str, torch.Tensor]],
+    tables: dict[int, nn.Embedding],
     blocks: list[Block],
     keys: list[list[StateKey]],
 ) -> tuple[Layout, list[int], int]:
@@ -231,6 +251,8 @@ def _lay_out(
     for name, buffer in buffers:
         add(name, "buffer", buffer.dtype, buffer.shape, dense_stride(buffer))
         slot.take(buffer.numel() * buffer.dtype.itemsize)
+    for table in tables.values():
+        slot.take(8 * (1 + table.num_embeddings))
     for block, name, key in _in_state_order(trainable, blocks, keys):
         parameter = trainable[block.param][1]
         shape = tuple(parameter.shape) if key.form == "like" else key.shape
@@ -303,6 +325,7 @@ def _allocate(
     blocks: list[Block],
     keys: list[list[StateKey]],
     buffers: list[tuple[str, torch.Tensor]],
+    tables: dict[int, nn.Embedding],
     grad_offsets: list[int],
     slot_bytes: int,
     *,
@@ -337,6 +360,7 @@ def _allocate(
         keys=keys,
         buffers=buffers,
         committed=[],
+        tables=tables,
         slots=[],
         grad_offsets=grad_offsets,
         reduced=None,
@@ -400,4 +424,9 @@ def _slot(shared: SharedState, flat: torch.Tensor) -> Slot:
         dtype = str(home.dtype).removeprefix("torch.")
         buffers.append(as_tensor(flat, offset, dtype, home.shape, home.stride()))
         offset += math.ceil(home.numel() * home.dtype.itemsize / ALIGN) * ALIGN
-    return Slot(grads=grads, buffers=buffers, flat=flat)
+    numbers = {}
+    for index, table in shared.tables.items():
+        count = 1 + table.num_embeddings
+        numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
+        offset += math.ceil(8 * count / ALIGN) * ALIGN
+    return Slot(grads=grads, buffers=buffers, numbers=numbers, flat=flat)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit
+from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
 from lockstep.barrier import Barrier
 from lockstep.base import BasePart
 from lockstep.buffers import Modes, PrivateBuffers
@@ -131,7 +131,6 @@ class Stepper:
         """Take a part in the membership that begins now."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
-        self._writer.tables.forget()
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
         ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
         buffers = self.shared.buffer_ranges() if part.rank == 0 else []
@@ -222,12 +221,10 @@ class Stepper:
         if shard in self.sampling.active(step):
             control.beat(self.part.seat, shard)
             slot = self.shared.slots[shard]
-            if control.shard_by[shard] != self.part.seat:
-                self._writer.tables.forget(slot)
             loss = self._gradient(step, shard, slot, control.has_grad[shard])
             struck = self._fault("slot", step, shard)
             if struck is not None:
-                flip_bit(slot.grads[0])
+                flip_gradient_bit(slot)
         control.losses[step % RING, shard] = loss
         control.shard_by[shard] = self.part.seat
         control.shard_done[shard] = step
