@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.errors import IntegrityError
+from lockstep.errors import IntegrityError, NonFiniteError
 from lockstep.faults import SLOW_SECONDS, Fault
 from lockstep.sampling import home_shards
 from tests.zoo import ZOO
@@ -39,9 +40,23 @@ def test_a_flipped_gradient_bit_is_found_and_put_right(run_folders: Callable[[],
     assert unaudited.fingerprint != clean.fingerprint, "the fault did not change anything"
 
 
-def test_a_flipped_parameter_bit_stops_the_run(run_folder: str) -> None:
+def test_a_flipped_parameter_bit_is_found_and_put_right(run_folders: Callable[[], str]) -> None:
+    clean = train(run_folders())
     flip = Fault(seat=2, step=4, phase="barrier", kind="flip")
-    with pytest.raises(IntegrityError, match="changed in memory between steps 3 and 4"):
+    audited = train(run_folders(), audit=1.0, faults=(flip,))
+    assert audited.fingerprint == clean.fingerprint
+    (found,) = events(audited.folder, "corrupt")
+    assert (found["step"], found["worker"]) == (4, 2)
+    assert found["tensor"] in dict(CNN.task.model().named_parameters())
+    ledgers = [(result.folder / "ledger.jsonl").read_bytes() for result in (clean, audited)]
+    assert ledgers[0] == ledgers[1]
+    with contextlib.suppress(NonFiniteError):  # others may compute with it in the same step
+        assert train(run_folders(), faults=(flip,)).fingerprint != clean.fingerprint
+
+
+def test_a_state_that_changes_again_and_again_stops_the_run(run_folder: str) -> None:
+    flip = Fault(seat=2, step=4, phase="barrier", kind="flip", repeat=True)
+    with pytest.raises(IntegrityError, match="changed in memory 3 times between steps 3 and 4"):
         train(run_folder, audit=1.0, faults=(flip,))
 
 

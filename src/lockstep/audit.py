@@ -6,7 +6,9 @@ Two things are checked, each for a fraction of the cases that the job's `audit` 
   used. If they differ, a third computation decides who was wrong, and the right bytes are used.
 - A block's parameters and optimizer state are digested when they have been updated and again just
   before the next update. Nobody writes to them in between, so a difference is a fault of the
-  memory (or of a process that wrote where it must not), and the run stops.
+  memory (or of a process that wrote where it must not). The state is then treated as one that a
+  death has torn: the base is put back, and the steps since are computed again. The base is older
+  than the digest, so it was taken before the change.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from blake3 import blake3
 
 from lockstep.control import RING
 from lockstep.errors import IntegrityError
+from lockstep.layout import Block
 from lockstep.seeds import derive
 from lockstep.state import SharedState, Slot
 
@@ -107,23 +110,13 @@ class StateGuard:
             if is_audited(self.seed, "block", step, number, self.fraction)
         }
 
-    def open(self, step: int) -> None:
-        """Compare. Called before the update of `step`.
-
-        Raises:
-            IntegrityError: the state has changed since the last update.
-        """
-        for number, digest in self._digests.items():
+    def open(self) -> Block | None:
+        """Compare; returns the first block that has changed. Called before the next update."""
+        digests, self._digests = self._digests, {}
+        for number, digest in digests.items():
             if self._digest(number) != digest:
-                block = self.shared.blocks[number]
-                raise IntegrityError(
-                    f"the state changed in memory between steps {step - 1} and {step}",
-                    expected="the bytes that were committed",
-                    found=f"others in {self.shared.names[block.param]}, elements "
-                    f"{block.start} to {block.stop}, or its optimizer state",
-                    fix="look for faulty memory; resume the run from its last checkpoint",
-                )
-        self._digests = {}
+                return self.shared.blocks[number]
+        return None
 
     def _digest(self, number: int) -> bytes:
         digest = blake3()

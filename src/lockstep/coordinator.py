@@ -309,6 +309,9 @@ class Coordinator:
             case "corrupt":
                 facts = {name: value for name, value in message.items() if name != "event"}
                 self.sink.event("corrupt", host=self.host.name, **facts)
+                if "tensor" in facts:
+                    self.failures.spoilt(facts)
+                    self._decide(membership.Spoilt(seat.number))
             case "lost_loader":
                 self.failures.lost_loader(seat)
             case "failed":

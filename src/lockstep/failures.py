@@ -11,6 +11,7 @@ from lockstep.channel import Message
 from lockstep.checkpoint import non_finite_tensors
 from lockstep.control import Phase, describe_progress, progress_of
 from lockstep.errors import (
+    IntegrityError,
     LockstepError,
     NonFiniteError,
     PoisonError,
@@ -181,6 +182,29 @@ class Failures:
     def loaders_live(self) -> bool:
         """Whether loader processes are worth another try."""
         return len(self._without_loader) < LOST_LOADERS
+
+    # Memory.
+
+    def spoilt(self, facts: Mapping[str, Any]) -> None:
+        """The state was found changed: gradients may come from it, and none of them counts.
+
+        Nobody computes: the worker that found it has passed the step's first meeting.
+
+        Raises:
+            IntegrityError: it happens at the same step time and again.
+        """
+        step: int = facts["step"]
+        self.control.shard_done[:] = -1
+        self._deaths["state", step, 0] += 1
+        if self._deaths["state", step, 0] >= POISON_DEATHS:
+            raise IntegrityError(
+                f"the state changed in memory {POISON_DEATHS} times between steps {step - 1} "
+                f"and {step}",
+                expected="the bytes that were committed",
+                found=f"others in {facts['tensor']}, elements {facts['elements']}, or its "
+                "optimizer state",
+                fix="look for faulty memory; then resume the run from its last checkpoint",
+            )
 
     # Stalls.
 

@@ -99,7 +99,14 @@ class Target:
     workers: int
 
 
-Event = Begin | Hello | Rested | Resumed | Died | Target
+@dataclass(frozen=True)
+class Spoilt:
+    """A worker has found the state changed in memory, and has left its step."""
+
+    seat: int
+
+
+Event = Begin | Hello | Rested | Resumed | Died | Target | Spoilt
 
 
 # Commands.
@@ -159,6 +166,8 @@ def decide(members: Members, event: Event) -> Decision:
             return _died(members, seat)
         case Target(workers):
             return _target(members, workers)
+        case Spoilt(seat):
+            return _regroup(members, f"worker {seat} found the state changed in memory")
 
 
 def _with(members: Members, seat: int, status: Status | None) -> Members:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
-from lockstep.barrier import Barrier
+from lockstep.barrier import Barrier, Regroup
 from lockstep.base import BasePart
 from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.claims import Claims
@@ -127,14 +127,16 @@ class Stepper:
         if clip_grad_norm is not None:
             self._limit = NormLimit(shared, clip_grad_norm, self._meet)
 
-    def join(self, part: Part, barrier: Barrier, owner: Owner) -> None:
-        """Take a part in the membership that begins now."""
+    def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
+        """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
         ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
         buffers = self.shared.buffer_ranges() if part.rank == 0 else []
         segments = self.shared.segments
+        if self._audit_fraction:
+            self._guard.close(step - 1)
         self._base = BasePart(segments["state"], segments["base"], [*ranges, *buffers])
 
     def run(self, step: int, todo: Sequence[int]) -> None:
@@ -307,10 +309,26 @@ class Stepper:
             self._gradient_audit = GradientAudit(
                 self.shared, self._gradient, self._report, self.seed, self._audit_fraction
             )
-        self._guard.open(step)
+        changed = self._guard.open()
+        if changed is not None:
+            self._give_up_state(step, changed)
         self._meet(progress_of(step, Phase.GUARDED))
         self._gradient_audit.check(step, active, part.rank, part.workers, part.seat)
         self._meet(progress_of(step, Phase.AUDITED))
+
+    def _give_up_state(self, step: int, changed: Block) -> None:
+        """Leave the step: the committed state has changed in memory.
+
+        Raises:
+            Regroup: always. The others are held up until the master has regrouped them.
+        """
+        self.control.set_updating(self.part.seat, step)  # so the state counts as torn
+        place = {
+            "tensor": self.shared.names[changed.param],
+            "elements": [changed.start, changed.stop],
+        }
+        self._report({"event": "corrupt", "worker": self.part.seat, "step": step, **place})
+        raise Regroup
 
     def _meet(self, progress: int) -> None:
         self.barrier.arrive(progress)

@@ -152,7 +152,7 @@ class Worker:
         )
         threads = self.session.plan["threads"]
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
-        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.faults))
+        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.faults), self.step)
         self.stepper.schedule.go_to(self.step)
         if message["refresh"]:
             self.stepper.refresh_base(self.step)
