@@ -27,6 +27,7 @@ from lockstep.membership import (
     Rested,
     Resumed,
     Spawn,
+    Spoilt,
     Status,
     Target,
     decide,
@@ -256,6 +257,12 @@ def test_those_sent_home_are_not_failed_starts() -> None:
     assert shell.members.formed == (0,)
 
 
+def test_all_rest_and_go_on_when_the_state_was_found_changed() -> None:
+    shell = shell_of(2)
+    assert commands_of(shell, Spoilt(1), Spoilt(0)) == [Regroup()]
+    assert commands_of(shell, Rested(1), Rested(0)) == [Form((0, 1))]
+
+
 def test_a_seat_is_free_only_when_its_worker_has_left() -> None:
     shell = shell_of(2)
     commands_of(shell, Target(1), Rested(0), Rested(1))
@@ -278,6 +285,7 @@ def possible(shell: Shell) -> list[Event]:
     events: list[Event] = [Hello(seat) for seat in shell.having(STARTING)]
     events += [Rested(seat) for seat in shell.having(WORKING)]
     events += [Died(seat) for seat in shell.workers]
+    events += [Spoilt(seat) for seat in shell.having(WORKING)]
     if shell.having(RESTING) and not shell.epoch_raised:
         events.append(Resumed())
     return [*events, *map(Target, range(-1, shell.members.seats + 2))]
