@@ -20,6 +20,7 @@ from typing import Any
 import lockstep
 from benchmarks.harm import read_events
 from benchmarks.models import CASES, WORLD
+from benchmarks.report import publish
 from benchmarks.tasks import Benchmark
 
 BAR = 0.98
@@ -106,9 +107,7 @@ def main() -> int:
             found.append(measure(name, options.seconds, options.repeats, Path(folder, name)))
             print(row(found[-1]), file=sys.stderr, flush=True)
     text = page(found, "python -m benchmarks.checkpoints --write docs/checkpoints.md")
-    print(text)
-    if options.write:
-        options.write.write_text(text)
+    publish(text, options.write)
     return 0
 
 

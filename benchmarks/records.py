@@ -20,7 +20,7 @@ from unittest import mock
 
 import lockstep
 from benchmarks.models import CASES, WORLD
-from benchmarks.report import MODELS, table
+from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
 from lockstep import coordinator
 from lockstep.layout import Audit
@@ -116,9 +116,7 @@ def main() -> int:
             rows.append(row(name, found))
             print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     text = page(rows)
-    print(text)
-    if options.write:
-        options.write.write_text(text)
+    publish(text, options.write)
     return 0
 
 

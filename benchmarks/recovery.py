@@ -26,6 +26,7 @@ from typing import Any
 
 import lockstep
 from benchmarks.harm import live_workers, read_events
+from benchmarks.report import publish
 
 SETTINGS: dict[str, Any] = {
     "workers": 2,
@@ -253,9 +254,7 @@ def main() -> int:
         stops = measure(options.stops, signal.SIGSTOP, options.seed, place) if options.stops else []
         restarts = torchrun(options.restarts, options.seed, place)
     text = page(kills, stops, restarts)
-    print(text)
-    if options.write:
-        options.write.write_text(text)
+    publish(text, options.write)
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -94,6 +95,13 @@ def compare(model: str, rates: Rates) -> list[Comparison]:
         (f"auto / best other ({other or 'none'})", pairwise(rates, "auto", other), AUTO_BAR),
     )
     return [Comparison(model=model, what=what, ratio=ratio, bar=bar) for what, ratio, bar in lines]
+
+
+def publish(text: str, place: Path | None) -> None:
+    """Print a page, and write it where it belongs if asked."""
+    print(text)
+    if place is not None:
+        place.write_text(text)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -224,19 +224,21 @@ def test_a_signal_stops_at_the_end_of_a_step(
     assert_same(resume(running.folder, workers=4), wanted)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_all_processes_stops_at_the_end_of_a_step(
-    master: Start, wanted: lockstep.Result
+    number: signal.Signals, master: Start, wanted: lockstep.Result
 ) -> None:
-    """As service managers send it: only the master's business."""
+    """As service managers send it, or a terminal that is closed: only the master's business."""
     running = master("--workers=2", "--loaders=1")
     running.await_step(20)
     for pid in processes_of(running.mark):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
     code, said = running.end(20)
     assert code == 130, said
     assert "stopped after step" in said
     assert running.left(ORPHAN_SECONDS) == set()
+    assert not (running.folder / "control.sock").exists()
     assert_same(resume(running.folder, workers=1), wanted)
 
 

@@ -62,10 +62,9 @@ class Base:
         self.control.base_step = step
         return self._base
 
-    def put_back(self) -> int:
-        """Make the state what the base holds; returns after how many steps that was."""
+    def put_back(self) -> None:
+        """Make the state what the base holds: that after `control.base_step` steps."""
         self._state[:] = self._base
-        return self.control.base_step
 
     def close(self) -> None:
         """Let go of the memory: what `take` returned cannot be read any more."""

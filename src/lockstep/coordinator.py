@@ -48,7 +48,7 @@ class Schedule:
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = None
     seconds: float | None = None
-    """Stop for good after so many seconds, at the next step's end."""
+    """Stop for good when so many seconds of steps have been timed."""
     ahead_seconds: float = 0.5
     """How far the lease runs ahead of what has been recorded."""
 
@@ -94,7 +94,7 @@ class Coordinator:
         self.members = Members(target=plan.workers, seats=plan.seats)
         self._requests = requests
         self._stop = schedule.next_stop(step)
-        self._begun = self._checkpointed = time.monotonic()
+        self._checkpointed = time.monotonic()
         self._idle: dict[int, int] = {}
         self._round = 0
         self._results: dict[int, list[BatchSums]] = {}
@@ -429,7 +429,7 @@ class Coordinator:
 
     def _time_is_up(self) -> bool:
         limit = self.schedule.seconds
-        return limit is not None and time.monotonic() - self._begun >= limit
+        return limit is not None and self.clock.seconds >= limit
 
     # Requests.
 

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import pickle
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -379,5 +378,4 @@ def follow_worker(worker: int, _: int) -> None:
     ever where the worker was killed just after the fork.
     """
     die_with_parent(worker)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # PyTorch ends those so that do not go
     own_file_positions()

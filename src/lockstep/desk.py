@@ -69,12 +69,15 @@ class Desk:
         return taken
 
     def take_signals(self) -> None:
-        """Let SIGINT and SIGTERM ask for a stop at a step's end, and a second one end it at once.
+        """Let SIGINT, SIGTERM and SIGHUP ask for a stop at a step's end, and a second one end it
+        at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
         Signals can only be taken in the main thread; in any other this does nothing.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._handlers[number] = signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, _: FrameType | None) -> None:

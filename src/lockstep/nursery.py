@@ -247,7 +247,7 @@ def _flush() -> None:
 def _in_child(parent: int, inherited: list[Channel]) -> None:
     """Make a forked child independent of the nursery's own business."""
     die_with_parent(parent)
-    signal.signal(signal.SIGTERM, _leave_to_master)
+    _take_signals()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for channel in inherited:
@@ -259,8 +259,16 @@ def _leave_to_master(number: int, frame: object) -> None:
     pass
 
 
-def _default_sigterm() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _take_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave_to_master)
+
+
+def _restore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == _leave_to_master:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def serve(nursery: Nursery) -> None:
@@ -306,11 +314,12 @@ def main() -> None:
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master decides what Ctrl-C means
-    # Nor does SIGTERM end anything here: it may have gone to all processes of a job at once, and
-    # the master, which has it too, stops with a checkpoint. What the task itself starts can be
-    # terminated as ever: a handler does not outlive an exec, and a fork puts the default back.
-    signal.signal(signal.SIGTERM, _leave_to_master)
-    os.register_at_fork(after_in_child=_default_sigterm)
+    # Nor do SIGTERM and SIGHUP end anything here: they may have gone to all processes of a job at
+    # once, and the master, which has them too, stops with a checkpoint. What the task itself starts
+    # can be terminated as ever: a handler does not outlive an exec, and a fork puts the default
+    # back.
+    _take_signals()
+    os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     serve(Nursery(Channel.from_fd(fd)))
 

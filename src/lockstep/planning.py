@@ -114,6 +114,16 @@ PREFERENCE = 1.03
 """A later division must be faster by this factor: near ties always go the same way."""
 
 
+CLOSE = 1.15
+"""The fastest must beat the next by this factor, or they are measured once more."""
+
+
+def close(rates: Sequence[float]) -> bool:
+    """Whether the two fastest are too close to be told apart by a short trial."""
+    best, *others = sorted(rates, reverse=True)
+    return any(best < other * CLOSE for other in others[:1])
+
+
 def choose(rates: Sequence[tuple[Division, float]]) -> tuple[Division, str]:
     """Pick a division by its measured samples per second, and say why."""
     best, best_rate = rates[0]
