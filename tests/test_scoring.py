@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lockstep
-from lockstep import cli, coordinator, evaluate
+from lockstep import cli, evaluate, evaluation
 from lockstep.errors import TaskError
 from lockstep.faults import Fault
 from lockstep.result import Result
@@ -25,9 +25,9 @@ from tests.tasks import HELD_OUT, Blobs
 class Scored(Blobs):
     """Gathers a tensor of floats, one of integers, one of booleans, and texts."""
 
-    def __init__(self, mark: str = "") -> None:
+    def __init__(self, mark: str = "", number: int = signal.SIGKILL) -> None:
         super().__init__()
-        self.mark = mark
+        self.mark, self.number = mark, number
 
     def outputs(self, model: nn.Module, batch: Any) -> dict[str, Any]:
         scores = model(batch[0])
@@ -42,7 +42,7 @@ class Scored(Blobs):
     def score(self, outputs: dict[str, Any]) -> dict[str, float]:
         if self.mark and not Path(self.mark).exists():
             Path(self.mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
         whole = self.eval_data()
         assert outputs["label"].equal(whole.tensors[1])  # type: ignore[union-attr]
         assert outputs["text"] == [f"é {label}" for label in outputs["label"].tolist()]
@@ -88,9 +88,12 @@ def test_the_same_for_any_number_of_workers(run_folders: Callable[[], str]) -> N
     assert Result.open(results[0].folder).baseline["accuracy"] == 1 / 3
 
 
-def test_a_worker_that_dies_while_it_scores(run_folders: Callable[[], str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_stops_while_it_scores(
+    number: int, run_folders: Callable[[], str], tmp_path: Path
+) -> None:
     whole = run(Scored(), run_folders(), 2)
-    harmed = run(Scored(str(tmp_path / "mark")), run_folders(), 2)
+    harmed = run(Scored(str(tmp_path / "mark"), number), run_folders(), 2)
     assert (tmp_path / "mark").exists()
     assert len(events(harmed.folder, "died")) == 1
     assert (harmed.metrics, harmed.history) == (whole.metrics, whole.history)
@@ -170,6 +173,6 @@ class Endless(Scored):
 
 
 def test_a_score_that_never_comes(run_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "SCORE_SECONDS", 0.2)
+    monkeypatch.setattr(evaluation, "SCORE_SECONDS", 0.2)
     with pytest.raises(TaskError, match="does not return"):
         run(Endless(), run_folder, 1, steps=1)

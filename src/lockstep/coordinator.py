@@ -19,8 +19,8 @@ from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, progress_of
 from lockstep.desk import Request
-from lockstep.errors import NumericsError, StoppedError, TaskError, WorkerLostError
-from lockstep.evaluate import BatchSums, Outputs, batch_count, combine, gather
+from lockstep.errors import NumericsError, StoppedError, WorkerLostError
+from lockstep.evaluation import Evaluation
 from lockstep.failures import Failures
 from lockstep.history import History
 from lockstep.host import Event, Host
@@ -34,8 +34,6 @@ TICK = 0.05
 AHEAD_STEPS = (4, RING - 16)
 """The least and the most steps that the lease runs ahead of what has been recorded."""
 DISMISS_SECONDS = 10.0
-SCORE_SECONDS = 300.0
-"""The longest that `Task.score` and `Task.baseline` may take together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +94,7 @@ class Coordinator:
         self._stop = schedule.next_stop(step)
         self._checkpointed = time.monotonic()
         self._idle: dict[int, int] = {}
-        self._round = 0
-        self._results: dict[int, list[BatchSums]] = {}
-        self._scored: Message | None = None
+        self.evaluation = Evaluation(self)
         self._marked = step
         """The last step at whose end the base is, or will be, brought up to date."""
         self._checkpoint_asked = self._stop_asked = self._paused = False
@@ -121,7 +117,7 @@ class Coordinator:
                 sink.
             LockstepError: the run cannot go on; what was committed has been given to the sink.
         """
-        self._decide(membership.Begin())
+        self.decide(membership.Begin())
         while True:
             self._run_to_stop()
             self._at_rest()
@@ -136,7 +132,7 @@ class Coordinator:
 
     # Membership: what happened goes to the pure machine, what it commands is carried out.
 
-    def _decide(self, event: membership.Event) -> None:
+    def decide(self, event: membership.Event) -> None:
         """Let the machine decide on an event and carry its commands out."""
         self.members, commands, reason = membership.decide(self.members, event)
         for command in commands:
@@ -148,7 +144,7 @@ class Coordinator:
                     self.control.raise_epoch()
                     self.sink.event("regroup", epoch=self.control.epoch, reason=reason)
                 case membership.Dismiss(seat):
-                    self._tell(seat, {"op": "stop"})
+                    self.tell(seat, {"op": "stop"})
                     self.sink.event("dismissed", worker=seat, reason=reason)
                 case membership.Form(seats):
                     self._form(seats, reason)
@@ -180,13 +176,12 @@ class Coordinator:
             control.forget_shard(seat)
         self.history.seats = seats
         self._idle.clear()
-        self._results.clear()
         self.clock.rest()
         self._grant()
         self.failures.regrouped(resumption)
         self.sink.event("formed", seats=seats, step=resumption.step, reason=reason)
         for rank, seat in enumerate(seats):
-            self._tell(
+            self.tell(
                 seat,
                 {
                     "op": "join",
@@ -205,7 +200,7 @@ class Coordinator:
         self.host.base.put_back()
         self.control.base_due[:] = 0  # later steps' marks may lie in the places of those redone
 
-    def _tell(self, seat: int, message: Message) -> None:
+    def tell(self, seat: int, message: Message) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""
         with contextlib.suppress(Closed):
             self.host.seats[seat].channel.send(message)
@@ -215,7 +210,7 @@ class Coordinator:
     def _run_to_stop(self) -> None:
         """Return when every worker rests at the stop and everything before it is recorded."""
         while True:
-            self._listen(TICK)
+            self.listen()
             self._take_requests()
             self.history.drain()
             self.sink.recovered(self.failures.recovered(self.history.committed_at))
@@ -224,15 +219,11 @@ class Coordinator:
             if self._at_stop():
                 return
             self._grant()
-            self._watch(self._working())
+            self.watch()
 
-    def _working(self) -> set[int]:
-        """The members that are at work on steps."""
-        return set(self.members.having(membership.Status.WORKING))
-
-    def _watch(self, working: set[int]) -> None:
+    def watch(self) -> None:
         """See that everybody who has something to do gets on with it."""
-        self.failures.kill_stalled(working)
+        self.failures.kill_stalled(set(self.members.having(membership.Status.WORKING)))
         self.failures.kill_absent(self.members.status)
 
     def _rest_wanted(self) -> bool:
@@ -263,9 +254,9 @@ class Coordinator:
         woken = [seat for seat, step in self._idle.items() if step < lease]
         for seat in woken:
             del self._idle[seat]
-            self._tell(seat, {"op": "run"})
+            self.tell(seat, {"op": "run"})
         if woken:
-            self._decide(membership.Resumed())
+            self.decide(membership.Resumed())
 
     def _mark(self, first: int, last: int, steps_per_second: float) -> None:
         """Mark the steps of a new lease at whose end the base is brought up to date: none while a
@@ -277,9 +268,9 @@ class Coordinator:
             if due:
                 self._marked = step
 
-    def _listen(self, seconds: float) -> None:
-        """Hear what the workers say, and who has died, for up to so many seconds."""
-        for event in self.host.events(seconds):
+    def listen(self) -> None:
+        """Hear what the workers say, and who has died, for up to a tick."""
+        for event in self.host.events(TICK):
             self._heard(event)
         self.failures.looked = time.monotonic()
 
@@ -288,30 +279,28 @@ class Coordinator:
         if message is None:
             self.failures.died(seat, self.members.status.get(seat.number), self.snapshot)
             self._idle.pop(seat.number, None)
-            self._decide(membership.Died(seat.number))
+            self.decide(membership.Died(seat.number))
             return
         match message["event"]:
             case "hello":
                 self._admit(seat.number, str(message["probe"]))
-                self._decide(membership.Hello(seat.number))
+                self.decide(membership.Hello(seat.number))
             case "idle":
                 self._idle[seat.number] = message["step"]
-                self._decide(membership.Rested(seat.number))
+                self.decide(membership.Rested(seat.number))
             case "regroup":
-                self._decide(membership.Rested(seat.number))
+                self.decide(membership.Rested(seat.number))
             case "evaluated":
-                if message["round"] == self._round:
-                    self._results[seat.number] = message["results"]
-                self._decide(membership.Rested(seat.number))
+                self.evaluation.heard(seat.number, message)
+                self.decide(membership.Rested(seat.number))
             case "scored":
-                if message["round"] == self._round:
-                    self._scored = message
+                self.evaluation.heard(seat.number, message)
             case "corrupt":
                 facts = {name: value for name, value in message.items() if name != "event"}
                 self.sink.event("corrupt", host=self.host.name, **facts)
                 if "tensor" in facts:
                     self.failures.spoilt(facts)
-                    self._decide(membership.Spoilt(seat.number))
+                    self.decide(membership.Spoilt(seat.number))
             case "lost_loader":
                 self.failures.lost_loader(seat)
             case "failed":
@@ -334,7 +323,7 @@ class Coordinator:
     def _at_rest(self) -> None:
         self.clock.rest()
         if self.schedule.evaluates_at(self.step):
-            self.sink.evaluated(self.step, self._evaluate())
+            self.sink.evaluated(self.step, self.evaluation.run())
         if self.schedule.checkpoints_at(self.step) or self._checkpoint_due() or self._stop_asked:
             self._checkpoint()
         if self._paused:
@@ -349,9 +338,9 @@ class Coordinator:
         """Stay at rest until somebody asks to go on. Workers may come and go meanwhile."""
         self.sink.event("paused", step=self.step)
         while self._paused and not self._stop_asked:
-            self._listen(TICK)
+            self.listen()
             self._take_requests()
-            self._watch(self._working())
+            self.watch()
             if self._checkpoint_asked and not self.sink.busy():
                 self._checkpoint()
         self.sink.event("went_on", step=self.step)
@@ -361,66 +350,11 @@ class Coordinator:
         self.sink.settle()
         return self.host.base.take(self.step)
 
-    def _evaluate(self) -> dict[str, float]:
-        """The held-out metrics of the state at rest; each batch by one worker.
-
-        When a worker dies, its successors begin again: the state does not change meanwhile.
-        """
-        total = batch_count(self.plan.eval_samples, self.plan.eval_batch_size)
-        while True:
-            self._await_rest()
-            seats, epoch = self.members.formed, self.control.epoch
-            self._round += 1
-            self._results.clear()
-            self.failures.evaluating = True
-            for rank, seat in enumerate(seats):
-                self.control.forget_shard(seat)
-                batches = list(range(rank, total, len(seats)))
-                message = {"op": "evaluate", "round": self._round, "batches": batches}
-                self._tell(seat, message)
-            self._decide(membership.Resumed())
-            while self.control.epoch == epoch and len(self._results) < len(seats):
-                self._listen(TICK)
-                self._watch(self._working())
-            complete = self.control.epoch == epoch
-            self._await_rest()
-            self.failures.evaluating = False
-            if complete:
-                self.failures.evaluated()
-                results = [item for part in self._results.values() for item in part]
-                scored = self._score(self.members.formed[0], gather(results))
-                if scored is not None:
-                    return {**combine(results), **scored}
-
-    def _score(self, seat: int, outputs: Outputs) -> dict[str, float] | None:
-        """The metrics of all outputs together, and at the end the baseline; None: `seat` died."""
-        epoch, ends = self.control.epoch, self.step >= self.plan.steps
-        if not outputs and not ends:
-            return {}
-        self._scored = None
-        message = {"op": "score", "round": self._round, "outputs": outputs, "baseline": ends}
-        self._tell(seat, message)
-        limit = time.monotonic() + SCORE_SECONDS
-        while self.control.epoch == epoch and self._scored is None:
-            self._listen(TICK)
-            if time.monotonic() > limit:
-                raise TaskError(
-                    "Task.score or Task.baseline does not return",
-                    expected=f"an answer within {SCORE_SECONDS:.0f} s",
-                    fix="do the work that can be divided in Task.outputs",
-                )
-        if self._scored is None:
-            return None
-        if self._scored["baseline"]:
-            self.sink.event("baseline", metrics=self._scored["baseline"])
-        metrics: dict[str, float] = self._scored["metrics"]
-        return metrics
-
-    def _await_rest(self) -> None:
+    def await_rest(self) -> None:
         """Wait until the members in force all rest at the stop."""
         while self.members.regrouping or not self.members.all_rest:
-            self._listen(TICK)
-            self._watch(self._working())
+            self.listen()
+            self.watch()
 
     def _checkpoint_due(self) -> bool:
         every = self.schedule.checkpoint_seconds
@@ -438,7 +372,7 @@ class Coordinator:
             self.sink.event("request", request=name, number=number)
             match name:
                 case "scale":
-                    self._decide(membership.Target(number))
+                    self.decide(membership.Target(number))
                 case "stop":
                     self._stop_asked = True
                 case "checkpoint":
@@ -451,7 +385,7 @@ class Coordinator:
     def _dismiss(self) -> None:
         """Send the workers home and see them go."""
         for seat in self.members.status:
-            self._tell(seat, {"op": "stop"})
+            self.tell(seat, {"op": "stop"})
         for _ in self._until_gone(time.monotonic() + DISMISS_SECONDS):
             pass
 

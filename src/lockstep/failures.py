@@ -247,6 +247,14 @@ class Failures:
                 if silent > limit:
                     self._kill(seat, status, silent, f"{status.value} for {silent:.1f} s")
 
+    def kill_stopped(self, number: int) -> None:
+        """Kill a worker that works while all rest, if its process is stopped."""
+        sign = self.control.sign_of_life(number)
+        silent = _silent(self._silence, number, sign, self._time_passed())
+        if self._is_stopped(number, silent) and silent > self.history.patience.limit(stopped=True):
+            reason = f"stopped for {silent:.1f} s while it scored"
+            self._kill(self.host.seats[number], Status.RESTING, silent, reason)
+
     def _time_passed(self) -> float:
         """Seconds since the last look, as far as they count: who was stopped itself, with the
         whole job or by a slow disk, cannot tell that others were silent."""
