@@ -272,7 +272,8 @@ def page(tally: Tally, seed: int) -> str:
             *rows,
             "\n`start`: before the worker says that it is there; `join`: when it becomes a member.",
             "`stop` is SIGSTOP, `loop` an endless loop: the bounded wait "
-            f"({STALL_SECONDS} s here) finds them.\n",
+            f"({STALL_SECONDS} s here) finds them. `flip` is a bit of a gradient: the audit's "
+            "business.\n",
             "## From outside, at random moments\n",
             "| to | what | times |\n|---|---|---:|",
             *outside,

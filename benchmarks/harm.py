@@ -23,6 +23,8 @@ from tests.zoo import MORE, ZOO
 STEPS = 60
 KINDS = ("kill", "kill", "kill", "segfault", "exit", "stop", "loop")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+FLIPS = 0.7
+"""The part of the faults that flip a bit, where everything is audited."""
 FAULTS_PER_RUN, SIGNALS_PER_RUN = 8, 6
 
 
@@ -45,6 +47,7 @@ SCENARIOS: dict[str, Scenario] = {
     "CNN with BatchNorm, shards claimed": _of_zoo("cnn"),
     "transformer with dropout, a shard each": _of_zoo("transformer", (3, 3), shards=3),
     "clipped norm, audited": _of_zoo("channels-last", audit=0.3),
+    "everything audited, bits flipped": _of_zoo("mlp", audit=1.0),
     "schedule, evaluations, checkpoints": _of_zoo("by-epoch", evaluate=True, checkpoint_steps=7),
     "large embedding": Scenario(
         task=Clicks("once"),
@@ -64,7 +67,8 @@ def draw_faults(rng: random.Random, scenario: Scenario, workers: int) -> tuple[F
         phases.remove("evaluate")
     faults = []
     for step in steps:
-        phase = rng.choice(phases)
+        flips = scenario.settings.get("audit") == 1.0 and rng.random() < FLIPS
+        phase = "slot" if flips else rng.choice(phases)
         if phase in AROUND:  # somebody has to start: its predecessor dies first
             faults.append(Fault(seat=-1, step=step, phase="reduce"))
         faults.append(
@@ -72,7 +76,7 @@ def draw_faults(rng: random.Random, scenario: Scenario, workers: int) -> tuple[F
                 seat=-1 if phase in (*AROUND, "evaluate") else rng.randrange(workers),
                 step=_evaluated(scenario, step) if phase == "evaluate" else step,
                 phase=phase,
-                kind=rng.choice(KINDS),  # type: ignore[arg-type]  # a choice of literals
+                kind="flip" if flips else rng.choice(KINDS),  # type: ignore[arg-type]  # literals
             )
         )
     return tuple(faults)

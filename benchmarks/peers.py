@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from benchmarks.meeting import WORDS, Meeting
 from benchmarks.report import CONTENDERS
 from lockstep.memory import set_allocator
 
@@ -46,8 +47,10 @@ class Gate(Protocol):
         ...
 
 
-def contend(contender: str, name: str, seconds: float, gate: Gate | None, rank: int) -> Timed:
-    """Train in this process and time it: `ddp`, `ddp_malloc`, `nosync` or `threads`."""
+def contend(
+    contender: str, name: str, seconds: float, gate: Gate | None, rank: int, words: Any = None
+) -> Timed:
+    """Train in this process and time it: any contender but `lockstep` and `auto`."""
     import torch
 
     from benchmarks import models
@@ -63,15 +66,23 @@ def contend(contender: str, name: str, seconds: float, gate: Gate | None, rank: 
     optimizer = models.adam(list(model.parameters()))
     draw = models.Draw(case.tensors(), batch, rank, world)
 
+    meeting = Meeting(words, rank) if contender == "meet" else None
+    meet = meeting.meet if meeting is not None else lambda: None
+
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         models.loss(model, draw()).backward()
+        meet()
         optimizer.step()
+        meet()
 
     for _ in range(WARM_STEPS):
         step()
     if contender in DDP:
-        steps, elapsed = _for_steps(step, seconds, rank)
+        steps, elapsed = _for_steps(step, seconds, rank, _broadcast)
+        torch.distributed.destroy_process_group()
+    elif meeting is not None:
+        steps, elapsed = _for_steps(step, seconds, rank, meeting.agree)
     else:
         steps, elapsed = _for_seconds(step, seconds, gate, rank)
     return {"samples": steps * batch, "seconds": elapsed, "steps": steps}
@@ -79,7 +90,7 @@ def contend(contender: str, name: str, seconds: float, gate: Gate | None, rank: 
 
 DDP = ("ddp", "ddp_malloc")
 """The contenders that are DistributedDataParallel."""
-ALLOCATOR = ("ddp_malloc", "nosync")
+ALLOCATOR = ("ddp_malloc", "nosync", "meet")
 """The contenders whose processes get the allocator settings that Lockstep gives its workers."""
 
 
@@ -100,28 +111,33 @@ def _distributed(model: nn.Module, rank: int, world: int) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _for_steps(step: Callable[[], None], seconds: float, rank: int) -> tuple[int, float]:
-    """Run about `seconds`, in a number of steps that rank 0 chooses for all."""
+def _broadcast(number: int) -> int:
+    """Rank 0's number, for all, once all have come."""
     import torch
     import torch.distributed as dist
 
+    found = torch.tensor([number])
+    dist.broadcast(found, 0)
+    dist.barrier()
+    return int(found.item())
+
+
+def _for_steps(
+    step: Callable[[], None], seconds: float, rank: int, agree: Callable[[int], int]
+) -> tuple[int, float]:
+    """Run about `seconds`, in a number of steps that rank 0 chooses for all."""
     began = time.perf_counter()
     for _ in range(WARM_STEPS):
         step()
     each = (time.perf_counter() - began) / WARM_STEPS
-    counts = torch.tensor([int(WARM_SHARE * seconds / each), max(5, int(seconds / each))])
-    dist.broadcast(counts, 0)
-    warm, count = counts.tolist()
-    for _ in range(warm):
+    for _ in range(agree(int(WARM_SHARE * seconds / each))):
         step()
-    dist.barrier()
+    count = agree(max(5, int(seconds / each)))
     _say_steady(rank)
     began = time.perf_counter()
     for _ in range(count):
         step()
-    elapsed = time.perf_counter() - began
-    dist.destroy_process_group()
-    return count, elapsed
+    return count, time.perf_counter() - began
 
 
 def _for_seconds(
@@ -149,10 +165,12 @@ def _say_steady(rank: int) -> None:
         print("steady", flush=True)
 
 
-def _member(contender: str, name: str, seconds: float, gate: Gate, rank: int, results: Any) -> None:
+def _member(
+    contender: str, name: str, seconds: float, gate: Gate, rank: int, words: Any, results: Any
+) -> None:
     """A spawned process: contend, and put what was timed, or why it failed, into `results`."""
     try:
-        results.put(contend(contender, name, seconds, gate, rank))
+        results.put(contend(contender, name, seconds, gate, rank, words))
     except BaseException:
         results.put(traceback.format_exc())
         raise
@@ -162,9 +180,12 @@ def together(contender: str, name: str, seconds: float) -> list[Timed]:
     """Run a two-process contender; every process is gone when this returns or raises."""
     context = multiprocessing.get_context("spawn")
     gate, results = context.Barrier(2), context.Queue()
+    words = context.RawArray("i", WORDS)
     members = [
         context.Process(
-            target=_member, args=(contender, name, seconds, gate, rank, results), daemon=True
+            target=_member,
+            args=(contender, name, seconds, gate, rank, words, results),
+            daemon=True,
         )
         for rank in range(2)
     ]

@@ -17,7 +17,7 @@ from typing import Any
 Rates = Mapping[str, Sequence[float | None]]
 """Samples per second by contender; one entry per repetition, None where it failed."""
 
-CONTENDERS = ("lockstep", "ddp", "ddp_malloc", "nosync", "threads", "auto")
+CONTENDERS = ("lockstep", "ddp", "ddp_malloc", "nosync", "meet", "threads", "auto")
 MODELS: dict[str, str] = {
     "softmax": "softmax regression, 784→10, 64 samples per worker",
     "mlp": "MLP, 784→512→512→10, 64 samples per worker",
@@ -249,9 +249,12 @@ from one to the next. Start-up and warm-up are not counted.
   stands for DDP in the ratios.
 - `nosync`: two processes that never synchronise, with the same settings of malloc; the bound.
   What exactness and synchrony cost together is the ratio to it.
+- `meet`: the same, but the two wait for each other after each backward pass and each update, with
+  Lockstep's barrier, and exchange nothing: what synchrony alone costs on this machine.
 - `threads`: one process of 2 threads on the batches of both workers.
 - `auto`: Lockstep without `workers`; its plan chooses. It is compared with the best of
-  `lockstep`, `ddp` and `threads` (`nosync` trains two models, so it is no alternative)."""
+  `lockstep`, `ddp` and `threads`; `nosync` and `meet` train two models, so they are no
+  alternatives."""
 
 _MEMORY = """\
 PSS: resident memory of all processes of a contender together, shared pages counted once; the
