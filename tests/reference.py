@@ -203,7 +203,8 @@ def train(
                 losses.append(0.0)
                 buffers.append(dict.fromkeys(committed))
             for kept, parameter in zip(grads, params, strict=True):
-                kept.append(parameter.grad)
+                sparse = parameter.grad is not None and parameter.grad.is_sparse
+                kept.append(parameter.grad.coalesce() if sparse else parameter.grad)
 
         for parameter, kept in zip(params, grads, strict=True):
             parameter.grad = pairwise(kept)

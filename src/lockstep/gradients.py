@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control
-from lockstep.embeddings import DENSE, SparseTables
+from lockstep.embeddings import DENSE, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.modules import CONSTANT
 from lockstep.state import SharedState, Slot
@@ -36,9 +36,10 @@ class SlotWriter:
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
         self.tables = SparseTables(shared.tables)
+        self._asked = {index for index, table in shared.tables.items() if table.asked}
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
-            if parameter.numel() < EARLY:
+            if parameter.numel() < EARLY and index not in shared.tables:
                 self._late.append((index, parameter))
             else:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
@@ -76,7 +77,10 @@ class SlotWriter:
             parameter.grad = None
             again = bool(self._written[index])  # the loss ran backward more than once
             home = self._slot.grads[index]
-            if index in self.tables:
+            if index in self._asked:
+                numbers = self._slot.numbers[index]
+                keep_sparse(self._names[index], gradient, home, numbers, again=again)
+            elif index in self.tables:
                 if again:
                     self.tables.give_up(index)
                 self.tables.store(index, gradient, home, self._slot.numbers[index])
@@ -93,9 +97,9 @@ class SlotWriter:
         if gradient.layout is not torch.strided:
             raise TaskError(
                 f"the gradient of {self._names[index]} is sparse",
-                expected="dense gradients",
+                expected="a dense gradient, or a contiguous matrix in a module with sparse=True",
                 found=str(gradient.layout),
-                fix="build the embedding with sparse=False",
+                fix="make it dense",
             )
 
 
