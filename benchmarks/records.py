@@ -42,14 +42,22 @@ class Unrecorded(Benchmark):
         return super().model()
 
 
+def _never(*_: object) -> int:
+    return NEVER
+
+
+def _nothing(*_: object) -> tuple[()]:
+    return ()
+
+
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
     """Takes the base and the ledger out of the master."""
     with (
-        # Plain functions: a mock that keeps its calls would cost more than what it takes away.
-        mock.patch.object(coordinator, "steps_between", lambda *_: NEVER),
-        mock.patch.object(Audit, "units", lambda *_: ()),
-        mock.patch.object(Ledger, "commit", lambda *_: None),
+        # Plain functions: mocks keep their calls, which costs more than what is taken away.
+        mock.patch.object(coordinator, "steps_between", _never),
+        mock.patch.object(Audit, "units", _nothing),
+        mock.patch.object(Ledger, "commit", _nothing),
     ):
         yield
 

@@ -230,8 +230,6 @@ def test_the_commands(tmp_path: Path) -> None:
     evaluated = command.lockstep("evaluate", "run", "--json", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["samples"] == 30
-    refused = command.lockstep(
-        "predict", "run", "points.jsonl", "--out=rows.jsonl", cwd=tmp_path
-    )
+    refused = command.lockstep("predict", "run", "points.jsonl", "--out=rows.jsonl", cwd=tmp_path)
     assert refused.returncode == 1
     assert "exists" in refused.stderr

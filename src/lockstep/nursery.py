@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from lockstep import numerics
 from lockstep.channel import Channel, Closed, Message
 from lockstep.errors import DataError, LockstepError, TaskError, to_message
-from lockstep.records import samples_of
 from lockstep.processes import die_with_parent, own_file_positions
+from lockstep.records import samples_of
 from lockstep.source import Source, code_digest, resolve
 
 if TYPE_CHECKING:

@@ -130,9 +130,7 @@ class Samples:
         Raises:
             DataError: a record does not have one of them, or it is predicted as well.
         """
-        return [
-            {**self._kept(index, row), **row} for index, row in zip(indices, rows, strict=True)
-        ]
+        return [{**self._kept(index, row), **row} for index, row in zip(indices, rows, strict=True)]
 
     def _kept(self, index: int, row: Record) -> Record:
         if not self.keep:

@@ -19,6 +19,7 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
 from lockstep.data import Loader, make_fetch
+from lockstep.faults import FaultScript
 from lockstep.held_out import (
     Inference,
     baseline,
@@ -27,7 +28,6 @@ from lockstep.held_out import (
     predict_batches,
     score,
 )
-from lockstep.faults import FaultScript
 from lockstep.job import Task
 from lockstep.layout import own_blocks
 from lockstep.owner import Owner
@@ -202,9 +202,7 @@ class Worker:
                     self._answer(message, sums["batch"], sums)
             else:
                 assert isinstance(session.held_out, Samples)
-                for batch, rows in predict_batches(
-                    session.task, inference, fetch, batches, **size
-                ):
+                for batch, rows in predict_batches(session.task, inference, fetch, batches, **size):
                     indices = batch_range(batch, **size)
                     self._answer(message, batch, session.held_out.beside(indices, rows))
         self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
