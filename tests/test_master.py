@@ -284,6 +284,33 @@ def test_a_full_disk(master: Start, wanted: lockstep.Result, tmp_path: Path) -> 
         subprocess.run(["umount", str(place)], check=True)
 
 
+def test_a_read_only_folder(master: Start, wanted: lockstep.Result, tmp_path: Path) -> None:
+    """Nothing can be written, and that is said at once; later the run goes on."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", str(place)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here: not root, or not allowed to")
+    try:
+        settings = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
+        folder = place / "run"
+        command = ["run", PACED, *settings, "--workers=2", "--quiet", f"--out={folder}"]
+        running = master(*command, folder=str(folder))
+        running.await_step(8)
+        running.send(signal.SIGTERM)
+        assert running.end()[0] == 130
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        for refused in (["resume", str(folder)], ["run", PACED, f"--out={place / 'new'}"]):
+            code, said = master(*refused, folder=str(folder)).end()
+            assert code == 1, said
+            assert "Read-only file system" in said
+            assert "Traceback" not in said
+        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+        assert_same(resume(folder), wanted)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 def test_checkpoints_cannot_be_written(master: Start, wanted: lockstep.Result) -> None:
     """Something is in the way of some checkpoints: that is told, and training goes on."""
     running = master("--workers=2", "--checkpoint-steps=20")

@@ -19,7 +19,7 @@ from lockstep.datasets.images import IDX_NAMES
 from lockstep.errors import DataError
 from lockstep.faults import Fault
 from lockstep.job import Job, Task
-from lockstep.recipes.clicks import Clicks, auc, clicks, hashed
+from lockstep.recipes.clicks import Clicks, auc, clicks, hashed, ranges_of
 from lockstep.recipes.recommend import LENGTH, Recommend, ranking, recommend, unseen
 from lockstep.recipes.vision import Vision, jitter, vision
 from tests.faulty import assert_same, assert_struck
@@ -252,12 +252,12 @@ def test_auc_against_counting_pairs() -> None:
 
 def test_buckets_do_not_depend_on_what_is_held_out() -> None:
     table = {"letter": ["a", "b", "a"], "number": ["1", "2", "1"]}
-    some = hashed(table, np.array([True, True, False]))
-    assert some.tolist() == hashed(table, np.array([True, False, True])).tolist()
+    some = hashed(table, ranges_of(table, np.array([True, True, False])))
+    assert some.tolist() == hashed(table, ranges_of(table, np.array([True, False, True]))).tolist()
     assert some[0].tolist() == some[2].tolist() != some[1].tolist()
     assert some.shape == (3, 2)
     many = {"number": [str(value) for value in range(1000)]}
-    ranges = hashed(many, np.arange(1000) < 800)
+    ranges = hashed(many, ranges_of(many, np.arange(1000) < 800))
     assert 30 < len(set(ranges[:, 0].tolist())) <= 80
     assert len(set(ranges[790:, 0].tolist())) == 1  # beyond what is known: the last range
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lockstep
-from lockstep import cli, evaluate, evaluation
+from lockstep import cli, evaluation, held_out
 from lockstep.errors import TaskError
 from lockstep.faults import Fault
 from lockstep.result import Result
@@ -133,9 +133,9 @@ class Wrong(Blobs):
 @pytest.mark.parametrize("answer", [[1.0], {"auc": "high"}, {"auc": torch.zeros(2)}, None])
 def test_answers_that_are_no_numbers(answer: Any) -> None:
     with pytest.raises(TaskError, match=r"Task\.score did not return one number per name"):
-        evaluate.score(Wrong(answer), {}, seed=0)
+        held_out.score(Wrong(answer), {}, seed=0)
     with pytest.raises(TaskError, match=r"Task\.baseline did not return one number per name"):
-        evaluate.baseline(Wrong(answer), seed=0)
+        held_out.baseline(Wrong(answer), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_answers_that_are_no_numbers(answer: Any) -> None:
 )
 def test_outputs_that_cannot_be(output: Any, said: str) -> None:
     with pytest.raises(TaskError, match=said):
-        evaluate._listed("it", output, 3)
+        held_out._listed("it", output, 3)
 
 
 class Changing(Blobs):

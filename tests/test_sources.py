@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.evaluate import combine
+from lockstep.held_out import combine
 from lockstep.source import Source, resolve
 from tests import command
 from tests.command import TASKS

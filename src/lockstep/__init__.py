@@ -9,20 +9,21 @@ if TYPE_CHECKING:
     from lockstep.api import plan, resume, run
     from lockstep.errors import LockstepError
     from lockstep.handle import Run, start
+    from lockstep.inference import evaluate, predict
     from lockstep.job import Job, Parameters, Task
     from lockstep.result import Result
     from lockstep.verification import verify
 
 __all__ = [
     "Job", "LockstepError", "Parameters", "Result", "Run", "Task",
-    "plan", "resume", "run", "start", "verify",
+    "evaluate", "plan", "predict", "resume", "run", "start", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
     "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
     "plan": "api", "resume": "api", "run": "api", "Run": "handle", "start": "handle",
-    "verify": "verification",
+    "evaluate": "inference", "predict": "inference", "verify": "verification",
 }  # fmt: skip
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lockstep.errors import JobError, LockstepError
+from lockstep.runfolder import plain
 
 if TYPE_CHECKING:
     from lockstep.result import Result
@@ -88,14 +91,21 @@ def _show(result: Result, as_json: bool) -> None:
         print(json.dumps(result.to_message()))
         return
     print(f"fingerprint  {result.fingerprint}")
-    for name, value in result.metrics.items():
-        beside = result.baseline.get(name)
-        print(
-            f"{name:<12} {value:.6g}" + (f"  (baseline {beside:.6g})" if beside is not None else "")
-        )
+    _show_metrics(result.metrics, result.baseline)
     print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
     print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")
     print(f"folder       {result.folder}")
+
+
+def _show_metrics(metrics: Mapping[str, float], baseline: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        beside = f"  (baseline {baseline[name]:.6g})" if name in baseline else ""
+        print(f"{name:<12} {value:.6g}{beside}")
+
+
+def _note(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 @app.command(context_settings=WITH_ARGS)
@@ -185,12 +195,57 @@ def verify(
     if as_json:
         print(to_json(found))
         return
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
+    _note(found.notes)
     count = "1 worker" if found.workers == 1 else f"{found.workers} workers"
     print(f"verified     steps {found.first}:{found.last} on {count}, from {found.start}")
     if found.final:
         print("             and the final fingerprint")
+
+
+@app.command(context_settings=WITH_ARGS)
+def evaluate(
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
+    from lockstep.inference import evaluate as evaluate_run
+
+    found = evaluate_run(run, workers=workers, args=_arguments(ctx.args))
+    _note(found.notes)
+    if as_json:
+        print(json.dumps(plain(dataclasses.asdict(found))))
+        return
+    _show_metrics(found.metrics, found.baseline)
+    print(f"samples      {found.samples}, with the model after step {found.step}")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    data: Annotated[Path, typer.Argument(help="Records: JSON lines, or *.parquet.")],
+    out: Annotated[Path, typer.Option(help="The file to make, in the order of the records.")],
+    keep: Annotated[str, typer.Option(help="Columns to copy, such as id,text.")] = "",
+    workers: Workers = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records at a time.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Predict from a file of records. What was cut short is gone on with by the same command."""
+    from lockstep.inference import predict as predict_run
+
+    columns = [name for name in keep.split(",") if name]
+    found = predict_run(
+        run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet
+    )
+    _note(found.notes)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(found), "out": str(found.out)}))
+        return
+    before = f", {found.resumed_at:,} of them before" if found.resumed_at else ""
+    print(f"predicted    {found.records:,} records{before}, in {found.seconds:.1f} s")
+    print(f"file         {found.out}")
 
 
 @app.command()

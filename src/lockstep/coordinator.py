@@ -130,6 +130,17 @@ class Coordinator:
             self._grant()
         self._dismiss()
 
+    def run_at_rest(self, work: Callable[[], None]) -> None:
+        """Gather the workers, do something while they rest, and send them home.
+
+        Raises:
+            LockstepError: it cannot be done.
+        """
+        self.decide(membership.Begin())
+        self._run_to_stop()
+        work()
+        self._dismiss()
+
     # Membership: what happened goes to the pure machine, what it commands is carried out.
 
     def decide(self, event: membership.Event) -> None:
@@ -290,11 +301,10 @@ class Coordinator:
                 self.decide(membership.Rested(seat.number))
             case "regroup":
                 self.decide(membership.Rested(seat.number))
-            case "evaluated":
-                self.evaluation.heard(seat.number, message)
+            case "batch" | "scored":
+                self.evaluation.heard(message)
+            case "inferred":
                 self.decide(membership.Rested(seat.number))
-            case "scored":
-                self.evaluation.heard(seat.number, message)
             case "corrupt":
                 facts = {name: value for name, value in message.items() if name != "event"}
                 self.sink.event("corrupt", host=self.host.name, **facts)
@@ -366,6 +376,13 @@ class Coordinator:
         return limit is not None and self.clock.seconds >= limit
 
     # Requests.
+
+    def check_stop(self) -> None:
+        """Take what was asked for since; raise `StoppedError` if that was to stop."""
+        self._take_requests()
+        if self._stop_asked:
+            self._dismiss()
+            raise StoppedError("stopped, as asked")
 
     def _take_requests(self) -> None:
         for name, number in self._requests():

@@ -1,17 +1,19 @@
-"""Evaluation, the master's end: held-out batches go to the workers, their sums come back.
+"""Evaluation, the master's end: held-out batches go to the workers, what they make of them comes
+back. The same for predictions.
 
-The state is at rest meanwhile. When a worker dies, its successors begin again.
+The state is at rest meanwhile. When a worker dies, its successors do the batches that are missing.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep import membership
 from lockstep.channel import Message
 from lockstep.errors import TaskError
-from lockstep.evaluate import BatchSums, Outputs, batch_count, combine, gather
+from lockstep.held_out import Outputs, batch_count, combine, gather
 
 if TYPE_CHECKING:
     from lockstep.coordinator import Coordinator
@@ -26,50 +28,56 @@ class Evaluation:
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
         self._round = 0
-        self._results: dict[int, list[BatchSums]] = {}
+        self._results: dict[int, Any] = {}
         self._scored: Message | None = None
 
-    def heard(self, seat: int, message: Message) -> None:
-        """Take an answer, `evaluated` or `scored`; one to an earlier question is dropped."""
+    def heard(self, message: Message) -> None:
+        """Take an answer, a `batch` or `scored`; one to an earlier question is dropped."""
         if message["round"] != self._round:
             return
-        if message["event"] == "evaluated":
-            self._results[seat] = message["results"]
+        if message["event"] == "batch":
+            self._results[message["batch"]] = message["result"]
         else:
             self._scored = message
 
     def run(self) -> dict[str, float]:
-        """The held-out metrics of the state at rest; each batch by one worker."""
-        shell = self.coordinator
+        """The held-out metrics of the state at rest."""
+        shell, plan = self.coordinator, self.coordinator.plan
+        results = self.divide(
+            "evaluate", range(batch_count(plan.eval_samples, plan.eval_batch_size))
+        )
         while True:
+            scored = self._score(shell.members.formed[0], gather(results))
+            if scored is not None:
+                return {**combine(results), **scored}
             shell.await_rest()
-            complete = self._evaluate()
+
+    def divide(self, what: Literal["evaluate", "predict"], batches: Sequence[int]) -> list[Any]:
+        """What the workers make of each batch, in order; each batch is done by one of them."""
+        shell = self.coordinator
+        self._results.clear()
+        while missing := [batch for batch in batches if batch not in self._results]:
+            shell.await_rest()
+            self._ask(what, missing)
             shell.await_rest()
             shell.failures.evaluating = False
-            if complete:
-                shell.failures.evaluated()
-                results = [item for part in self._results.values() for item in part]
-                scored = self._score(shell.members.formed[0], gather(results))
-                if scored is not None:
-                    return {**combine(results), **scored}
+        shell.failures.evaluated()
+        return [self._results[batch] for batch in batches]
 
-    def _evaluate(self) -> bool:
-        """Divide the batches, and wait; whether all were evaluated by those who were asked."""
-        shell, plan = self.coordinator, self.coordinator.plan
+    def _ask(self, what: str, batches: Sequence[int]) -> None:
+        """Divide batches among those who rest, and wait until they have done them, or one died."""
+        shell = self.coordinator
         seats, epoch = shell.members.formed, shell.control.epoch
-        total = batch_count(plan.eval_samples, plan.eval_batch_size)
         self._round += 1
-        self._results.clear()
         shell.failures.evaluating = True
         for rank, seat in enumerate(seats):
             shell.control.forget_shard(seat)
-            batches = list(range(rank, total, len(seats)))
-            shell.tell(seat, {"op": "evaluate", "round": self._round, "batches": batches})
+            mine = list(batches[rank :: len(seats)])
+            shell.tell(seat, {"op": what, "round": self._round, "batches": mine})
         shell.decide(membership.Resumed())
-        while shell.control.epoch == epoch and len(self._results) < len(seats):
+        while shell.control.epoch == epoch and not shell.members.all_rest:
             shell.listen()
             shell.watch()
-        return shell.control.epoch == epoch
 
     def _score(self, seat: int, outputs: Outputs) -> dict[str, float] | None:
         """The metrics of all outputs together, and at the end the baseline; None: `seat` died."""

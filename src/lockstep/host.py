@@ -115,8 +115,13 @@ class Host:
         self._exits: dict[int, int] = {}
 
     @classmethod
-    def start(cls, source: Source, settings: dict[str, Any]) -> Host:
-        """Start a nursery and have it load the task."""
+    def start(
+        cls, source: Source, settings: dict[str, Any], records: dict[str, Any] | None = None
+    ) -> Host:
+        """Start a nursery and have it load the task.
+
+        `records` says which file takes the place of its data: `{"path", "keep"}`.
+        """
         ours, theirs = Channel.pair()
         environment = dict(os.environ)
         numerics.set_environment(settings.get("numerics", "native"), environment)
@@ -138,6 +143,7 @@ class Host:
             "args": dict(source.args),
             "code": source.code,
             "settings": settings,
+            "records": records,
             "folder": os.getcwd(),
             "path": [entry or os.getcwd() for entry in sys.path],
         }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.errors import JobError
+from lockstep.errors import JobError, TaskError
 from lockstep.faults import Fault
 
 if TYPE_CHECKING:
@@ -90,6 +90,28 @@ class Task:
         Called in one worker after the last step; shown beside the metrics. Default: nothing.
         """
         return {}
+
+    def from_record(self, record: Mapping[str, Any]) -> Any:
+        """A record of a file to predict from, as a sample: what `collate` takes.
+
+        A record is a row of a JSONL or Parquet file, its columns by name.
+        """
+        raise TaskError(
+            f"{type(self).__name__} does not say what a record is",
+            expected="Task.from_record(record): the sample that a row of the file stands for",
+            fix="define it beside Task.predict",
+        )
+
+    def predict(self, model: nn.Module, batch: Any) -> Sequence[Mapping[str, Any]]:
+        """What is predicted of a batch of samples: for each a row of what JSON can hold.
+
+        Called as `metrics` is, with what `collate` makes of samples.
+        """
+        raise TaskError(
+            f"{type(self).__name__} does not say what it predicts",
+            expected="Task.predict(model, batch): a list with a mapping for each sample",
+            fix="define it, beside Task.from_record",
+        )
 
     def collate(self, samples: list[Any]) -> Any:
         """Samples to a batch; the default is torch's `default_collate`."""

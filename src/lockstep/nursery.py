@@ -28,6 +28,7 @@ from lockstep import numerics
 from lockstep.channel import Channel, Closed, Message
 from lockstep.errors import DataError, LockstepError, TaskError, to_message
 from lockstep.processes import die_with_parent, own_file_positions
+from lockstep.records import samples_of
 from lockstep.source import Source, code_digest, resolve
 
 if TYPE_CHECKING:
@@ -86,8 +87,11 @@ class Nursery:
         seed_everything(seed)
         self.model = self.task.model()
         check_model(self.model)
-        self.train = self.task.train_data()
-        self.held_out = self.task.eval_data()
+        if request["records"] is None:
+            self.train, self.held_out = self.task.train_data(), self.task.eval_data()
+        else:
+            samples: Any = samples_of(self.task, request["records"])  # indexed like any Dataset
+            self.train = self.held_out = samples
         train, held_out = _length(self.train, "train_data"), 0
         if self.held_out is not None:
             held_out = _length(self.held_out, "eval_data")

@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,19 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
 from lockstep.data import Loader, make_fetch
-from lockstep.evaluate import baseline, evaluate_batches, score
 from lockstep.faults import FaultScript
+from lockstep.held_out import (
+    Inference,
+    baseline,
+    batch_range,
+    evaluate_batches,
+    predict_batches,
+    score,
+)
 from lockstep.job import Task
 from lockstep.layout import own_blocks
 from lockstep.owner import Owner
+from lockstep.records import Samples
 from lockstep.sampling import Sampling, home_shards
 from lockstep.schedule import Schedule
 from lockstep.state import SharedState, build
@@ -125,8 +134,8 @@ class Worker:
                     self.run(message["todo"])
                 case "run":
                     self.run()
-                case "evaluate":
-                    self.evaluate(message)
+                case "evaluate" | "predict":
+                    self.infer(message)
                 case "score":
                     self.score(message)
                 case "stop":
@@ -175,27 +184,39 @@ class Worker:
             return
         self.channel.send({"event": "idle", "step": self.step})
 
-    def evaluate(self, message: Message) -> None:
-        """Evaluate the given held-out batches and send their sums."""
-        self.doing = "evaluating"
+    def infer(self, message: Message) -> None:
+        """Evaluate or predict the given held-out batches; send what comes of each, then rest."""
+        self.doing = "evaluating" if message["op"] == "evaluate" else "predicting"
         begun = time.perf_counter()
         if self.faults:
             self.faults.at("evaluate", self.step)
         session, plan = self.session, self.session.plan
         assert session.held_out is not None
-        results = evaluate_batches(
-            session.task,
-            self.shared,
-            make_fetch(session.task, session.held_out, plan["seed"]),
-            message["batches"],
-            samples=plan["eval_samples"],
-            batch_size=plan["eval_batch_size"],
-            seed=plan["seed"],
-            autocast=plan["precision"] == "bf16",
-            beat=lambda batch: self.control.beat(self.seat, batch),
-        )
+        fetch = make_fetch(session.task, session.held_out, plan["seed"])
+        size = {"samples": plan["eval_samples"], "batch_size": plan["eval_batch_size"]}
+        autocast = plan["precision"] == "bf16"
+        with Inference(self.shared, plan["seed"], autocast=autocast) as inference:
+            batches = self._one_by_one(message["batches"])
+            if message["op"] == "evaluate":
+                for sums in evaluate_batches(session.task, inference, fetch, batches, **size):
+                    self._answer(message, sums["batch"], sums)
+            else:
+                assert isinstance(session.held_out, Samples)
+                for batch, rows in predict_batches(session.task, inference, fetch, batches, **size):
+                    indices = batch_range(batch, **size)
+                    self._answer(message, batch, session.held_out.beside(indices, rows))
         self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
-        self.channel.send({"event": "evaluated", "round": message["round"], "results": results})
+        self.channel.send({"event": "inferred", "round": message["round"]})
+
+    def _one_by_one(self, batches: list[int]) -> Iterator[int]:
+        for batch in batches:
+            self.control.beat(self.seat, batch)
+            yield batch
+
+    def _answer(self, message: Message, batch: int, result: Any) -> None:
+        self.channel.send(
+            {"event": "batch", "round": message["round"], "batch": batch, "result": result}
+        )
 
     def score(self, message: Message) -> None:
         """Score the gathered outputs, and the baseline if asked, and send the numbers."""

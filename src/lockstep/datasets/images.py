@@ -108,30 +108,10 @@ def _either(folder: Path, name: str) -> Path | None:
 def _read_split(
     folder: Path, classes: tuple[str, ...], size: int, color: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError(
-            "an image folder needs Pillow to read it",
-            expected="the package Pillow",
-            found="no such package",
-            fix="pip install 'lockstep-dlp[images]'",
-        ) from None
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted((folder / name).glob("*")):
-            try:
-                with Image.open(path) as image:
-                    scaled = image.convert("RGB" if color else "L").resize((size, size))
-            except OSError as error:
-                raise DataError(
-                    f"{path} is not an image",
-                    expected="a format that Pillow reads",
-                    found=str(error),
-                    fix="take it out of the folder",
-                ) from error
-            pixels = np.asarray(scaled, np.uint8)
-            images.append(pixels.transpose(2, 0, 1) if color else pixels[None])
+            images.append(read_image(path, size, color))
             labels.append(label)
     if not images:
         raise DataError(
@@ -141,6 +121,35 @@ def _read_split(
             fix="train/ and test/ need folders of the same names",
         )
     return np.stack(images), np.array(labels, np.int64)
+
+
+def read_image(path: Path, size: int, color: bool) -> NDArray[np.uint8]:
+    """An image file, scaled to `[3 or 1, size, size]`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError(
+            "image files need Pillow",
+            expected="the package Pillow",
+            found="no such package",
+            fix="pip install 'lockstep-dlp[images]'",
+        ) from None
+    try:
+        with Image.open(path) as image:
+            scaled = image.convert("RGB" if color else "L").resize((size, size))
+    except OSError as error:
+        raise DataError(
+            f"{path} is not an image",
+            expected="a format that Pillow reads",
+            found=str(error),
+            fix="leave it out",
+        ) from error
+    pixels = np.asarray(scaled, np.uint8)
+    return pixels.transpose(2, 0, 1) if color else pixels[None]
 
 
 def _checked(arrays: dict[str, Any], classes: tuple[str, ...], source: str | Path) -> Images:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class Clicks(Task):
 
     def __init__(self, data: str | None = None, label: str = "income", width: int = 16) -> None:
         self.data, self.label, self.width = data, label, width
+        self.ranges: Ranges = {}
 
     @functools.cached_property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,7 +95,8 @@ class Clicks(Task):
             )
         # The legacy generator is the one whose stream NumPy promises never to change (NEP 19).
         held_out = np.random.RandomState(0).permutation(len(found)) < len(found) // HELD_OUT
-        features = torch.from_numpy(hashed(table, ~held_out))
+        self.ranges = ranges_of(table, ~held_out)
+        features = torch.from_numpy(hashed(table, self.ranges))
         return features, torch.from_numpy(found == values[1]).float(), torch.from_numpy(held_out)
 
     def model(self) -> nn.Module:
@@ -152,23 +155,50 @@ class Clicks(Task):
         right = ((odds > 0) == (answers > 0)).double().mean().item()
         return {"auc": auc(odds, answers > 0), "accuracy": right}
 
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+        """A row, from the columns of the table but the label: its buckets, `[fields]`."""
+        assert self.rows is not None  # the ranges are those of the rows to learn from
+        missing = [name for name in self.ranges if name not in record]
+        try:
+            row = {name: [str(record[name])] for name in self.ranges}
+            return torch.from_numpy(hashed(row, self.ranges))[0]
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                "a record is not a row of the table",
+                expected=f"the columns {', '.join(self.ranges)}",
+                found=f"none of {', '.join(missing)}" if missing else str(error),
+            ) from None
+
     def predict(self, model: nn.Module, features: torch.Tensor) -> list[dict[str, Any]]:
         """For each row of buckets (`[n, fields]`), the probability of a yes."""
-        with torch.no_grad():
-            return [{"probability": p} for p in model(features).sigmoid().tolist()]
+        return [{"probability": p} for p in model(features).sigmoid().tolist()]
 
 
-def hashed(table: Table, known: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """A bucket for each value of a table, `[rows, columns]`; many numbers become few ranges, which
-    are chosen by the rows that are `known`."""
-    columns = []
+Ranges = dict[str, NDArray[np.float64] | None]
+"""By column: where its ranges end; None: its values are categories as they are."""
+
+
+def ranges_of(table: Table, known: NDArray[np.bool_]) -> Ranges:
+    """Into which ranges columns of many numbers are cut, by the rows that are `known`."""
+    ranges: Ranges = {}
     for name, values in table.items():
         numbers = numbers_of(values) if len(set(values)) > QUANTILES else None
+        ranges[name] = None
         if numbers is not None:
             # Ranges of equal counts, and of equally many values where most rows have the same.
             rows, cuts = np.array(numbers)[known], np.linspace(0, 1, QUANTILES + 1)[1:-1]
             edges = [np.quantile(rows, cuts), np.quantile(np.unique(rows), cuts)]
-            places = np.searchsorted(np.unique(np.concatenate(edges)), numbers, side="left")
+            ranges[name] = np.unique(np.concatenate(edges))
+    return ranges
+
+
+def hashed(table: Table, ranges: Ranges) -> NDArray[np.int64]:
+    """A bucket for each value of a table, `[rows, columns]`."""
+    columns = []
+    for name, edges in ranges.items():
+        values = table[name]
+        if edges is not None:
+            places = np.searchsorted(edges, np.array(values, dtype=float), side="left")
             values = places.astype(str).tolist()
         buckets = {value: zlib.crc32(f"{name}={value}".encode()) % BUCKETS for value in set(values)}
         columns.append([buckets[value] for value in values])

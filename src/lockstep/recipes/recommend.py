@@ -10,6 +10,7 @@ every user (leave one out), and its rank is among all films that the user has no
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -155,13 +156,24 @@ class Recommend(Task):
         values = ranking(unseen(taken.repeat(len(items), 1), seen), items)
         return {name: value.double().mean().item() for name, value in values.items()}
 
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+        """A user, from `user`: one of the ratings' `user_id`."""
+        names = self.ratings.user_names
+        user = str(record.get("user"))
+        if user not in names:
+            raise DataError(
+                f"there is no user {user} in the ratings",
+                expected='{"user": one of the ratings\' user_id}',
+                found=f"the columns {', '.join(record)}",
+            )
+        return torch.tensor(names.index(user))
+
     def predict(self, model: nn.Module, users: torch.Tensor) -> list[dict[str, Any]]:
         """For each of the users (`[n]`, numbers of the data), the `TOP` items that come next."""
         known = [self.histories[user] for user in users.tolist()]
         before = torch.stack([F.pad(h[-LENGTH:], (LENGTH - min(len(h), LENGTH), 0)) for h in known])
         seen = nn.utils.rnn.pad_sequence(known, batch_first=True, padding_value=PADDING)
-        with torch.no_grad():
-            best = unseen(model(users, before), seen).topk(TOP).indices
+        best = unseen(model(users, before), seen).topk(TOP).indices
         names = self.ratings.item_names
         return [
             {"user": self.ratings.user_names[user], "items": [names[item - 1] for item in items]}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
 from lockstep.datasets import load_fashion_mnist
-from lockstep.datasets.images import Images, read_images
+from lockstep.datasets.images import Images, read_image, read_images
+from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
 from lockstep.recipes.mnist import nearest_mean
 
@@ -147,10 +150,21 @@ class Vision(Task):
         """The accuracy of taking the class whose mean image is nearest."""
         return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+        """An image, from `image`: the path of a file that Pillow reads. uint8, `[channels, height,
+        width]`; it is scaled, and made grey, as the images of the training set are."""
+        channels, _, size = self.images.train_images.shape[1:]
+        if "image" not in record:
+            raise DataError(
+                "a record is not an image",
+                expected='{"image": "path/of/a/file.png"}',
+                found=f"the columns {', '.join(record)}",
+            )
+        return torch.tensor(read_image(Path(record["image"]), size, channels == 3))
+
     def predict(self, model: nn.Module, images: torch.Tensor) -> list[dict[str, Any]]:
         """For each of the images (uint8, `[n, channels, height, width]`), the likeliest class."""
-        with torch.no_grad():
-            best = model(_scaled(images)).softmax(dim=1).max(dim=1)
+        best = model(_scaled(images)).softmax(dim=1).max(dim=1)
         return [
             {"class": self.images.classes[label], "probability": probability}
             for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,54 +34,104 @@ def batch_count(samples: int, batch_size: int) -> int:
     return math.ceil(samples / batch_size)
 
 
+class Inference:
+    """A model that computes without learning: with the committed parameters and buffers.
+
+    Use it as a context manager; the model is in training mode again afterwards.
+    """
+
+    def __init__(self, shared: SharedState, seed: int, *, autocast: bool) -> None:
+        self.model, self.seed = shared.model, seed
+        self._committed = shared.committed
+        self._buffers = PrivateBuffers(shared.model, shared.buffers)
+        self._contexts = contextlib.ExitStack()
+        self._autocast = autocast
+
+    def __enter__(self) -> Inference:
+        self._contexts.enter_context(torch.no_grad())
+        if self._autocast:
+            self._contexts.enter_context(torch.autocast("cpu", torch.bfloat16))
+        self._contexts.callback(self.model.train)
+        self.model.eval()
+        self._modes = Modes(self.model)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._contexts.close()
+
+    def afresh(self, purpose: str, batch: int) -> None:
+        """Be as before the first batch: what computes one may change buffers and modes."""
+        seed_everything(derive(self.seed, purpose, batch))
+        self._buffers.restore(self._committed)
+        self._modes.restore()
+
+
 def evaluate_batches(
     task: Task,
-    shared: SharedState,
+    inference: Inference,
     fetch: Fetch,
     batches: Iterable[int],
     *,
     samples: int,
     batch_size: int,
-    seed: int,
-    autocast: bool,
-    beat: Callable[[int], None],
-) -> list[BatchSums]:
-    """The sums of the given batches, with the committed parameters and buffers.
+) -> Iterator[BatchSums]:
+    """The sums and outputs of the given batches."""
+    model = inference.model
+    for index in batches:
+        rows = batch_range(index, samples, batch_size)
+        batch = fetch(-1, rows)
+        inference.afresh("eval", index)
+        sums = _sums(task.metrics(model, batch), len(rows))
+        inference.afresh("outputs", index)
+        outputs = {
+            name: _listed(name, value, len(rows))
+            for name, value in task.outputs(model, batch).items()
+        }
+        yield {"batch": index, "samples": len(rows), "sums": sums, "outputs": outputs}
 
-    `beat` is called with each batch's index before it is evaluated.
-    """
-    model = shared.model
-    buffers = PrivateBuffers(model, shared.buffers)
-    precision: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if autocast:
-        precision = torch.autocast("cpu", torch.bfloat16)
-    model.eval()
-    modes = Modes(model)
-    results = []
-    try:
-        with torch.no_grad(), precision:
-            for index in batches:
-                beat(index)
-                start, stop = index * batch_size, min((index + 1) * batch_size, samples)
-                batch = fetch(-1, range(start, stop))
-                seed_everything(derive(seed, "eval", index))
-                buffers.restore(shared.committed)  # metrics may change them: each batch its own
-                modes.restore()
-                values = task.metrics(model, batch)
-                sums = _sums(values, stop - start)
-                seed_everything(derive(seed, "outputs", index))
-                buffers.restore(shared.committed)
-                modes.restore()
-                outputs = {
-                    name: _listed(name, value, stop - start)
-                    for name, value in task.outputs(model, batch).items()
-                }
-                results.append(
-                    {"batch": index, "samples": stop - start, "sums": sums, "outputs": outputs}
-                )
-    finally:
-        model.train()
-    return results
+
+def predict_batches(
+    task: Task,
+    inference: Inference,
+    fetch: Fetch,
+    batches: Iterable[int],
+    *,
+    samples: int,
+    batch_size: int,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """For each of the given batches its number, and a row of predictions per sample."""
+    for index in batches:
+        rows = batch_range(index, samples, batch_size)
+        batch = fetch(-1, rows)
+        inference.afresh("predict", index)
+        yield index, _rows(task.predict(inference.model, batch), len(rows))
+
+
+def _rows(found: object, samples: int) -> list[dict[str, Any]]:
+    """What `Task.predict` returned, if it can be written down."""
+    problem = ""
+    if not isinstance(found, Sequence) or not all(isinstance(row, Mapping) for row in found):
+        problem = repr(type(found))
+    elif len(found) != samples:
+        problem = f"{len(found)} rows"
+    else:
+        try:
+            json.dumps(found)
+        except (TypeError, ValueError) as error:
+            problem = str(error)
+    if problem:
+        raise TaskError(
+            "Task.predict did not return a row for each sample",
+            expected=f"a list of {samples} mappings of what JSON can hold",
+            found=problem,
+            fix='return, for instance, [{"label": n} for n in logits.argmax(1).tolist()]',
+        )
+    return [dict(row) for row in found]  # type: ignore[attr-defined]  # a sequence, as it was seen
+
+
+def batch_range(index: int, samples: int, batch_size: int) -> range:
+    """The samples of a batch of the fixed grid."""
+    return range(index * batch_size, min((index + 1) * batch_size, samples))
 
 
 def _sums(values: object, samples: int) -> dict[str, float]:

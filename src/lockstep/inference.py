@@ -1,0 +1,274 @@
+"""Jobs besides training, with a run's model: evaluate it anew, or predict from a file of records.
+
+Both are divided among workers like training, with the same bits for any number of them and the same
+tolerance of deaths. Predictions stream into a file in the order of the records, and an attempt that
+was cut short is gone on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from lockstep.coordinator import Coordinator, Schedule
+from lockstep.desk import Desk
+from lockstep.errors import IntegrityError, RunFolderError, StoppedError
+from lockstep.held_out import batch_count
+from lockstep.host import Host
+from lockstep.job import Task
+from lockstep.manifest import differences, recorded_source
+from lockstep.planning import Plan
+from lockstep.progress import Progress
+from lockstep.rowfile import RowFile
+from lockstep.runfolder import RunFolder
+from lockstep.sink import NullSink
+
+AT_ONCE = 8
+"""Batches per worker that are asked for together."""
+NOTE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate` found."""
+
+    metrics: dict[str, float]
+    baseline: dict[str, float]
+    step: int
+    """After how many steps the model was taken."""
+    samples: int
+    workers: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What `predict` has done."""
+
+    out: Path
+    records: int
+    resumed_at: int
+    """How many records an earlier attempt had done."""
+    step: int
+    """After how many steps the model was taken."""
+    workers: int
+    deaths: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+class _Heard(NullSink):
+    """Keeps what an evaluation or a prediction says."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.baseline: dict[str, float] = {}
+        self.deaths = 0
+
+    def event(self, name: str, **fields: Any) -> None:
+        if name == "baseline":
+            self.baseline = fields["metrics"]
+        self.deaths += name == "died"
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A run's model, as its newest good checkpoint has it."""
+
+    manifest: dict[str, Any]
+    checkpoint: Checkpoint
+    notes: tuple[str, ...]
+
+    def plan(self, workers: int | None, **changes: Any) -> Plan:
+        """The run's plan without its steps."""
+        plan = Plan.from_message(self.manifest["plan"])
+        count = workers or plan.workers
+        return dataclasses.replace(
+            plan, steps=0, workers=count, seats=count, shards=max(count, plan.shards),
+            faults=(), audit=0.0, loaders=None, **changes,
+        )  # fmt: skip
+
+    def load_into(self, host: Host) -> None:
+        assert host.layout is not None
+        self.checkpoint.load_into(host.layout, host.state)
+
+
+def _newest(run: str | Path) -> _Model:
+    """The newest good checkpoint of a run.
+
+    Raises:
+        RunFolderError: it has none.
+    """
+    folder = RunFolder.open(run)
+    manifest, notes = folder.read_manifest(), []
+    for path in list_checkpoints(folder.checkpoints):
+        try:
+            checkpoint = open_checkpoint(path)
+        except IntegrityError as error:
+            notes.append(f"{error.what}: passed over")
+            continue
+        if not folder.result_path.exists():
+            notes.append(f"the run has not finished: the model after {path.name} is used")
+        return _Model(manifest=manifest, checkpoint=checkpoint, notes=tuple(notes))
+    raise RunFolderError(
+        f"{run} has no good checkpoint",
+        found="; ".join(notes) or "none at all",
+        fix=f"lockstep resume {run}",
+    )
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    workers: int | None = None,
+    args: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+) -> Evaluated:
+    """Evaluate a run's model on its task's held-out data.
+
+    Args:
+        run: the run folder.
+        workers: how many workers; default: as many as the run had. The numbers do not depend on it.
+        args: arguments of the task to be changed, such as `{"data": path}` where it takes one.
+        task: the task, where the run was given an object and not a name.
+
+    Raises:
+        RunFolderError: there is no model.
+        LockstepError: the task cannot be evaluated.
+    """
+    model = _newest(run)
+    source = recorded_source(model.manifest, task, Path(run))
+    source = dataclasses.replace(source, args={**source.args, **(args or {})})
+    heard, desk = _Heard(), Desk()
+    with desk, Host.start(source, {**model.manifest["job"]}) as host:
+        facts = host.loaded()
+        if not facts["eval_samples"]:
+            raise RunFolderError(
+                f"the task of {run} has no held-out data",
+                expected="a data set from Task.eval_data",
+                fix="define it, and evaluate with the changed task",
+            )
+        plan = model.plan(workers, eval_samples=facts["eval_samples"])
+        host.set_up(plan)
+        model.load_into(host)
+        desk.take_signals()
+        schedule = Schedule(steps=0, steps_per_epoch=1, evaluate=True)
+        Coordinator(host, plan, schedule, heard, requests=desk.take).run()
+    return Evaluated(
+        metrics=heard.metrics,
+        baseline=heard.baseline,
+        step=model.checkpoint.step,
+        samples=plan.eval_samples,
+        workers=plan.workers,
+        notes=(*model.notes, *differences(model.manifest, facts)),
+    )
+
+
+def predict(
+    run: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    keep: Sequence[str] = (),
+    workers: int | None = None,
+    batch_size: int | None = None,
+    task: Task | None = None,
+    quiet: bool = True,
+) -> Predicted:
+    """Predict from a file of records with a run's model, into a file of rows in the same order.
+
+    Args:
+        run: the run folder. Its task has to define `from_record` and `predict`.
+        data: a file of JSON lines, or a Parquet file (`*.parquet`).
+        out: the file to be made, JSON lines or Parquet by its name. Where an earlier attempt with
+            the same model, data and settings was cut short, its rows are kept and it is gone on.
+        keep: columns of the records that go into the rows, before the predictions.
+        workers: how many workers; default: as many as the run had. The rows do not depend on it.
+        batch_size: records at a time; default: the run's `eval_batch_size`.
+        task: the task, where the run was given an object and not a name.
+        quiet: no progress on stderr.
+
+    Raises:
+        RunFolderError: there is no model, or `out` exists.
+        DataError: a record cannot be used.
+        StoppedError: somebody asked to stop; the same call goes on.
+    """
+    begun = time.monotonic()
+    model = _newest(run)
+    source = recorded_source(model.manifest, task, Path(run))
+    heard, desk = _Heard(), Desk()
+    records = {"path": str(Path(data).absolute()), "keep": list(keep)}
+    settings = {**model.manifest["job"]}
+    with desk, Host.start(source, settings, records=records) as host:
+        facts = host.loaded()
+        size = batch_size or model.manifest["plan"]["eval_batch_size"]
+        plan = model.plan(workers, eval_samples=facts["eval_samples"], eval_batch_size=size)
+        host.set_up(plan)
+        model.load_into(host)
+        identity = {
+            "model": model.checkpoint.manifest["fingerprint"],
+            "data": blake3().update_mmap(data).hexdigest(),
+            "code": facts["code"],
+            "batch_size": size,
+            "keep": list(keep),
+        }
+        with (
+            RowFile(Path(out), identity) as rows,
+            Progress(enabled=not quiet, steps=0, name="predict") as display,
+        ):
+            first = rows.rows
+            desk.take_signals()
+            schedule = Schedule(steps=0, steps_per_epoch=1)
+            coordinator = Coordinator(host, plan, schedule, heard, requests=desk.take)
+            try:
+                coordinator.run_at_rest(lambda: _predict_all(coordinator, rows, display))
+            except StoppedError as error:
+                raise StoppedError(
+                    f"{error.what}, after {rows.rows} of {plan.eval_samples} records",
+                    fix="the same command goes on from there",
+                ) from None
+            rows.finish()
+    return Predicted(
+        out=Path(out),
+        records=plan.eval_samples,
+        resumed_at=first,
+        step=model.checkpoint.step,
+        workers=plan.workers,
+        deaths=heard.deaths,
+        seconds=time.monotonic() - begun,
+        notes=(*model.notes, *differences(model.manifest, {**facts, **_of_run(model)})),
+    )
+
+
+def _of_run(model: _Model) -> dict[str, Any]:
+    """The training set was not loaded, so it cannot be compared."""
+    return {"train_samples": model.manifest["plan"]["train_samples"]}
+
+
+def _predict_all(coordinator: Coordinator, rows: RowFile, display: Progress) -> None:
+    """Predict the batches that are not in the file yet, some at a time."""
+    plan = coordinator.plan
+    total = batch_count(plan.eval_samples, plan.eval_batch_size)
+    some = AT_ONCE * plan.workers
+    begun = noted = time.monotonic()
+    first = rows.rows
+    for start in range(rows.rows // plan.eval_batch_size, total, some):
+        coordinator.check_stop()
+        batches = range(start, min(start + some, total))
+        for found in coordinator.evaluation.divide("predict", batches):
+            rows.add(found)
+        now = time.monotonic()
+        if now - noted >= NOTE_SECONDS:
+            rate = (rows.rows - first) / (now - begun)
+            display.note(f"{rows.rows:,} of {plan.eval_samples:,} records, {rate:,.0f} a second")
+            noted = now

@@ -1,0 +1,166 @@
+"""Records: the rows of a JSONL or Parquet file, by number, as predictions take them."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lockstep.errors import DataError
+
+if TYPE_CHECKING:
+    from lockstep.job import Task
+
+Record = dict[str, Any]
+PARQUET = (".parquet", ".pq")
+
+
+class Records(Protocol):
+    """Rows with named columns. May be used in forks of the process that opened them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class JsonLines:
+    """A file with a JSON object per line. Empty lines do not count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._fd = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._fd)
+            ends = np.cumsum([len(line) for line in file], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+        filled = [bool(self._read(a, b).strip()) for a, b in zip(starts, ends, strict=False)]
+        self._lines = np.flatnonzero(filled) + 1
+        self._starts, self._ends = starts[filled], ends[filled]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            record = json.loads(self._read(self._starts[index], self._ends[index]))
+        except ValueError as error:
+            raise self._unusable(index, str(error)) from None
+        if not isinstance(record, dict):
+            raise self._unusable(index, f"a {type(record).__name__}")
+        return record
+
+    def _read(self, start: int, end: int) -> bytes:
+        return os.pread(self._fd, int(end - start), int(start))  # forks share a file's position
+
+    def _unusable(self, index: int, found: str) -> DataError:
+        return DataError(
+            f"{self.path}, line {self._lines[index]} cannot be used",
+            expected='a JSON object, such as {"text": "good"}',
+            found=found,
+            fix="mend the line, or leave it out",
+        )
+
+
+class ParquetRows:
+    """A Parquet file's rows, read a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        parquet = pyarrow("parquet")
+        self.path = path
+        metadata = parquet.read_metadata(path)
+        counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._group, self._rows = -1, []  # type: tuple[int, list[Record]]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Record:
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        if group != self._group:
+            with pyarrow("parquet").ParquetFile(self.path) as file:
+                table = file.read_row_group(group, use_threads=False)
+            self._group, self._rows = group, table.to_pylist()
+        return self._rows[index - int(self._ends[group]) + len(self._rows)]
+
+
+def open_records(path: str | Path) -> Records:
+    """The records of a file, by its name's ending.
+
+    Raises:
+        DataError: it cannot be read, or has no rows.
+    """
+    path = Path(path)
+    try:
+        records = ParquetRows(path) if path.suffix in PARQUET else JsonLines(path)
+    except (OSError, ValueError) as error:  # what pyarrow raises is one of these
+        raise DataError(
+            f"{path} cannot be read",
+            expected="a file of JSON lines, or a Parquet file named *.parquet",
+            found=str(error),
+        ) from None
+    if not len(records):
+        raise DataError(f"{path} has no records", expected="at least one")
+    return records
+
+
+def samples_of(task: Task, request: Mapping[str, Any]) -> Samples:
+    """The samples of a file of records, `{"path", "keep"}`."""
+    return Samples(task, open_records(request["path"]), request["keep"])
+
+
+class Samples:
+    """What a task makes of records: a data set for `collate`."""
+
+    def __init__(self, task: Task, records: Records, keep: Sequence[str]) -> None:
+        self.task, self.records, self.keep = task, records, keep
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.task.from_record(self.records[index])
+
+    def beside(self, indices: Sequence[int], rows: Sequence[Record]) -> list[Record]:
+        """Rows of predictions, with the columns of the records that are kept before them.
+
+        Raises:
+            DataError: a record does not have one of them, or it is predicted as well.
+        """
+        return [{**self._kept(index, row), **row} for index, row in zip(indices, rows, strict=True)]
+
+    def _kept(self, index: int, row: Record) -> Record:
+        if not self.keep:
+            return {}
+        record = self.records[index]
+        wrong = [name for name in self.keep if name not in record or name in row]
+        if wrong:
+            raise DataError(
+                f"record {index} cannot be kept beside its predictions",
+                expected="columns that it has, and that are not predicted",
+                found=", ".join(wrong),
+            )
+        return {name: record[name] for name in self.keep}
+
+
+def pyarrow(module: str) -> Any:
+    """A module of pyarrow.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(f"pyarrow.{module}")
+    except ImportError as error:
+        raise DataError(
+            "Parquet files need pyarrow",
+            found=str(error),
+            fix="pip install 'lockstep-dlp[parquet]', or use JSON lines",
+        ) from None

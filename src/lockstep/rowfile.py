@@ -1,0 +1,167 @@
+"""Rows on their way into a file, in order, to be gone on with after a crash.
+
+They are written as JSON lines to `NAME.part`, and `NAME.part.json` says how many are good and what
+they are predictions of. When all are there, the file gets its name, or becomes a Parquet file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lockstep.checkpoint import write_json
+from lockstep.errors import DataError, RunFolderError, disk_errors
+from lockstep.records import PARQUET, JsonLines, pyarrow
+from lockstep.runfolder import plain
+
+JOURNAL_SECONDS = 1.0
+"""At most so much work is lost with the process."""
+CHUNK = 1 << 14
+"""Rows that are turned into a Parquet row group at a time."""
+
+
+class RowFile:
+    """The file of one prediction. Use it as a context manager."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        """`identity` is what the rows depend on: another one's rows are not gone on with.
+
+        Raises:
+            RunFolderError: the file exists, is being written, or was begun by another prediction.
+        """
+        self.path, self.identity = path, identity
+        self._part = path.with_name(path.name + ".part")
+        self._journal = path.with_name(path.name + ".part.json")
+        self.rows = 0
+        """How many are written."""
+        if path.exists():
+            raise RunFolderError(
+                f"{path} exists", expected="a name that is not taken", fix="choose another"
+            )
+        with disk_errors("the predictions"):
+            self._file = self._part.open("ab")
+        try:
+            self._go_on()
+        except BaseException:
+            self._file.close()
+            raise
+        self._journalled = time.monotonic()
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._file.closed:
+            try:
+                self._write_journal()
+            finally:
+                self._file.close()
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows."""
+        with disk_errors("the predictions"):
+            self._file.write(b"".join(json.dumps(plain(row)).encode() + b"\n" for row in rows))
+        self.rows += len(rows)
+        if time.monotonic() - self._journalled >= JOURNAL_SECONDS:
+            self._write_journal()
+
+    def finish(self) -> None:
+        """All rows are there: give the file its name."""
+        self._write_journal()
+        self._file.close()
+        with disk_errors("the predictions"):
+            if self.path.suffix in PARQUET:
+                made = self._part.with_suffix(".made")
+                write_parquet(self._part, made)
+                made.rename(self.path)
+                self._part.unlink()
+            else:
+                self._part.rename(self.path)
+            self._journal.unlink()
+
+    def _go_on(self) -> None:
+        """Take over what an earlier attempt has left, up to what its journal vouches for."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(
+                f"another process is writing {self._part}", fix="wait for it, or stop it"
+            ) from None
+        size = 0
+        if self._journal.exists():
+            known = self._read_journal()
+            if known.get("identity") != self.identity:
+                raise RunFolderError(
+                    f"{self._part} was begun with another model, other data or settings",
+                    expected=json.dumps(self.identity),
+                    found=json.dumps(known.get("identity")),
+                    fix=f"choose another name, or remove {self._part} and {self._journal}",
+                )
+            self.rows, size = known["rows"], known["bytes"]
+        os.ftruncate(self._file.fileno(), size)
+
+    def _read_journal(self) -> dict[str, Any]:
+        try:
+            known: dict[str, Any] = json.loads(self._journal.read_text())
+        except ValueError as error:
+            raise RunFolderError(
+                f"{self._journal} is not readable: {error}",
+                fix=f"remove it and {self._part}, and begin again",
+            ) from None
+        return known
+
+    def _write_journal(self) -> None:
+        with disk_errors("the predictions"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            done = {"rows": self.rows, "bytes": self._file.tell(), "identity": self.identity}
+            write_json(self._journal, done)
+        self._journalled = time.monotonic()
+
+
+def write_parquet(lines: Path, path: Path) -> None:
+    """JSON lines as a Parquet file; a column's type is one that all of its values have.
+
+    Raises:
+        DataError: a column has no such type.
+    """
+    arrow, parquet = pyarrow("lib"), pyarrow("parquet")
+    try:
+        schema = None
+        for table in _tables(lines, None):
+            schemas = [table.schema] if schema is None else [schema, table.schema]
+            schema = arrow.unify_schemas(schemas, promote_options="permissive")
+        with parquet.ParquetWriter(path, schema) as writer:
+            for table in _tables(lines, schema):
+                writer.write_table(table)
+    except arrow.ArrowException as error:
+        path.unlink(missing_ok=True)
+        raise DataError(
+            f"{lines} cannot become a Parquet file",
+            expected="values of one type in each column",
+            found=str(error),
+            fix=f"the predictions are in {lines}, as JSON lines",
+        ) from None
+
+
+def _tables(lines: Path, schema: Any) -> Iterator[Any]:
+    arrow = pyarrow("lib")
+    rows = JsonLines(lines)
+    for start in range(0, len(rows), CHUNK):
+        chunk = [rows[index] for index in range(start, min(start + CHUNK, len(rows)))]
+        names = (
+            schema.names if schema is not None else list(dict.fromkeys(n for r in chunk for n in r))
+        )
+        columns = {name: [row.get(name) for row in chunk] for name in names}
+        yield arrow.Table.from_pydict(columns, schema=schema)
