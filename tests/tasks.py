@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,30 @@ class Blobs(lockstep.Task):
             "loss": functional.cross_entropy(scores, batch[1], reduction="none"),
             "accuracy": scores.argmax(1) == batch[1],
         }
+
+
+class Predicts(Blobs):
+    """Predicts a class; a record may say when to do harm, and a mark says that it was done."""
+
+    def __init__(self, mark: str = "", number: int = signal.SIGKILL) -> None:
+        super().__init__()
+        self.mark, self.number = mark, number
+
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+        return torch.tensor(record["point"])
+
+    def predict(self, model: nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
+        if self.mark and not Path(self.mark).exists() and float(batch[0, 0]) == 99.0:
+            Path(self.mark).touch()
+            os.kill(os.getpid(), self.number)
+        scores = model(batch)
+        drawn = torch.rand(len(batch)).tolist()
+        return [
+            {"class": label, "scores": row, "drawn": value}
+            for label, row, value in zip(
+                scores.argmax(1).tolist(), scores.tolist(), drawn, strict=True
+            )
+        ]
 
 
 def blobs(count: int, seed: int) -> TensorDataset:

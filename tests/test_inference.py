@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import lockstep
 from lockstep.errors import DataError, JobError, RunFolderError, TaskError
-from lockstep.records import JsonLines, open_records
+from lockstep.records import open_records
 from lockstep.rowfile import RowFile, write_parquet
 from tests import command
-from tests.tasks import BATCH, Blobs, blobs
+from tests.tasks import BATCH, Blobs, Predicts, blobs
 
 RECORDS = 203
-
-
-class Predicts(Blobs):
-    """Predicts a class; a record may say when to do harm, and a mark says that it was done."""
-
-    def __init__(self, mark: str = "", number: int = signal.SIGKILL) -> None:
-        super().__init__()
-        self.mark, self.number = mark, number
-
-    def sample(self, record: dict[str, Any]) -> torch.Tensor:
-        return torch.tensor(record["point"])
-
-    def predict(self, model: nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
-        if self.mark and not Path(self.mark).exists() and float(batch[0, 0]) == 99.0:
-            Path(self.mark).touch()
-            os.kill(os.getpid(), self.number)
-        scores = model(batch)
-        drawn = torch.rand(len(batch)).tolist()
-        return [
-            {"class": label, "scores": row, "drawn": value}
-            for label, row, value in zip(
-                scores.argmax(1).tolist(), scores.tolist(), drawn, strict=True
-            )
-        ]
 
 
 def trained(task: lockstep.Task, out: str, **settings: Any) -> lockstep.Result:
@@ -105,10 +79,10 @@ def test_a_worker_that_dies_or_stops(number: int, run_folder: str, tmp_path: Pat
 class Fails(Predicts):
     """Cannot do what comes after record 150."""
 
-    def sample(self, record: dict[str, Any]) -> torch.Tensor:
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         if record["id"] == "é150":
             raise ValueError("not this one")
-        return super().sample(record)
+        return super().from_record(record)
 
 
 def test_what_was_cut_short_is_gone_on_with(run_folder: str, tmp_path: Path) -> None:
@@ -184,7 +158,7 @@ def test_records_that_cannot_be_used(lines: str, says: str, tmp_path: Path) -> N
     path = tmp_path / "records.jsonl"
     path.write_text(lines)
     with pytest.raises(DataError, match=says):
-        [open_records(path)[i] for i in range(len(JsonLines(path)))]
+        list(map(open_records(path).__getitem__, range(2)))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -214,7 +188,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    name = f"{Path(__file__)}:Predicts"
+    name = f"{command.TASKS}:Predicts"
     ran = command.lockstep(
         "run", name, "--workers=2", "--shards=2", "--threads=1", "--steps=5", "--batch-size=16",
         "--out=run", "--quiet", cwd=tmp_path,
@@ -231,5 +205,5 @@ def test_the_commands(tmp_path: Path) -> None:
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["samples"] == 30
     refused = command.lockstep("predict", "run", "points.jsonl", "--out=rows.jsonl", cwd=tmp_path)
-    assert refused.returncode == 1
+    assert refused.returncode == RunFolderError.exit_code
     assert "exists" in refused.stderr

@@ -17,9 +17,9 @@ from lockstep.control import Control
 from lockstep.layout import Range, merge_ranges
 from lockstep.memory import Segment
 
-COPY_BYTES_PER_SECOND = 8e9
+COPY_BYTES_PER_SECOND = 4e9
 """About what a worker copies in a second, beside others."""
-SHARE = 0.02
+SHARE = 0.01
 """The part of their time that workers may spend on the base."""
 LEAST_SECONDS = 0.05
 """Between two copies: what a worker's death in the middle of an update costs at most."""

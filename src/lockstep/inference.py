@@ -188,7 +188,7 @@ def predict(
     """Predict from a file of records with a run's model, into a file of rows in the same order.
 
     Args:
-        run: the run folder. Its task has to define `sample` and `predict`.
+        run: the run folder. Its task has to define `from_record` and `predict`.
         data: a file of JSON lines, or a Parquet file (`*.parquet`).
         out: the file to be made, JSON lines or Parquet by its name. Where an earlier attempt with
             the same model, data and settings was cut short, its rows are kept and it is gone on.

@@ -91,14 +91,14 @@ class Task:
         """
         return {}
 
-    def sample(self, record: Mapping[str, Any]) -> Any:
+    def from_record(self, record: Mapping[str, Any]) -> Any:
         """A record of a file to predict from, as a sample: what `collate` takes.
 
         A record is a row of a JSONL or Parquet file, its columns by name.
         """
         raise TaskError(
             f"{type(self).__name__} does not say what a record is",
-            expected="Task.sample(record): the sample that a row of the file stands for",
+            expected="Task.from_record(record): the sample that a row of the file stands for",
             fix="define it beside Task.predict",
         )
 
@@ -110,7 +110,7 @@ class Task:
         raise TaskError(
             f"{type(self).__name__} does not say what it predicts",
             expected="Task.predict(model, batch): a list with a mapping for each sample",
-            fix="define it, beside Task.sample",
+            fix="define it, beside Task.from_record",
         )
 
     def collate(self, samples: list[Any]) -> Any:

@@ -160,7 +160,7 @@ class Unit:
 
 PARTS = 256
 """A state is cut into about so many digest units, as long as they are of a sensible size."""
-UNIT_BYTES = (4 << 10, 1 << 20)
+UNIT_BYTES = (4 << 10, 128 << 10)
 """Bytes: the least and the largest size of a digest unit."""
 
 

@@ -90,7 +90,8 @@ class Nursery:
         if request["records"] is None:
             self.train, self.held_out = self.task.train_data(), self.task.eval_data()
         else:
-            self.train = self.held_out = samples_of(self.task, request["records"])
+            samples: Any = samples_of(self.task, request["records"])  # indexed like any Dataset
+            self.train = self.held_out = samples
         train, held_out = _length(self.train, "train_data"), 0
         if self.held_out is not None:
             held_out = _length(self.held_out, "eval_data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +35,7 @@ class JsonLines:
         self.path = path
         with path.open("rb") as file:
             self._fd = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._fd)
             ends = np.cumsum([len(line) for line in file], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
         filled = [bool(self._read(a, b).strip()) for a, b in zip(starts, ends, strict=False)]
@@ -122,7 +124,7 @@ class Samples:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Any:
-        return self.task.sample(self.records[index])
+        return self.task.from_record(self.records[index])
 
     def beside(self, indices: Sequence[int], rows: Sequence[Record]) -> list[Record]:
         """Rows of predictions, with the columns of the records that are kept before them.

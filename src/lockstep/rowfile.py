@@ -160,4 +160,8 @@ def _tables(lines: Path, schema: Any) -> Iterator[Any]:
     rows = JsonLines(lines)
     for start in range(0, len(rows), CHUNK):
         chunk = [rows[index] for index in range(start, min(start + CHUNK, len(rows)))]
-        yield arrow.Table.from_pylist(chunk, schema=schema)
+        names = (
+            schema.names if schema is not None else list(dict.fromkeys(n for r in chunk for n in r))
+        )
+        columns = {name: [row.get(name) for row in chunk] for name in names}
+        yield arrow.Table.from_pydict(columns, schema=schema)

@@ -155,7 +155,7 @@ class Clicks(Task):
         right = ((odds > 0) == (answers > 0)).double().mean().item()
         return {"auc": auc(odds, answers > 0), "accuracy": right}
 
-    def sample(self, record: Mapping[str, Any]) -> torch.Tensor:
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """A row, from the columns of the table but the label: its buckets, `[fields]`."""
         assert self.rows is not None  # the ranges are those of the rows to learn from
         missing = [name for name in self.ranges if name not in record]

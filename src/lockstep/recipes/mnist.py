@@ -125,7 +125,7 @@ class Mnist(Task):
         """The accuracy of taking the digit whose mean image is nearest."""
         return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
-    def sample(self, record: Mapping[str, Any]) -> torch.Tensor:
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """An image, from `pixels`: 784 numbers from 0 to 255, row by row."""
         import torch
 

@@ -156,7 +156,7 @@ class Recommend(Task):
         values = ranking(unseen(taken.repeat(len(items), 1), seen), items)
         return {name: value.double().mean().item() for name, value in values.items()}
 
-    def sample(self, record: Mapping[str, Any]) -> torch.Tensor:
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """A user, from `user`: one of the ratings' `user_id`."""
         names = self.ratings.user_names
         user = str(record.get("user"))

@@ -150,7 +150,7 @@ class Vision(Task):
         """The accuracy of taking the class whose mean image is nearest."""
         return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
-    def sample(self, record: Mapping[str, Any]) -> torch.Tensor:
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """An image, from `image`: the path of a file that Pillow reads. uint8, `[channels, height,
         width]`; it is scaled, and made grey, as the images of the training set are."""
         channels, _, size = self.images.train_images.shape[1:]
