@@ -149,11 +149,9 @@ class SparseTables:
 
 
 def keep_sparse(
-    name: str, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor, *, again: bool
+    name: str, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor
 ) -> None:
     """Keep a gradient that the model asks to be sparse, as `SparseTables.store` does.
-
-    `again`: the slot has a gradient already, and this one is added.
 
     Raises:
         TaskError: it is dense.
@@ -165,10 +163,6 @@ def keep_sparse(
             found="its weight is used elsewhere, too",
             fix="build the module with sparse=False",
         )
-    if again:
-        count = int(numbers[0])
-        before = numbers[1 : count + 1].clone(), home[:count].clone()
-        gradient = torch.sparse_coo_tensor(before[0][None], before[1], home.shape) + gradient
     gradient = gradient.coalesce()
     count = gradient._nnz()
     home[:count] = gradient._values()

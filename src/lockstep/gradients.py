@@ -36,10 +36,13 @@ class SlotWriter:
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
         self.tables = SparseTables(shared.tables)
-        self._asked = {index for index, table in shared.tables.items() if table.asked}
+        self._sparse: list[tuple[int, nn.Parameter]] = []
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
-            if parameter.numel() < EARLY and index not in shared.tables:
+            table = shared.tables.get(index)
+            if table is not None and table.asked:
+                self._sparse.append((index, parameter))
+            elif parameter.numel() < EARLY:
                 self._late.append((index, parameter))
             else:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
@@ -56,7 +59,8 @@ class SlotWriter:
             parameter.grad = None
 
     def finish(self) -> None:
-        """Copy the small gradients. Called after each backward pass of a shard."""
+        """Copy the small gradients, and those that are to be sparse. Called after each backward
+        pass of a shard."""
         homes, gradients = [], []
         for index, parameter in self._late:
             gradient = parameter.grad
@@ -68,6 +72,13 @@ class SlotWriter:
                 parameter.grad = None
         if homes:
             torch._foreach_copy_(homes, gradients)
+        for index, parameter in self._sparse:
+            gradient = parameter.grad
+            if gradient is not None:
+                slot = self._slot
+                keep_sparse(self._names[index], gradient, slot.grads[index], slot.numbers[index])
+                self._written[index] = 1
+                parameter.grad = None
 
     def _hook(self, index: int) -> Callable[[nn.Parameter], None]:
         def keep(parameter: torch.Tensor) -> None:
@@ -77,10 +88,7 @@ class SlotWriter:
             parameter.grad = None
             again = bool(self._written[index])  # the loss ran backward more than once
             home = self._slot.grads[index]
-            if index in self._asked:
-                numbers = self._slot.numbers[index]
-                keep_sparse(self._names[index], gradient, home, numbers, again=again)
-            elif index in self.tables:
+            if index in self.tables:
                 if again:
                     self.tables.give_up(index)
                 self.tables.store(index, gradient, home, self._slot.numbers[index])

@@ -258,7 +258,7 @@ def _generators() -> tuple[object, ...]:
 def _describe(
     name: str, value: Any, before: Any, stand_in: nn.Parameter, optimizer: torch.optim.Optimizer
 ) -> StateKey:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         like = value.shape == stand_in.shape and stand_in.ndim > 0
         return StateKey(
             name=name,
@@ -269,6 +269,8 @@ def _describe(
             rebound=value is not before or not _is_torchs(optimizer),
         )
     form = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        form = f"tensor of layout {value.layout}"
     if form not in NUMBER_TYPES:
         raise OptimizerError(
             f"{type(optimizer).__name__} keeps state that cannot be shared",

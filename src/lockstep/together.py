@@ -33,7 +33,7 @@ class Together(torch.optim.Optimizer):
         self.state = state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each; a closure is called once, before all."""
         loss = None
         if closure is not None:
