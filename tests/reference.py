@@ -203,7 +203,10 @@ def train(
                 losses.append(0.0)
                 buffers.append(dict.fromkeys(committed))
             for kept, parameter in zip(grads, params, strict=True):
-                kept.append(parameter.grad)
+                gradient = parameter.grad
+                if gradient is not None and gradient.is_sparse:
+                    gradient = gradient.coalesce()
+                kept.append(gradient)
 
         for parameter, kept in zip(params, grads, strict=True):
             parameter.grad = pairwise(kept)

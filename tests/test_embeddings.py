@@ -14,7 +14,15 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import lockstep
-from lockstep.embeddings import DENSE, LARGE, SparseTables, TableGradient, TableSum, find_tables
+from lockstep.embeddings import (
+    DENSE,
+    LARGE,
+    SparseTables,
+    Table,
+    TableGradient,
+    TableSum,
+    find_tables,
+)
 from lockstep.gradients import tree, tree_sum
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
@@ -70,7 +78,8 @@ class Clicks(lockstep.Task):
 def test_the_table_is_large_enough_to_be_treated_so() -> None:
     model = Model("once")
     assert model.table.weight.numel() >= LARGE
-    assert find_tables(model, list(model.parameters())) == {0: model.table}
+    table = find_tables(model, list(model.parameters()))[0]
+    assert (table.rows, table.width, table.module) == (ROWS, WIDTH, model.table)
 
 
 def check(
@@ -129,7 +138,7 @@ def gradients(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[TableGradient]]
         looked_up = torch.randint(rows, (count,), generator=generator)
         values = torch.randn(count, width, generator=generator)
         values[values.abs() < 0.1] = -0.0
-        tables = SparseTables({0: module})
+        tables = SparseTables({0: Table(rows=rows, width=width, module=module)})
         tables.begin()
         (module(looked_up) * values).sum().backward()
         assert module.weight.grad is not None

@@ -54,7 +54,7 @@ from lockstep.layout import (
 )
 from lockstep.ledger import Ledger, StepRecord, read_ledger
 from lockstep.memory import Segment
-from lockstep.probing import may_cut
+from lockstep.probing import Kind, may_cut
 from lockstep.sampling import Sampling, home_shards
 from lockstep.state import contiguous_stride, dense_stride
 from tests import reference
@@ -661,13 +661,15 @@ def test_strides_with_gaps_become_row_major() -> None:
         ("RMSprop", {}, True),
         ("Adafactor", {}, False),
         ("Muon", {}, False),
+        ("SparseAdam", {}, True),
     ],
 )
 def test_which_optimizers_may_cut_a_tensor(kind: str, options: dict[str, Any], cut: bool) -> None:
     weight = nn.Parameter(torch.zeros(3, 4))
     optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)([weight], lr=0.1, **options)
     groups = [dict(group) for group in optimizer.param_groups]
-    assert may_cut(optimizer, 0, torch.float32) is cut
+    sparse = kind == "SparseAdam"
+    assert may_cut(optimizer, Kind(group=0, dtype=torch.float32, sparse=sparse)) is cut
     assert [dict(group) for group in optimizer.param_groups] == groups
     assert optimizer.param_groups[0]["params"] == [weight]
 

@@ -19,7 +19,6 @@ from lockstep import state
 from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.gradients import combine_buffers
 from lockstep.job import Parameters
-from lockstep.layout import cut_blocks
 from lockstep.modules import check_model, held_tensors
 from lockstep.optim import check_known, discover_state
 from lockstep.sampling import Sampling
@@ -224,8 +223,8 @@ def test_state_that_comes_late_is_refused() -> None:
     """`Lookahead` may replace its state at some steps only, so it is looked at after each."""
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = Lookahead([parameter], lr=0.1)
-    block = cut_blocks([3], [True])[0]
-    keys = discover_state(optimizer, 0, parameter, block)
+    stand_in = nn.Parameter(torch.zeros(3))
+    keys = discover_state(optimizer, 0, stand_in, {}, sparse=False)
     assert {key.name: key.rebound for key in keys} == {"count": True, "slow": True}
     check_known(optimizer, {"count": 1, "slow": parameter}, keys)
     with pytest.raises(OptimizerError, match="begins to keep state after its second step") as error:

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from lockstep.inference import evaluate, predict
     from lockstep.job import Job, Parameters, Task
     from lockstep.result import Result
+    from lockstep.together import Together
     from lockstep.verification import verify
 
 __all__ = [
-    "Job", "LockstepError", "Parameters", "Result", "Run", "Task",
+    "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
     "evaluate", "plan", "predict", "resume", "run", "start", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOMES = {
     "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
     "plan": "api", "resume": "api", "run": "api", "Run": "handle", "start": "handle",
     "evaluate": "inference", "predict": "inference", "verify": "verification",
+    "Together": "together",
 }  # fmt: skip
 
 

@@ -8,15 +8,20 @@ summed by the very kernel that makes the dense one. Owners sum the rows that som
 
 Where that would not be so (the module is called twice in a forward pass, or its table is used
 elsewhere as well) the shard is computed again in the dense form, and the module is left dense.
+
+Where the model itself has `sparse=True`, slots keep its gradients likewise, and the optimizer gets
+the sum as a sparse tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from lockstep.errors import TaskError
 
 LARGE = 1 << 20
 """Elements: tables from this size on are treated so."""
@@ -33,8 +38,24 @@ class Redo(Exception):
     """A table turned out to need the dense form: compute the shard again."""
 
 
-def find_tables(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, nn.Embedding]:
-    """The embeddings that can be run in the sparse form, by the index of their parameter."""
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A parameter of which a shard touches some rows."""
+
+    rows: int
+    width: int
+    module: nn.Embedding | None
+    """The plain embedding that is run in the sparse form, and can be run in the dense one. None:
+    the model itself asks for sparse gradients, and the optimizer is to get them."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether the optimizer gets a sparse gradient."""
+        return self.module is None
+
+
+def find_tables(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, Table]:
+    """The tables of a model, by the index of their parameter."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -42,14 +63,19 @@ def find_tables(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, n
     found = {}
     for index, parameter in enumerate(params):
         holders = owners.get(id(parameter), [])
-        if parameter.numel() >= LARGE and len(holders) == 1:
+        if any(getattr(holder, "sparse", False) is True for holder in holders):
+            if parameter.ndim == 2 and parameter.is_contiguous():
+                rows, width = parameter.shape
+                found[index] = Table(rows=rows, width=width, module=None)
+        elif parameter.numel() >= LARGE and len(holders) == 1 and _suits(holders[0]):
             module = holders[0]
-            if isinstance(module, nn.Embedding) and _suits(module):
-                found[index] = module
+            assert isinstance(module, nn.Embedding)
+            rows, width = parameter.shape
+            found[index] = Table(rows=rows, width=width, module=module)
     return found
 
 
-def _suits(module: nn.Embedding) -> bool:
+def _suits(module: nn.Module) -> bool:
     """Whether a module is a plain embedding whose sparse gradient has the same rows."""
     return (
         type(module) is nn.Embedding
@@ -64,10 +90,12 @@ def _suits(module: nn.Embedding) -> bool:
 class SparseTables:
     """The tables of a model that are run in the sparse form. One per worker."""
 
-    def __init__(self, tables: dict[int, nn.Embedding]) -> None:
-        self._modules = dict(tables)
+    def __init__(self, tables: Mapping[int, Table]) -> None:
+        self._modules = {
+            index: table.module for index, table in tables.items() if table.module is not None
+        }
         self._calls: dict[int, int] = {}
-        for index, module in tables.items():
+        for index, module in self._modules.items():
             module.sparse = True
             module.register_forward_pre_hook(self._counter(index))
 
@@ -118,6 +146,28 @@ class SparseTables:
             self._calls[index] = self._calls.get(index, 0) + 1
 
         return count
+
+
+def keep_sparse(
+    name: str, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor
+) -> None:
+    """Keep a gradient that the model asks to be sparse, as `SparseTables.store` does.
+
+    Raises:
+        TaskError: it is dense.
+    """
+    if not gradient.is_sparse:
+        raise TaskError(
+            f"the gradient of {name} is dense in part",
+            expected="a sparse gradient: the module that holds it has sparse=True",
+            found="its weight is used elsewhere, too",
+            fix="build the module with sparse=False",
+        )
+    gradient = gradient.coalesce()
+    count = gradient._nnz()
+    home[:count] = gradient._values()
+    numbers[1 : count + 1] = gradient._indices()[0]
+    numbers[0] = count
 
 
 def _summed(values: torch.Tensor, numbers: torch.Tensor, rows: int) -> torch.Tensor:
@@ -197,15 +247,52 @@ class TableSum:
         self._named = named
 
 
+class SparseSum:
+    """An owner's sum of its rows of a table whose optimizer takes sparse gradients."""
+
+    def __init__(self, first: int, rows: int, leaves: Sequence[TableGradient]) -> None:
+        self.leaves, self._first, self._rows = leaves, first, rows
+        self._width = leaves[0].home.shape[1]
+
+    def sum(self, present: Sequence[bool], add: Sum) -> torch.Tensor | None:
+        """The sum of the present shards' gradients, sparse and coalesced; None: there are none.
+
+        What a shard does not have is filled with -0.0, which changes nothing that it is added to.
+        """
+        if not any(present):
+            return None
+        parts = [
+            _some(leaf.part(self._first, self._first + self._rows)) if has else _nothing(leaf)
+            for leaf, has in zip(self.leaves, present, strict=True)
+        ]
+        named = torch.unique(torch.cat([numbers for numbers, _ in parts]))
+        summed = parts[0][1].new_empty(len(named), self._width)
+        if len(named):
+            add([_spread(part, named, -0.0).view(-1) for part in parts], summed.view(-1))
+        return torch.sparse_coo_tensor(
+            (named - self._first)[None], summed, (self._rows, self._width),
+            check_invariants=False, is_coalesced=True,
+        )  # fmt: skip
+
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Numbers of rows, ascending, and the rows."""
+
+
+def _some(part: Part | None) -> Part:
+    assert part is not None, "what was asked to be sparse is never kept dense"
+    return part
+
+
 def _nothing(leaf: TableGradient) -> tuple[torch.Tensor, torch.Tensor]:
     """No rows: what a shard without a gradient has."""
     return leaf.numbers[:0], leaf.home[:0]
 
 
-def _spread(part: tuple[torch.Tensor, torch.Tensor], named: torch.Tensor) -> torch.Tensor:
+def _spread(part: Part, named: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
     """A shard's rows among all that are named, zeros between them."""
     numbers, values = part
     if len(numbers) == len(named):
         return values
-    spread = values.new_zeros(len(named), values.shape[1])
+    spread = values.new_full((len(named), values.shape[1]), fill)
     return spread.index_copy_(0, torch.searchsorted(named, numbers), values)

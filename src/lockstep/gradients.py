@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control
-from lockstep.embeddings import DENSE, SparseTables
+from lockstep.embeddings import DENSE, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.modules import CONSTANT
 from lockstep.state import SharedState, Slot
@@ -36,9 +36,13 @@ class SlotWriter:
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
         self.tables = SparseTables(shared.tables)
+        self._sparse: list[tuple[int, nn.Parameter]] = []
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
-            if parameter.numel() < EARLY:
+            table = shared.tables.get(index)
+            if table is not None and table.asked:
+                self._sparse.append((index, parameter))
+            elif parameter.numel() < EARLY:
                 self._late.append((index, parameter))
             else:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
@@ -55,7 +59,8 @@ class SlotWriter:
             parameter.grad = None
 
     def finish(self) -> None:
-        """Copy the small gradients. Called after each backward pass of a shard."""
+        """Copy the small gradients, and those that are to be sparse. Called after each backward
+        pass of a shard."""
         homes, gradients = [], []
         for index, parameter in self._late:
             gradient = parameter.grad
@@ -67,6 +72,13 @@ class SlotWriter:
                 parameter.grad = None
         if homes:
             torch._foreach_copy_(homes, gradients)
+        for index, parameter in self._sparse:
+            gradient = parameter.grad
+            if gradient is not None:
+                slot = self._slot
+                keep_sparse(self._names[index], gradient, slot.grads[index], slot.numbers[index])
+                self._written[index] = 1
+                parameter.grad = None
 
     def _hook(self, index: int) -> Callable[[nn.Parameter], None]:
         def keep(parameter: torch.Tensor) -> None:
@@ -93,9 +105,9 @@ class SlotWriter:
         if gradient.layout is not torch.strided:
             raise TaskError(
                 f"the gradient of {self._names[index]} is sparse",
-                expected="dense gradients",
+                expected="a dense gradient, or a contiguous matrix in a module with sparse=True",
                 found=str(gradient.layout),
-                fix="build the embedding with sparse=False",
+                fix="make it dense",
             )
 
 

@@ -122,9 +122,10 @@ def borrowed(
 
 
 def initial_state(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, block: Block
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, block: Block, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The state that the optimizer made for `parameter` at its construction, cut to the block."""
+    """The state that the optimizer made for `parameter` at its construction, cut to the block,
+    in the block's shape."""
     state: dict[str, Any] = {}
     for name, value in optimizer.state.get(parameter, {}).items():
         if (
@@ -132,7 +133,7 @@ def initial_state(
             and value.numel() == parameter.numel()
             and not block.whole
         ):
-            value = value.detach().reshape(-1)[block.start : block.stop]
+            value = value.detach().reshape(-1)[block.start : block.stop].view(shape)
         state[name] = copy.deepcopy(value)
     return state
 
@@ -140,26 +141,28 @@ def initial_state(
 def discover_state(
     optimizer: torch.optim.Optimizer,
     group: int,
-    parameter: nn.Parameter,
-    block: Block,
+    stand_in: nn.Parameter,
+    start: dict[str, Any],
+    *,
+    sparse: bool,
 ) -> list[StateKey]:
-    """Step a stand-in of the block's shape twice and look at the state that appears.
+    """Step a stand-in of a block twice and look at the state that appears.
+
+    `start` is the state that it has from the beginning; `sparse`: its gradients are.
 
     Raises:
         OptimizerError: the optimizer cannot be run like this: it wants a closure, remembers
             something that is not of one tensor, or draws random numbers.
     """
-    shape = parameter.shape if block.whole else (block.size,)
-    stand_in = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
     kind = type(optimizer).__name__
-    start = initial_state(optimizer, parameter, block)
     with borrowed(optimizer, {group: [stand_in]}):
         if start:
             optimizer.state[stand_in] = start
         remembered, drawn = _remembered(optimizer), _generators()
         first: dict[str, Any] = {}
         for _ in range(2):
-            stand_in.grad = torch.zeros_like(stand_in)
+            zeros = torch.zeros_like(stand_in)
+            stand_in.grad = zeros.to_sparse(1) if sparse else zeros
             first = dict(optimizer.state.get(stand_in, {}))
             _try_step(optimizer)
         if drawn != _generators():
@@ -219,7 +222,8 @@ def _try_step(optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} cannot be run by owners of blocks",
             expected="an optimizer whose step() needs no closure"
             if closure
-            else "an optimizer for dense gradients on the CPU, whose step() updates in place",
+            else "an optimizer for the CPU, whose step() takes the model's gradients, dense or "
+            "sparse, and updates in place",
             found=str(error),
             fix="use another optimizer, for instance torch.optim.AdamW",
         ) from error
@@ -254,7 +258,7 @@ def _generators() -> tuple[object, ...]:
 def _describe(
     name: str, value: Any, before: Any, stand_in: nn.Parameter, optimizer: torch.optim.Optimizer
 ) -> StateKey:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         like = value.shape == stand_in.shape and stand_in.ndim > 0
         return StateKey(
             name=name,
@@ -265,6 +269,8 @@ def _describe(
             rebound=value is not before or not _is_torchs(optimizer),
         )
     form = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        form = f"tensor of layout {value.layout}"
     if form not in NUMBER_TYPES:
         raise OptimizerError(
             f"{type(optimizer).__name__} keeps state that cannot be shared",

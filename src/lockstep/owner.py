@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control
-from lockstep.embeddings import TableSum
+from lockstep.embeddings import SparseSum, TableSum
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
 from lockstep.layout import Block, group_blocks
@@ -88,6 +88,8 @@ class UpdateGroup:
     """The runs of large embeddings, each with its parameter."""
     dense: list[Run]
     """The runs between them."""
+    sparse: dict[int, SparseSum]
+    """The blocks whose optimizer takes sparse gradients, by their place in `blocks`."""
     grads: list[torch.Tensor]
     """Per block: its part of `total`, in the shape of its parameter."""
     only_grads: list[torch.Tensor]
@@ -136,7 +138,7 @@ class Owner:
         if table is None:
             return leaves, total
         gradients = [slot.table(block.param) for slot in self.shared.slots]
-        return TableSum(block.start // table.embedding_dim, gradients, total)
+        return TableSum(block.start // table.width, gradients, total)
 
     def _sum_run(self, run: Run, present: Mask) -> None:
         if isinstance(run, TableSum):
@@ -170,16 +172,29 @@ class Owner:
     def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
         for param, table in group.tables:
             self._sum_run(table, presence.of(param))
+        grads: Sequence[torch.Tensor | None]
         if presence.uniform == (True,):
-            return group.only_grads
-        if presence.uniform is not None:
+            grads = group.only_grads
+        elif presence.uniform is not None:
             for run in group.dense:
                 self._sum_run(run, presence.uniform)
-            return group.grads
-        for owned in group.blocks:
-            if owned.block.param not in self.shared.tables:
-                self._reducer.sum(presence.of(owned.block.param), owned.leaves, owned.total)
-        return self._present_grads(group, presence)
+            grads = group.grads
+        else:
+            for owned in group.blocks:
+                if owned.block.param not in self.shared.tables:
+                    self._reducer.sum(presence.of(owned.block.param), owned.leaves, owned.total)
+            grads = self._present_grads(group, presence)
+        return self._with_sparse(group, grads, presence) if group.sparse else grads
+
+    def _with_sparse(
+        self, group: UpdateGroup, grads: Sequence[torch.Tensor | None], presence: Presence
+    ) -> Sequence[torch.Tensor | None]:
+        """The gradients, with those that are to be sparse in their places."""
+        summed = list(grads)
+        for place, table in group.sparse.items():
+            present = presence.of(group.blocks[place].block.param)
+            summed[place] = table.sum(present, partial(self._reducer.sum, present))
+        return summed
 
     def _scale(
         self,
@@ -252,6 +267,7 @@ class Owner:
             total=total,
             tables=tables,
             dense=dense,
+            sparse=self._sparse(owned),
             grads=[item.shaped(item.total) for item in owned],
             only_grads=[
                 item.shaped(item.total if item.block.param in shared.tables else item.leaves[0])
@@ -273,9 +289,20 @@ class Owner:
             run = self._run(blocks[0].block, [leaf[part] for leaf in leaves], total[part])
             if table is None:
                 dense.append(run)
-            else:
+            elif not self.shared.tables[table].asked:
                 tables.append((table, run))
         return tables, dense
+
+    def _sparse(self, owned: list[OwnedBlock]) -> dict[int, SparseSum]:
+        """The sums of those whose optimizer takes sparse gradients."""
+        sums = {}
+        for place, item in enumerate(owned):
+            table = self.shared.tables.get(item.block.param)
+            if table is not None and table.asked:
+                gradients = [slot.table(item.block.param) for slot in self.shared.slots]
+                first, rows = item.block.start // table.width, item.block.size // table.width
+                sums[place] = SparseSum(first, rows, gradients)
+        return sums
 
     def _own(
         self, number: int, start: int, leaves: list[torch.Tensor], total: torch.Tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,26 +18,44 @@ from lockstep.errors import OptimizerError
 from lockstep.optim import borrowed
 
 _PROBE_SHAPE, _PROBE_CUTS, _PROBE_STEPS = (67, 64), (7, 1280), 3
+_PROBE_ROWS = (64 * 2, 64 * 20)
+"""Where tensors with sparse gradients are cut: between rows, at even ones."""
 
 
-def may_cut(optimizer: torch.optim.Optimizer, group: int, dtype: torch.dtype) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What an optimizer may treat differently."""
+
+    group: int | None
+    """The parameter group; None: the optimizer leaves the tensor alone."""
+    dtype: torch.dtype
+    sparse: bool
+    """Whether gradients are sparse: of some rows."""
+
+
+def may_cut(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
     """Whether this optimizer gives the same bits on a tensor and on its parts.
 
     Tried, not assumed: LAMB, Adafactor and Muon fail here. One cut is at an odd place, so that a
-    kernel whose vectorised middle and scalar tail differ would fail as well.
+    kernel whose vectorised middle and scalar tail differ would fail as well. With sparse gradients
+    it is cut between rows.
     """
     generator = torch.Generator().manual_seed(0)
     size = _PROBE_SHAPE[0] * _PROBE_SHAPE[1]
-    tensors = [torch.randn(size, generator=generator).to(dtype) for _ in range(1 + _PROBE_STEPS)]
+    tensors = [
+        torch.randn(size, generator=generator).to(kind.dtype) for _ in range(1 + _PROBE_STEPS)
+    ]
+    rows = (-1, _PROBE_SHAPE[1])
+    cuts, shape = (_PROBE_ROWS, rows) if kind.sparse else (_PROBE_CUTS, None)
     try:
-        whole = _trial(optimizer, group, tensors, (0, size), _PROBE_SHAPE)
-        parts = _trial(optimizer, group, tensors, (0, *_PROBE_CUTS, size), None)
+        whole = _trial(optimizer, kind, tensors, (0, size), rows)
+        parts = _trial(optimizer, kind, tensors, (0, *cuts, size), shape)
     except Exception:
         return False  # it wants a matrix (Muon), a closure (LBFGS) or has state of its own shape
     return _same_bits(whole, parts)
 
 
-def check_independent(optimizer: torch.optim.Optimizer, group: int, dtype: torch.dtype) -> None:
+def check_independent(optimizer: torch.optim.Optimizer, kind: Kind) -> None:
     """Try whether tensors are updated together as each is by itself.
 
     Raises:
@@ -45,11 +64,13 @@ def check_independent(optimizer: torch.optim.Optimizer, group: int, dtype: torch
     generator = torch.Generator().manual_seed(0)
     (rows, columns), cut = _PROBE_SHAPE, _PROBE_CUTS[1]
     size, shape = rows * columns, (-1, columns)
-    tensors = [torch.randn(size, generator=generator).to(dtype) for _ in range(1 + _PROBE_STEPS)]
+    tensors = [
+        torch.randn(size, generator=generator).to(kind.dtype) for _ in range(1 + _PROBE_STEPS)
+    ]
     try:
-        both = _trial(optimizer, group, tensors, (0, cut, size), shape)
+        both = _trial(optimizer, kind, tensors, (0, cut, size), shape)
         alone = [
-            _trial(optimizer, group, [tensor[start:stop] for tensor in tensors], span, shape)
+            _trial(optimizer, kind, [tensor[start:stop] for tensor in tensors], span, shape)
             for start, stop, span in ((0, cut, (0, cut)), (cut, size, (0, size - cut)))
         ]
     except Exception:
@@ -70,7 +91,7 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def _trial(
     optimizer: torch.optim.Optimizer,
-    group: int,
+    kind: Kind,
     tensors: Sequence[torch.Tensor],
     edges: Sequence[int],
     shape: tuple[int, ...] | None,
@@ -84,15 +105,24 @@ def _trial(
 
     sample: Mapping[str, Any] = next((state for state in optimizer.state.values() if state), {})
     parameters = [nn.Parameter(part) for part in parts(tensors[0])]
-    with borrowed(optimizer, {group: parameters}):
+    assert kind.group is not None
+    with borrowed(optimizer, {kind.group: parameters}):
         if sample:
             for parameter in parameters:
                 optimizer.state[parameter] = _same_start(sample, parameter)
         for gradient in tensors[1:]:
             for parameter, part in zip(parameters, parts(gradient), strict=True):
-                parameter.grad = part
+                parameter.grad = _some_rows(part) if kind.sparse else part
             optimizer.step()
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+def _some_rows(gradient: torch.Tensor) -> torch.Tensor:
+    """Every other row of a gradient, as a sparse tensor."""
+    rows = torch.arange(0, len(gradient), 2)
+    return torch.sparse_coo_tensor(
+        rows[None], gradient[rows], gradient.shape, check_invariants=False, is_coalesced=True
+    )
 
 
 def _same_start(sample: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:

@@ -7,7 +7,7 @@ committed state in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lockstep.control import Control, ControlShape
-from lockstep.embeddings import TableGradient, find_tables
+from lockstep.embeddings import Table, TableGradient, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job import Parameters, Task
 from lockstep.layout import ALIGN, Allocator, Block, Entry, Layout, Range, cut_blocks
@@ -27,7 +27,7 @@ from lockstep.optim import (
     initial_state,
     param_groups_of,
 )
-from lockstep.probing import check_independent, may_cut
+from lockstep.probing import Kind, check_independent, may_cut
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
@@ -73,8 +73,8 @@ class SharedState:
     """Name and the module's own (private) buffer."""
     committed: list[torch.Tensor]
     """The committed buffers, in the state segment, in the order of `buffers`."""
-    tables: dict[int, nn.Embedding]
-    """The large embeddings that may be run in their sparse form, by trainable parameter."""
+    tables: dict[int, Table]
+    """By trainable parameter."""
     slots: list[Slot]
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
@@ -98,17 +98,19 @@ class SharedState:
         return as_tensor(self.state_bytes, entry.offset, entry.dtype, entry.shape, entry.stride)
 
     def block_view(self, block: Block) -> torch.Tensor:
-        """The block's run of its parameter: 1-D, or the whole tensor in its own shape."""
-        tensor = self.params[block.param].detach()
-        return tensor if block.whole else storage_run(tensor, block)
+        """The block's run of its parameter in the block's shape."""
+        return self._run(self.params[block.param].detach(), block)
+
+    def _run(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
+        if block.whole:
+            return tensor
+        return storage_run(tensor, block).view(block_shape(block, tensor.shape, self.tables))
 
     def state_view(self, number: int, key: StateKey) -> torch.Tensor:
         """The shared tensor behind one value of a block's optimizer state."""
         block = self.blocks[number]
         tensor = self.view(state_name(self.names[block.param], block, key))
-        if key.form == "like" and not block.whole:
-            return storage_run(tensor, block)
-        return tensor
+        return self._run(tensor, block) if key.form == "like" else tensor
 
     def buffer_ranges(self) -> list[Range]:
         """The bytes of the state segment that hold the committed buffers."""
@@ -133,6 +135,17 @@ def state_name(param: str, block: Block, key: StateKey) -> str:
     """The entry's name: `weight/exp_avg`, or `weight/step/65536` for what a part keeps alone."""
     name = f"{param}/{key.name}"
     return name if block.whole or key.form == "like" else f"{name}/{block.start}"
+
+
+def block_shape(block: Block, shape: Sequence[int], tables: Mapping[int, Table]) -> tuple[int, ...]:
+    """The shape in which the optimizer sees a block: the whole tensor's own, rows where it takes
+    sparse gradients, else a vector."""
+    if block.whole:
+        return tuple(shape)
+    table = tables.get(block.param)
+    if table is not None and table.asked:
+        return block.size // table.width, table.width
+    return (block.size,)
 
 
 def storage_run(tensor: torch.Tensor, block: Block) -> torch.Tensor:
@@ -175,21 +188,22 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
             fix="return the optimizer itself",
         )
     groups = param_groups_of(optimizer, trainable)
-    cuttable: dict[tuple[int | None, torch.dtype], bool] = {}
-    for (_, parameter), group in zip(trainable, groups, strict=True):
-        kind = (group, parameter.dtype)
-        if kind not in cuttable:
-            cuttable[kind] = group is not None and may_cut(optimizer, group, parameter.dtype)
     tables = find_tables(model, [parameter for _, parameter in trainable])
+    _check_sparse(tables, [name for name, _ in trainable], clip=clip)
+    kinds = [
+        Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
+        for index, ((_, parameter), group) in enumerate(zip(trainable, groups, strict=True))
+    ]
+    cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
     blocks = cut_blocks(
         [parameter.numel() for _, parameter in trainable],
-        [cuttable[group, p.dtype] for (_, p), group in zip(trainable, groups, strict=True)],
-        {index: table.embedding_dim for index, table in tables.items()},
+        [cuttable[kind] for kind in kinds],
+        {index: table.width for index, table in tables.items()},
     )
-    keys = _all_keys(optimizer, trainable, groups, blocks)
-    for group, dtype in cuttable:
-        if group is not None:
-            check_independent(optimizer, group, dtype)
+    keys = _all_keys(optimizer, trainable, groups, tables, blocks)
+    for kind in cuttable:
+        if kind.group is not None:
+            check_independent(optimizer, kind)
     layout, grad_offsets, slot_bytes = _lay_out(
         model, named, trainable, buffers, tables, blocks, keys
     )
@@ -199,10 +213,23 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
     )  # fmt: skip
 
 
+def _check_sparse(tables: Mapping[int, Table], names: Sequence[str], *, clip: bool) -> None:
+    """Refuse a limit of the norm beside sparse gradients, as PyTorch does."""
+    sparse = [names[index] for index, table in tables.items() if table.asked]
+    if clip and sparse:
+        raise OptimizerError(
+            "clip_grad_norm does not work with sparse gradients",
+            expected="dense gradients, or no limit of their norm",
+            found=f"sparse=True in the module of {', '.join(sparse)}",
+            fix="leave out clip_grad_norm, or build the module with sparse=False",
+        )
+
+
 def _all_keys(
     optimizer: torch.optim.Optimizer,
     trainable: list[tuple[str, nn.Parameter]],
     groups: list[int | None],
+    tables: dict[int, Table],
     blocks: list[Block],
 ) -> list[list[StateKey]]:
     found: dict[Any, list[StateKey]] = {}
@@ -212,10 +239,13 @@ def _all_keys(
         if group is None:
             keys.append([])
             continue
-        shape = tuple(parameter.shape) if block.whole else (block.size,)
-        kind = (group, shape, parameter.dtype, bool(optimizer.state.get(parameter)))
+        shape = block_shape(block, parameter.shape, tables)
+        sparse = block.param in tables and tables[block.param].asked
+        kind = (group, shape, sparse, parameter.dtype, bool(optimizer.state.get(parameter)))
         if kind not in found:
-            found[kind] = discover_state(optimizer, group, parameter, block)
+            stand_in = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
+            start = initial_state(optimizer, parameter, block, shape)
+            found[kind] = discover_state(optimizer, group, stand_in, start, sparse=sparse)
         keys.append(found[kind])
     return keys
 
@@ -225,7 +255,7 @@ def _lay_out(
     named: list[tuple[str, nn.Parameter]],
     trainable: list[tuple[str, nn.Parameter]],
     buffers: list[tuple[str, torch.Tensor]],
-    tables: dict[int, nn.Embedding],
+    tables: dict[int, Table],
     blocks: list[Block],
     keys: list[list[StateKey]],
 ) -> tuple[Layout, list[int], int]:
@@ -252,7 +282,7 @@ def _lay_out(
         add(name, "buffer", buffer.dtype, buffer.shape, dense_stride(buffer))
         slot.take(buffer.numel() * buffer.dtype.itemsize)
     for table in tables.values():
-        slot.take(8 * (1 + table.num_embeddings))
+        slot.take(8 * (1 + table.rows))
     for block, name, key in _in_state_order(trainable, blocks, keys):
         parameter = trainable[block.param][1]
         shape = tuple(parameter.shape) if key.form == "like" else key.shape
@@ -325,7 +355,7 @@ def _allocate(
     blocks: list[Block],
     keys: list[list[StateKey]],
     buffers: list[tuple[str, torch.Tensor]],
-    tables: dict[int, nn.Embedding],
+    tables: dict[int, Table],
     grad_offsets: list[int],
     slot_bytes: int,
     *,
@@ -335,7 +365,14 @@ def _allocate(
 ) -> SharedState:
     """Create the segments, move the initial values in and bind the model to them."""
     starts = [
-        initial_state(optimizer, trainable[block.param][1], block) if block_keys else {}
+        initial_state(
+            optimizer,
+            trainable[block.param][1],
+            block,
+            block_shape(block, trainable[block.param][1].shape, tables),
+        )
+        if block_keys
+        else {}
         for block, block_keys in zip(blocks, keys, strict=True)
     ]
     shape = ControlShape(shards=shards, seats=seats, params=len(trainable))
@@ -426,7 +463,7 @@ def _slot(shared: SharedState, flat: torch.Tensor) -> Slot:
         offset += math.ceil(home.numel() * home.dtype.itemsize / ALIGN) * ALIGN
     numbers = {}
     for index, table in shared.tables.items():
-        count = 1 + table.num_embeddings
+        count = 1 + table.rows
         numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
         offset += math.ceil(8 * count / ALIGN) * ALIGN
     return Slot(grads=grads, buffers=buffers, numbers=numbers, flat=flat)

@@ -1,0 +1,45 @@
+"""Several optimizers as one, for models that need it: sparse gradients beside dense ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers over different parameters, stepped one after the other.
+
+    `SparseAdam` takes sparse gradients alone and `Adam` dense ones alone, and `Task.optimizer`
+    returns one optimizer:
+
+        tables = [p for name, p in params.named() if name.startswith("tables.")]
+        others = [p for name, p in params.named() if not name.startswith("tables.")]
+        return lockstep.Together(torch.optim.SparseAdam(tables), torch.optim.Adam(others))
+
+    Their parameter groups become its groups, in their order, so a schedule changes all of them.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([{"params": list(group["params"])} for group in groups], {})
+        self.param_groups = groups
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for optimizer in optimizers:
+            state.update(optimizer.state)
+        self.state = state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step each; a closure is called once, before all."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.state = self.state
+            optimizer.step()
+        return loss
