@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 import lockstep
+from lockstep import recipes
 from lockstep.errors import DataError, JobError
 from lockstep.faults import Fault
 from lockstep.games import terminal
-from lockstep.games.connect_four import new_game
 from lockstep.games.opponents import OPPONENTS
 from lockstep.games.self_play import self_play
 from lockstep.recipes.cartpole import (
@@ -30,7 +30,6 @@ from lockstep.recipes.cartpole import (
     Actor,
     CartPole,
     advantages,
-    carts,
     episodes,
     roll_out,
 )  # fmt: skip
@@ -42,7 +41,7 @@ from tests.faulty import assert_same, assert_struck
 
 SMALL: dict[str, dict[str, Any]] = {
     "game": {"args": {"simulations": 4, "width": 8}, "batch_size": 7},
-    "cartpole": {"args": {}, "batch_size": 500},
+    "cartpole": {"args": {}, "batch_size": 500, "checkpoint_steps": 3},
 }
 """Steps of them take a fraction of a second; seven games are no three equal shards."""
 KILLED = (Fault(seat=1, step=3, phase="backward"),)
@@ -134,9 +133,15 @@ def test_playing_on_the_command_line(runs: Runs, tmp_path: Path) -> None:
     assert ended.stdout.count("The network plays") == 2
     assert "'9' is no move" in ended.stdout
     assert ended.stdout.splitlines()[-1] == "You have left the game."
-    ended = command.lockstep("play", folder, "--self", "--simulations=4", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "moves: " in ended.stdout
+
+
+def test_a_trained_network_against_itself(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = runs("game").folder
+    terminal.start(folder, second=False, itself=True, simulations=4)
+    first = capsys.readouterr().out
+    assert "moves: " in first
+    terminal.start(folder, second=False, itself=True, simulations=4)
+    assert capsys.readouterr().out == first
 
 
 def test_a_run_that_has_not_learned_to_play(runs: Runs, tmp_path: Path) -> None:
@@ -205,6 +210,13 @@ def test_a_worker_that_comes_later_finds_the_same_rollout() -> None:
     assert model.old.equal(model.flat())
 
 
+def test_replayed_from_the_middle_of_an_iteration(runs: Runs) -> None:
+    """By workers that have not seen its beginning."""
+    found = lockstep.verify(runs("cartpole").folder, steps=(3, 6), workers=2)
+    assert (found.first, found.last, found.final) == (3, 6, True)
+    assert "step-00000003" in found.start
+
+
 def test_an_iteration_is_a_data_epoch() -> None:
     (numbers,) = CartPole().train_data().tensors
     assert torch.bincount(numbers).tolist() == [PASSES] * (CARTS * LENGTH)
@@ -236,21 +248,12 @@ def test_an_episode_depends_on_its_seed_alone() -> None:
 # Both
 
 
-@pytest.mark.parametrize(("package", "use"), [("pyspiel", new_game), ("gymnasium", carts)])
-def test_the_extra_is_missing(
-    package: str, use: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name == package:
-            raise ImportError(name)
-        return plain(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    arguments: Sequence[int] = (1,) if package == "gymnasium" else ()
+@pytest.mark.parametrize(("name", "package"), [("game", "pyspiel"), ("cartpole", "gymnasium")])
+def test_the_extra_is_missing(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is started."""
+    monkeypatch.setitem(sys.modules, package, None)  # as Python has it for what cannot be imported
     with pytest.raises(DataError, match=r"pip install 'lockstep-dlp\[games\]'"):
-        use(*arguments)
+        recipes.find(name)()
 
 
 BARS: dict[str, dict[str, float]] = {

@@ -1,10 +1,10 @@
 """Balance a pole on a cart, by proximal policy optimisation (PPO: Schulman and others, 2017).
 
-A data epoch is one iteration of PPO: a rollout, and `PASSES` passes over its transitions. The
-samples of the data set are numbers of transitions. The rollout is made anew by every worker, from
-the policy as it was when the iteration began, which the model keeps in a buffer: so it is a
-function of the committed state, whoever makes it and after whatever deaths, and one of a step's
-many shards finds in it what all others do. `docs/applications.md` says what it reaches.
+A data epoch is one iteration of PPO: a rollout, and `PASSES` passes over its transitions, whose
+numbers are the samples. The model keeps the policy with which the iteration began in a buffer, and
+the rollout is a function of that policy alone. So every worker makes it for itself, once for each
+iteration, and one that takes the place of a dead one makes the same. What is divided among workers
+is the learning, not the rollout. `docs/applications.md` says what the recipe reaches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CARTS, LENGTH = 8, 512
 PASSES = 8
 MINIBATCH = 512
 STEPS = CARTS * LENGTH * PASSES // MINIBATCH
-"""Of an iteration."""
+"""Of an iteration. With another batch size than `MINIBATCH` it takes as many steps, not passes."""
 DISCOUNT, TRACE = 0.99, 0.95
 """Gamma, and the lambda of generalised advantage estimation (Schulman and others, 2016)."""
 CLIP, ENTROPY = 0.2, 0.005
@@ -41,12 +41,16 @@ Policy = Callable[[torch.Tensor], torch.Tensor]
 """Observations `[n, 4]` to actions `[n]`: 0 pushes to the left, 1 to the right."""
 
 
-def cartpole(iterations: int = 20) -> Job:
+def cartpole(iterations: int = 25) -> Job:
     """Learn to balance a pole.
 
     Args:
         iterations: Rollouts to learn from; the learning rate falls to 0 by their end.
+
+    Raises:
+        DataError: Gymnasium is not installed.
     """
+    carts(1)  # so that a run does not begin without them
     return Job(
         task=CartPole(iterations), data_epochs=iterations, batch_size=MINIBATCH,
         eval_batch_size=25, clip_grad_norm=0.5,
@@ -106,7 +110,7 @@ class Rollout:
 class CartPole(Task):
     """Balance the pole; see `cartpole`."""
 
-    def __init__(self, iterations: int = 20) -> None:
+    def __init__(self, iterations: int = 25) -> None:
         self.iterations = iterations
         self._last: Rollout | None = None
 
@@ -206,7 +210,7 @@ def roll_out(old: torch.Tensor) -> Rollout:
     """
     digest = hashlib.blake2b(old.numpy().tobytes(), digest_size=4).digest()
     seed, actor = int.from_bytes(digest, "little"), Actor()
-    nn.utils.vector_to_parameters(old, actor.parameters())
+    nn.utils.vector_to_parameters(old, actor.parameters())  # not those that it drew just now
     draws = torch.rand(LENGTH, CARTS, generator=torch.Generator().manual_seed(seed))
     made = carts(CARTS)
     now = np.stack([cart.reset(seed=seed + place)[0] for place, cart in enumerate(made)])

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
-from lockstep.games.connect_four import COLUMNS, State, planes
+from lockstep.games.connect_four import COLUMNS, State, new_game, planes
 from lockstep.games.opponents import OPPONENTS, Choose, Match, play, scripted
 from lockstep.games.search import Evaluate
 from lockstep.games.self_play import self_play
@@ -35,14 +35,18 @@ RATE, WARM_UP = 3e-3, 20
 """The highest learning rate, and the steps in which it is reached."""
 
 
-def game(epochs: float = 12, simulations: int = 16, width: int = 64) -> Job:
+def game(epochs: float = 20, simulations: int = 16, width: int = 64) -> Job:
     """Learn to play Connect Four.
 
     Args:
         epochs: Rounds of 100 steps, 3,200 games; the learning rate falls to 0 by their end.
         simulations: Positions that each search looks at.
         width: Of the network.
+
+    Raises:
+        DataError: OpenSpiel is not installed.
     """
+    new_game()  # so that a run does not begin without the rules
     return Job(
         task=Game(epochs, simulations, width), data_epochs=epochs, batch_size=GAMES,
         eval_batch_size=50,
@@ -75,7 +79,7 @@ class Net(nn.Module):
 class Game(Task):
     """Play Connect Four; see `game`."""
 
-    def __init__(self, epochs: float = 12, simulations: int = 16, width: int = 64) -> None:
+    def __init__(self, epochs: float = 20, simulations: int = 16, width: int = 64) -> None:
         self.epochs, self.simulations, self.width = epochs, simulations, width
 
     def model(self) -> nn.Module:
