@@ -272,6 +272,21 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     print(write_report(RunFolder.open(run).path))
 
 
+@app.command()
+def play(
+    run: Annotated[Path, typer.Argument(help="A finished run of the recipe game.")],
+    second: Annotated[bool, typer.Option("--second", help="Let the network begin.")] = False,
+    itself: Annotated[bool, typer.Option("--self", help="The network against itself.")] = False,
+    simulations: Annotated[
+        int, typer.Option(min=1, help="Positions that the network looks at per move.")
+    ] = 128,
+) -> None:
+    """Play Connect Four against a trained network."""
+    from lockstep.games import terminal
+
+    terminal.start(run, second=second, itself=itself, simulations=simulations)
+
+
 @data_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")]) -> None:
     """Fetch a recipe's data into the cache, and print the folder."""

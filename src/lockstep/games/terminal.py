@@ -1,0 +1,135 @@
+"""Connect Four in a terminal: a person against a trained network, or the network against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.errors import JobError
+from lockstep.games.connect_four import COLUMNS, State, new_game, outcome
+from lockstep.games.search import Evaluate, search
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Ask = Callable[[str], str]
+"""Shows a prompt and gives a line; raises EOFError where there is none."""
+
+STONES = {".": "·", "x": "[bold red]●[/]", "o": "[bold yellow]○[/]"}
+NUMBERS = " ".join(str(column + 1) for column in range(COLUMNS))
+GUESSES = 20
+"""So many answers in a row that are no moves end the game: nobody is there who reads."""
+
+
+def start(run: str | Path, *, second: bool, itself: bool, simulations: int) -> None:
+    """Play a game on this terminal.
+
+    Args:
+        run: a finished run of the recipe `game`.
+        second: let the network begin.
+        itself: the network plays both sides.
+        simulations: positions that the network looks at per move.
+    """
+    from rich.console import Console
+
+    console, network = Console(), network_of(run)
+    if itself:
+        against_itself(network, console, simulations=simulations)
+    else:
+        against_person(network, console, console.input, second=second, simulations=simulations)
+
+
+def network_of(run: str | Path) -> Evaluate:
+    """The network of a finished run of the recipe `game`.
+
+    Raises:
+        JobError: the run is of something else.
+        RunFolderError: it is no finished run.
+    """
+    from lockstep.recipes.game import Net, evaluator
+    from lockstep.result import Result
+
+    result = Result.open(run)
+    name = "a task of a script" if result.source is None else result.source.name
+    model = None if result.source is None else result.model()
+    if not isinstance(model, Net):
+        raise JobError(
+            f"{run} has not learned to play",
+            expected="a run of the recipe game",
+            found=name,
+            fix="lockstep run game, and then: lockstep play RUN",
+        )
+    return evaluator(model)
+
+
+def best(state: State, network: Evaluate, simulations: int) -> tuple[int, float]:
+    """The network's move, and what it expects for itself, -1 to 1."""
+    (found,) = search([state], network, simulations=simulations, explore=False)
+    return found.action, found.value
+
+
+def show(state: State, console: Console) -> None:
+    """Print the board, and under it the numbers of its columns."""
+    for row in str(state).split():
+        console.print(" ".join(STONES[stone] for stone in row))
+    console.print(NUMBERS, highlight=False)
+
+
+def read_move(state: State, console: Console, ask: Ask) -> int | None:
+    """A person's column, from 0; None to leave."""
+    for _ in range(GUESSES):
+        try:
+            answer = ask("your column (q to leave): ").strip()
+        except EOFError:
+            console.print()
+            return None
+        if answer.lower() in ("q", "quit"):
+            return None
+        column = int(answer) - 1 if answer.isdecimal() and len(answer) < 4 else -1
+        if column in state.legal_actions():
+            return column
+        free = ", ".join(str(action + 1) for action in state.legal_actions())
+        console.print(f"{answer!r} is no move; these are: {free}", markup=False, highlight=False)
+    return None
+
+
+def against_person(
+    network: Evaluate, console: Console, ask: Ask, *, second: bool, simulations: int
+) -> float | None:
+    """One game against a person; what it is worth to them (1, 0, -1), or None if they left."""
+    state, person = new_game(), 1 if second else 0
+    console.print(f"You are {STONES['xo'[person]]}, and {'second' if second else 'begin'}.")
+    show(state, console)
+    while not state.is_terminal():
+        if state.current_player() == person:
+            column = read_move(state, console, ask)
+            if column is None:
+                console.print("You have left the game.")
+                return None
+            state.apply_action(column)
+        else:
+            column, value = best(state, network, simulations)
+            state.apply_action(column)
+            hope = f"{(1 + value) / 2:.0%}"
+            console.print(
+                f"The network plays {column + 1}. It gives itself {hope}.", highlight=False
+            )
+        show(state, console)
+    worth = outcome(state, person)
+    console.print({1.0: "You have won.", 0.0: "A draw.", -1.0: "The network has won."}[worth])
+    return worth
+
+
+def against_itself(network: Evaluate, console: Console, *, simulations: int) -> float:
+    """One game of the network against itself; what it is worth to the one that begins."""
+    state, moves = new_game(), list[str]()
+    while not state.is_terminal():
+        column, _ = best(state, network, simulations)
+        state.apply_action(column)
+        moves.append(str(column + 1))
+    show(state, console)
+    console.print(f"moves: {' '.join(moves)}", highlight=False, soft_wrap=True)
+    worth = outcome(state, 0)
+    console.print({1.0: "x, who began, has won.", 0.0: "A draw.", -1.0: "o has won."}[worth])
+    return worth

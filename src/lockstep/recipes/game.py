@@ -1,0 +1,184 @@
+"""Connect Four, learned by playing against itself.
+
+Each shard plays games of its own with the committed parameters, each side searching, and learns
+from them once: what the search made of the policy, and how the game ended. The games are drawn
+from (seed, step, shard), so they are the same whoever plays them; none is kept for a later step.
+The rules are OpenSpiel's. `docs/applications.md` says how well it plays, and after what time;
+`lockstep play RUN` lets you try.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import TensorDataset
+
+from lockstep.games.connect_four import COLUMNS, State, new_game, planes
+from lockstep.games.opponents import OPPONENTS, Choose, Match, play, scripted
+from lockstep.games.search import Evaluate
+from lockstep.games.self_play import self_play
+from lockstep.job import Job, Parameters, Task
+
+GAMES, STEPS = 32, 100
+"""A step's games over all shards, and the steps between two evaluations."""
+OPENING, TRUST = 8, 0.5
+"""What `self_play` is given."""
+MATCHES = 200
+"""Held-out games against each opponent; in half of them the network moves second."""
+RATE, WARM_UP = 3e-3, 20
+"""The highest learning rate, and the steps in which it is reached."""
+
+
+def game(epochs: float = 20, simulations: int = 16, width: int = 64) -> Job:
+    """Learn to play Connect Four.
+
+    Args:
+        epochs: Rounds of 100 steps, 3,200 games; the learning rate falls to 0 by their end.
+        simulations: Positions that each search looks at.
+        width: Of the network.
+
+    Raises:
+        DataError: OpenSpiel is not installed.
+    """
+    new_game()  # so that a run does not begin without the rules
+    return Job(
+        task=Game(epochs, simulations, width), data_epochs=epochs, batch_size=GAMES,
+        eval_batch_size=50,
+    )  # fmt: skip
+
+
+class Net(nn.Module):
+    """A policy and a value for boards; each of the twelve windows of 4 by 4 is looked at first,
+    since any four in a row are in one of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, width, 4), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(12 * width, 2 * width), nn.ReLU(),
+            nn.Linear(2 * width, 2 * width), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(2 * width, COLUMNS + 1)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, boards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Boards `[n, 2, 6, 7]`, as `planes` has them, to logits `[n, 7]` and values `[n]`.
+
+        A value is what the player to move may expect, from -1 to 1.
+        """
+        out = self.head(self.body(boards))
+        return out[:, :COLUMNS], out[:, COLUMNS].tanh()
+
+
+class Game(Task):
+    """Play Connect Four; see `game`."""
+
+    def __init__(self, epochs: float = 20, simulations: int = 16, width: int = 64) -> None:
+        self.epochs, self.simulations, self.width = epochs, simulations, width
+
+    def model(self) -> nn.Module:
+        """A fresh network."""
+        return Net(self.width)
+
+    def train_data(self) -> TensorDataset:
+        """A number for each game to be played until the next evaluation."""
+        return TensorDataset(torch.arange(GAMES * STEPS))
+
+    def eval_data(self) -> TensorDataset:
+        """`(opponent, whether it begins, seed)` of each held-out game."""
+        games = torch.arange(len(OPPONENTS) * MATCHES)
+        return TensorDataset(games // MATCHES, games % 2, games)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Play a game for each sample, and learn from them: the mean over games, and in each over
+        its positions, of the policy's cross-entropy and the value's squared error."""
+        learned = self_play(
+            len(batch[0]), evaluator(model),
+            simulations=self.simulations, opening=OPENING, trust=TRUST,
+        )  # fmt: skip
+        logits, values = model(learned.boards)
+        policy = -(learned.policies * logits.log_softmax(dim=1)).sum(dim=1)
+        value = F.mse_loss(values, learned.values, reduction="none")
+        return torch.dot(learned.weights, policy + value)
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(params, lr=RATE, weight_decay=1e-4)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """Up in a few steps, and down to 0 in a straight line."""
+        steps = max(1, self.epochs * STEPS)
+        return LambdaLR(
+            optimizer, lambda step: max(0.0, min((step + 1) / WARM_UP, 1 - step / steps))
+        )
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
+        """None that is a mean over all games; see `score`."""
+        return {}
+
+    def outputs(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        """Per held-out game, `[n]`: the opponent, and what the game is worth to the network's
+        policy, which plays without a search."""
+        network = evaluator(model)
+        return {
+            "opponent": batch[0],
+            "worth": torch.tensor(play(matches(batch), likeliest(network))),
+        }
+
+    def score(self, outputs: dict[str, Any]) -> dict[str, float]:
+        """The share of games won against each opponent; a draw is not won."""
+        return wins(outputs["opponent"], outputs["worth"])
+
+    def baseline(self) -> dict[str, float]:
+        """What looking one ply ahead wins of the same games."""
+        batch, draw = self.eval_data().tensors, random.Random(0)
+        worth = play(
+            matches(batch), lambda states: [scripted(state, "one_ply", draw) for state in states]
+        )
+        return wins(batch[0], torch.tensor(worth))
+
+
+def evaluator(model: nn.Module) -> Evaluate:
+    """The network, as `search` wants it."""
+
+    def evaluate(states: Sequence[State]) -> tuple[list[list[float]], list[float]]:
+        with torch.no_grad():
+            logits, values = model(planes(states))
+        return logits.tolist(), values.tolist()
+
+    return evaluate
+
+
+def likeliest(network: Evaluate) -> Choose:
+    """The player that takes the policy's likeliest column that is free, without a search."""
+
+    def choose(states: Sequence[State]) -> list[int]:
+        logits, _ = network(states)
+        return [
+            max(state.legal_actions(), key=row.__getitem__)
+            for state, row in zip(states, logits, strict=True)
+        ]
+
+    return choose
+
+
+def matches(batch: Sequence[torch.Tensor]) -> list[Match]:
+    """The games that a batch of held-out samples stands for."""
+    return [
+        Match(opponent=OPPONENTS[opponent], first=bool(first), seed=seed)
+        for opponent, first, seed in zip(*(column.tolist() for column in batch), strict=True)
+    ]
+
+
+def wins(opponents: torch.Tensor, worth: torch.Tensor) -> dict[str, float]:
+    """The share of games won against each opponent, from `[n]` and `[n]`."""
+    return {
+        f"wins_{name}": (worth[opponents == index] > 0).double().mean().item()
+        for index, name in enumerate(OPPONENTS)
+    }
