@@ -24,6 +24,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vision": {},
     "recommend": {},
     "clicks": {},
+    "translate": {},
+    "summarise": {},
 }
 """The recipes, and the arguments with which the page shows them."""
 STEPS, SHARDS = 40, 3

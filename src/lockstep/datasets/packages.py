@@ -192,7 +192,8 @@ class DebianLists:
             found = sorted((folder / "lists").glob(f"*_{self.suite}_main_i18n_{member}"))
             if not found:
                 reason = problem or f"no {member} among what apt fetched"
-                raise _failed(str(self), "an archive that apt can reach", reason, command)
+                release = f"{self.archive}/dists/{self.suite}/InRelease"
+                raise _failed(str(self), f"{release}, by apt", reason, ["curl", "-I", release])
             found[0].rename(folder / member)
         return folder
 
