@@ -26,6 +26,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clicks": {},
     "game": {},
     "cartpole": {},
+    "translate": {},
+    "summarise": {},
 }
 """The recipes, and the arguments with which the page shows them."""
 STEPS, SHARDS = 40, 3

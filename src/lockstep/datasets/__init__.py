@@ -9,17 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from lockstep.datasets.adult import ADULT, load_adult
+from lockstep.datasets.descriptions import DESCRIPTIONS, load_synopses, load_translations
 from lockstep.datasets.fashion_mnist import FASHION_MNIST, load_fashion_mnist
 from lockstep.datasets.fetching import DataSet
 from lockstep.datasets.mnist import MNIST, load_mnist
 from lockstep.datasets.movielens import MOVIELENS_100K, load_ratings
 from lockstep.errors import DataError
 
-DATA_SETS = (MNIST, FASHION_MNIST, MOVIELENS_100K, ADULT)
+DATA_SETS = (MNIST, FASHION_MNIST, MOVIELENS_100K, ADULT, DESCRIPTIONS)
 """Those that `lockstep data` knows."""
 
 __all__ = ["DATA_SETS", "DataSet", "fetch", "find", "load_adult", "load_fashion_mnist",
-           "load_mnist", "load_ratings"]  # fmt: skip
+           "load_mnist", "load_ratings", "load_synopses", "load_translations"]  # fmt: skip
 
 
 def find(name: str) -> DataSet:

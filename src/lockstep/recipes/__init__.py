@@ -11,8 +11,8 @@ from lockstep.job import Job
 
 
 def names() -> list[str]:
-    """The recipes there are: the modules of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The recipes there are: the modules of this package, without what they share."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def find(name: str) -> Callable[..., Job]:

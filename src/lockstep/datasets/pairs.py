@@ -1,0 +1,124 @@
+"""Pairs of texts, a source and its target: from a file, without repetitions, and split by a hash.
+
+Which pairs are held out depends on each pair's own text alone, never on the order of the file or
+on what else is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.datasets.tables import parse_table, read_table
+from lockstep.errors import DataError
+
+Pair = tuple[str, str]
+"""A source and its target."""
+COLUMNS = ("source", "target")
+HELD_OUT = 500
+"""So many pairs are held out, or a tenth where there are fewer than ten times as many."""
+FEWEST = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Pairs to learn from, and pairs held out. No source is in both, nor twice in one."""
+
+    train: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+
+
+def parse_pairs(content: bytes, source: str | Path) -> list[Pair]:
+    """Pairs from a table with the columns `source` and `target`.
+
+    Raises:
+        DataError: it is no such table.
+    """
+    return _pairs(parse_table(content, source), source)
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Pairs from a file of the user's.
+
+    Args:
+        path: `.jsonl` with an object in each line that has the texts `source` and `target`; any
+            other name: a table (TSV or CSV) with columns of these names.
+
+    Raises:
+        DataError: it cannot be read, or is not of that form.
+    """
+    if Path(path).suffix == ".jsonl":
+        return _from_lines(path)
+    return _pairs(read_table(path), path)
+
+
+def split_pairs(pairs: Iterable[Pair], name: str | Path, held_out: int = HELD_OUT) -> Split:
+    """The pairs without repetitions, some held out: those whose sources have the least hashes.
+
+    Sources that differ in case and space alone are the same; of the targets of one source the one
+    that sorts first is kept. Pairs to learn from are in the order of their hashes, held-out ones
+    from the shortest target to the longest, so that a batch has texts of like length.
+
+    Raises:
+        DataError: there are too few.
+    """
+    found: dict[str, Pair] = {}
+    for source, target in pairs:
+        pair = (" ".join(source.split()), " ".join(target.split()))
+        key = pair[0].casefold()
+        if all(pair):
+            found[key] = min(found.get(key, pair), pair, key=lambda one: (one[1], one[0]))
+    if len(found) < FEWEST:
+        raise DataError(
+            f"there are too few pairs to learn from in {name}",
+            expected=f"{FEWEST} or more sources that differ, each with a target",
+            found=str(len(found)),
+            fix="add pairs, or leave the path out",
+        )
+    hashed = [found[key] for key in sorted(found, key=_hash)]
+    count = min(held_out, len(hashed) // 10)
+    return Split(
+        train=tuple(hashed[count:]),
+        held_out=tuple(sorted(hashed[:count], key=lambda pair: (len(pair[1]), pair))),
+    )
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _pairs(table: dict[str, list[str]], name: str | Path) -> list[Pair]:
+    if not set(COLUMNS) <= table.keys():
+        raise _unusable(name, f"columns {', '.join(table)}")
+    return list(zip(*(table[column] for column in COLUMNS), strict=True))
+
+
+def _from_lines(path: str | Path) -> list[Pair]:
+    pairs = []
+    try:
+        lines = Path(path).read_bytes().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unusable(path, str(error)) from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            pair = (entry["source"], entry["target"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unusable(path, f"in line {number}: {error!r}") from error
+        if not all(isinstance(text, str) for text in pair):
+            raise _unusable(path, f"in line {number}: {pair!r:.200}")
+        pairs.append(pair)
+    return pairs
+
+
+def _unusable(name: str | Path, found: str) -> DataError:
+    return DataError(
+        f"{name} is not a file of pairs",
+        expected="a table (TSV or CSV) with the columns source and target, or .jsonl with an "
+        "object in each line that has them, in UTF-8",
+        found=found,
+        fix="convert it, or leave the path out",
+    )

@@ -1,0 +1,93 @@
+"""Pairs of texts as tokens: a data set, and how its samples become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from lockstep.datasets.pairs import Pair
+from lockstep.recipes.text.beam import BEGIN, END
+from lockstep.recipes.text.packing import PADDING
+from lockstep.recipes.text.vocabulary import Vocabulary
+
+Row = NDArray[np.int32]
+TAIL = 30
+"""Percent of a text that is too long which are taken from its end."""
+Sample = tuple[Row, Row]
+"""Tokens of a source and of its target, which has begin and end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """Rows of tokens of any lengths, end to end: few objects, however many rows."""
+
+    tokens: Row
+    starts: NDArray[np.int64]
+    """Where each row begins, and where the last one ends."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]]) -> Ragged:
+        """From lists of tokens."""
+        listed = list(rows)
+        return cls(
+            tokens=np.array([token for row in listed for token in row], np.int32),
+            starts=np.cumsum([0, *map(len, listed)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+class EncodedPairs(Dataset[Sample]):
+    """Pairs as tokens; what is longer than `longest` (source, target) is cut: see `read`."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], vocabulary: Vocabulary, longest: tuple[int, int]
+    ) -> None:
+        sources, targets = zip(*pairs, strict=True)
+        self.sources = Ragged.of(read(sources, vocabulary, longest[0]))
+        self.targets = Ragged.of(
+            [BEGIN, *row[: longest[1] - 1], END] for row in vocabulary.encode(targets)
+        )
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sources[index], self.targets[index]
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        return [self[index] for index in indices]
+
+
+def read(texts: Sequence[str], vocabulary: Vocabulary, longest: int) -> list[list[int]]:
+    """Tokens of sources and the end, so that none is empty.
+
+    Of what is longer than `longest` the beginning and the end are kept, where texts say most.
+    """
+    # A word is a token or more, so the words in between would be left out in any case.
+    ends = [
+        " ".join([*words[:longest], *words[longest:][-longest:]])
+        for words in (text.split() for text in texts)
+    ]
+    last = longest * TAIL // 100
+    return [
+        [*row, END] if len(row) < longest else [*row[: longest - last], *row[1 - last :], END]
+        for row in vocabulary.encode(ends)
+    ]
+
+
+def padded(rows: Sequence[Row | list[int]]) -> torch.Tensor:
+    """Rows of tokens as a table, `[rows, longest]` (int64)."""
+    table = np.full((len(rows), max(map(len, rows))), PADDING, np.int64)
+    for place, row in zip(table, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(table)

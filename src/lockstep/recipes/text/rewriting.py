@@ -1,0 +1,151 @@
+"""The task of recipes that turn one text into another: all but the data and the score."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lockstep.datasets.pairs import Split
+from lockstep.job import Parameters, Task
+from lockstep.recipes.text.beam import write
+from lockstep.recipes.text.encoded import EncodedPairs, Sample, padded, read
+from lockstep.recipes.text.packing import PADDING
+from lockstep.recipes.text.transformer import Shape, Transformer
+from lockstep.recipes.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a recipe chooses."""
+
+    epochs: float
+    batch_size: int
+    rate: float
+    """The highest learning rate."""
+    vocabulary: int
+    """Subwords."""
+    width: int
+    encoders: int
+    decoders: int
+    longest: tuple[int, int]
+    """Tokens of a source that are read, and of a target that are learned and written."""
+    heads: int = 4
+    dropout: float = 0.1
+    smoothing: float = 0.1
+    beams: int = 4
+    warm_up: float = 0.1
+    """The part of the run in which the learning rate rises."""
+
+
+class Rewriting(Task):
+    """Learn to write the targets of sources; a recipe says which, and how well it is done."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def read_split(self) -> Split:
+        """The pairs, read anew."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def split(self) -> Split:
+        """The pairs, read when first asked for."""
+        return self.read_split()
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Subwords of both sides, learned from what is not held out."""
+        texts = (text for pair in self.split.train for text in pair)
+        return Vocabulary.learn(texts, self.settings.vocabulary)
+
+    @functools.cached_property
+    def encoded(self) -> EncodedPairs:
+        """The pairs to learn from, as tokens."""
+        return EncodedPairs(self.split.train, self.vocabulary, self.settings.longest)
+
+    def model(self) -> nn.Module:
+        """A fresh transformer."""
+        chosen = self.settings
+        return Transformer(
+            Shape(
+                vocabulary=len(self.vocabulary), width=chosen.width, heads=chosen.heads,
+                encoders=chosen.encoders, decoders=chosen.decoders, dropout=chosen.dropout,
+            )
+        )  # fmt: skip
+
+    def train_data(self) -> EncodedPairs:
+        """The pairs to learn from."""
+        return self.encoded
+
+    def eval_data(self) -> EncodedPairs:
+        """The pairs held out."""
+        return EncodedPairs(self.split.held_out, self.vocabulary, self.settings.longest)
+
+    def collate(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of tokens `[n, longest of this batch]` (int64), padded."""
+        return padded([source for source, _ in samples]), padded([target for _, target in samples])
+
+    @functools.cached_property
+    def mean_length(self) -> float:
+        """Tokens of a target, on average, without its beginning."""
+        return len(self.encoded.targets.tokens) / len(self.encoded) - 1
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Mean cross-entropy of the targets' tokens.
+
+        Divided by what a target has on average, not by what these have: so every token counts the
+        same wherever it is, and the loss of a batch is the mean over its samples.
+        """
+        losses = model(*batch, smoothing=self.settings.smoothing)
+        scaled: torch.Tensor = losses.mean() / self.mean_length
+        return scaled
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        """AdamW; biases and norms do not decay."""
+        groups = [
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.settings.rate, betas=(0.9, 0.98))
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """Up to the highest rate, then down to 0 by half a cosine."""
+        chosen = self.settings
+        steps = max(1.0, chosen.epochs * math.ceil(len(self.encoded) / chosen.batch_size))
+
+        def factor(step: int) -> float:
+            done = min(1.0, (step + 1) / steps)
+            if done < chosen.warm_up:
+                return done / chosen.warm_up
+            return 0.5 + 0.5 * math.cos(math.pi * (done - chosen.warm_up) / (1 - chosen.warm_up))
+
+        return LambdaLR(optimizer, factor)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
+        """Per pair, `[n]`: the cross-entropy of its target's tokens."""
+        tokens = (batch[1][:, 1:] != PADDING).sum(dim=1)
+        return {"loss": model(*batch) / tokens}
+
+    def outputs(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        """Per pair: what is written for its source."""
+        return {"texts": self.write(model, batch[0])}
+
+    def write(self, model: nn.Module, sources: torch.Tensor) -> list[str]:
+        """A text for each row of tokens, `[n, length]` (int64), by beam search."""
+        assert isinstance(model, Transformer)
+        longest = min(self.settings.longest[1], 2 * sources.shape[1] + 8)
+        rows = write(model, sources, self.settings.beams, longest)
+        return self.vocabulary.decode(rows.tolist())
+
+    def predict(self, model: nn.Module, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """For each of the texts, what is written for it."""
+        sources = read(texts, self.vocabulary, self.settings.longest[0])
+        with torch.no_grad():
+            return [{"text": text} for text in self.write(model, padded(sources))]

@@ -1,0 +1,99 @@
+"""English to German: what Debian says of its packages, by a small transformer that can copy.
+
+Synopses and paragraphs of at most 20 words, 500 of them held out, scored by BLEU and chrF. The
+vocabulary is learned from the same texts. `docs/applications.md` says what it reaches and in what
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lockstep.datasets import load_translations
+from lockstep.datasets.pairs import Split, read_pairs, split_pairs
+from lockstep.errors import JobError
+from lockstep.job import Job
+from lockstep.recipes.text.neighbours import Neighbours
+from lockstep.recipes.text.rewriting import Rewriting, Settings
+
+BATCH_SIZE = 64
+LONGEST = (64, 64)
+"""Tokens of a source and of a target."""
+
+
+def translate(
+    data: str | None = None, epochs: float = 8, width: int = 192, vocabulary: int = 4000,
+    words: int = 20,
+) -> Job:  # fmt: skip
+    """Learn to translate.
+
+    Args:
+        data: Pairs, as `lockstep.datasets.pairs.read_pairs` reads them: TSV or CSV with the columns
+            source and target, or JSONL. None: Debian's descriptions, English to German.
+        epochs: Passes over the data; the learning rate falls to 0 by their end.
+        width: Of the transformer.
+        vocabulary: How many subwords there are, of both languages together.
+        words: Sources with more words are left out.
+    """
+    settings = Settings(
+        epochs=epochs, batch_size=BATCH_SIZE, rate=1.5e-3, vocabulary=vocabulary, width=width,
+        encoders=3, decoders=3, longest=LONGEST,
+    )  # fmt: skip
+    return Job(
+        task=Translate(settings, data, words), batch_size=BATCH_SIZE, eval_batch_size=50,
+        data_epochs=epochs, clip_grad_norm=1.0, precision="bf16",
+    )  # fmt: skip
+
+
+class Translate(Rewriting):
+    """Translate; see `translate`."""
+
+    def __init__(self, settings: Settings, data: str | None = None, words: int = 20) -> None:
+        super().__init__(settings)
+        self.data, self.words = data, words
+
+    def read_split(self) -> Split:
+        """The pairs whose sources are short enough."""
+        pairs = load_translations() if self.data is None else read_pairs(self.data)
+        short = (pair for pair in pairs if len(pair[0].split()) <= self.words)
+        return split_pairs(short, self.data or "translations")
+
+    def score(self, outputs: dict[str, Any]) -> dict[str, float]:
+        """BLEU and chrF of all held-out translations together, 0 to 100."""
+        return compare(outputs["texts"], [target for _, target in self.split.held_out])
+
+    def baseline(self) -> dict[str, float]:
+        """The better of copying the source and of taking the most similar pair's target."""
+        scores = [self.score({"texts": texts}) for texts in (self.copied(), self.nearest())]
+        return {name: max(score[name] for score in scores) for name in scores[0]}
+
+    def copied(self) -> list[str]:
+        """The held-out sources as they are."""
+        return [source for source, _ in self.split.held_out]
+
+    def nearest(self) -> list[str]:
+        """For each held-out source, the target of the source that is most like it."""
+        known = Neighbours([source for source, _ in self.split.train])
+        return [self.split.train[known.nearest(source)][1] for source in self.copied()]
+
+
+def compare(texts: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """BLEU and chrF of texts, as sacrebleu has them.
+
+    Raises:
+        JobError: the package sacrebleu is missing.
+    """
+    try:
+        import sacrebleu
+    except ImportError:
+        raise JobError(
+            "translations are scored by BLEU and chrF",
+            expected="the package sacrebleu",
+            found="no such package",
+            fix="pip install 'lockstep-dlp[text]'",
+        ) from None
+    return {
+        "bleu": sacrebleu.corpus_bleu(texts, [wanted]).score,
+        "chrf": sacrebleu.corpus_chrf(texts, [wanted]).score,
+    }
