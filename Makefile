@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers chaos clean
+.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -59,6 +59,9 @@ bench-records: $(READY) ## Measure what the base and the ledger cost
 
 bench-stragglers: $(READY) ## Measure what a worker at a quarter of its speed costs
 	$(BIN)/python -m benchmarks.stragglers $(ARGS)
+
+bench-network: $(READY) ## Measure the network between hosts, on loopback
+	$(BIN)/python -m benchmarks.network $(ARGS)
 
 chaos: $(READY) ## Harm runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

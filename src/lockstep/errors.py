@@ -12,6 +12,12 @@
     ├── ResourceError        not enough memory, file descriptors or disk
     ├── NumericsError        a worker does not compute the same bits as the job's profile
     ├── WorkerLostError      workers cannot be kept alive, or their nursery died
+    ├── NetworkError         hosts cannot talk to each other
+    │   ├── PeerClosedError  a host has closed its connections, or has died
+    │   ├── PeerTimeoutError a host did not do in time what was waited for
+    │   ├── ProtocolError    a host sent what the protocol does not allow
+    │   ├── RefusedError     a host, its certificate or its join token was refused
+    │   └── IdentityError    a key, a certificate or a join token cannot be used here
     └── StoppedError         somebody asked the run to stop; it can be resumed
 
 A message says what happened, what was expected, what was found and what to do next.
@@ -101,6 +107,34 @@ class WorkerLostError(LockstepError):
     """Workers cannot be kept alive, or their nursery died or fell silent."""
 
 
+class NetworkError(LockstepError):
+    """Hosts cannot talk to each other."""
+
+    def awaiting(self, what: str) -> NetworkError:
+        """The same error for another thing that was waited for."""
+        return type(self)(self.what, expected=what, found=self.found, fix=self.fix)
+
+
+class PeerClosedError(NetworkError):
+    """A host has closed its connections, or has died."""
+
+
+class PeerTimeoutError(NetworkError):
+    """A host did not do in time what was waited for: it is stopped, cut off or too slow."""
+
+
+class ProtocolError(NetworkError):
+    """A host sent what the protocol does not allow; the connection is closed."""
+
+
+class RefusedError(NetworkError):
+    """A host, its certificate or its join token was refused."""
+
+
+class IdentityError(NetworkError):
+    """A key, a certificate or a join token is missing, or cannot be used here."""
+
+
 class StoppedError(LockstepError):
     """Somebody asked the run to stop; its last checkpoint is that of the last step."""
 
@@ -124,6 +158,8 @@ KINDS: dict[str, type[LockstepError]] = {
         LockstepError, JobError, TaskError, NonFiniteError, PoisonError, DataError,
         OptimizerError, StoppedError,
         RunFolderError, IntegrityError, ResourceError, NumericsError, WorkerLostError,
+        NetworkError, PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError,
+        IdentityError,
     )
 }  # fmt: skip
 

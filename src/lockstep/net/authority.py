@@ -1,0 +1,314 @@
+"""The cluster's CA: keys are made, certificates signed. Made on first use.
+
+    STATE/authority/authority.key  the CA's private key                      mode 0600
+    STATE/authority/authority.pem  its certificate
+    STATE/authority/issued/NAME    a mark for each name that has a certificate
+
+It lives on the host that hands out tokens. Keys are on the curve P-256. This is the one module
+that needs the package `cryptography`, and so the extra `net`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from lockstep.errors import IdentityError, RefusedError, ResourceError
+from lockstep.net.identity import (
+    AUTHORITY,
+    CERTIFICATE,
+    KEY,
+    Identity,
+    check_name,
+    check_private,
+    private_folder,
+    write_private,
+)
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+except ImportError as error:
+    raise ResourceError(
+        "certificates need the package cryptography",
+        expected="the extra `net`",
+        found="no cryptography in this environment",
+        fix="pip install 'lockstep-dlp[net]'",
+    ) from error
+
+AUTHORITY_KEY = "authority.key"
+AUTHORITY_SECONDS = 10 * 365 * 86400.0
+NODE_SECONDS = 90 * 86400.0
+"""For how long certificates are valid."""
+SKEW_SECONDS = 300.0
+"""Certificates are valid from so long ago, for hosts whose clocks are behind."""
+
+
+class Authority:
+    """A CA that is on disk. Its methods may be called from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load it.
+
+        Raises:
+            IdentityError: files are missing or unusable, or the key is open to other users.
+        """
+        for name in (AUTHORITY_KEY, AUTHORITY):
+            if not (folder / name).is_file():
+                raise IdentityError(
+                    f"{folder} holds no CA",
+                    expected=f"{AUTHORITY_KEY} and {AUTHORITY}",
+                    found=f"no {name}",
+                    fix="move the folder away to get a new CA; every host has to join again",
+                )
+        check_private(folder / AUTHORITY_KEY)
+        self.folder = folder
+        self.certificate = (folder / AUTHORITY).read_text()
+        """In PEM."""
+        self._key = _load_key(folder / AUTHORITY_KEY)
+        self._certificate = _load_certificate(self.certificate.encode())
+
+    @staticmethod
+    def open(folder: Path) -> Authority:
+        """The CA in a folder; a new one if there is no such folder.
+
+        Raises:
+            IdentityError: as above.
+        """
+        if not folder.exists():
+            private_folder(folder.parent)
+            unfinished = Path(tempfile.mkdtemp(prefix=".authority-", dir=folder.parent))
+            try:
+                _make_authority(unfinished)
+                os.rename(unfinished, folder)
+            except OSError:
+                shutil.rmtree(unfinished)
+                if not folder.exists():  # else somebody else has just made one
+                    raise
+        return Authority(folder)
+
+    def sign(
+        self, request: bytes, *, seconds: float = NODE_SECONDS, now: float | None = None
+    ) -> bytes:
+        """A certificate (PEM) for a request (PEM), valid for so long from `now` (s since 1970).
+
+        Raises:
+            RefusedError: the request is unusable, or its name has a certificate already.
+        """
+        asked = _load_request(request)
+        name = _common_name(asked.subject)
+        try:
+            descriptor = os.open(
+                private_folder(self.folder / "issued") / name, os.O_CREAT | os.O_EXCL, 0o600
+            )
+        except FileExistsError:
+            raise RefusedError(
+                f"the name {name} has a certificate already",
+                expected="a name that no host of the cluster has had",
+                found=name,
+                fix="join under another name",
+            ) from None
+        os.close(descriptor)
+        start = _moment(now) - datetime.timedelta(seconds=SKEW_SECONDS)
+        end = _moment(now) + datetime.timedelta(seconds=seconds)
+        builder = _node_certificate(asked, self._certificate, self._key.public_key())
+        return _signed(builder.not_valid_before(start).not_valid_after(end), self._key)
+
+    def enrol(self, folder: Path, name: str, *, seconds: float = NODE_SECONDS) -> Identity:
+        """The identity in `folder`, for this host itself; made if there is none.
+
+        Raises:
+            RefusedError: another host has the name.
+        """
+        if not (folder / CERTIFICATE).exists():
+            request = make_request(folder, name)
+            store(folder, self.sign(request, seconds=seconds), self.certificate)
+        return Identity.load(folder)
+
+
+def make_request(folder: Path, name: str) -> bytes:
+    """Make a private key in `folder` and a request (PEM) for a certificate with this name.
+
+    A key that an earlier attempt left is replaced, but none that has a certificate.
+
+    Raises:
+        IdentityError: the name is not allowed, or there is an identity already.
+    """
+    check_name(name)
+    if (folder / CERTIFICATE).exists():
+        raise IdentityError(
+            f"{folder} holds an identity already",
+            expected="a folder without one",
+            found=CERTIFICATE,
+            fix="use that identity, or remove the folder",
+        )
+    key = ec.generate_private_key(ec.SECP256R1())
+    private_folder(folder)
+    (folder / KEY).unlink(missing_ok=True)
+    write_private(folder / KEY, _key_bytes(key))
+    return _signed(x509.CertificateSigningRequestBuilder().subject_name(_name(name)), key)
+
+
+def store(folder: Path, certificate: bytes, authority: str) -> None:
+    """Complete an identity whose key is in `folder`, after checking that all of it fits.
+
+    Raises:
+        IdentityError: the certificate is not for that key, or not of that CA.
+    """
+    issued, ca = _load_certificate(certificate), _load_certificate(authority.encode())
+    try:
+        issued.verify_directly_issued_by(ca)
+        if issued.public_key() != _load_key(folder / KEY).public_key():
+            raise ValueError("it is for another key")
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise IdentityError(
+            "the new certificate does not fit",
+            expected="one for this host's key, signed by the cluster's CA",
+            found=str(error) or type(error).__name__,
+        ) from error
+    (folder / AUTHORITY).unlink(missing_ok=True)
+    write_private(folder / AUTHORITY, authority.encode())
+    write_private(folder / CERTIFICATE, certificate)
+
+
+def name_in(certificate: bytes) -> str:
+    """The name of the host in a certificate in PEM. Verifies nothing.
+
+    Raises:
+        IdentityError: there is none.
+    """
+    return _common_name(_load_certificate(certificate).subject)
+
+
+def _make_authority(folder: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name(f"lockstep-authority-{secrets.token_hex(4)}")
+    subject_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(_moment(None) - datetime.timedelta(seconds=SKEW_SECONDS))
+        .not_valid_after(_moment(None) + datetime.timedelta(seconds=AUTHORITY_SECONDS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(subject_id, critical=False)
+    )
+    write_private(folder / AUTHORITY_KEY, _key_bytes(key))
+    write_private(folder / AUTHORITY, _signed(builder, key))
+
+
+def _node_certificate(
+    request: x509.CertificateSigningRequest,
+    issuer: x509.Certificate,
+    issuer_key: ec.EllipticCurvePublicKey,
+) -> x509.CertificateBuilder:
+    """All but its time. Of the request only the key and the name are taken over."""
+    subject_id = x509.SubjectKeyIdentifier.from_public_key(request.public_key())
+    authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
+    purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    name = _common_name(request.subject)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(name))
+        .issuer_name(issuer.subject)
+        .public_key(request.public_key())
+        .serial_number(x509.random_serial_number())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+        .add_extension(subject_id, critical=False)
+        .add_extension(authority_id, critical=False)
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _load_request(request: bytes) -> x509.CertificateSigningRequest:
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        key = asked.public_key()
+        if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
+            raise ValueError("another kind of key than P-256")
+        if not asked.is_signature_valid:
+            raise ValueError("a signature of another key")
+        _common_name(asked.subject)
+    except (ValueError, TypeError, IdentityError, UnsupportedAlgorithm) as error:
+        raise RefusedError(
+            "the certificate request was refused",
+            expected="a request in PEM, with a name for a host, for a key on P-256",
+            found=error.found if isinstance(error, IdentityError) else str(error)[:200],
+        ) from error
+    return asked
+
+
+def _load_certificate(content: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(content)
+    except ValueError as error:
+        raise IdentityError(
+            "a certificate cannot be read", expected="PEM", found=str(error)[:200]
+        ) from error
+
+
+def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError) as error:
+        raise IdentityError(
+            f"the private key {path} cannot be read", expected="PEM", found=str(error)[:200]
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"the private key {path} is of another kind", expected="P-256")
+    return key
+
+
+def _key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _signed(
+    builder: x509.CertificateBuilder | x509.CertificateSigningRequestBuilder,
+    key: ec.EllipticCurvePrivateKey,
+) -> bytes:
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _common_name(subject: x509.Name) -> str:
+    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return check_name(str(names[0].value) if len(names) == 1 else "")
+
+
+def _moment(now: float | None) -> datetime.datetime:
+    if now is None:
+        return datetime.datetime.now(datetime.UTC)
+    return datetime.datetime.fromtimestamp(now, datetime.UTC)

@@ -1,0 +1,348 @@
+"""The transport between hosts: TCP with mutual TLS 1.3.
+
+Each host listens. For every peer there are four connections, one for each direction of each lane
+(see `lanes`): two that this host opens in `connect`, and two that the peer opens. A connection
+begins with a hello and a welcome, in which both sides compare their facts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.errors import (
+    NetworkError,
+    PeerClosedError,
+    PeerTimeoutError,
+    RefusedError,
+    to_message,
+)
+from lockstep.net.frames import Kind, head, message_frame
+from lockstep.net.handshake import Facts, Hello, check_hello, parse_hello
+from lockstep.net.identity import Identity, peer_name
+from lockstep.net.lanes import Incoming, Item, Lane, Outgoing, parse_lane
+from lockstep.net.mailbox import Inbox, Slip, as_bytes, sending
+from lockstep.net.peer import Peer
+from lockstep.net.transport import Heard, Key, Report, ignore
+from lockstep.net.wire import (
+    Deadline,
+    address_of,
+    closed,
+    details,
+    end,
+    handshake,
+    listen,
+    notice_silence,
+    peer_errors,
+    plain,
+    receive_message,
+    send_message,
+    wrap,
+)
+
+HANDSHAKE_SECONDS = 10.0
+"""From a connection to its welcome."""
+MAX_HANDSHAKES = 32
+"""Connections that may be at that point at one time; further ones wait in the kernel's queue."""
+RETRY_SECONDS = 0.05
+GOODBYE_SECONDS = 1.0
+Address = tuple[str, int]
+
+
+class TcpTransport:
+    """A `Transport` whose peers are who their certificates say. Listens from the beginning."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        job: str,
+        facts: Facts,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        report: Report = ignore,
+    ) -> None:
+        """Listen, by default on loopback only and on a port that the kernel chooses.
+
+        Raises:
+            IdentityError: the identity cannot be used.
+            OSError: nobody can listen there.
+        """
+        self.node = identity.node
+        self._hello = Hello(job=job, node=identity.node, facts=facts)
+        self._report = report
+        self._server, self._client = identity.server_context(), identity.client_context()
+        self._peers: dict[str, Peer] = {}
+        self._lost: list[Peer] = []
+        """Peers that another of the same name has taken the place of; to be reaped."""
+        self._changed = threading.Condition()
+        self._inbox = Inbox()
+        self._closing = threading.Event()
+        self._arriving: dict[threading.Thread, socket.socket] = {}
+        """Accepted connections that have not been welcomed yet."""
+        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
+        self._listener = listen(host, port)
+        self.address: Address = address_of(self._listener)
+        self._accepting = threading.Thread(
+            target=self._accept, name="lockstep-net accept", daemon=True
+        )
+        self._accepting.start()
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        with self._changed:
+            return tuple(sorted(peer.name for peer in self._peers.values() if peer.alive))
+
+    def connect(self, addresses: Mapping[str, Address], timeout: float) -> None:
+        """Open connections to these hosts, and wait until they have opened theirs to this one.
+
+        Further hosts may be added by further calls.
+
+        Raises:
+            RefusedError: one of them is somebody else, or differs from this host in a fact.
+            PeerTimeoutError: one cannot be reached, or has not connected, within so many seconds.
+        """
+        deadline = Deadline(timeout)
+        problems: dict[str, str] = {}
+        while not self._closing.is_set():
+            for name, address in addresses.items():
+                try:
+                    for lane in self._missing(name):
+                        self._open(name, address, lane, deadline)
+                except PeerClosedError as error:
+                    problems[name] = f"{error.what}: {error.found}"
+                except PeerTimeoutError as error:
+                    problems.setdefault(name, error.what)  # what was wrong before says more
+            with self._changed:
+                absent = sorted(set(addresses) - set(self.peers))
+                if not absent:
+                    return
+                if deadline.over:
+                    break
+                # Woken when a peer has connected; looks again soon where nobody listened yet.
+                self._changed.wait(min(RETRY_SECONDS, deadline.rest))
+        raise PeerTimeoutError(
+            f"no connection with host {', '.join(absent)}",
+            expected=f"connections in both directions within {timeout:g} s",
+            found="; ".join(
+                f"{name}: {problems.get(name, 'it has not connected to this host')}"
+                for name in absent
+            ),
+            fix="see that each of them runs, and can be reached at the address that it has given",
+        )
+
+    def send(self, peer: str, key: Key, data: memoryview) -> Slip:
+        body = as_bytes(data)
+        slip = sending(peer, key)
+        start = head(key.kind, step=key.step, tag=key.tag, length=len(body))
+        lane = self._peer(peer, slip.what).lane(Lane.DATA, slip.what)
+        lane.send(Item(head=start, body=body, slip=slip))
+        return slip
+
+    def expect(self, peer: str, key: Key, into: memoryview) -> Slip:
+        return self._peer(peer, f"{key} from host {peer}").mailbox.expect(key, into)
+
+    def tell(self, peer: str, message: Mapping[str, Any]) -> None:
+        what = f"that host {peer} takes a message"
+        lane = self._peer(peer, what).lane(Lane.CONTROL, what)
+        lane.send(Item(head=message_frame(Kind.CONTROL, message)))
+
+    def hear(self, timeout: float) -> Heard:
+        return self._inbox.get(timeout, lambda: " or ".join(self.peers) or "(none is connected)")
+
+    def drop(self, peer: str, reason: str) -> None:
+        with self._changed:
+            found = self._peers.get(peer)
+            if found is None or not (found.complete or found.error):
+                return  # there is none, or it is just connecting anew
+            del self._peers[peer]
+        found.lose(closed(f"host {peer}", "nothing any more", f"dropped here: {reason}"))
+        found.reap()
+
+    def close(self) -> None:
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        end(self._listener)
+        with self._changed:
+            peers = [*self._peers.values(), *self._lost]
+            self._changed.notify_all()
+        for peer in peers:
+            for outgoing in list(peer.outgoing.values()):
+                outgoing.finish(GOODBYE_SECONDS)
+        self._end_arriving()  # so that the accepting thread gets its turn
+        self._accepting.join()
+        for thread in self._end_arriving():
+            thread.join()
+        self._listener.close()
+        for peer in peers:
+            peer.lose(closed(f"host {self.node}", "nothing any more", "it ended here"))
+            peer.reap()
+
+    # Connections that this host opens.
+
+    def _missing(self, name: str) -> list[Lane]:
+        """The lanes that this host has yet to open."""
+        with self._changed:
+            found = self._peers.get(name)
+            if found is None or found.error is not None:
+                return list(Lane)
+            return [lane for lane in Lane if lane not in found.outgoing]
+
+    def _open(self, name: str, address: Address, lane: Lane, deadline: Deadline) -> None:
+        limit = Deadline(min(deadline.rest, HANDSHAKE_SECONDS))
+        who = f"host {name} at {address[0]}:{address[1]}"
+        sock: socket.socket | None = None
+        try:
+            with peer_errors(who, "a welcome", limit.seconds):
+                sock = socket.create_connection(address, limit.left())
+                sock = secured = wrap(sock, self._client, server=False)
+                handshake(secured, limit)
+                if (actual := peer_name(secured)) != name:
+                    raise RefusedError(f"{who} is another", expected=name, found=actual)
+                said = {**self._hello.to_message(), "lane": lane.value}
+                send_message(sock, Kind.HELLO, said, limit)
+                kind, answer = receive_message(sock, (Kind.WELCOME, Kind.REFUSED), limit)
+                if kind is Kind.REFUSED:
+                    raise refusal(name, answer)
+                check_hello(self._hello, parse_hello(answer), name)
+                sock.settimeout(None)
+                notice_silence(sock)
+                self._attach(name, lane, sock)
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if isinstance(error, NetworkError) and not isinstance(error, PeerClosedError):
+                self._report(name, str(error))
+            raise
+
+    def _attach(self, name: str, lane: Lane, sock: socket.socket) -> None:
+        with self._changed:
+            peer = self._current(name)
+            if lane in peer.outgoing:
+                raise closed(f"host {name}", "a lane", "another thread has connected it")
+            peer.outgoing[lane] = Outgoing(sock, name, peer.sending_failed)
+            self._changed.notify_all()
+        self._reap_lost()
+
+    # Connections that other hosts open.
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            self._handshakes.acquire()
+            try:
+                sock, address = self._listener.accept()
+            except OSError as error:
+                self._handshakes.release()
+                if not self._closing.is_set():
+                    self._report("this host", f"a connection was not accepted: {error}")
+                    self._closing.wait(RETRY_SECONDS)  # perhaps out of descriptors for a while
+                continue
+            who = f"{address[0]}:{address[1]}"
+            thread = threading.Thread(
+                target=self._receive, args=(sock, who), name=f"lockstep-net {who}", daemon=True
+            )
+            with self._changed:
+                self._arriving[thread] = sock
+            thread.start()
+
+    def _receive(self, sock: socket.socket, address: str) -> None:
+        """One accepted connection, from its handshake to its end."""
+        who, thread = address, threading.current_thread()
+        try:
+            limit = Deadline(HANDSHAKE_SECONDS)
+            with peer_errors(address, "a certificate and a hello", limit.seconds):
+                sock = secured = wrap(sock, self._server, server=True)
+                with self._changed:
+                    self._check_open()
+                    self._arriving[thread] = sock
+                handshake(secured, limit)
+                who = peer_name(secured)
+                peer, lane = self._admit(sock, who, limit)
+        except NetworkError as error:
+            sock.close()
+            self._report(who, str(error))
+            return
+        finally:
+            self._handshakes.release()
+            with self._changed:
+                self._arriving.pop(thread, None)
+        self._reap_lost()
+        peer.receive(lane)
+
+    def _admit(self, sock: socket.socket, name: str, limit: Deadline) -> tuple[Peer, Lane]:
+        """Welcome a connection, or tell the other side why not and raise."""
+        try:
+            _, message = receive_message(sock, (Kind.HELLO,), limit)
+            check_hello(self._hello, parse_hello(message), name)
+            lane = parse_lane(message.get("lane"))
+            with self._changed:
+                peer = self._current(name)
+                if lane in peer.incoming:
+                    raise PeerClosedError(f"host {name} is connected already")
+            send_message(sock, Kind.WELCOME, self._hello.to_message(), limit)
+            notice_silence(sock)
+            with self._changed:
+                if peer is not self._current(name) or lane in peer.incoming:
+                    raise PeerClosedError(f"host {name} connects twice at once")
+                place = peer.mailbox.place if lane is Lane.DATA else None
+                peer.incoming[lane] = Incoming(sock, name, lane, place)
+                self._changed.notify_all()
+        except NetworkError as error:
+            again = isinstance(error, PeerClosedError)
+            with contextlib.suppress(OSError):
+                send_message(sock, Kind.REFUSED, {**to_message(error), "again": again}, limit)
+            raise
+        return peer, lane
+
+    def _end_arriving(self) -> list[threading.Thread]:
+        with self._changed:
+            for sock in self._arriving.values():
+                end(sock)
+            return list(self._arriving)
+
+    # Peers, by name.
+
+    def _current(self, name: str) -> Peer:
+        """The peer of this name; a new one in the place of one that is lost. `_changed` is held."""
+        self._check_open()
+        found = self._peers.get(name)
+        if found is None or found.error is not None:
+            if found is not None:
+                self._lost.append(found)
+            found = self._peers[name] = Peer(name, self._inbox, self._on_loss)
+        return found
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise closed(f"host {self.node}", "a connection", "it is closing")
+
+    def _peer(self, name: str, what: str) -> Peer:
+        with self._changed:
+            found = self._peers.get(name)
+        if found is None:
+            raise closed(f"host {name}", what, "no connection")
+        return found
+
+    def _on_loss(self, peer: Peer, error: NetworkError) -> None:
+        if not self._closing.is_set():
+            self._report(peer.name, str(error))
+        with self._changed:
+            self._changed.notify_all()
+
+    def _reap_lost(self) -> None:
+        with self._changed:
+            lost, self._lost = self._lost, []
+        for peer in lost:
+            assert peer.error is not None
+            peer.lose(peer.error)
+            peer.reap()
+
+
+def refusal(name: str, answer: Mapping[str, Any]) -> NetworkError:
+    """The error that a peer's refusal describes; one to try again after if the peer says so."""
+    kind = PeerClosedError if answer.get("again") is True else RefusedError
+    return kind(f"host {name} refused this host: {plain(answer.get('what'))}", **details(answer))

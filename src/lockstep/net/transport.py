@@ -1,0 +1,113 @@
+"""The contract of a transport between the agents of a job: one agent per host, each with a name.
+
+Tensors go by key: the receiver says beforehand into which memory the bytes of a key belong, and
+they are written there. Messages are small JSON objects. Both go on at once, in all directions.
+
+What every transport promises, and `tests/test_transport.py` checks for each:
+
+- What arrives is whole, and what one peer sends arrives in the order in which it was sent.
+- `send` and `expect` return at once. Between two hosts that both expect what they are sent,
+  before they wait for anything, no order of sends, expectations and waits is a deadlock.
+- Every wait has a limit and ends in one of three errors, which name the peer and what was waited
+  for: `PeerClosedError` (it closed the connection, or died), `PeerTimeoutError` (it is silent, or
+  too slow), `ProtocolError` (it sent what was not agreed; the connection is closed).
+- The loss of a peer fails everything that is under way with it, and nothing that is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from lockstep.errors import NetworkError
+from lockstep.net.frames import Kind, Message, describe
+
+Report = Callable[[str, str], None]
+"""Told of every connection that is closed or refused: who (a host's name, or an address) and why.
+Called from several threads."""
+
+
+def ignore(who: str, why: str) -> None:
+    """A `Report` for those who have no log."""
+
+
+class Key(NamedTuple):
+    """Names a tensor between two hosts. May be used again once it has been received."""
+
+    kind: Kind
+    step: int
+    tag: int = 0
+    """Which bucket, at most 32 bits; the agents say what it means."""
+
+    def __str__(self) -> str:
+        return describe(*self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """A peer's message, or that the peer is lost."""
+
+    peer: str
+    message: Message | None = None
+    error: NetworkError | None = None
+
+
+class Pending(Protocol):
+    """A send or a receipt that is under way."""
+
+    peer: str
+    what: str
+    """In words."""
+
+    def done(self) -> bool:
+        """Whether it is complete. False if it failed."""
+
+    def wait(self, timeout: float) -> None:
+        """Return when it is complete: received bytes are all in place, sent memory may change.
+
+        Raises:
+            PeerClosedError, ProtocolError: it failed and never will be.
+            PeerTimeoutError: it is not complete within `timeout` seconds. The memory is still in
+                use until the peer is dropped.
+        """
+
+
+class Transport(Protocol):
+    """One host's side. Its methods may be called from any thread."""
+
+    node: str
+    """This host's name."""
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The names of the hosts that can be reached now, sorted."""
+
+    def send(self, peer: str, key: Key, data: memoryview) -> Pending:
+        """Send bytes, which must not change until that is complete. Raises the loss of `peer`."""
+
+    def expect(self, peer: str, key: Key, into: memoryview) -> Pending:
+        """Receive what `peer` sends under `key` into this memory: contiguous, of just that size.
+
+        What nobody expects yet is left on the way, and so is what the peer sent after it.
+        Raises the loss of `peer`; a `NetworkError` if the key is expected already.
+        """
+
+    def tell(self, peer: str, message: Mapping[str, Any]) -> None:
+        """Send a message, of at most 1 MiB. Raises the loss of `peer`.
+
+        It overtakes tensors. Nobody confirms it.
+        """
+
+    def hear(self, timeout: float) -> Heard:
+        """The next message from anybody. The loss of a peer is heard once, after its last message.
+
+        Raises:
+            PeerTimeoutError: nobody said anything within `timeout` seconds.
+        """
+
+    def drop(self, peer: str, reason: str) -> None:
+        """Close what connects to `peer`. Afterwards none of its bytes are written anywhere."""
+
+    def close(self) -> None:
+        """Say goodbye and drop every peer. Leaves no thread and no descriptor."""

@@ -1,0 +1,170 @@
+"""One small message on a socket before a deadline, and a socket's errors in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from lockstep.errors import PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError
+from lockstep.net.frames import Kind, Message, Reader, message_frame, parse_message
+
+SILENCE_SECONDS = 20.0
+"""After which a machine that acknowledges nothing counts as dead."""
+_ABOUT_CERTIFICATES = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+"""What is in the names of TLS alerts by which a peer refuses a certificate."""
+
+
+class Deadline:
+    """A moment that several waits share."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, more than 0.
+
+        Raises:
+            TimeoutError: there are none.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    @property
+    def rest(self) -> float:
+        """Seconds; 0 if there are none."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        return not self.rest
+
+
+@contextlib.contextmanager
+def peer_errors(who: str, what: str, seconds: float) -> Iterator[None]:
+    """Turn a socket's errors into ours. `what` was waited for, for at most so many seconds."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise PeerTimeoutError(
+            f"{who} did not answer in time", expected=f"{what} within {seconds:g} s"
+        ) from error
+    except ssl.SSLCertVerificationError as error:
+        raise RefusedError(
+            f"the certificate of {who} is not accepted",
+            expected="one of this cluster's CA that is valid now",
+            found=error.verify_message,
+            fix="join the cluster again with a new token; see that the clocks agree",
+        ) from error
+    except ssl.SSLError as error:
+        reason = error.reason or str(error)
+        if isinstance(error, ssl.SSLEOFError):
+            raise closed(who, what, "the end of the stream") from error
+        if any(part in reason for part in _ABOUT_CERTIFICATES):
+            raise RefusedError(
+                f"{who} has no certificate that both accept",
+                expected="one of this cluster's CA that is valid now",
+                found=reason,
+                fix="join the cluster again with a new token",
+            ) from error
+        raise ProtocolError(
+            f"{who} does not speak TLS 1.3 as expected", expected=what, found=reason
+        ) from error
+    except OSError as error:
+        raise closed(who, what, str(error)) from error
+
+
+def plain(value: object) -> str:
+    """What a peer has said, in a form that can do no harm in a log."""
+    return ascii(str(value))[1:-1][:1000]
+
+
+def details(answer: Mapping[str, Any]) -> dict[str, str]:
+    """What a peer's refusal says besides what happened: the fields of an error."""
+    return {part: plain(answer.get(part, "")) for part in ("expected", "found", "fix")}
+
+
+def closed(who: str, what: str, found: str) -> PeerClosedError:
+    """The error of a connection that is gone."""
+    return PeerClosedError(
+        f"{who} closed the connection",
+        expected=what,
+        found=found,
+        fix="see whether that host's process died",
+    )
+
+
+def send_message(
+    sock: socket.socket, kind: Kind, message: Mapping[str, Any], deadline: Deadline
+) -> None:
+    """Send a message. Raises what sockets raise."""
+    sock.settimeout(deadline.left())
+    sock.sendall(message_frame(kind, message))
+
+
+def receive_message(
+    sock: socket.socket, kinds: Collection[Kind], deadline: Deadline
+) -> tuple[Kind, Message]:
+    """The next message, and not a byte that follows it. Raises what sockets raise.
+
+    Raises:
+        ProtocolError: it breaks a rule, or is of none of these kinds.
+        TimeoutError: it has not come by the deadline, however many bytes trickle in.
+    """
+    reader = Reader(kinds)
+    while True:
+        sock.settimeout(deadline.left())
+        count = sock.recv_into(reader.room())
+        if not count:
+            raise ConnectionError(f"the end of the stream after {reader.describe()}")
+        frame = reader.took(count)
+        if frame is not None:
+            return frame.header.kind, parse_message(frame.body)
+
+
+def wrap(sock: socket.socket, context: ssl.SSLContext, *, server: bool) -> ssl.SSLSocket:
+    """The socket with TLS, before its handshake. `sock` is of no use from then on."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
+
+
+def handshake(sock: ssl.SSLSocket, deadline: Deadline) -> None:
+    """Do TLS's handshake."""
+    sock.settimeout(deadline.left())
+    sock.do_handshake()
+
+
+def notice_silence(sock: socket.socket, seconds: float = SILENCE_SECONDS) -> None:
+    """Let the kernel end the connection when the peer's machine acknowledges nothing so long.
+
+    A process that is stopped is not noticed: its kernel goes on acknowledging.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(seconds / 3)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(seconds / 6)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
+def end(sock: socket.socket) -> None:
+    """Wake whoever is blocked on the socket; the owner still has to close it."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Port 0 lets the kernel choose."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=128)
+
+
+def address_of(sock: socket.socket) -> tuple[str, int]:
+    """Where a listening socket can be reached."""
+    host, port = sock.getsockname()[:2]
+    return str(host), int(port)

@@ -1,0 +1,430 @@
+"""Certificates, and joining with a token: what is right works, and everything else is refused."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import queue
+import socket
+import ssl
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lockstep.errors import (
+    IdentityError,
+    NetworkError,
+    PeerClosedError,
+    PeerTimeoutError,
+    RefusedError,
+    ResourceError,
+)
+from lockstep.net.authority import Authority, make_request, store
+from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
+from lockstep.net.identity import Identity, check_name, fingerprint, newcomer_context
+from lockstep.net.joining import JoinServer, Limiter, join
+from lockstep.net.tokens import Token
+from lockstep.net.wire import Deadline, handshake, receive_message, wrap
+from tests.hosts import LIMIT, Cluster, connect
+
+FUZZ = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Joinable:
+    """A cluster whose host `a` enrols newcomers, and says why it refuses some."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cluster = Cluster(folder)
+        self.reports: queue.Queue[tuple[str, str]] = queue.Queue()
+        self.server = self.serve()
+
+    def serve(self, *, limiter: Limiter | None = None, seconds: float = LIMIT) -> JoinServer:
+        return JoinServer(
+            self.cluster.identity("a"),
+            self.cluster.authority.sign,
+            greeting={"agent": ["127.0.0.1", 7]},
+            limiter=limiter or Limiter(burst=100_000),
+            report=lambda who, why: self.reports.put((who, why)),
+            serve_seconds=seconds,
+        )
+
+    def why(self) -> str:
+        return self.reports.get(timeout=LIMIT)[1]
+
+    def dial(self, server: JoinServer | None = None) -> ssl.SSLSocket:
+        """A newcomer that has done everything right so far."""
+        sock = socket.create_connection((server or self.server).address)
+        context = newcomer_context(self.cluster.authority.certificate)
+        secured = wrap(sock, context, server=False)
+        handshake(secured, Deadline(LIMIT))
+        receive_message(secured, (Kind.AUTHORITY,), Deadline(LIMIT))
+        return secured
+
+    def ask(self, secret: bytes, request: bytes) -> tuple[Kind, dict[str, object]]:
+        with self.dial() as sock:
+            said = {"secret": base64.b64encode(secret).decode(), "request": request.decode()}
+            sock.sendall(message_frame(Kind.ENROL, said))
+            return receive_message(sock, (Kind.ENROLLED, Kind.REFUSED), Deadline(LIMIT))
+
+
+@pytest.fixture
+def joinable(tmp_path: Path) -> Iterator[Joinable]:
+    made = Joinable(tmp_path / "cluster")
+    with contextlib.closing(made.server):
+        yield made
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_are_private(joinable: Joinable, tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "node"
+    join(joinable.server.token(), folder, "b", timeout=LIMIT)
+    root = joinable.cluster.folder
+    for each in (folder, root / "authority", root / "authority" / "issued", root / "a"):
+        assert mode(each) == 0o700, each
+    files = [*folder.iterdir(), *(root / "authority").rglob("*")]
+    for file in files:
+        assert file.is_dir() or mode(file) == 0o600, file
+    assert {file.name for file in files} >= {"node.key", "node.pem", "authority.key", "b"}
+
+
+def test_a_newcomer_becomes_a_host(joinable: Joinable, tmp_path: Path) -> None:
+    token = joinable.server.token()
+    identity, greeting = join(token, tmp_path / "b", "b", timeout=LIMIT)
+    assert joinable.why() == "it has joined" or joinable.why() == "it has joined"
+    assert (identity.node, greeting) == ("b", {"agent": ["127.0.0.1", 7]})
+    assert Identity.load(tmp_path / "b") == identity
+    # The key has not left it, and works between hosts.
+    a = joinable.cluster.transport("a")
+    from lockstep.net.tcp import TcpTransport
+    from tests.hosts import FACTS
+
+    b = TcpTransport(identity, job="job", facts=FACTS)
+    try:
+        connect([a, b])
+        assert a.peers == ("b",)
+        assert b.peers == ("a",)
+    finally:
+        a.close()
+        b.close()
+
+
+def test_a_token_lets_one_in_once(joinable: Joinable, tmp_path: Path) -> None:
+    token = joinable.server.token()
+    join(token, tmp_path / "b", "b", timeout=LIMIT)
+    with pytest.raises(RefusedError, match="the join token was refused") as caught:
+        join(token, tmp_path / "c", "c", timeout=LIMIT)
+    assert caught.value.found == "it was used before"
+    assert not (tmp_path / "c" / "node.pem").exists()
+    join(joinable.server.token(), tmp_path / "c", "c", timeout=LIMIT)  # what was left is replaced
+
+
+def test_two_at_once_with_one_token(joinable: Joinable, tmp_path: Path) -> None:
+    token = joinable.server.token()
+
+    def attempt(name: str) -> str:
+        try:
+            return join(token, tmp_path / name, name, timeout=LIMIT)[0].node
+        except RefusedError as error:
+            return error.found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = sorted(pool.map(attempt, ["w", "x", "y", "z"]))
+    assert found[:3] == ["it was used before"] * 3
+    assert found[3] in ("w", "x", "y", "z")
+
+
+def test_expired_and_forged_tokens(joinable: Joinable, tmp_path: Path) -> None:
+    expired = joinable.server.token(seconds=-10.0)
+    forged = replace(joinable.server.token(), secret=bytes(32))
+    prolonged = replace(expired, expiry=expired.expiry + 10**6)
+    for token, why in (
+        (expired, "it expired"),
+        (forged, "it is unknown here"),
+        (prolonged, "it expired"),
+    ):
+        with pytest.raises(RefusedError, match="the join token was refused") as caught:
+            join(token, tmp_path / "b", "b", timeout=LIMIT)
+        assert why in caught.value.found
+
+
+def test_another_cluster_answers(joinable: Joinable, tmp_path: Path) -> None:
+    """Then the secret is not sent: the token can still be used where it belongs."""
+    other = Joinable(tmp_path / "other")
+    with contextlib.closing(other.server):
+        token = joinable.server.token()
+        host, port = other.server.address
+        with pytest.raises(RefusedError, match="is not of the cluster that the token is for"):
+            join(replace(token, host=host, port=port), tmp_path / "b", "b", timeout=LIMIT)
+        assert "closed the connection" in other.why()
+    join(token, tmp_path / "b", "b", timeout=LIMIT)
+
+
+def test_another_host_of_the_cluster_answers(joinable: Joinable, tmp_path: Path) -> None:
+    token = replace(joinable.server.token(), node="z")
+    with pytest.raises(RefusedError, match="another host answers"):
+        join(token, tmp_path / "b", "b", timeout=LIMIT)
+
+
+def test_names(joinable: Joinable, tmp_path: Path) -> None:
+    for name in ("a" * 63, "node-1.example_x", "7"):
+        assert check_name(name) == name
+    for name in ("", "A", "-a", "a-", "a" * 64, "a/b", "../a", "a b", "ä", "a\n"):
+        with pytest.raises(IdentityError, match="not a name for a host"):
+            check_name(name)
+    join(joinable.server.token(), tmp_path / "b", "b", timeout=LIMIT)
+    with pytest.raises(RefusedError, match="the name b has a certificate already"):
+        join(joinable.server.token(), tmp_path / "b2", "b", timeout=LIMIT)
+    with pytest.raises(IdentityError, match="holds an identity already"):
+        join(joinable.server.token(), tmp_path / "b", "c", timeout=LIMIT)
+
+
+def name_of(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+
+Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+
+
+def request_of(subject: x509.Name, key: Key) -> bytes:
+    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    return builder.sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
+
+
+def of_path(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return request_of(name_of("../../etc"), key)
+
+
+def of_nobody(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return request_of(x509.Name([]), key)
+
+
+def of_two(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return request_of(x509.Name([*name_of("x"), *name_of("y")]), key)
+
+
+def of_another_curve(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return request_of(name_of("x"), ec.generate_private_key(ec.SECP384R1()))
+
+
+def of_another_kind(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return request_of(name_of("x"), ed25519.Ed25519PrivateKey.generate())
+
+
+def of_another_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Somebody else's public key, with a signature of ours."""
+    lines = request_of(name_of("x"), key).decode().splitlines()
+    raw = bytearray(base64.b64decode("".join(lines[1:-1])))
+    raw[-5] ^= 1
+    body = base64.b64encode(raw).decode()
+    return f"{lines[0]}\n{body}\n{lines[-1]}\n".encode()
+
+
+def of_nothing(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [of_path, of_nobody, of_two, of_another_curve, of_another_kind, of_another_key, of_nothing],
+)
+def test_requests_that_are_not_signed(
+    joinable: Joinable, make: Callable[[ec.EllipticCurvePrivateKey], bytes]
+) -> None:
+    request = make(ec.generate_private_key(ec.SECP256R1()))
+    kind, answer = joinable.ask(joinable.server.token().secret, request)
+    assert kind is Kind.REFUSED
+    assert answer["what"] == "the certificate request was refused"
+    assert "the certificate request was refused" in joinable.why()
+    assert {each.name for each in (joinable.cluster.folder / "authority/issued").iterdir()} == {"a"}
+
+
+@FUZZ
+@given(junk=st.binary(max_size=200))
+def test_strangers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
+    with socket.create_connection(joinable.server.address) as sock:
+        with contextlib.suppress(OSError):  # it may be refused after the first bytes
+            sock.sendall(junk)
+            sock.shutdown(socket.SHUT_WR)
+        why = joinable.why()
+        assert "TLS" in why or "closed" in why
+
+
+@FUZZ
+@given(
+    junk=st.binary(max_size=200)
+    | st.builds(
+        lambda kind, length, body: HEADER.pack(MAGIC, VERSION, kind, 0, 0, 0, length) + body,
+        st.integers(0, 20),
+        st.integers(0, 2**64 - 1),
+        st.binary(max_size=50),
+    )
+    | st.builds(
+        lambda secret, request: message_frame(Kind.ENROL, {"secret": secret, "request": request}),
+        st.text(max_size=60)
+        | st.integers()
+        | st.binary(max_size=60).map(lambda secret: base64.b64encode(secret).decode()),
+        st.text(max_size=100) | st.none(),
+    )
+)
+def test_newcomers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
+    with joinable.dial() as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(junk)
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+        why = joinable.why()
+        assert "protocol" in why or "closed" in why or "token was refused" in why
+    assert len(list((joinable.cluster.folder / "authority/issued").iterdir())) == 1
+
+
+@FUZZ
+@given(change=st.integers(1, 255), place=st.integers(0, 31), length=st.integers(0, 40))
+def test_guessed_secrets(joinable: Joinable, change: int, place: int, length: int) -> None:
+    """Next to a right one, cut or prolonged. None is in the log, and the right one still works."""
+    token = joinable.server.token()
+    altered = bytearray(token.secret)
+    altered[place] ^= change
+    for secret in (bytes(altered), (token.secret + bytes(8))[:length]):
+        if secret != token.secret:
+            kind, answer = joinable.ask(secret, b"")
+            assert (kind, answer["found"]) == (Kind.REFUSED, "it is unknown here")
+            why = joinable.why()
+            assert "token was refused" in why
+            assert base64.b64encode(secret).decode() not in why or not secret
+    kind, answer = joinable.ask(token.secret, b"")
+    assert answer["what"] == "the certificate request was refused"
+    joinable.why()
+
+
+def test_answers_that_are_no_joining(joinable: Joinable, tmp_path: Path) -> None:
+    """The newcomer's side, against a server that is something else."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        token = replace(joinable.server.token(), host=host, port=port)
+
+        def answer(content: bytes) -> None:
+            sock, _ = server.accept()
+            with sock:
+                sock.settimeout(LIMIT)
+                sock.recv(100)
+                sock.sendall(content)
+
+        for content in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""):
+            thread = threading.Thread(target=answer, args=(content,))
+            thread.start()
+            with pytest.raises(NetworkError, match=r"(closed the connection|does not speak TLS)"):
+                join(token, tmp_path / "b", "b", timeout=LIMIT)
+            thread.join()
+        with pytest.raises(PeerTimeoutError, match="did not answer in time"):
+            join(token, tmp_path / "b", "b", timeout=0.2)
+    with pytest.raises(PeerClosedError, match="closed the connection"):
+        join(token, tmp_path / "b", "b", timeout=LIMIT)
+
+
+def test_who_dawdles_holds_up_nobody_and_is_ended(joinable: Joinable, tmp_path: Path) -> None:
+    silent = [socket.create_connection(joinable.server.address) for _ in range(8)]
+    slow = joinable.dial()
+    slow.sendall(message_frame(Kind.ENROL, {})[:5])
+    join(joinable.server.token(), tmp_path / "b", "b", timeout=LIMIT)
+    for sock in (*silent, slow):
+        sock.close()
+    server = joinable.serve(seconds=0.2)
+    with contextlib.closing(server), socket.create_connection(server.address):
+        while "within 0.2 s" not in joinable.why():
+            pass
+
+
+def test_closing_ends_those_who_dawdle(joinable: Joinable) -> None:
+    server = joinable.serve(seconds=600.0)
+    with socket.create_connection(server.address), joinable.dial(server):
+        began = time.monotonic()
+        server.close()
+        assert time.monotonic() - began < LIMIT
+
+
+def test_too_many_attempts(joinable: Joinable) -> None:
+    server = joinable.serve(limiter=Limiter(burst=2, seconds=3600.0))
+    with contextlib.closing(server):
+        for _ in range(4):
+            with (
+                contextlib.suppress(ConnectionError),
+                socket.create_connection(server.address) as sock,
+            ):
+                sock.settimeout(LIMIT)
+                sock.sendall(b"this is no TLS")
+                while sock.recv(100):
+                    pass
+        reasons = [joinable.why() for _ in range(4)]
+        assert reasons.count("it tries to join too often") == 2
+
+
+def test_no_secret_in_a_report(joinable: Joinable, tmp_path: Path) -> None:
+    token = joinable.server.token()
+    join(token, tmp_path / "b", "b", timeout=LIMIT)
+    with pytest.raises(RefusedError):
+        join(token, tmp_path / "c", "c", timeout=LIMIT)
+    reasons = joinable.why() + joinable.why() + joinable.why() + joinable.why()
+    assert "it was used before" in reasons
+    for form in (token.secret.hex(), base64.b64encode(token.secret).decode(), token.text()):
+        assert form not in reasons
+
+
+def test_one_authority_is_made(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: Authority.open(tmp_path / "state" / "ca"), range(4)))
+    assert len({fingerprint(each.certificate) for each in made}) == 1
+    assert [each.name for each in (tmp_path / "state").iterdir()] == ["ca"]
+
+
+def test_identities_that_cannot_be_used(tmp_path: Path) -> None:
+    cluster, other = Cluster(tmp_path / "one"), Cluster(tmp_path / "two")
+    folder = cluster.identity("b").folder
+    assert cluster.authority.enrol(folder, "b") == cluster.identity("b")
+    with pytest.raises(IdentityError, match="holds no identity"):
+        Identity.load(tmp_path / "nothing")
+    with pytest.raises(IdentityError, match="holds no CA"):
+        Authority(tmp_path)
+    request = make_request(tmp_path / "c", "c")
+    signed = other.authority.sign(request)
+    with pytest.raises(IdentityError, match="the new certificate does not fit"):
+        store(tmp_path / "c", signed, cluster.authority.certificate)
+    make_request(tmp_path / "c", "c")  # another key
+    with pytest.raises(IdentityError, match="the new certificate does not fit") as caught:
+        store(tmp_path / "c", signed, other.authority.certificate)
+    assert caught.value.found == "it is for another key"
+    (folder / "node.key").write_bytes((other.identity("b").folder / "node.key").read_bytes())
+    with pytest.raises(IdentityError, match="cannot be used"):
+        Identity.load(folder).server_context()
+    (cluster.folder / "authority" / "authority.key").write_text("nonsense")
+    with pytest.raises(IdentityError, match="cannot be read"):
+        Authority(cluster.folder / "authority")
+    (cluster.folder / "authority" / "authority.key").chmod(0o644)
+    with pytest.raises(IdentityError, match="is open to other users"):
+        Authority(cluster.folder / "authority")
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = Token(
+        host="127.0.0.1", port=1, node="a", fingerprint=bytes(32), secret=bytes(32), expiry=0
+    )
+    monkeypatch.delitem(sys.modules, "lockstep.net.authority")
+    monkeypatch.delattr(sys.modules["lockstep.net"], "authority", raising=False)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ResourceError, match="need the package cryptography") as caught:
+        join(token, tmp_path / "b", "b", timeout=LIMIT)
+    assert caught.value.fix == "pip install 'lockstep-dlp[net]'"
