@@ -16,10 +16,12 @@ from lockstep import recipes
 from lockstep.datasets import fetch
 from lockstep.datasets.idx import to_idx
 from lockstep.datasets.images import IDX_NAMES
+from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError
 from lockstep.faults import Fault
 from lockstep.job import Job, Task
 from lockstep.recipes.clicks import Clicks, auc, clicks, hashed, ranges_of
+from lockstep.recipes.mnist import Mnist
 from lockstep.recipes.recommend import LENGTH, Recommend, ranking, recommend, unseen
 from lockstep.recipes.vision import Vision, jitter, vision
 from tests.faulty import assert_same, assert_struck
@@ -260,6 +262,44 @@ def test_buckets_do_not_depend_on_what_is_held_out() -> None:
     ranges = hashed(many, ranges_of(many, np.arange(1000) < 800))
     assert 30 < len(set(ranges[:, 0].tolist())) <= 80
     assert len(set(ranges[790:, 0].tolist())) == 1  # beyond what is known: the last range
+
+
+def test_a_row_as_a_record(tmp_path: Path) -> None:
+    path = rows(tmp_path)
+    task, table = Clicks(str(path), "clicked", width=4), read_table(path)
+    for row in range(3):
+        record = {name: values[row] for name, values in table.items() if name != "clicked"}
+        assert task.from_record(record).equal(task.rows[0][row])
+    name, value = record.popitem()
+    with pytest.raises(DataError, match=f"none of {name}"):
+        task.from_record(record)
+    assert task.from_record({**record, name: value, "more": 1}).equal(task.rows[0][2])
+
+
+def test_users_and_digits_as_records(tmp_path: Path) -> None:
+    films = Recommend(str(ratings(tmp_path)))
+    name = films.ratings.user_names[3]
+    assert films.from_record({"user": name}).item() == 3
+    with pytest.raises(DataError, match="there is no user nobody"):
+        films.from_record({"user": "nobody"})
+    digits = Mnist("cnn")
+    image = digits.from_record({"pixels": [255] * 784})
+    assert image.equal(torch.ones(1, 28, 28))
+    (answer,) = digits.predict(digits.model().eval(), digits.collate([image]))
+    assert 0 <= answer["digit"] <= 9
+    with pytest.raises(DataError, match="3 pixels"):
+        digits.from_record({"pixels": [1, 2, 3]})
+
+
+def test_an_image_file_as_a_record(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    task = Vision(str(images(tmp_path)), epochs=1, width=4)
+    size = task.images.train_images.shape[-1]
+    image.new("RGB", (50, 40), (255, 255, 255)).save(tmp_path / "white.png")
+    sample = task.from_record({"image": str(tmp_path / "white.png")})
+    assert sample.equal(torch.full((1, size, size), 255, dtype=torch.uint8))
+    with pytest.raises(DataError, match="a record is not an image"):
+        task.from_record({"picture": "white.png"})
 
 
 def test_label_that_is_not_there(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep.datasets.pairs import Split
+from lockstep.errors import DataError
 from lockstep.job import Parameters, Task
 from lockstep.recipes.text.beam import write
-from lockstep.recipes.text.encoded import EncodedPairs, Sample, padded, read
+from lockstep.recipes.text.encoded import EncodedPairs, padded, read
 from lockstep.recipes.text.packing import PADDING
 from lockstep.recipes.text.transformer import Shape, Transformer
 from lockstep.recipes.text.vocabulary import Vocabulary
@@ -88,8 +89,13 @@ class Rewriting(Task):
         """The pairs held out."""
         return EncodedPairs(self.split.held_out, self.vocabulary, self.settings.longest)
 
-    def collate(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of tokens `[n, longest of this batch]` (int64), padded."""
+    def collate(self, samples: list[Any]) -> Any:
+        """Tables of tokens `[n, longest of this batch]` (int64), padded: of sources and of targets.
+
+        Samples without a target are texts, and stay as they are.
+        """
+        if isinstance(samples[0], str):
+            return samples
         return padded([source for source, _ in samples]), padded([target for _, target in samples])
 
     @functools.cached_property
@@ -143,6 +149,16 @@ class Rewriting(Task):
         longest = min(self.settings.longest[1], 2 * sources.shape[1] + 8)
         rows = write(model, sources, self.settings.beams, longest)
         return self.vocabulary.decode(rows.tolist())
+
+    def from_record(self, record: Mapping[str, Any]) -> str:
+        """A text, from `source`."""
+        if not isinstance(record.get("source"), str):
+            raise DataError(
+                "a record is not a text",
+                expected='{"source": "the text to write another for"}',
+                found=f"the columns {', '.join(record)}",
+            )
+        return str(record["source"])
 
     def predict(self, model: nn.Module, texts: Sequence[str]) -> list[dict[str, Any]]:
         """For each of the texts, what is written for it."""
