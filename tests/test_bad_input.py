@@ -120,7 +120,7 @@ CASES = {
     ),
     "SparseGradients": Case(
         kind=errors.TaskError,
-        says=("the gradient of 0.weight is sparse", "dense gradients", "sparse=False"),
+        says=("the gradient of 0.weight is sparse", "a dense gradient", "make it dense"),
         starts=True,
     ),
     "WantsAClosure": Case(
