@@ -82,6 +82,15 @@ class Predicts(Blobs):
         ]
 
 
+class Fails(Predicts):
+    """Cannot do what comes after record 150."""
+
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+        if record["id"] == "é150":
+            raise ValueError("not this one")
+        return super().from_record(record)
+
+
 def blobs(count: int, seed: int) -> TensorDataset:
     """Points `[count, FEATURES]` around one centre per class, and their classes `[count]`."""
     generator = torch.Generator().manual_seed(seed)

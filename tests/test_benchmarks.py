@@ -16,6 +16,7 @@ RATES: dict[str, list[float | None]] = {
     "ddp": [100.0, 130.0, 110.0],
     "ddp_malloc": [90.0, 95.0, 80.0],
     "nosync": [410.0, 400.0, 405.0],
+    "meet": [405.0, 395.0, 402.0],
     "threads": [200.0, 210.0, 220.0],
     "auto": [400.0, 300.0, 500.0],
 }
@@ -95,7 +96,7 @@ def test_the_page_shows_rates_ratios_memory_and_start_up() -> None:
         "cold": {"first step": [1.0, 3.0, 2.0], "import torch": []},
     }
     text = report.page(results)
-    assert "| softmax | 395 | 110 | 90 | 405 | 210 | 400 | 1x2, V=1 |" in text
+    assert "| softmax | 395 | 110 | 90 | 405 | 402 | 210 | 400 | 1x2, V=1 |" in text
     assert "| softmax | lockstep / ddp | 3.50 | 3.00 to 4.00 | 2 | 4.00 | miss |" in text
     assert "200 MiB alone, two together 300 MiB" in text
     assert "| mlp | 1.0 | 1.0 | 2.0 | 0.0 | — | 550 (4) | — |" in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lockstep.errors import DataError, JobError, RunFolderError, TaskError
 from lockstep.records import open_records
 from lockstep.rowfile import RowFile, write_parquet
 from tests import command
-from tests.tasks import BATCH, Blobs, Predicts, blobs
+from tests.tasks import BATCH, Blobs, Fails, Predicts, blobs
 
 RECORDS = 203
 
@@ -74,15 +74,6 @@ def test_a_worker_that_dies_or_stops(number: int, run_folder: str, tmp_path: Pat
     assert mark.exists()
     assert found.deaths == 1
     assert harmed.read_bytes() == whole.read_bytes()
-
-
-class Fails(Predicts):
-    """Cannot do what comes after record 150."""
-
-    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
-        if record["id"] == "é150":
-            raise ValueError("not this one")
-        return super().from_record(record)
 
 
 def test_what_was_cut_short_is_gone_on_with(run_folder: str, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lockstep.errors import JobError, LockstepError
-from lockstep.runfolder import plain
 
 if TYPE_CHECKING:
     from lockstep.result import Result
@@ -211,6 +210,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
     from lockstep.inference import evaluate as evaluate_run
+    from lockstep.runfolder import plain
 
     found = evaluate_run(run, workers=workers, args=_arguments(ctx.args))
     _note(found.notes)

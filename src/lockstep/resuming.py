@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, remove_partial
-from lockstep.errors import IntegrityError
+from lockstep.errors import IntegrityError, disk_errors
 from lockstep.host import Host
 from lockstep.ledger import Line, read_ledger
 from lockstep.manifest import differences
@@ -37,7 +37,8 @@ def find_restart(folder: RunFolder, host: Host) -> Restart:
     the same bits. Checkpoints that are torn or altered are named in the notes.
     """
     assert host.layout is not None
-    remove_partial(folder.checkpoints)
+    with disk_errors("the run folder"):
+        remove_partial(folder.checkpoints)
     notes = list(differences(folder.read_manifest(), host.facts))
     lines = _readable_lines(folder, notes)
     for path in list_checkpoints(folder.checkpoints):
@@ -48,7 +49,8 @@ def find_restart(folder: RunFolder, host: Host) -> Restart:
         except IntegrityError as error:
             notes.append(f"{error.what}: passed over")
             continue
-        os.truncate(folder.ledger_path, line.end)
+        with disk_errors("the ledger"):
+            os.truncate(folder.ledger_path, line.end)
         history, recoveries = _remembered(folder, checkpoint.step)
         return Restart(
             step=checkpoint.step,
@@ -58,7 +60,8 @@ def find_restart(folder: RunFolder, host: Host) -> Restart:
             recoveries=recoveries,
             notes=notes,
         )
-    folder.ledger_path.unlink(missing_ok=True)
+    with disk_errors("the ledger"):
+        folder.ledger_path.unlink(missing_ok=True)
     return Restart(step=0, ledger=None, notes=[*notes, "no checkpoint: from the beginning"])
 
 
