@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lockstep.adapters.lightning import from_lightning
+    from lockstep.adapters.module import from_module
+    from lockstep.adapters.pretrained import from_transformers
     from lockstep.api import plan, resume, run
     from lockstep.errors import LockstepError
     from lockstep.handle import Run, start
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Job", "LockstepError", "Parameters", "Result", "Run", "Task",
+    "from_lightning", "from_module", "from_transformers",
     "plan", "resume", "run", "start", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
@@ -22,7 +26,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
     "plan": "api", "resume": "api", "run": "api", "Run": "handle", "start": "handle",
-    "verify": "verification",
+    "verify": "verification", "from_lightning": "adapters.lightning",
+    "from_module": "adapters.module", "from_transformers": "adapters.pretrained",
 }  # fmt: skip
 
 
