@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lockstep.adapters.lightning import from_lightning
+    from lockstep.adapters.module import from_module
+    from lockstep.adapters.pretrained import from_transformers
     from lockstep.api import plan, resume, run
     from lockstep.errors import LockstepError
     from lockstep.handle import Run, start
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
-    "evaluate", "plan", "predict", "resume", "run", "start", "verify",
+    "evaluate", "from_lightning", "from_module", "from_transformers",
+    "plan", "predict", "resume", "run", "start", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -25,7 +29,8 @@ _HOMES = {
     "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
     "plan": "api", "resume": "api", "run": "api", "Run": "handle", "start": "handle",
     "evaluate": "inference", "predict": "inference", "verify": "verification",
-    "Together": "together",
+    "Together": "together", "from_lightning": "adapters.lightning",
+    "from_module": "adapters.module", "from_transformers": "adapters.pretrained",
 }  # fmt: skip
 
 

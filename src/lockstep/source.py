@@ -8,6 +8,7 @@ the one place where anything is unpickled, and nobody else can write to it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -263,14 +264,26 @@ def _import_module(name: str) -> ModuleType:
 
 
 def code_digest(task: Task) -> str:
-    """A digest of the file that defines the task, or of its methods' source; "" if unknown."""
+    """A digest of the file that defines the task, or of its methods' source; "" if unknown.
+
+    A task of an adapter names what it was made from in `made_from`: that is the user's code.
+    """
+    parts = (type(task), *getattr(task, "made_from", ()))
+    found = [data for part in parts if (data := _code(part))]
+    return blake3(b"".join(found)).hexdigest()[:32] if found else ""
+
+
+def _code(part: Any) -> bytes:
+    """The file that defines a class, a function, or an object's class."""
+    if isinstance(part, functools.partial):
+        part = part.func
+    kind = part if inspect.isclass(part) or inspect.isroutine(part) else type(part)
     try:
-        path = inspect.getsourcefile(type(task))
-        data = Path(path).read_bytes() if path else inspect.getsource(type(task)).encode()
+        path = inspect.getsourcefile(kind)
+        return Path(path).read_bytes() if path else inspect.getsource(kind).encode()
     except (OSError, TypeError):
         try:  # in a notebook, whose classes have no file, but whose functions have a cell
-            methods = [value for value in vars(type(task)).values() if inspect.isfunction(value)]
-            data = "".join(map(inspect.getsource, methods)).encode()
+            methods = [value for value in vars(kind).values() if inspect.isfunction(value)]
+            return "".join(map(inspect.getsource, methods)).encode()
         except (OSError, TypeError):
-            return ""
-    return blake3(data).hexdigest()[:32] if data else ""
+            return b""

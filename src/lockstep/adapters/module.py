@@ -1,0 +1,124 @@
+"""`from_module`: any `nn.Module` with a data set, as in a plain PyTorch loop; timm's models too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from lockstep.adapters.parts import build_data, build_model, check_callable
+from lockstep.errors import TaskError
+from lockstep.job import Parameters, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import Dataset
+
+Criterion = Callable[[Any, Any], Any]
+"""`(outputs, targets) -> value`, such as `torch.nn.functional.cross_entropy`."""
+
+
+def from_module(
+    model: nn.Module | Callable[[], nn.Module],
+    dataset: Dataset[Any] | Callable[[], Dataset[Any]],
+    loss: Criterion,
+    optimizer: Callable[[Parameters], torch.optim.Optimizer],
+    *,
+    eval_dataset: Dataset[Any] | Callable[[], Dataset[Any]] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    scheduler_interval: Literal["step", "data_epoch"] = "step",
+    metrics: Mapping[str, Criterion] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Task:
+    """The task of a plain PyTorch loop: `loss(model(inputs), targets).backward()` and a step.
+
+    Args:
+        model: the module, sent to the workers with its weights; or a function that makes it there,
+            under the job's seed.
+        dataset: map-style, of pairs `(inputs, targets)`; or a function that makes it. A data set
+            that is handed over is copied once: for a large one give a function.
+        loss: the mean over a batch from `(outputs, targets)`, a scalar.
+        optimizer: from the parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
+        eval_dataset: the held-out data, of the same form.
+        scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`.
+        scheduler_interval: when it is stepped.
+        metrics: held-out metrics beside the loss, from `(outputs, targets)`: one number per
+            sample, `[n]`, or the mean over the batch.
+        collate: samples to a pair `(inputs, targets)`; default: torch's `default_collate`.
+
+    Raises:
+        JobError: an argument is of the wrong kind.
+    """
+    check_callable("model", model, "an nn.Module, or lambda: Net()")
+    check_callable("loss", loss, "torch.nn.functional.cross_entropy")
+    check_callable("optimizer", optimizer, "partial(torch.optim.SGD, lr=0.1)")
+    check_callable("scheduler", scheduler, "partial(StepLR, step_size=10)", optional=True)
+    check_callable("collate", collate, "a function of a list of samples", optional=True)
+    for name, metric in (metrics or {}).items():
+        check_callable(f"the metric {name!r}", metric, "a function of (outputs, targets)")
+    task = ModuleTask(model, dataset, loss, optimizer, eval_dataset, scheduler, metrics or {})
+    task.scheduler_interval = scheduler_interval
+    if collate is not None:
+        task.collate = collate  # type: ignore[method-assign, assignment]
+    return task
+
+
+class ModuleTask(Task):
+    """A module, its data, its loss and its optimizer as a task. Made by `from_module`."""
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: Any,
+        loss: Criterion,
+        optimizer: Callable[[Parameters], torch.optim.Optimizer],
+        eval_dataset: Any,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+        metrics: Mapping[str, Criterion],
+    ) -> None:
+        self._model, self._dataset, self._eval_dataset = model, dataset, eval_dataset
+        self._criterion, self._metrics = loss, dict(metrics)
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self.made_from = (model, loss, optimizer, *self._metrics.values())
+
+    def model(self) -> nn.Module:
+        return build_model(self._model)
+
+    def train_data(self) -> Dataset[Any]:
+        data: Dataset[Any] = build_data(self._dataset)
+        return data
+
+    def eval_data(self) -> Dataset[Any] | None:
+        data: Dataset[Any] | None = build_data(self._eval_dataset)
+        return data
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        inputs, targets = _pair(batch)
+        loss: torch.Tensor = self._criterion(model(inputs), targets)
+        return loss
+
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        return self._make_optimizer(params)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        return None if self._make_scheduler is None else self._make_scheduler(optimizer)
+
+    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
+        inputs, targets = _pair(batch)
+        outputs = model(inputs)
+        named = {"loss": self._criterion, **self._metrics}
+        return {name: metric(outputs, targets) for name, metric in named.items()}
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """Raises: TaskError: the batch is no pair."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+    raise TaskError(
+        "a batch is not a pair of inputs and targets",
+        expected="(inputs, targets), as loss(model(inputs), targets) needs them",
+        found=f"a {type(batch).__name__}{keys}",
+        fix="give collate=, a function that makes such a pair, or write a lockstep.Task",
+    )

@@ -1,0 +1,130 @@
+"""What configure_optimizers returns, in every form that Lightning documents for one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lockstep.errors import OptimizerError, TaskError
+from lockstep.optim import check_schedule
+
+FORMS = (
+    'an optimizer; [optimizer]; ([optimizer], [scheduler]); {"optimizer": ..., "lr_scheduler": ...}'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configured:
+    """One optimizer and its schedule, if there is one."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: Any = None
+    interval: Literal["step", "data_epoch"] = "step"
+    frequency: int = 1
+    """Data epochs from one step of the schedule to the next."""
+
+    @staticmethod
+    def of(module: Any) -> Configured:
+        """What the module's configure_optimizers says.
+
+        Raises:
+            OptimizerError: there is no optimizer, or there are several.
+            TaskError: the schedule cannot be followed.
+        """
+        optimizers, schedulers = _split(module.configure_optimizers())
+        if len(optimizers) != 1 or not isinstance(optimizers[0], torch.optim.Optimizer):
+            raise OptimizerError(
+                "configure_optimizers did not return one optimizer",
+                expected=FORMS,
+                found=f"{len(optimizers)}: {', '.join(type(o).__name__ for o in optimizers)}",
+                fix="use one optimizer with parameter groups; several that take turns (as a GAN's) "
+                "are no one update per step",
+            )
+        if len(schedulers) > 1:
+            raise TaskError(
+                "configure_optimizers returned several schedules",
+                expected="one",
+                found=", ".join(type(scheduler).__name__ for scheduler in schedulers),
+                fix="join them by torch.optim.lr_scheduler.SequentialLR or ChainedScheduler",
+            )
+        if not schedulers:
+            return Configured(optimizer=optimizers[0])
+        return _scheduled(optimizers[0], schedulers[0])
+
+
+def _split(found: Any) -> tuple[list[Any], list[Any]]:
+    """The optimizers and the schedulers of any form."""
+    if isinstance(found, Mapping):
+        scheduler = found.get("lr_scheduler")
+        return [found.get("optimizer")], [] if scheduler is None else [scheduler]
+    if not isinstance(found, list | tuple):
+        return [found], []
+    if len(found) == 2 and isinstance(found[0], list | tuple):
+        second = found[1]
+        return list(found[0]), list(second) if isinstance(second, list | tuple) else [second]
+    pairs = [_split(item) for item in found]
+    return [o for one, _ in pairs for o in one], [s for _, some in pairs for s in some]
+
+
+def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any) -> Configured:
+    """The schedule with Lightning's defaults: stepped after every data epoch."""
+    options = {"interval": "epoch", "frequency": 1}
+    if isinstance(scheduler, Mapping):
+        options |= {key: scheduler[key] for key in options if key in scheduler}
+        scheduler = scheduler.get("scheduler")
+    check_schedule(scheduler)
+    interval, frequency = options["interval"], options["frequency"]
+    known = interval in ("epoch", "step")
+    if not known or not isinstance(frequency, int) or frequency < 1:
+        found = f"interval={interval!r}, frequency={frequency!r}"
+        raise TaskError(
+            "the interval of the schedule is not one of its values",
+            expected='interval "epoch" or "step", and a frequency of at least 1',
+            found=found,
+            fix="see LightningModule.configure_optimizers",
+        )
+    if interval == "step" and frequency > 1:
+        raise TaskError(
+            "the schedule is to be stepped every few steps",
+            expected='frequency 1 with interval "step"',
+            found=f"frequency {frequency}",
+            fix="step it every time and stretch the schedule itself, as StepLR's step_size does",
+        )
+    return Configured(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        interval="step" if interval == "step" else "data_epoch",
+        frequency=frequency if isinstance(frequency, int) else 1,
+    )
+
+
+class Following:
+    """A schedule for one optimizer that follows the schedule of another, made in the same way.
+
+    configure_optimizers makes both at once, and a schedule may begin again after a recovery: each
+    time with a fresh pair, of which only the options of the groups are used.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, configured: Configured) -> None:
+        self._optimizer, self._leader = optimizer, configured
+        # The leader's optimizer never steps, and PyTorch would warn of it.
+        configured.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._steps = 0
+        self._copy()
+
+    def step(self) -> None:
+        """Step the schedule, every so many data epochs."""
+        self._steps += 1
+        if self._steps % self._leader.frequency == 0:
+            self._leader.scheduler.step()
+            self._copy()
+
+    def _copy(self) -> None:
+        groups = zip(self._optimizer.param_groups, self._leader.optimizer.param_groups, strict=True)
+        for group, leading in groups:
+            for name, value in leading.items():
+                if name != "params":
+                    group[name] = value

@@ -1,0 +1,60 @@
+"""What the adapters share: parts that are given as they are or as a function that makes them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lockstep.errors import JobError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def need(package: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        JobError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise  # it is there, and lacks something of its own
+        raise JobError(
+            f"this needs the package {package}",
+            expected=f"{package}, from the extra {extra}",
+            found="no such package",
+            fix=f"pip install 'lockstep-dlp[{extra}]'",
+        ) from None
+
+
+def build_model(model: Any) -> nn.Module:
+    """The module itself, or what the function makes: called in the nursery, under the seed."""
+    from torch import nn
+
+    built: nn.Module = model if isinstance(model, nn.Module) else model()
+    return built
+
+
+def build_data(data: Any) -> Any:
+    """The data set itself, or what the function makes."""
+    return data() if callable(data) and not hasattr(data, "__getitem__") else data
+
+
+def check_callable(name: str, value: object, form: str, *, optional: bool = False) -> None:
+    """Refuse an argument that cannot be called.
+
+    Raises:
+        JobError: it cannot.
+    """
+    if callable(value) or (optional and value is None):
+        return
+    raise JobError(
+        f"{name} cannot be called",
+        expected=form,
+        found=repr(value)[:200],
+        fix=f"give a function, for instance by functools.partial: {name}={form}",
+    )
