@@ -1,0 +1,91 @@
+"""Offers: what a host has to know in order to take part in a job, and how agents are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lockstep.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from lockstep.net.identity import Identity
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A job that looks for hosts."""
+
+    job: str
+    """Names this run among all of the cluster; an agent's connections are of this job."""
+    master: str
+    """The name of the host that coordinates, as its certificate has it."""
+    address: Address
+    """Where the master listens for agents."""
+    task: str
+    """A name that every host can resolve: a recipe, `module:Task`, or `file.py:Task`."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The explicit settings of the job, as `Host.start` takes them."""
+
+    def to_message(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "job": self.job,
+            "master": self.master,
+            "address": list(self.address),
+            "task": self.task,
+            "args": dict(self.args),
+            "settings": dict(self.settings),
+        }
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> Offer:
+        """The offer in a message.
+
+        Raises:
+            ProtocolError: it is none.
+        """
+        try:
+            host, port = message["address"]
+            texts = [message[name] for name in ("job", "master", "task")]
+            if not all(isinstance(text, str) for text in (*texts, host)):
+                raise TypeError("a name is not a text")
+            return Offer(
+                job=message["job"],
+                master=message["master"],
+                address=(host, int(port)),
+                task=message["task"],
+                args=dict(message["args"]),
+                settings=dict(message["settings"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(
+                "an offer breaks the protocol",
+                expected="job, master, address, task, args and settings",
+                found=ascii(error)[:200],
+            ) from None
+
+
+class Launcher(Protocol):
+    """Brings agents to hosts. The master uses it as a context manager.
+
+    Whatever starts machines (`up` and `join`, Ray, torchrun, SLURM) is one of these to the master;
+    agents then connect to the offer's address by themselves.
+    """
+
+    identity: Identity
+    """The master's own."""
+    host: str
+    """The address on which the master listens."""
+
+    def offer(self, offer: Offer) -> tuple[str, ...]:
+        """Start an agent for this job on every host, and on each that is added until `close`.
+
+        Returns the names of the hosts that there are now, without the master's own.
+        """
+
+    def close(self) -> None:
+        """Offer the job to nobody any more. Agents end by themselves when their master does."""
