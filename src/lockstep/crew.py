@@ -268,6 +268,7 @@ class Crew:
                     control.shard_done[shard] = -1
         else:
             control.shard_done[:] = -1
+        control.ready[:] = 0
         self.history.settle(step)
         self._set_words(step)
         if action == "copy":

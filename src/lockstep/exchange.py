@@ -102,8 +102,11 @@ class SlotMap:
     nbytes: int
     slots: int
     """How many shards there are; the slots of subtrees' sums follow theirs."""
-    dense: tuple[Range, ...]
-    """The gradients, without those of large tables."""
+    large: tuple[tuple[int, Range], ...]
+    """The gradients that can be sent one by one, each with its parameter: the last layers' first,
+    as the backward pass makes them."""
+    small: tuple[Range, ...]
+    """The other gradients, without those of large tables."""
     tables: tuple[TableMap, ...]
     buffers: Range
     """What the shard's forward pass has left in the model's buffers."""
@@ -125,12 +128,15 @@ class SlotMap:
         return SlotMap(
             nbytes=message["nbytes"],
             slots=message["slots"],
-            dense=tuple(Range(**item) for item in message["dense"]),
+            large=tuple((index, Range(**item)) for index, item in message["large"]),
+            small=tuple(Range(**item) for item in message["small"]),
             tables=tables,
             buffers=Range(**message["buffers"]),
         )
 
 
+AGAIN = 2
+"""The flag of a gradient that was changed after it had been there: it is sent again."""
 FRAME_BYTES = 64 << 20
 """The most that is sent at once."""
 

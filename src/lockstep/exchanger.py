@@ -11,12 +11,12 @@ import enum
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lockstep import futex
 from lockstep.control import RING, Control, Phase, progress_of
 from lockstep.errors import NetworkError, PeerTimeoutError
-from lockstep.exchange import Arrangement, HostPart, SlotMap, cut, leaf_slots
+from lockstep.exchange import AGAIN, Arrangement, HostPart, SlotMap, TableMap, cut, leaf_slots
 from lockstep.layout import Range
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport
@@ -33,9 +33,15 @@ class Field(enum.IntEnum):
     FLAGS = 1
     BUFFERS = 2
     COUNTS = 3
-    DENSE = 4
-    NUMBERS = 5
-    ROWS = 6
+    SMALL = 4
+    LARGE = 5
+    NUMBERS = 6
+    ROWS = 7
+    AGAIN = 8
+
+
+Item = tuple[int, memoryview]
+"""A tag, and the memory that it is about."""
 
 
 def tag_of(field: Field, shard: int = 0, run: int = 0) -> int:
@@ -67,8 +73,6 @@ class Exchanger:
         self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.sent_bytes = 0
-        """To all others together, without what carries it."""
 
     def start(self, step: int) -> None:
         """Exchange from this step on. Called when all workers rest."""
@@ -98,20 +102,36 @@ class Exchanger:
 
     def _exchange(self, step: int) -> None:
         self._await_workers(progress_of(step - 1, Phase.UPDATED))  # they have read the last one's
-        coming = [slip for other in self.others for slip in self._expect(step, other)]
-        self._await_workers(progress_of(step, Phase.SUMMED))
-        going = self._send_all(step)
+        coming = [
+            slip
+            for other in self.others
+            for slip in self._expect(step, self._known(step, other), other)
+        ]
+        going = self._send_early(step)
+        going += self._send(step, self._fixed(step, self.mine))
+        going += self._send(step, self._told(self.mine))
         self._await_all(coming)
-        if self.places.tables:
-            rows = [slip for other in self.others for slip in self._expect_rows(step, other)]
-            self._await_all(rows)
-        self._await_all(going)
+        more = [
+            slip for other in self.others for slip in self._expect(step, self._told(other), other)
+        ]
+        self._await_all([*more, *going])
         self.control.exchanged = step + 1
 
     # What is sent, and where it belongs: the same on both sides.
 
-    def _fixed(self, step: int, host: HostPart) -> Iterator[tuple[int, memoryview]]:
-        """What every step has of a host's shards, by tag; its size is known beforehand."""
+    def _known(self, step: int, host: HostPart) -> Iterator[Item]:
+        """What every step has of a host's shards; its size is known beforehand."""
+        yield from self._large(host)
+        yield from self._fixed(step, host)
+
+    def _large(self, host: HostPart) -> Iterator[Item]:
+        """The gradients that may go one by one."""
+        for tree in host.subtrees:
+            for param, place in self.places.large:
+                yield from self._pieces(Field.LARGE, tree, param, place)
+
+    def _fixed(self, step: int, host: HostPart) -> Iterator[Item]:
+        """The rest of what is known beforehand; the flags say what else is to come."""
         control, shards = self.control, host.shards
         run = slice(shards.start, shards.stop)
         yield tag_of(Field.LOSSES), control.losses[step % RING, run].data.cast("B")
@@ -119,32 +139,46 @@ class Exchanger:
         if self.places.buffers.nbytes:
             for shard in shards:
                 yield tag_of(Field.BUFFERS, shard), self._view(shard, self.places.buffers)
-        if self.places.tables:
-            for tree in host.subtrees:
-                for run_number, table in enumerate(self.places.tables):
-                    count = Range(offset=table.numbers.offset, nbytes=8)
-                    yield tag_of(Field.COUNTS, tree.start, run_number), self._leaf(tree, count)
-        for tree in host.subtrees:
-            pieces = itertools.chain.from_iterable(map(cut, self.places.dense))
-            for run_number, piece in enumerate(pieces):
-                yield tag_of(Field.DENSE, tree.start, run_number), self._leaf(tree, piece)
-
-    def _rows(self, host: HostPart) -> Iterator[tuple[int, memoryview]]:
-        """The rows of large tables that a host's subtrees have touched, once that is known."""
         for tree in host.subtrees:
             for number, table in enumerate(self.places.tables):
-                start = table.numbers.offset
-                word = self._leaf(tree, Range(offset=start, nbytes=8))
-                (count,) = struct.unpack("=q", word)
-                rows = table.home
-                if count >= 0:
-                    rows = Range(offset=rows.offset, nbytes=count * table.row_bytes)
-                    named = Range(offset=start + 8, nbytes=8 * count)
-                    if count:
-                        yield tag_of(Field.NUMBERS, tree.start, number), self._leaf(tree, named)
-                for place, piece in enumerate(cut(rows)):
-                    tag = tag_of(Field.ROWS, tree.start, number << 6 | place)
-                    yield tag, self._leaf(tree, piece)
+                count = Range(offset=table.numbers.offset, nbytes=8)
+                yield tag_of(Field.COUNTS, tree.start, number), self._leaf(tree, count)
+            for number, place in enumerate(self.places.small):
+                yield from self._pieces(Field.SMALL, tree, number, place)
+
+    def _told(self, host: HostPart) -> Iterator[Item]:
+        """What the flags and counts of a host tell of: gradients that have changed after they were
+        sent, and the rows of large tables that were touched."""
+        for tree in host.subtrees:
+            if self._goes_early(tree):
+                for param, place in self.places.large:
+                    if self.control.has_grad[tree.start, param] == AGAIN:
+                        yield from self._pieces(Field.AGAIN, tree, param, place)
+            for number, table in enumerate(self.places.tables):
+                yield from self._rows(tree, number, table)
+
+    def _rows(self, tree: range, number: int, table: TableMap) -> Iterator[Item]:
+        (count,) = struct.unpack(
+            "=q", self._leaf(tree, Range(offset=table.numbers.offset, nbytes=8))
+        )
+        rows = table.home
+        if count >= 0:
+            rows = Range(offset=rows.offset, nbytes=count * table.row_bytes)
+            yield from self._pieces(
+                Field.NUMBERS,
+                tree,
+                number,
+                Range(offset=table.numbers.offset + 8, nbytes=8 * count),
+            )
+        yield from self._pieces(Field.ROWS, tree, number, rows)
+
+    def _pieces(self, field: Field, tree: range, number: int, item: Range) -> Iterator[Item]:
+        for place, piece in enumerate(cut(item)):
+            yield tag_of(field, tree.start, number << 4 | place), self._leaf(tree, piece)
+
+    def _goes_early(self, tree: range) -> bool:
+        """Whether a subtree's gradients can be sent one by one: what is no sum, is not changed."""
+        return len(tree) == 1
 
     def _leaf(self, tree: range, item: Range) -> memoryview:
         """A run of the slot that has the subtree's sum."""
@@ -156,50 +190,55 @@ class Exchanger:
 
     # Going and coming.
 
-    def _send_all(self, step: int) -> list[Pending]:
-        going = []
-        views = list(self._fixed(step, self.mine))
-        if self.places.tables:
-            views += self._rows(self.mine)
-        for other in self.others:
-            for tag, view in views:
-                key = Key(Kind.PARTIAL, step, tag)
-                going.append(self.transport.send(other.name, key, view))
-                self.sent_bytes += view.nbytes
+    def _send_early(self, step: int) -> list[Pending]:
+        """Send large gradients as they come, until all workers have come to this step's sums."""
+        waiting = {
+            (tree.start, param): list(self._pieces(Field.LARGE, tree, param, place))
+            for tree in self.mine.subtrees
+            for param, place in self.places.large
+        }
+        early = {tree.start for tree in self.mine.subtrees if self._goes_early(tree)}
+        going: list[Pending] = []
+        ready = self.control.ready
+
+        def look() -> None:
+            for key in [key for key in waiting if key[0] in early and ready[key] == step + 1]:
+                going.extend(self._send(step, waiting.pop(key)))
+
+        self._await_workers(progress_of(step, Phase.SUMMED), look)
+        for items in waiting.values():
+            going += self._send(step, items)
         return going
 
-    def _expect(self, step: int, other: HostPart) -> list[Pending]:
+    def _send(self, step: int, items: Iterable[Item]) -> list[Pending]:
+        """Send to all others."""
         return [
-            self.transport.expect(other.name, Key(Kind.PARTIAL, step, tag), view)
-            for tag, view in self._fixed(step, other)
+            self.transport.send(other.name, Key(Kind.PARTIAL, step, tag), view)
+            for tag, view in items
+            for other in self.others
         ]
 
-    def _expect_rows(self, step: int, other: HostPart) -> list[Pending]:
+    def _expect(self, step: int, items: Iterable[Item], other: HostPart) -> list[Pending]:
         return [
             self.transport.expect(other.name, Key(Kind.PARTIAL, step, tag), view)
-            for tag, view in self._rows(other)
+            for tag, view in items
         ]
 
     # Waits: each ends when the hosts are regrouped.
 
-    def _await_workers(self, progress: int) -> None:
-        """Wait until every worker of this host has come so far, whoever they are."""
+    def _await_workers(self, progress: int, look: Callable[[], None] = lambda: None) -> None:
+        """Wait until every worker of this host has come so far, whoever they are; `look` is called
+        whenever there may be something new."""
         control = self.control
         while True:
-            behind = [
-                (seat, word)
-                for seat in self._seats()
-                if (word := control.progress(seat)) < progress
-            ]
+            bell, seats = control.bell, self._seats()
+            there = bool(seats) and all(control.progress(seat) >= progress for seat in seats)
             if self._stop.is_set():
                 raise CalledOff
-            if not behind and self._seats():
+            look()
+            if there:
                 return
-            if behind:
-                seat, word = behind[0]
-                futex.wait(control.progress_address(seat), word, NAP)
-            else:
-                self._stop.wait(NAP)
+            futex.wait(control.bell_address, bell, NAP)
 
     def _await_all(self, slips: Sequence[Pending]) -> None:
         """Wait for what peers send and take. Who says nothing for too long is the master's to

@@ -67,15 +67,17 @@ def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / ALIGN) * ALIGN
 
 
-def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
-    """What of a slot other hosts get."""
+def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int, early: int) -> SlotMap:
+    """What of a slot other hosts get; gradients of at least `early` elements one by one."""
     start = slot.flat.data_ptr()
 
     def place(tensor: torch.Tensor) -> Range:
         nbytes = tensor.numel() * tensor.dtype.itemsize
         return Range(offset=tensor.data_ptr() - start, nbytes=nbytes)
 
-    dense = [place(grad) for index, grad in enumerate(slot.grads) if index not in tables]
+    dense = {index: grad for index, grad in enumerate(slot.grads) if index not in tables}
+    large = [index for index, grad in dense.items() if grad.numel() >= early]
+    small = [place(grad) for index, grad in dense.items() if index not in large]
     found = [
         TableMap(
             home=place(slot.grads[index]),
@@ -88,7 +90,8 @@ def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
     return SlotMap(
         nbytes=slot.flat.numel(),
         slots=shards,
-        dense=tuple(merge_ranges(dense)),
+        large=tuple((index, place(dense[index])) for index in reversed(large)),
+        small=tuple(merge_ranges(small)),
         tables=tuple(found),
         buffers=buffers[0],
     )

@@ -59,6 +59,8 @@ class SharedState:
     """By shard."""
     sums: list[Slot]
     """Room for the sums of subtrees that go to other hosts; none in a job on one host."""
+    networked: bool
+    """Whether other hosts may take part."""
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
     reduced: list[torch.Tensor] | None
@@ -380,6 +382,7 @@ def _allocate(
         tables=tables,
         slots=[],
         sums=[],
+        networked=networked,
         grad_offsets=grad_offsets,
         reduced=None,
         state_bytes=state_flat,
