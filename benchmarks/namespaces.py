@@ -75,8 +75,12 @@ class Network:
             subprocess.run(["ip", "netns", "del", self._name(what)], capture_output=True)
 
     def within(self, host: int, command: Sequence[str]) -> list[str]:
-        """A command that runs on a host."""
-        return ["ip", "netns", "exec", self._name(host), *command]
+        """A command that runs on a host, which has a core of its own where there are enough."""
+        cores = sorted(range(os.cpu_count() or 1))
+        each = len(cores) // self.hosts
+        own = cores[host * each : (host + 1) * each] or cores
+        pinned = ["taskset", "-c", ",".join(map(str, own))]
+        return ["ip", "netns", "exec", self._name(host), *pinned, *command]
 
     def limit(self, rate: str) -> None:
         """Let every host send at so much, such as `100mbit`, at the most."""

@@ -256,7 +256,8 @@ class Crew:
             return
         self.arrangement = arrangement
         self._settle(orders.step, orders.actions[name])
-        station.start(self.host, arrangement, orders.step, lambda: self.history.seats)
+        threads = self.plan.workers * self.plan.threads
+        station.start(self.host, arrangement, orders.step, lambda: self.history.seats, threads)
         self.decide(membership.Release())
 
     def _settle(self, step: int, action: Action) -> None:

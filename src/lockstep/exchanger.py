@@ -11,6 +11,7 @@ import enum
 import itertools
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lockstep import futex
@@ -33,11 +34,10 @@ class Field(enum.IntEnum):
     FLAGS = 1
     BUFFERS = 2
     COUNTS = 3
-    SMALL = 4
-    LARGE = 5
-    NUMBERS = 6
-    ROWS = 7
-    AGAIN = 8
+    BUCKET = 4
+    NUMBERS = 5
+    ROWS = 6
+    AGAIN = 7
 
 
 Item = tuple[int, memoryview]
@@ -47,6 +47,30 @@ Item = tuple[int, memoryview]
 def tag_of(field: Field, shard: int = 0, run: int = 0) -> int:
     """The tag of a field of a shard's slot."""
     return field << 28 | shard << 12 | run
+
+
+class Early:
+    """Whether gradients are sent while the backward pass goes on.
+
+    That hides the time on the wire, but what encrypts and sends takes cores from the workers. So
+    where there is no core to spare it is done only on links that are slow, as they are measured in
+    one step of so many without it.
+    """
+
+    PROBE_STEPS = 64
+    SLOW = 250e6
+    """Bytes per second."""
+
+    def __init__(self, nbytes: int, *, spare: bool) -> None:
+        """`nbytes` come in each step; `spare`: there are more cores than threads that compute."""
+        self._spare, self._slow, self._limit = spare, False, nbytes / self.SLOW
+
+    def at(self, step: int) -> bool:
+        return self._spare or (self._slow and step % self.PROBE_STEPS != 0)
+
+    def took(self, seconds: float) -> None:
+        """In a step without it, what came was waited for so long."""
+        self._slow = seconds > self._limit
 
 
 class CalledOff(Exception):
@@ -65,12 +89,17 @@ class Exchanger:
         arrangement: Arrangement,
         seats: Callable[[], Sequence[int]],
         failed: Callable[[NetworkError], None],
+        *,
+        spare: bool,
     ) -> None:
+        """`seats` are the host's workers at any time; `spare`: it has cores besides theirs."""
         self.control, self.places, self.transport = control, places, transport
         self._slots, self._seats, self._failed = slots, seats, failed
         self.mine = arrangement.part(transport.node)
         self.others = arrangement.others(transport.node)
         self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
+        nbytes = sum(view.nbytes for other in self.others for _, view in self._known(0, other))
+        self._early = Early(nbytes, spare=spare)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -107,10 +136,14 @@ class Exchanger:
             for other in self.others
             for slip in self._expect(step, self._known(step, other), other)
         ]
-        going = self._send_early(step)
-        going += self._send(step, self._fixed(step, self.mine))
+        early = self._early.at(step)
+        going = self._send_gradients(step, early=early)
+        going += self._send(step, self._beside(step, self.mine))
         going += self._send(step, self._told(self.mine))
+        begun = time.monotonic()
         self._await_all(coming)
+        if not early:
+            self._early.took(time.monotonic() - begun)
         more = [
             slip for other in self.others for slip in self._expect(step, self._told(other), other)
         ]
@@ -121,17 +154,13 @@ class Exchanger:
 
     def _known(self, step: int, host: HostPart) -> Iterator[Item]:
         """What every step has of a host's shards; its size is known beforehand."""
-        yield from self._large(host)
-        yield from self._fixed(step, host)
-
-    def _large(self, host: HostPart) -> Iterator[Item]:
-        """The gradients that may go one by one."""
         for tree in host.subtrees:
-            for param, place in self.places.large:
-                yield from self._pieces(Field.LARGE, tree, param, place)
+            for number, bucket in enumerate(self.places.buckets):
+                yield from self._pieces(Field.BUCKET, tree, number, bucket.place)
+        yield from self._beside(step, host)
 
-    def _fixed(self, step: int, host: HostPart) -> Iterator[Item]:
-        """The rest of what is known beforehand; the flags say what else is to come."""
+    def _beside(self, step: int, host: HostPart) -> Iterator[Item]:
+        """What goes beside the gradients; the flags and counts say what else is to come."""
         control, shards = self.control, host.shards
         run = slice(shards.start, shards.stop)
         yield tag_of(Field.LOSSES), control.losses[step % RING, run].data.cast("B")
@@ -143,17 +172,16 @@ class Exchanger:
             for number, table in enumerate(self.places.tables):
                 count = Range(offset=table.numbers.offset, nbytes=8)
                 yield tag_of(Field.COUNTS, tree.start, number), self._leaf(tree, count)
-            for number, place in enumerate(self.places.small):
-                yield from self._pieces(Field.SMALL, tree, number, place)
 
     def _told(self, host: HostPart) -> Iterator[Item]:
         """What the flags and counts of a host tell of: gradients that have changed after they were
         sent, and the rows of large tables that were touched."""
         for tree in host.subtrees:
-            if self._goes_early(tree):
-                for param, place in self.places.large:
-                    if self.control.has_grad[tree.start, param] == AGAIN:
-                        yield from self._pieces(Field.AGAIN, tree, param, place)
+            if len(tree) == 1:
+                for number, bucket in enumerate(self.places.buckets):
+                    flags = self.control.has_grad[tree.start, bucket.params]
+                    if (flags == AGAIN).any():
+                        yield from self._pieces(Field.AGAIN, tree, number, bucket.place)
             for number, table in enumerate(self.places.tables):
                 yield from self._rows(tree, number, table)
 
@@ -176,10 +204,6 @@ class Exchanger:
         for place, piece in enumerate(cut(item)):
             yield tag_of(field, tree.start, number << 4 | place), self._leaf(tree, piece)
 
-    def _goes_early(self, tree: range) -> bool:
-        """Whether a subtree's gradients can be sent one by one: what is no sum, is not changed."""
-        return len(tree) == 1
-
     def _leaf(self, tree: range, item: Range) -> memoryview:
         """A run of the slot that has the subtree's sum."""
         return self._view(self._leaves[tree.start], item)
@@ -190,20 +214,23 @@ class Exchanger:
 
     # Going and coming.
 
-    def _send_early(self, step: int) -> list[Pending]:
-        """Send large gradients as they come, until all workers have come to this step's sums."""
+    def _send_gradients(self, step: int, *, early: bool) -> list[Pending]:
+        """Send gradients, `early` as they come, until all workers have come to this step's sums,
+        and then the rest. Of a subtree of several shards the sum goes, which comes last."""
         waiting = {
-            (tree.start, param): list(self._pieces(Field.LARGE, tree, param, place))
+            (tree.start, bucket.params): list(
+                self._pieces(Field.BUCKET, tree, number, bucket.place)
+            )
             for tree in self.mine.subtrees
-            for param, place in self.places.large
+            for number, bucket in enumerate(self.places.buckets)
         }
-        early = {tree.start for tree in self.mine.subtrees if self._goes_early(tree)}
+        single = {tree.start for tree in self.mine.subtrees if early and len(tree) == 1}
         going: list[Pending] = []
-        ready = self.control.ready
 
         def look() -> None:
-            for key in [key for key in waiting if key[0] in early and ready[key] == step + 1]:
-                going.extend(self._send(step, waiting.pop(key)))
+            for shard, params in list(waiting):
+                if shard in single and (self.control.ready[shard, params] == step + 1).all():
+                    going.extend(self._send(step, waiting.pop((shard, params))))
 
         self._await_workers(progress_of(step, Phase.SUMMED), look)
         for items in waiting.values():

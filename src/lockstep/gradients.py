@@ -22,9 +22,9 @@ CHUNK = 1 << 15
 """Elements: sums of more than two shards are made in pieces of this size, within the cache."""
 
 
-EARLY, EARLY_BETWEEN_HOSTS = 1 << 16, 1 << 13
-"""Elements: gradients from this size on are copied and dropped as soon as they are there; in a job
-on several hosts these are sent at once, while the backward pass goes on."""
+EARLY = 1 << 16
+"""Elements: gradients from this size on are copied and dropped as soon as they are there. In a job
+on several hosts all are, and are sent while the backward pass goes on."""
 
 
 class SlotWriter:
@@ -37,7 +37,10 @@ class SlotWriter:
     def __init__(self, shared: SharedState) -> None:
         self._slot, self._control = shared.slots[0], shared.control
         self._early: tuple[int, int] | None = None
-        least = EARLY_BETWEEN_HOSTS if shared.networked else EARLY
+        buckets = shared.slot_map().buckets
+        self._last = {param for bucket in buckets for param in sorted(bucket.params)[:2]}
+        """The parameters of which the exchanger is told: mostly the last ones of their buckets."""
+        least = 0 if shared.networked else EARLY
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
         self.tables = SparseTables(shared.tables)
@@ -57,8 +60,8 @@ class SlotWriter:
     ) -> None:
         """Direct the gradients of the coming backward pass to a slot; `written` marks them.
 
-        `early`: the step and the shard, if other hosts may have large gradients as soon as they
-        are there.
+        `early`: the step and the shard, if other hosts may have gradients as soon as they are
+        there.
         """
         self.tables.begin()
         self._early = early
@@ -113,7 +116,8 @@ class SlotWriter:
             if self._early is not None:
                 step, shard = self._early
                 self._control.ready[shard, index] = step + 1
-                self._control.ring()
+                if index in self._last:
+                    self._control.ring()
 
         return keep
 

@@ -114,8 +114,6 @@ class Nursery:
 
     def setup(self, request: Message, _: list[int]) -> None:
         """Build the shared state and tell the agent where everything lies."""
-        from lockstep.gradients import EARLY_BETWEEN_HOSTS
-        from lockstep.slots import map_slot
         from lockstep.worker import Session
 
         self.session = Session.build(
@@ -127,13 +125,12 @@ class Nursery:
             networked=request["networked"],
         )
         shared = self.session.shared
-        slots = map_slot(shared.slots[0], shared.tables, len(shared.slots), EARLY_BETWEEN_HOSTS)
         names = ("state", "base", "control", "slots")
         message = {
             "event": "ready",
             "layout": shared.layout.to_message(),
             "control": dataclasses.asdict(shared.control.shape),
-            "slots": slots.to_message(),
+            "slots": shared.slot_map().to_message(),
             "nbytes": [shared.segments[name].nbytes for name in names],
             "profile": numerics.profile(request["plan"]["numerics"], request["plan"]["threads"]),
         }

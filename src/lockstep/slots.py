@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import Table, TableGradient
-from lockstep.exchange import SlotMap, TableMap
+from lockstep.exchange import SlotMap, TableMap, fill_buckets
 from lockstep.layout import ALIGN, Range, merge_ranges
 
 
@@ -67,17 +67,15 @@ def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / ALIGN) * ALIGN
 
 
-def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int, early: int) -> SlotMap:
-    """What of a slot other hosts get; gradients of at least `early` elements one by one."""
+def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
+    """What of a slot other hosts get."""
     start = slot.flat.data_ptr()
 
     def place(tensor: torch.Tensor) -> Range:
         nbytes = tensor.numel() * tensor.dtype.itemsize
         return Range(offset=tensor.data_ptr() - start, nbytes=nbytes)
 
-    dense = {index: grad for index, grad in enumerate(slot.grads) if index not in tables}
-    large = [index for index, grad in dense.items() if grad.numel() >= early]
-    small = [place(grad) for index, grad in dense.items() if index not in large]
+    dense = {index: place(grad) for index, grad in enumerate(slot.grads) if index not in tables}
     found = [
         TableMap(
             home=place(slot.grads[index]),
@@ -90,8 +88,7 @@ def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int, early: int) -
     return SlotMap(
         nbytes=slot.flat.numel(),
         slots=shards,
-        large=tuple((index, place(dense[index])) for index in reversed(large)),
-        small=tuple(merge_ranges(small)),
+        buckets=fill_buckets(dense),
         tables=tuple(found),
         buffers=buffers[0],
     )

@@ -17,7 +17,7 @@ from torch import nn
 from lockstep.control import Control, ControlShape
 from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.exchange import most_subtrees
+from lockstep.exchange import SlotMap, most_subtrees
 from lockstep.job import Parameters, Task
 from lockstep.layout import Allocator, Block, Entry, Layout, Range, cut_blocks
 from lockstep.memory import Segment, check_available
@@ -29,7 +29,7 @@ from lockstep.optim import (
     param_groups_of,
 )
 from lockstep.probing import Kind, check_independent, may_cut
-from lockstep.slots import Slot, as_tensor, make_slot
+from lockstep.slots import Slot, as_tensor, make_slot, map_slot
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
@@ -96,6 +96,10 @@ class SharedState:
         block = self.blocks[number]
         tensor = self.view(state_name(self.names[block.param], block, key))
         return self._run(tensor, block) if key.form == "like" else tensor
+
+    def slot_map(self) -> SlotMap:
+        """What of a slot other hosts get."""
+        return map_slot(self.slots[0], self.tables, len(self.slots))
 
     def buffer_ranges(self) -> list[Range]:
         """The bytes of the state segment that hold the committed buffers."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from lockstep import numerics
 from lockstep.control import RING
 from lockstep.errors import IntegrityError, NetworkError
 from lockstep.exchange import Arrangement, cut
@@ -82,9 +83,15 @@ class Station:
         self._mesh.connect(others, CONNECT_SECONDS)
 
     def start(
-        self, host: Host, arrangement: Arrangement, step: int, seats: Callable[[], Sequence[int]]
+        self,
+        host: Host,
+        arrangement: Arrangement,
+        step: int,
+        seats: Callable[[], Sequence[int]],
+        threads: int,
     ) -> None:
-        """Exchange from this step on. Called when everybody rests."""
+        """Exchange from this step on. Called when everybody rests. `threads` are those in which the
+        host's workers compute."""
         if len(arrangement.parts) == 1:
             return
         assert self._mesh is not None
@@ -103,6 +110,7 @@ class Station:
             arrangement,
             seats,
             failed,
+            spare=numerics.cores() > threads,
         )
         self._exchanger.start(step)
 
