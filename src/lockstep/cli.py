@@ -48,6 +48,7 @@ EverySteps = Annotated[int | None, typer.Option(help="Checkpoint every N steps."
 EverySeconds = Annotated[float | None, typer.Option(help="... or seconds.")]
 Audit = Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")]
 Stall = Annotated[float | None, typer.Option(help="Replace a silent worker.")]
+HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
 Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -74,6 +75,7 @@ def run(
     checkpoint_seconds: EverySeconds = None,
     audit: Audit = None,
     stall_seconds: Stall = None,
+    host_seconds: HostSeconds = None,
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -128,6 +130,7 @@ def plan(
     checkpoint_seconds: EverySeconds = None,
     audit: Audit = None,
     stall_seconds: Stall = None,
+    host_seconds: HostSeconds = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
