@@ -9,13 +9,19 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, TensorDataset
 
 from lockstep.offer import Offer
 from tests.hosts import Cluster
+from tests.zoo import CLASSES, FEATURES, SAMPLES, Vectors, normal, whole
 
 AGENT = """
+# the numerics of a host come from its environment, which the nursery inherits
 import json, sys
 from pathlib import Path
+from typing import Any
 from lockstep.agent import serve
 from lockstep.errors import LockstepError
 from lockstep.net.identity import Identity
@@ -30,6 +36,17 @@ try:
 except LockstepError as error:
     sys.exit(f"agent: {error}")
 """
+
+
+class Differs(Vectors):
+    """A task whose data set is another one on each host."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def train_data(self) -> Dataset[Any]:
+        host = os.environ.get("LOCKSTEP_TEST_HOST", "")
+        return TensorDataset(normal(SAMPLES, FEATURES, seed=len(host)), whole(CLASSES, SAMPLES))
 
 
 class Agents:
@@ -49,7 +66,7 @@ class Agents:
             self.start(name, workers)
         return tuple(self.names)
 
-    def start(self, name: str, workers: int) -> None:
+    def start(self, name: str, workers: int, environment: Mapping[str, str] | None = None) -> None:
         """Start one host's agent."""
         assert self._offer is not None
         identity = self.cluster.identity(name)
@@ -60,6 +77,7 @@ class Agents:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                env={**os.environ, "LOCKSTEP_TEST_HOST": name, **(environment or {})},
             )
         assert process.stdin is not None
         with process.stdin as pipe:

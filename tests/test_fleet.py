@@ -131,7 +131,8 @@ def test_the_newest_whole_state_counts(
 
 
 def run(*events: fleet.Event) -> tuple[Fleet, list[fleet.Command]]:
-    state, said = Fleet(master="m"), []
+    state = Fleet(master="m")
+    said: list[fleet.Command] = []
     for event in events:
         state, commands, reason = decide(state, event)
         assert reason
@@ -145,8 +146,7 @@ BOTH = (fleet.Present("m", 1), fleet.Present("b", 2))
 def test_all_stand_before_any_goes_on() -> None:
     state, said = run(*BOTH, fleet.Stood("m", 2, standing(0)))
     assert said == [Hold(1), Hold(2)]
-    state, said, _ = (*decide(state, fleet.Stood("b", 2, standing(None)))[:2], "")
-    (order,) = said
+    state, (order,), _ = decide(state, fleet.Stood("b", 2, standing(None)))
     assert isinstance(order, Arrange)
     assert (order.workers, order.source) == ({"m": 1, "b": 2}, "m")
     assert order.actions == {"m": "keep", "b": "copy"}
@@ -161,8 +161,8 @@ def test_what_is_said_of_an_earlier_generation_is_not_heard() -> None:
 
 def test_a_loss_begins_another_generation() -> None:
     state, _ = run(*BOTH, fleet.Stood("m", 2, standing(0)), fleet.Stood("b", 2, standing(0)))
-    state, said, reason = decide(state, fleet.Lost("b", "it died"))
-    assert said == (fleet.Abandon("b", "it died"), Hold(3))
+    state, lost, reason = decide(state, fleet.Lost("b", "it died"))
+    assert lost == (fleet.Abandon("b", "it died"), Hold(3))
     assert "b" in reason
     assert set(state.members) == {"m"}
     assert decide(state, fleet.Lost("b", "again"))[1] == ()
@@ -172,13 +172,13 @@ def test_two_that_cannot_reach_each_other_part() -> None:
     """The second time without a step in between; the master stays, whoever complains."""
     for who, whom in (("m", "b"), ("b", "m")):
         state, _ = run(*BOTH)
-        state, said, _ = decide(state, fleet.Trouble(who, 2, whom, "no connection"))
-        assert said == (Hold(3),)
+        state, first, _ = decide(state, fleet.Trouble(who, 2, whom, "no connection"))
+        assert first == (Hold(3),)
         moved, _, _ = decide(state, fleet.Moved())
-        state, said, _ = decide(state, fleet.Trouble(who, 3, whom, "no connection"))
-        assert said[-1] == Hold(4)
-        assert isinstance(said[0], fleet.Abandon)
-        assert said[0].name == "b"
+        _, (gone, hold), _ = decide(state, fleet.Trouble(who, 3, whom, "no connection"))
+        assert hold == Hold(4)
+        assert isinstance(gone, fleet.Abandon)
+        assert gone.name == "b"
         assert decide(moved, fleet.Trouble(who, 3, whom, "no connection"))[1] == (Hold(4),)
 
 
