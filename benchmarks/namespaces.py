@@ -30,12 +30,13 @@ def missing() -> str:
 class Network:
     """So many hosts, at 10.77.0.1 and following. Use it as a context manager."""
 
-    def __init__(self, hosts: int) -> None:
-        self.hosts = hosts
+    def __init__(self, hosts: int, name: str = "") -> None:
+        """`name`: that of a network which another process has made, to run commands on it."""
+        self.hosts, self.name = hosts, name or f"{PREFIX}-{os.getpid()}"
         self._bridge = self._name("bridge")
 
     def _name(self, what: object) -> str:
-        return f"{PREFIX}-{os.getpid()}-{what}"
+        return f"{self.name}-{what}"
 
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"

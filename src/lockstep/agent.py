@@ -59,12 +59,15 @@ def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: 
     with ExitStack() as stack:
         local = stack.enter_context(Host.start(source, dict(offer.settings), networked=True))
         local.name = identity.node
-        transport = TcpTransport(identity, job=offer.job, facts={}, host=host, report=report)
+        silence = float(offer.settings.get("host_seconds", 10.0))
+        transport = TcpTransport(
+            identity, job=offer.job, facts={}, host=host, silence=silence, report=report
+        )
         stack.callback(transport.close)
         transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
         link = Link(transport)
         stack.callback(link.close)
-        station = Station(identity, host, offer.job, report, link.wake)
+        station = Station(identity, host, offer.job, report, link.wake, silence)
         stack.callback(station.close)
         Agent(local, link, station, offer).run(workers)
 

@@ -111,10 +111,18 @@ class Hosts:
         name, job = launcher.identity.node, offer["job"]
         self._facts = facts
         self._transport = TcpTransport(
-            launcher.identity, job=job, facts={}, host=launcher.host, report=report, answer=True
+            launcher.identity,
+            job=job,
+            facts={},
+            host=launcher.host,
+            report=report,
+            answer=True,
+            silence=silent_seconds,
         )
         self.link = Link(self._transport)
-        self.station = Station(launcher.identity, launcher.host, job, report, self.link.wake)
+        self.station = Station(
+            launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
+        )
         self.capacities = {name: launcher.workers or numerics.cores()}
         """By host, how many workers it would run. The master's own is the first."""
         self._plan: Plan | None = None

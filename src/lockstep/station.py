@@ -45,9 +45,17 @@ class Station:
     """Made by an agent for one job. All but `troubles` is for the agent's main thread."""
 
     def __init__(
-        self, identity: Identity, address: str, job: str, report: Report, wake: Callable[[], None]
+        self,
+        identity: Identity,
+        address: str,
+        job: str,
+        report: Report,
+        wake: Callable[[], None],
+        silence: float,
     ) -> None:
-        """`wake` is called, from any thread, when there is a trouble to be looked at."""
+        """`wake` is called, from any thread, when there is a trouble to be looked at. `silence`:
+        after so many seconds without a word a machine is lost."""
+        self._silence = silence
         self.identity, self.address, self.job = identity, address, job
         self._report, self._wake = report, wake
         self.generation = 0
@@ -68,6 +76,7 @@ class Station:
             job=f"{self.job}/{generation}",
             facts={},  # were compared when the hosts met the master
             host=self.address,
+            silence=self._silence,
             report=self._report,
         )
         return self._mesh.address
