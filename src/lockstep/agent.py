@@ -84,7 +84,7 @@ class Agent:
         self.host, self.link, self.station, self.master = host, link, station, offer.master
         self._silent_seconds = float(offer.settings.get("host_seconds", 10.0))
         self.crew: Following | None = None
-        self._ended = False
+        self._ready = self._ended = False
 
     def run(self, workers: int) -> None:
         """Load the task, say that this host is there, and serve."""
@@ -122,6 +122,9 @@ class Agent:
         while self.station.troubles:
             trouble = self.station.troubles.popleft()
             self._trouble(trouble.generation, trouble.peer, trouble.why)
+        if not self._ready and crew.members.complete:
+            self._ready = True  # only now: nobody is held up while workers start
+            self.link.tell(self.master, "ready", workers=crew.plan.workers)
         standing = crew.stands()
         if standing is not None:
             self.link.tell(
@@ -176,7 +179,6 @@ class Agent:
         self.crew = Following(self.host, plan, Forward(self), None, station=self.station)
         self.crew.agent = self
         self.crew.decide(membership.Begin())
-        self.link.tell(self.master, "ready", workers=plan.workers)
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)

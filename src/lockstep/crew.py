@@ -273,8 +273,7 @@ class Crew:
         self.history.settle(step)
         self._set_words(step)
         if action == "copy":
-            self.host.base.take(step)
-            control.base_due[:] = 0
+            control.base_due[:] = 0  # the workers make the base when they begin
         self._has_state = True
 
     def _set_words(self, step: int) -> None:

@@ -133,6 +133,10 @@ class Hosts:
         self._leased = -1
         self._fleet = Fleet(master=name)
         self._standings: dict[str, Standing] = {}
+        self._troubled_at = -1
+        """The step at which hosts last had trouble with each other."""
+        self._held_at = 0.0
+        """Since when hosts have been held without a step in between; 0: they go on."""
         self._expected = launcher.offer(
             Offer(master=name, address=self._transport.address, **offer)
         )
@@ -271,6 +275,13 @@ class Hosts:
         if standing is not None:
             generation = self._fleet.generation
             events.append(fleet.Stood(self._fleet.master, generation, standing))
+        committed = self._crew.history.committed_at
+        if self._held_at and committed > self._held_at and not self._fleet.regrouping:
+            stalled = round((committed - self._held_at) * 1e3, 2)
+            self._crew.sink.event(
+                "regrouped", generation=self._fleet.generation, stalled_ms=stalled
+            )
+            self._held_at = 0.0
         if self._fleet.troubles and self._crew.step > self._troubled_at:
             events.append(fleet.Moved())
         self._decide(events)
@@ -356,13 +367,12 @@ class Hosts:
                         hosts=sorted(self._fleet.members), going_on=isinstance(last, fleet.Arrange),
                     )  # fmt: skip
         if isinstance(last, fleet.Hold):
+            self._held_at = self._held_at or time.monotonic()
             for name in self._others():
                 self.link.tell(name, "hold", generation=last.generation)
             self._crew.hold(last.generation)
         elif isinstance(last, fleet.Arrange):
             self._arrange(last)
-
-    _troubled_at = -1
 
     def _arrange(self, command: fleet.Arrange) -> None:
         assert self._crew is not None
