@@ -16,6 +16,7 @@ from lockstep import fleet, numerics
 from lockstep.agent import facts_of
 from lockstep.crew import Orders
 from lockstep.errors import (
+    IntegrityError,
     JobError,
     LockstepError,
     PeerTimeoutError,
@@ -135,6 +136,8 @@ class Hosts:
         self._standings: dict[str, Standing] = {}
         self._asked: dict[str, set[int]] = {}
         """Held-out batches that other hosts have not answered yet."""
+        self._told: dict[tuple[str, int], str] = {}
+        """By host and step, a digest of what it has recorded, until it has been compared."""
         self._kept: list[Heard] = []
         """What was heard while answers were waited for."""
         self._troubled_at = -1
@@ -276,6 +279,7 @@ class Hosts:
             events.append(
                 fleet.Trouble(self._fleet.master, trouble.generation, trouble.peer, trouble.why)
             )
+        self._compare()
         standing = self._crew.stands()
         if standing is not None:
             generation = self._fleet.generation
@@ -290,6 +294,26 @@ class Hosts:
         if self._fleet.troubles and self._crew.step > self._troubled_at:
             events.append(fleet.Moved())
         self._decide(events)
+
+    def _compare(self) -> None:
+        """Compare what hosts have recorded of the same steps: losses, and parts of the state.
+
+        Raises:
+            IntegrityError: it is not the same.
+        """
+        assert self._crew is not None
+        marks = self._crew.history.marks
+        for (name, step), digest in list(self._told.items()):
+            if step >= self._crew.step:
+                continue  # not recorded here yet
+            del self._told[name, step]
+            if marks.get(step, digest) != digest:
+                raise IntegrityError(
+                    f"host {name} and host {self._fleet.master} have computed different states",
+                    expected=f"the same record of step {step}: {marks[step]}",
+                    found=digest,
+                    fix="look for faulty memory on both; then resume from the last checkpoint",
+                )
 
     def torn(self, why: str) -> None:
         """The state of the master's own host is torn: all have to be regrouped."""
@@ -380,6 +404,8 @@ class Hosts:
             case "trouble":
                 peer, why = str(message["other"]), str(message["why"])
                 return [fleet.Trouble(name, message["generation"], peer, why)]
+            case "recorded":
+                self._told[name, int(message["step"])] = str(message["digest"])
             case "event":
                 sink.event(str(message["name"]), **{**message["fields"], "host": name})
             case "recovered":
