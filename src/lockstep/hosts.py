@@ -7,6 +7,7 @@ own crew. All calls come from the master's thread.
 from __future__ import annotations
 
 import secrets
+import select
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -64,15 +65,10 @@ def open_hosts(
             fix="put the task into a module that is installed on every host",
         )
     host.name = launcher.identity.node
-    offer = {
-        "job": f"{source.label}-{secrets.token_hex(8)}",
-        "task": source.name,
-        "args": dict(source.args),
-        "settings": {**settings, "host_seconds": job.host_seconds},
-    }
-    hosts = Hosts(launcher, offer, facts_of(host.facts), job.host_seconds)
+    name = f"{source.label}-{secrets.token_hex(8)}"
+    hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds)
     try:
-        hosts.gather()
+        hosts.gather(source, {**settings, "host_seconds": job.host_seconds})
     except BaseException:
         hosts.close()
         raise
@@ -100,17 +96,17 @@ class Hosts:
     def __init__(
         self,
         launcher: Launcher,
-        offer: Mapping[str, Any],
+        job: str,
         facts: Mapping[str, str],
         silent_seconds: float,
     ) -> None:
-        """Listen, and offer the job. `offer` has the fields of `Offer` that the task decides."""
+        """Listen for the agents of a job. `facts` are what they must have in common."""
         self._launcher, self._silent_seconds = launcher, silent_seconds
         self.reports: deque[tuple[str, str]] = deque()
         """Connections that were closed or refused: who, and why."""
         report: Report = lambda who, why: self.reports.append((who, why))  # noqa: E731
-        name, job = launcher.identity.node, offer["job"]
-        self._facts = facts
+        name = launcher.identity.node
+        self._job, self._facts = job, facts
         self._transport = TcpTransport(
             launcher.identity,
             job=job,
@@ -144,9 +140,8 @@ class Hosts:
         """The step at which hosts last had trouble with each other."""
         self._held_at = 0.0
         """Since when hosts have been held without a step in between; 0: they go on."""
-        self._expected = launcher.offer(
-            Offer(master=name, address=self._transport.address, **offer)
-        )
+        self._expected: tuple[str, ...] = ()
+        """The hosts that were there when the job was offered."""
 
     def __enter__(self) -> Hosts:
         return self
@@ -155,7 +150,8 @@ class Hosts:
         self.close()
 
     def close(self) -> None:
-        """Let go of everybody. Agents that were not told that the job is over take it for lost."""
+        """Let go of everybody, however the run has ended."""
+        self.end()
         self._launcher.close()
         self.station.close()
         self._transport.close()
@@ -163,12 +159,21 @@ class Hosts:
 
     # Before the run: gather those who are there, and tell them the plan.
 
-    def gather(self) -> None:
-        """Wait until the hosts that are known of have loaded the task.
+    def gather(self, source: Source, settings: Mapping[str, Any]) -> None:
+        """Offer the job, and wait until the hosts that there are have loaded the task.
 
         Raises:
             LockstepError: one of them cannot take part; says why.
         """
+        offer = Offer(
+            job=self._job,
+            master=self._fleet.master,
+            address=self._transport.address,
+            task=source.name,
+            args=dict(source.args),
+            settings=settings,
+        )
+        self._expected = self._launcher.offer(offer)
         self._await(self.capacities, "to load the task and its data")
 
     def set_up(self, plan: Plan, host: Host) -> dict[str, Any]:
@@ -204,8 +209,6 @@ class Hosts:
         return [self.reports.popleft() for _ in range(len(self.reports))]
 
     def _hear(self, seconds: float) -> list[Heard]:
-        import select
-
         select.select([self.link], [], [], seconds)
         return self.link.take()
 
@@ -369,7 +372,7 @@ class Hosts:
         return True
 
     def end(self) -> None:
-        """The run is over: let the agents go."""
+        """The run is over: let the agents go. Without it they would take the master for lost."""
         for name in self._transport.peers:
             self.link.tell(name, "end")
 
