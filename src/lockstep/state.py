@@ -199,6 +199,7 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
         [parameter.numel() for _, parameter in trainable],
         [cuttable[kind] for kind in kinds],
         {index: table.width for index, table in tables.items()},
+        {index for index, table in tables.items() if table.asked},
     )
     keys = _all_keys(optimizer, trainable, groups, tables, blocks)
     for kind in cuttable:
