@@ -31,8 +31,8 @@ class Benchmark(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Mean cross-entropy."""
-        return models.loss(model, batch)
+        return models.CASES[self.name].loss(model, batch)
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
-        """Fused Adam."""
-        return models.adam(params)
+        """Adam, or SparseAdam beside it."""
+        return models.CASES[self.name].optimizer(list(params.named()))
