@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts chaos clean
+.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -66,6 +66,11 @@ bench-network: $(READY) ## Measure the network between hosts, on loopback
 bench-hosts: $(READY) ## Measure two hosts (network namespaces; as root) beside DDP, and a host's death
 	$(BIN)/python -m benchmarks.hosts $(ARGS)
 	$(BIN)/python -m benchmarks.host_recovery
+
+bench-recipes: $(READY) ## Measure the recipes beside DistributedDataParallel
+	for name in fashion-mnist movielens-100k adult descriptions; do \
+		$(BIN)/lockstep data fetch $$name || exit 1; done
+	$(BIN)/python -m benchmarks.recipes $(ARGS)
 
 chaos: $(READY) ## Harm runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

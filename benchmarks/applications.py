@@ -2,9 +2,12 @@
 
     python -m benchmarks.applications bits [RECIPE …]
     python -m benchmarks.applications curve RUN METRIC FILE.svg
+    python -m benchmarks.applications scores RUN
+    python -m benchmarks.applications samples RUN
 
 `bits` runs a few steps of each recipe on one, two and three workers, and on three of which one is
-killed. `curve` draws a held-out metric of a finished run, with its baseline.
+killed. Of a finished run, `curve` draws a held-out metric with its baseline, `scores` are its rows
+of the page's first table, and `samples` what a recipe on texts writes of its held-out ones.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from typing import Any
 
 import lockstep
 from lockstep.faults import Fault
+from lockstep.recipes.text.rewriting import Rewriting
+from lockstep.result import Result
+from lockstep.source import resolve
 
 RECIPES: dict[str, dict[str, Any]] = {
     "mnist": {"model": "cnn"},
@@ -81,6 +87,42 @@ def curve(run: Path, metric: str) -> str:
     return re.sub(r"<!--.*?-->", "", drawn)
 
 
+def scores(run: Path) -> list[str]:
+    """A row for each metric that has a baseline, and what the whole run took."""
+    result = Result.open(run)
+    assert result.source is not None
+    rows = [
+        f"| `{result.source.label}` | {name} | {result.metrics[name]:.4f} | {beside:.4f} |"
+        for name, beside in result.baseline.items()
+    ]
+    return [*rows, f"{result.steps} steps, {result.wall_seconds:.0f} s, `{result.fingerprint}`"]
+
+
+EVERY, LONGEST = 50, 40
+"""Which held-out texts are shown, and how many words of each."""
+
+
+def samples(run: Path) -> list[str]:
+    """A row for every fiftieth held-out pair: its source, what is written, and its target."""
+    result = Result.open(run)
+    assert result.source is not None
+    task, _ = resolve(result.source)
+    assert isinstance(task, Rewriting)
+    shown = task.split.held_out[EVERY // 2 :: EVERY]
+    written = task.predict(result.model(), [source for source, _ in shown])
+    return [
+        "| " + " | ".join(map(_cell, (source, row["text"], target))) + " |"
+        for (source, target), row in zip(shown, written, strict=True)
+    ]
+
+
+def _cell(text: str) -> str:
+    """A text in a table: of a long one the beginning."""
+    words = text.split()
+    shown = " ".join(words[:LONGEST]) + (" …" if len(words) > LONGEST else "")
+    return re.sub(r"([|*_<`])", r"\\\1", shown)
+
+
 def main(arguments: list[str]) -> None:
     match arguments:
         case ["bits", *names]:
@@ -89,6 +131,10 @@ def main(arguments: list[str]) -> None:
                     print(f"| {name} | {label} | `{fingerprint}` |", flush=True)
         case ["curve", run, metric, file]:
             Path(file).write_text(curve(Path(run), metric))
+        case ["scores", run]:
+            print(*scores(Path(run)), sep="\n")
+        case ["samples", run]:
+            print(*samples(Path(run)), sep="\n")
         case _:
             sys.exit(__doc__)
 

@@ -1,4 +1,4 @@
-"""The five models of the benchmark: how to build each, its data, and how much a worker draws.
+"""The six models of the benchmark: how to build each, its data, and how much a worker draws.
 
 The models are small on purpose: what is measured is what a step costs beside the arithmetic.
 Data are random tensors in memory, so that no contender waits for a disk; every contender draws
@@ -7,27 +7,31 @@ its batches with `Draw`, or by Lockstep's equal rule for a `TensorDataset`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lockstep
+
 SAMPLES = 8192
 """Samples in each data set: every batch size here divides it."""
 WORLD = 2
 """Workers of every two-process contender."""
+Named = Sequence[tuple[str, nn.Parameter]]
+"""Trainable parameters with their names in the model."""
 
 
 class Lookup(nn.Module):
     """A table of 200,000 rows of 32, eight features a sample, and a small classifier on top."""
 
-    rows, width, features = 200_000, 32, 8
+    rows, width, features, sparse = 200_000, 32, 8, False
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(self.rows, self.width)
+        self.table = nn.Embedding(self.rows, self.width, sparse=self.sparse)
         self.head = nn.Sequential(
             nn.Linear(self.width * self.features, 64), nn.ReLU(), nn.Linear(64, 2)
         )
@@ -36,6 +40,12 @@ class Lookup(nn.Module):
         """Logits `[n, 2]` of row numbers `[n, 8]`, int64."""
         logits: torch.Tensor = self.head(self.table(rows).flatten(1))
         return logits
+
+
+class SparseLookup(Lookup):
+    """The same with a million rows of 64, whose gradients are sparse."""
+
+    rows, width, sparse = 1_000_000, 64, True
 
 
 class TinyTransformer(nn.Module):
@@ -56,6 +66,10 @@ class TinyTransformer(nn.Module):
         return logits
 
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and labels."""
+
+
 def _softmax() -> nn.Module:
     return nn.Linear(784, 10)
 
@@ -74,9 +88,22 @@ def _cnn() -> nn.Module:
     )  # fmt: skip
 
 
+def adam(named: Named) -> torch.optim.Optimizer:
+    """Adam for all parameters."""
+    return torch.optim.Adam([p for _, p in named], lr=1e-3, fused=True)
+
+
+def sparse_adam(named: Named) -> torch.optim.Optimizer:
+    """SparseAdam for the tables, which touches the rows that were looked up, and Adam for what is
+    on top of them."""
+    tables = [p for name, p in named if name.startswith("table.")]
+    others = [(name, p) for name, p in named if not name.startswith("table.")]
+    return lockstep.Together(torch.optim.SparseAdam(tables, lr=1e-3), adam(others))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model with its inputs."""
+    """One model with its inputs, and the optimizer of every contender."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -86,6 +113,7 @@ class Case:
     classes: int
     batch: int
     """Samples per worker and step; a global batch is `WORLD` times that."""
+    optimizer: Callable[[Named], torch.optim.Optimizer] = adam
 
     def model(self) -> nn.Module:
         """The model, freshly initialised, the same one each time."""
@@ -101,6 +129,19 @@ class Case:
         else:
             inputs = torch.randint(self.values, size, generator=generator)
         return inputs, torch.randint(self.classes, (SAMPLES,), generator=generator)
+
+    def draw(self, batch: int, rank: int = 0, world: int = 1) -> Draw:
+        """What gives a process its batches."""
+        return Draw(self.tensors(), batch, rank, world)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Mean cross-entropy of one batch: a scalar with a graph."""
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Use the gradients."""
+        optimizer.step()
 
 
 LARGE_WIDTH = 640
@@ -118,7 +159,11 @@ CASES: dict[str, Case] = {
     "cnn": Case(build=_cnn, shape=(1, 28, 28), values=None, classes=10, batch=32),
     "transformer": Case(build=TinyTransformer, shape=(64,), values=1000, classes=10, batch=16),
     "embedding": Case(build=Lookup, shape=(8,), values=Lookup.rows, classes=2, batch=256),
-}
+    "sparse": Case(
+        build=SparseLookup, shape=(8,), values=SparseLookup.rows, classes=2, batch=256,
+        optimizer=sparse_adam,
+    ),
+}  # fmt: skip
 
 BESIDE: dict[str, Case] = {
     "large": Case(build=large_transformer, shape=(64,), values=1000, classes=10, batch=16),
@@ -129,17 +174,6 @@ BESIDE: dict[str, Case] = {
 def find(name: str) -> Case:
     """The case of this name."""
     return {**CASES, **BESIDE}[name]
-
-
-def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of one batch: a scalar with a graph."""
-    inputs, labels = batch
-    return F.cross_entropy(model(inputs), labels)
-
-
-def adam(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of every contender."""
-    return torch.optim.Adam(params, lr=1e-3, fused=True)
 
 
 class Draw:
@@ -158,7 +192,7 @@ class Draw:
         self._start = self._size = len(tensors[0])
         self._order = torch.empty(0, dtype=torch.int64)
 
-    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self) -> Batch:
         """The next batch: inputs `[batch, ...]` and labels `[batch]`."""
         if self._start + self._stride > self._size:
             self._order = torch.randperm(self._size, generator=self._generator)
@@ -170,17 +204,24 @@ class Draw:
         return inputs.index_select(0, chosen), labels.index_select(0, chosen)
 
 
+def _size(gradient: torch.Tensor) -> int:
+    """Bytes of a gradient: of a sparse one, those of its rows and their numbers."""
+    if not gradient.is_sparse:
+        return gradient.nbytes
+    return gradient._values().nbytes + gradient._indices().nbytes
+
+
 def sizes(name: str) -> dict[str, int]:
     """Bytes of one copy of the parameters, gradients, Adam's state and the data of a model."""
     case = CASES[name]
     model = case.model()
-    optimizer = adam(list(model.parameters()))
-    loss(model, Draw(case.tensors(), 2)()).backward()
+    optimizer = case.optimizer(list(model.named_parameters()))
+    case.loss(model, case.draw(2)()).backward()
     optimizer.step()
     state = [t for s in optimizer.state.values() for t in s.values()]
     return {
         "parameters": sum(p.nbytes for p in model.parameters()),
-        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "gradients": sum(_size(p.grad) for p in model.parameters() if p.grad is not None),
         "adam_state": sum(t.nbytes for t in state if isinstance(t, torch.Tensor)),
         "data": sum(t.nbytes for t in case.tensors()),
     }

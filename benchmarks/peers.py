@@ -29,8 +29,8 @@ from lockstep.memory import set_allocator
 if TYPE_CHECKING:
     from torch import nn
 
-WAIT = 60.0
-"""Seconds after which any wait for another process gives up."""
+WAIT = 120.0
+"""Seconds after which any wait for another process gives up; a recipe may learn a vocabulary."""
 WARM_STEPS = 10
 """Steps before the clock may start; `WARM_SHARE` of the measured time at least, too."""
 WARM_SHARE = 0.25
@@ -53,27 +53,27 @@ def contend(
     """Train in this process and time it: any contender but `lockstep` and `auto`."""
     import torch
 
-    from benchmarks import models
+    from benchmarks import models, recipes
 
     alone = contender == "threads"
     torch.set_num_threads(models.WORLD if alone else 1)
-    case = models.find(name)
+    case = recipes.find(name)
     batch = case.batch * (models.WORLD if alone else 1)
     world = 1 if alone else models.WORLD
     model = case.model()
+    optimizer = case.optimizer(list(model.named_parameters()))
     if contender in DDP:
         model = _distributed(model, rank, world)
-    optimizer = models.adam(list(model.parameters()))
-    draw = models.Draw(case.tensors(), batch, rank, world)
+    draw = case.draw(batch, rank, world)
 
     meeting = Meeting(words, rank) if contender == "meet" else None
     meet = meeting.meet if meeting is not None else lambda: None
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        models.loss(model, draw()).backward()
+        case.loss(model, draw()).backward()
         meet()
-        optimizer.step()
+        case.update(optimizer)
         meet()
 
     for _ in range(WARM_STEPS):
@@ -213,16 +213,19 @@ def together(contender: str, name: str, seconds: float) -> list[Timed]:
 
 
 def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[str, Any]:
-    """Run Lockstep on two workers of one thread, or as its own plan has it."""
-    import lockstep as package
-    from benchmarks import models, tasks
+    """Run Lockstep on two workers of one thread, or as its own plan has it.
 
-    batch = models.find(name).batch * models.WORLD
+    `name` is a model of the benchmark or a recipe.
+    """
+    import lockstep as package
+    from benchmarks import models, recipes, tasks
+
+    batch = recipes.find(name).batch * models.WORLD
     fixed: dict[str, Any] = {"workers": models.WORLD, "shards": models.WORLD, "threads": 1}
     with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as folder:
         began = time.perf_counter()
         result = package.run(
-            tasks.Benchmark(name),
+            tasks.Benchmark(name) if name in models.CASES else name,
             steps=steps,
             batch_size=batch,
             evaluate=False,

@@ -24,8 +24,12 @@ MODELS: dict[str, str] = {
     "cnn": "CNN, 1→16→32 convolutions and two linear layers, 32 samples per worker",
     "transformer": "transformer, two layers of width 128 over 64 tokens, 16 samples per worker",
     "embedding": "embedding, 200,000x32 and a small MLP, 8 features, 256 samples per worker",
+    "sparse": "the same, 1,000,000x64, with sparse gradients and SparseAdam",
 }
-DDP_BARS = {"softmax": 4.0, "mlp": 1.8, "cnn": 1.5, "transformer": 1.1, "embedding": 2.5}
+DDP_BARS = {
+    "softmax": 4.0, "mlp": 1.8, "cnn": 1.5, "transformer": 1.1, "embedding": 2.5, "sparse": 10.0,
+}  # fmt: skip
+THREADS_BARS = {"sparse": 1.0}
 NOSYNC_BAR = 0.95
 AUTO_BAR = 0.97
 DDP = ("ddp", "ddp_malloc")
@@ -86,14 +90,17 @@ def pairwise(rates: Rates, over: str, under: str | None) -> Ratio | None:
 
 
 def compare(model: str, rates: Rates) -> list[Comparison]:
-    """The three ratios of a model, with their bars."""
+    """The ratios of a model, with their bars."""
     ddp = best(rates, DDP)
     other = best(rates, ("lockstep", *DDP, "threads"))
-    lines = (
+    lines = [
         (f"lockstep / {ddp or 'ddp'}", pairwise(rates, "lockstep", ddp), DDP_BARS[model]),
         ("lockstep / nosync", pairwise(rates, "lockstep", "nosync"), NOSYNC_BAR),
         (f"auto / best other ({other or 'none'})", pairwise(rates, "auto", other), AUTO_BAR),
-    )
+    ]
+    if model in THREADS_BARS:
+        ratio = pairwise(rates, "lockstep", "threads")
+        lines.append(("lockstep / threads", ratio, THREADS_BARS[model]))
     return [Comparison(model=model, what=what, ratio=ratio, bar=bar) for what, ratio, bar in lines]
 
 
@@ -237,7 +244,8 @@ machine that does nothing else: `python -m benchmarks.run --write docs/benchmark
 figures are in `benchmarks/results.json`."""
 
 _SPEED = """\
-All train the same model with `torch.optim.Adam(lr=1e-3, fused=True)` and draw each batch by
+All train the same model with `torch.optim.Adam(lr=1e-3, fused=True)`, the table of `sparse` with
+`torch.optim.SparseAdam(lr=1e-3)`, and draw each batch by
 `index_select` with a slice of a permutation of the same 8,192 samples in memory. Each
 measurement has fresh processes; contenders take turns within a repetition, and the order turns
 from one to the next. Start-up and warm-up are not counted.

@@ -258,6 +258,33 @@ def test_held_out_tokens_count_once(run_folders: Callable[[], str]) -> None:
     assert result.metrics["accuracy"] == hits / len(losses)
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "wanted"),
+    [
+        ("BertForNextSentencePrediction", {"labels": [0, 1, 1]}, {"loss", "accuracy"}),
+        ("BertForQuestionAnswering", {"start_positions": [0, 1, 1], "end_positions": [2, 2, 2]},
+         {"loss"}),
+    ],
+)  # fmt: skip
+def test_accuracy_is_taken_where_a_sample_has_one_class(
+    kind: str, labels: dict[str, list[int]], wanted: set[str]
+) -> None:
+    """Whatever the model is called, and whatever its labels are."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra transformers")
+    task = lockstep.from_transformers(
+        lambda: getattr(transformers, kind)(bert()), Sentences(9, 1), collate=pad
+    )
+    model = task.model().eval()
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.long)}
+    batch |= {name: torch.tensor(value) for name, value in labels.items()}
+    found = task.metrics(model, batch)
+    assert set(found) == wanted
+    if "accuracy" in wanted:
+        right = model(**batch).logits.argmax(1) == batch["labels"]
+        assert isinstance(found["accuracy"], torch.Tensor)
+        assert torch.equal(found["accuracy"], right)
+
+
 # What is refused.
 
 

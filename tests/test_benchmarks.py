@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import footprint, models, process, report, run
+from benchmarks import footprint, models, process, recipes, report, run
+from lockstep.job import Job
+from tests.tasks import Blobs
 
 RATES: dict[str, list[float | None]] = {
     "lockstep": [400.0, 390.0, None],
@@ -62,6 +64,23 @@ def test_comparisons_have_their_bars_and_nosync_is_no_alternative_to_auto() -> N
     assert auto.bar == 0.97
     assert auto.ratio is not None
     assert auto.ratio.pairs == 2
+
+
+def test_sparse_tables_are_compared_with_one_process_too() -> None:
+    threads = report.compare("sparse", RATES)[3]
+    assert (threads.what, threads.bar, threads.verdict) == ("lockstep / threads", 1.0, "pass")
+
+
+def test_the_tables_of_every_contender_touch_only_the_rows_that_were_looked_up() -> None:
+    case = models.CASES["sparse"]
+    model = models.SparseLookup()
+    before = model.table.weight.detach().clone()
+    optimizer = case.optimizer(list(model.named_parameters()))
+    batch = case.draw(4)()
+    case.loss(model, batch).backward()
+    optimizer.step()
+    changed = (model.table.weight != before).any(1).nonzero().flatten()
+    assert torch.equal(changed, batch[0].unique())
 
 
 @pytest.mark.parametrize(
@@ -127,6 +146,26 @@ def test_two_ranks_draw_the_halves_of_what_one_process_draws() -> None:
     halves = [models.Draw((samples, samples), 8, rank, 2) for rank in range(2)]
     for _ in range(6):
         assert torch.equal(whole()[1], torch.cat([half()[1] for half in halves]))
+
+
+def test_a_recipe_is_trained_by_its_own_job() -> None:
+    """Of the batch of a job each rank draws its part; the limit of the norm is kept to."""
+    recipe = recipes.Recipe(Job(task=Blobs(), batch_size=16, clip_grad_norm=1e-3))
+    parts = [recipe.draw(recipe.batch, rank, models.WORLD)() for rank in range(models.WORLD)]
+    whole = recipe.draw(models.WORLD * recipe.batch)()
+    for tensor, *pieces in zip(whole, *parts, strict=True):
+        assert torch.equal(tensor, torch.cat(pieces))
+    model = recipe.model()
+    optimizer = recipe.optimizer(list(model.named_parameters()))
+    recipe.loss(model, whole).backward()
+    recipe.update(optimizer)
+    squares = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
+    assert 0 < squares**0.5 < 1.001e-3
+
+
+def test_recipes_and_models_have_different_names() -> None:
+    assert not set(models.CASES) & set(recipes.COMPARED)
+    assert isinstance(recipes.find("sparse"), models.Case)
 
 
 def test_batches_divide_the_data() -> None:

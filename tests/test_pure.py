@@ -43,6 +43,7 @@ from lockstep.layout import (
     ALIGN,
     BLOCK,
     GROUP,
+    SPARSE_BLOCKS,
     Block,
     Entry,
     Layout,
@@ -157,6 +158,15 @@ def test_blocks_partition_each_parameter(sizes: list[int], data: st.DataObject) 
         assert all(block.whole == (len(mine) == 1) for block in mine)
         assert may or len(mine) == 1
         assert all(block.size >= BLOCK for block in mine[:-1])
+
+
+@given(st.integers(1, 300), st.integers(1, 200_000))
+def test_sparse_tables_are_cut_between_rows_into_few_blocks(width: int, rows: int) -> None:
+    size = width * rows
+    *table, _ = cut_blocks([size, 8], [True, True], {0: width}, {0})
+    assert 1 <= len(table) <= SPARSE_BLOCKS
+    assert all(block.start % width == 0 == block.start % 64 for block in table)
+    assert sum(block.size for block in table) == size
 
 
 @given(block_sizes, st.integers(1, 12))

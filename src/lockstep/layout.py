@@ -14,7 +14,7 @@ moves with the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ BLOCK = 1 << 16
 """Elements: the smallest size at which a tensor is cut into blocks."""
 TARGET_BLOCKS = 128
 """A model is cut into about so many blocks, so that up to a few dozen owners share evenly."""
+SPARSE_BLOCKS = 8
+"""A table whose optimizer takes sparse gradients is cut into so many at most: an update costs by
+the call and by the rows that it touches, whatever the size of the block."""
 
 Kind = Literal["param", "buffer", "optim", "flag"]
 
@@ -73,17 +76,22 @@ class Allocator:
 
 
 def cut_blocks(
-    sizes: Sequence[int], cuttable: Sequence[bool], widths: Mapping[int, int] | None = None
+    sizes: Sequence[int],
+    cuttable: Sequence[bool],
+    widths: Mapping[int, int] | None = None,
+    sparse: Container[int] = (),
 ) -> list[Block]:
     """Cut parameters of the given sizes (elements) into blocks, in order.
 
-    `widths` are those of the tables that are to be cut between rows.
+    `widths` are those of the tables that are to be cut between rows; `sparse` are those among them
+    whose optimizer takes sparse gradients.
     """
     least = max(BLOCK, math.ceil(sum(sizes) / TARGET_BLOCKS))
     blocks = []
     for index, (size, may_cut) in enumerate(zip(sizes, cuttable, strict=True)):
         grid = math.lcm(64, widths[index]) if widths and index in widths else 4096
-        length = math.ceil(least / grid) * grid
+        wanted = max(least, math.ceil(size / SPARSE_BLOCKS)) if index in sparse else least
+        length = math.ceil(wanted / grid) * grid
         if size <= length or not may_cut:
             blocks.append(Block(param=index, start=0, stop=size, whole=True))
             continue

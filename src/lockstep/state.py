@@ -183,6 +183,7 @@ def build(
         [parameter.numel() for _, parameter in trainable],
         [cuttable[kind] for kind in kinds],
         {index: table.width for index, table in tables.items()},
+        {index for index, table in tables.items() if table.asked},
     )
     keys = _all_keys(optimizer, trainable, groups, tables, blocks)
     for kind in cuttable:

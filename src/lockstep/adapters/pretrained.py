@@ -21,7 +21,6 @@ IGNORED = -100
 SHIFTED = ("ForCausalLM", "LMHeadModel")
 """Models of these names predict the next token: label `t` belongs to the scores at `t - 1`."""
 PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
-PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 
 
 def from_transformers(
@@ -171,10 +170,8 @@ class TransformersTask(Task):
             return {}
         outputs = model(**batch)
         found: dict[str, torch.Tensor | float] = {"loss": _loss(outputs, batch)}
-        labels = batch["labels"]
-        classes = labels.ndim == 1 and not labels.is_floating_point()
-        if type(model).__name__.endswith(PER_SAMPLE) and classes:
-            found["accuracy"] = outputs.logits.argmax(-1) == labels
+        if _one_class_each(outputs, batch):
+            found["accuracy"] = outputs.logits.argmax(-1) == batch["labels"]
         return found
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | Sequence[Any]]:
@@ -209,6 +206,14 @@ MOST_EXPONENT = 700.0
 
 def _per_token(model: nn.Module) -> bool:
     return type(model).__name__.endswith((*SHIFTED, *PER_TOKEN))
+
+
+def _one_class_each(outputs: Any, batch: Any) -> bool:
+    """Whether there are scores of several classes for each sample, and one class as its label."""
+    logits, labels = getattr(outputs, "logits", None), batch.get("labels")
+    if logits is None or labels is None or labels.ndim != 1 or labels.is_floating_point():
+        return False
+    return bool(logits.ndim == 2 and len(logits) == len(labels) and logits.shape[1] > 1)
 
 
 def _loss(outputs: Any, batch: Any) -> torch.Tensor:

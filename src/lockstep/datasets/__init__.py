@@ -12,15 +12,17 @@ from lockstep.datasets.adult import ADULT, load_adult
 from lockstep.datasets.descriptions import DESCRIPTIONS, load_synopses, load_translations
 from lockstep.datasets.fashion_mnist import FASHION_MNIST, load_fashion_mnist
 from lockstep.datasets.fetching import DataSet
+from lockstep.datasets.minilm import MINILM, minilm_folder
 from lockstep.datasets.mnist import MNIST, load_mnist
 from lockstep.datasets.movielens import MOVIELENS_100K, load_ratings
 from lockstep.errors import DataError
 
-DATA_SETS = (MNIST, FASHION_MNIST, MOVIELENS_100K, ADULT, DESCRIPTIONS)
+DATA_SETS = (MNIST, FASHION_MNIST, MOVIELENS_100K, ADULT, DESCRIPTIONS, MINILM)
 """Those that `lockstep data` knows."""
 
 __all__ = ["DATA_SETS", "DataSet", "fetch", "find", "load_adult", "load_fashion_mnist",
-           "load_mnist", "load_ratings", "load_synopses", "load_translations"]  # fmt: skip
+           "load_mnist", "load_ratings", "load_synopses", "load_translations",
+           "minilm_folder"]  # fmt: skip
 
 
 def find(name: str) -> DataSet:

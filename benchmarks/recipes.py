@@ -1,0 +1,127 @@
+"""The recipes beside DistributedDataParallel on the same task: samples per second.
+
+    python -m benchmarks.recipes vision,clicks --seconds 4
+
+Both have two processes of one thread, the recipe's own batch size, precision, limit of the norm and
+schedule, and fetch their batches alike; what differs is how they synchronise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import process, report, run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from benchmarks.models import Case, Named
+    from lockstep.job import Job
+
+COMPARED = ("vision", "recommend", "clicks", "translate", "summarise")
+"""Those that train on a fixed data set."""
+
+
+class Recipe:
+    """A job as a contender trains it: what `models.Case` is to the benchmark's own models."""
+
+    def __init__(self, job: Job) -> None:
+        from benchmarks.models import WORLD
+        from lockstep.job import Task
+
+        assert isinstance(job.task, Task)
+        assert job.batch_size
+        self.task, self.batch = job.task, job.batch_size // WORLD
+        self.half, self.limit = job.precision == "bf16", job.clip_grad_norm
+        self._schedule: Any = None
+
+    def model(self) -> nn.Module:
+        """The model, freshly initialised, the same one each time."""
+        import torch
+
+        torch.manual_seed(0)
+        return self.task.model()
+
+    def optimizer(self, named: Named) -> torch.optim.Optimizer:
+        """The task's own, with its schedule."""
+        from lockstep.job import Parameters
+
+        optimizer = self.task.optimizer(Parameters(named))
+        self._schedule = self.task.scheduler(optimizer)
+        return optimizer
+
+    def draw(self, batch: int, rank: int = 0, world: int = 1) -> Callable[[], Any]:
+        """Batches as Lockstep fetches them, by slices of a permutation as `models.Draw` has it."""
+        import torch
+
+        from benchmarks.models import Draw
+        from lockstep.data import make_fetch
+
+        data = self.task.train_data()
+        fetch = make_fetch(self.task, data, seed=0)
+        numbers = torch.arange(len(data))  # type: ignore[arg-type]
+        chosen = Draw((numbers, numbers), batch, rank, world)
+        return lambda: fetch(0, chosen()[0].numpy())
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The task's, in its precision."""
+        import torch
+
+        half = torch.autocast("cpu", torch.bfloat16) if self.half else contextlib.nullcontext()
+        with half:
+            return self.task.loss(model, batch)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Use the gradients, their norm limited if the job says so, and step the schedule."""
+        from torch.nn.utils import clip_grad_norm_
+
+        if self.limit is not None:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            clip_grad_norm_(params, self.limit)
+        optimizer.step()
+        if self._schedule is not None and self.task.scheduler_interval == "step":
+            self._schedule.step()
+
+
+def find(name: str) -> Case | Recipe:
+    """A model of the benchmark, or a recipe."""
+    from benchmarks.models import BESIDE, CASES
+    from lockstep import recipes
+
+    known = {**CASES, **BESIDE}
+    return known[name] if name in known else Recipe(recipes.find(name)())
+
+
+def compare(name: str, seconds: float) -> list[str] | None:
+    """A row of the table; None if one of the two failed."""
+    ddp = run.measure("ddp", name, seconds, 0)
+    if ddp is None:
+        return None
+    lockstep = run.measure("lockstep", name, seconds, max(run.LEAST_STEPS, ddp["steps"]))
+    if lockstep is None:
+        return None
+    rates = [f"{found['rate']:,.0f}" for found in (lockstep, ddp)]
+    return [f"`{name}`", *rates, f"{lockstep['rate'] / ddp['rate']:.2f}"]
+
+
+def main() -> int:
+    """Measure the recipes that are named, and print the table; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    known = run.choice(COMPARED)
+    parser.add_argument("recipes", nargs="?", type=known, default=list(COMPARED))
+    parser.add_argument("--seconds", type=float, default=4.0)
+    options = parser.parse_args()
+    process.adopt_orphans()
+    rows: Sequence[list[str] | None] = [compare(n, options.seconds) for n in options.recipes]
+    head = ("recipe, samples/s", "lockstep", "ddp", "ratio")
+    print(report.table(head, [row for row in rows if row is not None]))
+    return 1 if None in rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
