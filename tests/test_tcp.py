@@ -26,6 +26,7 @@ from lockstep.net import tcp
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, head, message_frame
 from lockstep.net.handshake import Hello
 from lockstep.net.identity import Identity
+from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key
 from lockstep.net.wire import Deadline, handshake, receive_message, wrap
 from tests.hosts import FACTS, LIMIT, Cluster, connect
@@ -290,6 +291,8 @@ def test_another_version(job: Job, cluster: Cluster) -> None:
         ({"node": "b"}, "host m may not take part"),
         ({"job": "other"}, "host m may not take part"),
         ({"protocol": 2}, "host m may not take part"),
+        ({"port": 65536}, "a hello breaks the protocol"),
+        ({"port": True}, "a hello breaks the protocol"),
         ({"lane": "side"}, "no such lane"),
         ({"facts": {**FACTS, "torch": "\x1b[2J"}}, "a hello breaks the protocol"),
     ],
@@ -350,6 +353,50 @@ def test_a_host_comes_back(job: Job, cluster: Cluster) -> None:
     job.check()
 
 
+def test_a_server_connects_back(cluster: Cluster) -> None:
+    """With `answer`, only the newcomers know addresses; and they may come again."""
+    log = Log()
+    server = TcpTransport(cluster.identity("a"), job="job", facts=FACTS, answer=True, report=log)
+    with contextlib.closing(server):
+        for round_ in range(2):
+            b, c = cluster.transport("b"), cluster.transport("c")
+            with contextlib.closing(b), contextlib.closing(c):
+                for each in (b, c):
+                    each.connect({"a": server.address}, LIMIT)
+                    each.tell("a", {"round": round_, "from": each.node})
+                    heard = server.hear(LIMIT)
+                    assert heard.message == {"round": round_, "from": each.node}
+                    server.tell(each.node, {"to": each.node})
+                    assert each.hear(LIMIT).message == {"to": each.node}
+                assert server.peers == ("b", "c")
+            assert {server.hear(LIMIT).peer, server.hear(LIMIT).peer} == {"b", "c"}
+            assert list(server.peers) == []
+            assert {log.next()[0], log.next()[0]} == {"b", "c"}
+
+
+def test_who_cannot_be_connected_back_is_dropped(cluster: Cluster) -> None:
+    log = Log()
+    server = TcpTransport(cluster.identity("a"), job="job", facts=FACTS, answer=True, report=log)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with contextlib.closing(server):
+        sock = wrap(
+            socket.create_connection(server.address),
+            cluster.identity("m").client_context(),
+            server=False,
+        )
+        with sock:
+            handshake(sock, Deadline(LIMIT))
+            sock.sendall(message_frame(Kind.HELLO, {**HELLO, "lane": "control", "port": port}))
+            kind, answer = receive_message(sock, (Kind.WELCOME,), Deadline(LIMIT))
+            assert (kind, answer["port"]) == (Kind.WELCOME, server.address[1])
+            assert rest(sock) == b""
+        who, why = log.next()
+        assert who == "m"
+        assert f"host m at 127.0.0.1:{port} closed the connection" in why
+        assert server.peers == ()
+
+
 def test_nobody_is_there(job: Job) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
@@ -378,6 +425,7 @@ import sys
 from pathlib import Path
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
+from lockstep.net.tcp import TcpTransport
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key
 folder, host, port, torch = sys.argv[1:]

@@ -29,6 +29,8 @@ class Hello:
     """Its name. Where there are certificates, that of its certificate counts."""
     facts: Facts = field(default_factory=dict)
     protocol: int = VERSION
+    port: int = 0
+    """Where it listens, at the address that it connects from; 0 if it does not say."""
 
     def to_message(self) -> Message:
         """JSON-ready."""
@@ -37,6 +39,7 @@ class Hello:
             "job": self.job,
             "node": self.node,
             "facts": dict(self.facts),
+            "port": self.port,
         }
 
 
@@ -68,13 +71,13 @@ def parse_hello(message: Mapping[str, Any]) -> Hello:
     texts = [message.get("job"), message.get("node")]
     if isinstance(facts, dict) and len(facts) <= MAX_FACTS:
         texts += [*facts.keys(), *facts.values()]
-        protocol = message.get("protocol")
-        if type(protocol) is int and all(_is_text(text) for text in texts):
+        protocol, port = message.get("protocol"), message.get("port", 0)
+        if type(protocol) is int and _is_port(port) and all(_is_text(text) for text in texts):
             job, node = message["job"], message["node"]
-            return Hello(job=job, node=node, facts=facts, protocol=protocol)
+            return Hello(job=job, node=node, facts=facts, protocol=protocol, port=port)
     raise ProtocolError(
         "a hello breaks the protocol",
-        expected=f"protocol, job, node and at most {MAX_FACTS} facts, "
+        expected=f"protocol, job, node, port and at most {MAX_FACTS} facts, "
         f"in printable texts of at most {MAX_TEXT} characters",
         found=ascii(message)[:MAX_TEXT],
     )
@@ -118,6 +121,10 @@ def _is_text(value: object) -> bool:
         and value.isascii()
         and value.isprintable()  # it may go into a log
     )
+
+
+def _is_port(value: object) -> bool:
+    return type(value) is int and 0 <= value < 65536
 
 
 def _refuse(name: str, expected: str, found: str) -> None:

@@ -63,17 +63,21 @@ class TcpTransport:
         facts: Facts,
         host: str = "127.0.0.1",
         port: int = 0,
+        answer: bool = False,
         report: Report = ignore,
     ) -> None:
         """Listen, by default on loopback only and on a port that the kernel chooses.
+
+        With `answer`, this host connects back to each that connects to it, at the address that
+        it comes from and the port that its hello names. A host that cannot be reached there
+        within ten seconds is dropped. Who shall `connect` whom otherwise is for the hosts to know.
 
         Raises:
             IdentityError: the identity cannot be used.
             OSError: nobody can listen there.
         """
         self.node = identity.node
-        self._hello = Hello(job=job, node=identity.node, facts=facts)
-        self._report = report
+        self._answers, self._report = answer, report
         self._server, self._client = identity.server_context(), identity.client_context()
         self._peers: dict[str, Peer] = {}
         self._lost: list[Peer] = []
@@ -86,6 +90,7 @@ class TcpTransport:
         self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._listener = listen(host, port)
         self.address: Address = address_of(self._listener)
+        self._hello = Hello(job=job, node=identity.node, facts=facts, port=self.address[1])
         self._accepting = threading.Thread(
             target=self._accept, name="lockstep-net accept", daemon=True
         )
@@ -241,27 +246,29 @@ class TcpTransport:
                     self._report("this host", f"a connection was not accepted: {error}")
                     self._closing.wait(RETRY_SECONDS)  # perhaps out of descriptors for a while
                 continue
-            who = f"{address[0]}:{address[1]}"
             thread = threading.Thread(
-                target=self._receive, args=(sock, who), name=f"lockstep-net {who}", daemon=True
+                target=self._receive,
+                args=(sock, address[:2]),
+                name=f"lockstep-net {address[0]}:{address[1]}",
+                daemon=True,
             )
             with self._changed:
                 self._arriving[thread] = sock
             thread.start()
 
-    def _receive(self, sock: socket.socket, address: str) -> None:
+    def _receive(self, sock: socket.socket, address: Address) -> None:
         """One accepted connection, from its handshake to its end."""
-        who, thread = address, threading.current_thread()
+        who, thread = f"{address[0]}:{address[1]}", threading.current_thread()
         try:
             limit = Deadline(HANDSHAKE_SECONDS)
-            with peer_errors(address, "a certificate and a hello", limit.seconds):
+            with peer_errors(who, "a certificate and a hello", limit.seconds):
                 sock = secured = wrap(sock, self._server, server=True)
                 with self._changed:
                     self._check_open()
                     self._arriving[thread] = sock
                 handshake(secured, limit)
                 who = peer_name(secured)
-                peer, lane = self._admit(sock, who, limit)
+                peer, lane, port = self._admit(sock, who, limit)
         except NetworkError as error:
             sock.close()
             self._report(who, str(error))
@@ -271,13 +278,19 @@ class TcpTransport:
             with self._changed:
                 self._arriving.pop(thread, None)
         self._reap_lost()
+        if self._answers and lane is Lane.CONTROL:  # before a message of it is heard
+            self._connect_back(peer, (address[0], port))
         peer.receive(lane)
 
-    def _admit(self, sock: socket.socket, name: str, limit: Deadline) -> tuple[Peer, Lane]:
-        """Welcome a connection, or tell the other side why not and raise."""
+    def _admit(self, sock: socket.socket, name: str, limit: Deadline) -> tuple[Peer, Lane, int]:
+        """Welcome a connection, or tell the other side why not and raise.
+
+        Returns whose it is, what it carries, and the port on which its host listens.
+        """
         try:
             _, message = receive_message(sock, (Kind.HELLO,), limit)
-            check_hello(self._hello, parse_hello(message), name)
+            hello = parse_hello(message)
+            check_hello(self._hello, hello, name)
             lane = parse_lane(message.get("lane"))
             with self._changed:
                 peer = self._current(name)
@@ -296,7 +309,16 @@ class TcpTransport:
             with contextlib.suppress(OSError):
                 send_message(sock, Kind.REFUSED, {**to_message(error), "again": again}, limit)
             raise
-        return peer, lane
+        return peer, lane, hello.port
+
+    def _connect_back(self, peer: Peer, address: Address) -> None:
+        """Open the lanes to a host that has just opened its own; lose it if that fails."""
+        deadline = Deadline(HANDSHAKE_SECONDS)
+        try:
+            for lane in self._missing(peer.name):
+                self._open(peer.name, address, lane, deadline)
+        except NetworkError as error:
+            peer.lose(error)
 
     def _end_arriving(self) -> list[threading.Thread]:
         with self._changed:
