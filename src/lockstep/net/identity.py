@@ -160,7 +160,7 @@ def check_private(path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise IdentityError(
-            f"the private key {path} is open to other users",
+            f"{path} is open to other users",
             expected="mode 0600",
             found=f"mode {mode:04o}",
             fix=f"if nobody has read it: chmod 600 {path}",
