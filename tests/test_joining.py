@@ -178,6 +178,28 @@ def test_another_cluster_answers(joinable: Joinable, tmp_path: Path) -> None:
     join(token, tmp_path / "b", "b", timeout=LIMIT)
 
 
+def padded_cluster(folder: Path) -> Joinable:
+    """A cluster whose CA's certificate ends with padding in PEM, as two of three do."""
+    for number in range(100):
+        made = Joinable(folder / str(number))
+        if len(ssl.PEM_cert_to_DER_cert(made.cluster.authority.certificate)) % 3:
+            return made
+        made.server.close()
+    raise AssertionError("no certificate has another length")
+
+
+def test_another_cluster_answers_with_both_authorities(tmp_path: Path) -> None:
+    """Only the certificate that the token speaks of counts, whatever is sent behind it."""
+    ours, other = padded_cluster(tmp_path / "ours"), Joinable(tmp_path / "other")
+    with contextlib.closing(ours.server), contextlib.closing(other.server):
+        both = ours.cluster.authority.certificate + other.cluster.authority.certificate
+        other.server._shown["authority"] = both
+        token, (host, port) = ours.server.token(), other.server.address
+        with pytest.raises(RefusedError, match="is not accepted"):
+            join(replace(token, host=host, port=port), tmp_path / "b", "b", timeout=LIMIT)
+        join(token, tmp_path / "b", "b", timeout=LIMIT)
+
+
 def invited(server: JoinServer, shared: SharedSecret, rank: int = 1) -> RankInvitation:
     host, port = server.address
     return RankInvitation(shared=shared, rank=rank, host=host, port=port, node="a")

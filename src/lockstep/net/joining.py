@@ -32,7 +32,13 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.net.frames import Kind, Message
-from lockstep.net.identity import Identity, fingerprint, newcomer_context, peer_name
+from lockstep.net.identity import (
+    Identity,
+    fingerprint,
+    newcomer_context,
+    one_certificate,
+    peer_name,
+)
 from lockstep.net.tokens import Token, TokenBook
 from lockstep.net.transport import Report, ignore
 from lockstep.net.wire import (
@@ -271,7 +277,7 @@ def join(
     who = f"host {invitation.node} at {invitation.host}:{invitation.port}"
     with peer_errors(who, "a certificate", timeout):
         shown, _ = _ask(invitation, None, None, limit)
-        ca = str(shown.get("authority", ""))
+        ca = one_certificate(str(shown.get("authority", "")))
         invitation.vouch(ca, str(shown.get("proof", "")))
         secret = base64.b64encode(invitation.secret).decode()
         said = {"secret": secret, "request": request.decode()}
