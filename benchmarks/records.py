@@ -22,7 +22,7 @@ import lockstep
 from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
-from lockstep import coordinator
+from lockstep import crew
 from lockstep.layout import Audit
 from lockstep.ledger import Ledger
 
@@ -55,7 +55,7 @@ def unrecorded() -> Iterator[None]:
     """Takes the base and the ledger out of the master."""
     with (
         # Plain functions: mocks keep their calls, which costs more than what is taken away.
-        mock.patch.object(coordinator, "steps_between", _never),
+        mock.patch.object(crew, "steps_between", _never),
         mock.patch.object(Audit, "units", _nothing),
         mock.patch.object(Ledger, "commit", _nothing),
     ):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep import coordinator
+from lockstep import crew
 from lockstep.data import Order
 from lockstep.errors import PoisonError
 from lockstep.faults import PHASES, Fault
@@ -126,7 +126,7 @@ def test_steps_since_the_base_are_computed_again(
 ) -> None:
     """Schedules, buffers and optimizer state go back with the parameters, on survivors and on
     successors alike; what was recorded is not recorded twice."""
-    monkeypatch.setattr(coordinator, "steps_between", lambda *_: 1_000_000)
+    monkeypatch.setattr(crew, "steps_between", lambda *_: 1_000_000)
     entry: Entry = ZOO[name]
     settings = entry.settings()
     last = settings["steps"] - 2

@@ -765,3 +765,8 @@ MORE: dict[str, Entry] = {
     "wide-rprop": Entry(task=Wide("Rprop", lr=0.01), steps=6),
 }
 """More of the same kinds, the other optimizers first of all: for the long tests."""
+
+
+def named(name: str) -> Task:
+    """A task of the zoo by name, as hosts are told of it."""
+    return {**ZOO, **MORE}[name].task

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import LockstepError, StoppedError
 from lockstep.host import Host
+from lockstep.hosts import Hosts, open_hosts, spread
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.manifest import make_manifest, recorded_source
+from lockstep.offer import Launcher
 from lockstep.planning import Division, Facts, Plan, choose, close, decompose, divisions
 from lockstep.recorder import Recorder
 from lockstep.report import write_report
@@ -33,6 +36,7 @@ def run(
     args: Mapping[str, Any] | None = None,
     quiet: bool = False,
     desk: Desk | None = None,
+    on: Launcher | None = None,
     **settings: Any,
 ) -> Result:
     """Train a task in lockstep and return its result.
@@ -42,6 +46,7 @@ def run(
         args: arguments for a named task or recipe.
         quiet: show no progress on stderr.
         desk: where requests to the running job are left; see `start`.
+        on: what brings agents to other hosts; None: this host alone.
         settings: the fields of `Job`; they take precedence over a job's own and a recipe's.
 
     Raises:
@@ -52,15 +57,18 @@ def run(
     job, explicit = _to_job(task, args, settings)
     source = source_of(job)
     RunFolder.check_free(job.out)
-    with Host.start(source, explicit) as host:
+    with Host.start(source, explicit, networked=on is not None) as host, ExitStack() as others:
         job, facts = _complete(job, explicit, host)
-        plan = _decompose(job, facts, host)
-        profile = host.set_up(plan)
+        hosts = others.enter_context(open_hosts(on, source, explicit, host)) if on else None
+        plan = _decompose(job, facts, host) if hosts is None else spread(job, facts, hosts)
+        profile = host.set_up(plan) if hosts is None else hosts.set_up(plan, host)
         with RunFolder.create(job.out, source.label) as folder:
             manifest = make_manifest(source, job, plan, profile, host.facts)
             folder.write_manifest(manifest)
             start = Restart(step=0, ledger=None)
-            return _train(host, job, plan, folder, source, start, begun, quiet, desk or Desk())
+            return _train(
+                host, hosts, job, plan, folder, source, start, begun, quiet, desk or Desk()
+            )
 
 
 def resume(
@@ -70,6 +78,7 @@ def resume(
     task: Task | None = None,
     quiet: bool = False,
     desk: Desk | None = None,
+    on: Launcher | None = None,
 ) -> Result:
     """Go on with a run from its newest good checkpoint, to the same result.
 
@@ -77,6 +86,7 @@ def resume(
         run: the run folder.
         workers: how many workers go on; default: as many as before.
         task: the task, where the run was given an object and not a name.
+        on: what brings agents to other hosts; None: this host alone goes on.
 
     Raises:
         RunFolderError: the run has finished, or another master is at it.
@@ -89,11 +99,19 @@ def resume(
         source = recorded_source(manifest, task, folder.path)
         job = Job(task="", **manifest["job"])
         plan = Plan.from_message(manifest["plan"]).with_workers(workers)
-        with Host.start(source, manifest["job"]) as host:
+        settings = manifest["job"]
+        with Host.start(source, settings, networked=on is not None) as host, ExitStack() as others:
             host.loaded()
-            host.set_up(plan)
+            hosts = others.enter_context(open_hosts(on, source, settings, host)) if on else None
+            if hosts is None:
+                host.set_up(plan)
+            else:
+                plan = plan.with_workers(workers or min(hosts.capacity, plan.shards))
+                hosts.set_up(plan, host)
             start = find_restart(folder, host)
-            return _train(host, job, plan, folder, source, start, begun, quiet, desk or Desk())
+            return _train(
+                host, hosts, job, plan, folder, source, start, begun, quiet, desk or Desk()
+            )
 
 
 def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: Any) -> Plan:
@@ -109,6 +127,7 @@ def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: An
 
 def _train(
     host: Host,
+    hosts: Hosts | None,
     job: Job,
     plan: Plan,
     folder: RunFolder,
@@ -129,7 +148,15 @@ def _train(
     with desk, Recorder(folder, host, plan, job.keep_checkpoints, start, quiet=quiet) as recorder:
         desk.take_signals()
         desk.open(folder.path)
-        coordinator = Coordinator(host, plan, schedule, recorder, start.step, requests=desk.take)
+        coordinator = Coordinator(
+            host,
+            plan if hosts is None else hosts.own_plan,
+            schedule,
+            recorder,
+            start.step,
+            requests=desk.take,
+            hosts=hosts,
+        )
         try:
             coordinator.run()
         except StoppedError as error:

@@ -24,7 +24,8 @@ from lockstep.control import RING
 from lockstep.errors import IntegrityError
 from lockstep.layout import Block
 from lockstep.seeds import derive
-from lockstep.state import SharedState, Slot
+from lockstep.slots import Slot
+from lockstep.state import SharedState
 
 Compute = Callable[[int, int, Slot, Any], float]
 """`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""

@@ -36,10 +36,10 @@ class Barrier:
         crowded = len(seats) * threads > cores()
         self.spins = 1 if crowded else SPINS
 
-    def arrive(self, progress: int) -> None:
-        """Publish this worker's progress."""
+    def arrive(self, progress: int, *, wake: bool = False) -> None:
+        """Publish this worker's progress. `wake`: somebody else than the others waits for it."""
         self.control.set_progress(self.seat, progress)
-        if self.others:
+        if self.others or wake:
             futex.wake(self.control.progress_address(self.seat))
 
     def wait(self, progress: int) -> None:
@@ -58,3 +58,15 @@ class Barrier:
                     spins -= 1
                     continue
                 futex.wait(control.progress_address(other), seen, NAP)
+
+    def await_exchange(self, step: int) -> None:
+        """Return when the other hosts' part of a step is there.
+
+        Raises:
+            Regroup: the master has changed the membership.
+        """
+        control = self.control
+        while (seen := control.exchanged) <= step:
+            if control.epoch != self.epoch:
+                raise Regroup
+            futex.wait(control.exchange_address, seen, NAP)

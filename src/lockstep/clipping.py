@@ -14,7 +14,8 @@ import torch
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from lockstep.control import RING, Phase, progress_of
-from lockstep.owner import Owner, Presence
+from lockstep.owner import Owner
+from lockstep.presence import Presence
 from lockstep.state import SharedState
 
 

@@ -21,8 +21,8 @@ from lockstep.memory import Segment
 
 LINE = 64
 """Bytes: one cache line; words with different writers never share one."""
-HEADER = 3
-"""Lines before those of the seats: the lease, the membership epoch, the base's step."""
+HEADER = 4
+"""Lines before those of the seats: lease, membership epoch, the base's step, exchange."""
 RING = 1024
 """Step records kept: the lease never runs further ahead of the ledger than this."""
 DIGEST_BYTES = 16
@@ -37,9 +37,10 @@ class Phase(enum.IntEnum):
     COMPUTED = 1
     GUARDED = 2
     AUDITED = 3
-    REDUCED = 4
-    NORMED = 5
-    UPDATED = 6
+    SUMMED = 4
+    REDUCED = 5
+    NORMED = 6
+    UPDATED = 7
 
 
 class Stat(enum.IntEnum):
@@ -61,7 +62,7 @@ def progress_of(step: int, phase: Phase) -> int:
 def describe_progress(word: int) -> tuple[int, str]:
     """The step and the phase that a worker with this progress word is in: what comes next."""
     step, phase = divmod(word, PHASES_PER_STEP)
-    doing = ("compute", "reduce", "audit", "reduce", "norm", "update", "commit", "commit")
+    doing = ("compute", "reduce", "audit", "reduce", "exchange", "norm", "update", "commit")
     return step, doing[phase]
 
 
@@ -159,10 +160,28 @@ class Control:
     def base_step(self, step: int) -> None:
         self._words[2 * LINE // 4] = step
 
+    # The first step whose exchange between hosts is not complete: of all steps before, this host
+    # has what the others have computed. Written by the exchanger, and by the agent at rest.
+
+    @property
+    def exchanged(self) -> int:
+        return self._words[3 * LINE // 4]
+
+    @exchanged.setter
+    def exchanged(self, step: int) -> None:
+        self._words[3 * LINE // 4] = step
+        futex.wake(self.exchange_address)
+
+    @property
+    def exchange_address(self) -> int:
+        """The address of that word, for futex waits."""
+        return self.base + 3 * LINE
+
     def raise_epoch(self) -> int:
         """Take the next membership epoch and wake every worker that waits at a barrier."""
         raised = self.epoch + 1
         self._words[LINE // 4] = raised
+        futex.wake(self.exchange_address)
         for seat in range(self.shape.seats):
             futex.wake(self.progress_address(seat))
         return raised

@@ -247,6 +247,39 @@ class TableSum:
         self._named = named
 
 
+def sum_tables(
+    leaves: Sequence[TableGradient],
+    present: Sequence[bool],
+    target: TableGradient,
+    add: Sum,
+    *,
+    asked: bool,
+) -> None:
+    """Put the sum of the present gradients of a whole table into `target`.
+
+    `asked`: the optimizer is to get it sparse.
+    """
+    if not any(present):
+        return
+    rows, width = target.home.shape
+    fill = -0.0 if asked else 0.0
+    parts = [
+        leaf.part(0, rows) if has else _nothing(leaf)
+        for leaf, has in zip(leaves, present, strict=True)
+    ]
+    sparse = [part for part in parts if part is not None]
+    if len(sparse) < len(parts):
+        add([leaf.dense(0, rows).view(-1) for leaf in leaves], target.home.view(-1))
+        target.numbers[0] = DENSE
+        return
+    named = torch.unique(torch.cat([numbers for numbers, _ in sparse]))
+    summed = target.home.new_empty(len(named), width)
+    add([_spread(part, named, fill).view(-1) for part in sparse], summed.view(-1))
+    target.home[: len(named)] = summed
+    target.numbers[1 : len(named) + 1] = named
+    target.numbers[0] = len(named)
+
+
 class SparseSum:
     """An owner's sum of its rows of a table whose optimizer takes sparse gradients."""
 

@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lockstep.channel import Message
 from lockstep.checkpoint import non_finite_tensors
-from lockstep.control import Phase, describe_progress, progress_of
+from lockstep.control import PHASES_PER_STEP, Phase, describe_progress, progress_of
 from lockstep.errors import (
     IntegrityError,
     LockstepError,
     NonFiniteError,
     PoisonError,
     WorkerLostError,
-    from_message,
 )
 from lockstep.history import History
 from lockstep.host import Host, Seat
@@ -84,6 +82,15 @@ class Failures:
                 self._count(what, where["step"], where[what], how, snapshot)
         if status not in (Status.LEAVING, None):
             self._count_all(where, how)
+
+    def host_died(self, name: str, why: str) -> None:
+        """Take note of the loss of another host."""
+        facts = {"host": name, "worker": None, "step": self.history.step, "phase": "host",
+                 "shard": None, "batch": None, "how": why}  # fmt: skip
+        detection = time.monotonic() - self.looked
+        self._open.append(
+            {**facts, "detection_ms": round(detection * 1e3, 2), "at": time.monotonic()}
+        )
 
     def _where(self, seat: Seat, status: Status | None) -> dict[str, Any]:
         """Which worker, and what it was doing."""
@@ -227,11 +234,19 @@ class Failures:
             for seat, seconds in zip(seats, silent, strict=True)
         ]
         words = [self.control.progress(seat) for seat in seats]
+        if self._awaits_hosts(min(words)):
+            self._silence.clear()
+            return
         behind, reason = stalled(words, silent, limits)
         for index in behind:
             if not self._is_stopped(seats[index], silent[index]):
                 patience.given_up += 1
             self._kill(self.host.seats[seats[index]], Status.WORKING, silent[index], reason)
+
+    def _awaits_hosts(self, word: int) -> bool:
+        """Whether those that are furthest behind only wait for other hosts."""
+        step, phase = divmod(word, PHASES_PER_STEP)
+        return phase == Phase.SUMMED and self.control.exchanged <= step
 
     def kill_absent(self, members: Mapping[int, Status]) -> None:
         """Kill the workers that take too long to start, or to leave when they were sent home.
@@ -284,12 +299,12 @@ class Failures:
 
     # Errors of the user's code.
 
-    def raised(self, message: Message, snapshot: Callable[[], memoryview]) -> LockstepError:
-        """The error that a worker has reported. The state before a loss that is not finite is
-        kept."""
-        error = from_message(message["error"])
+    def raised(
+        self, error: LockstepError, step: int, snapshot: Callable[[], memoryview]
+    ) -> LockstepError:
+        """The error that a worker has reported at a step. The state before a loss that is not
+        finite is kept."""
         self.history.drain()
-        step: int = message["step"]
         self.sink.event("failed", step=step, error=error.what.splitlines()[0])
         if isinstance(error, NonFiniteError):
             self._keep(step, snapshot)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError
+from lockstep.processes import parent_of
 
 if TYPE_CHECKING:
     from lockstep.control import Control
@@ -26,13 +27,19 @@ PHASES = (
 )  # fmt: skip
 """Where in a step a fault can strike."""
 
+BETWEEN_HOSTS = ("exchange",)
+"""Where else in a step of a job on several hosts."""
+
 AROUND = ("start", "join")
 """Where else: before a worker has said that it is there, in a seat whose last word was this step's;
 and when it has been told that it is a member, from this step on."""
 
-KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip")
+ANYWHERE = (*PHASES, *BETWEEN_HOSTS, *AROUND)
+
+KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host")
 """SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on; a
-flipped bit in the gradient (phase `slot`) or in a parameter (phase `barrier`)."""
+flipped bit in the gradient (phase `slot`) or in a parameter (phase `barrier`); SIGKILL to the
+process that leads the host's workers, and so to all of its host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +50,25 @@ class Fault:
     """The worker's seat; -1: whoever gets there first."""
     step: int
     phase: str
-    kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow", "flip"] = "kill"
+    kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host"] = "kill"
     repeat: bool = False
     """Strike again at every replacement: a poisoned shard."""
     shard: int | None = None
     """Only while on this shard."""
+    host: str | None = None
+    """Only on the host of this name."""
 
     def __post_init__(self) -> None:
-        if self.phase not in (*PHASES, *AROUND) or self.kind not in KINDS:
+        if self.phase not in ANYWHERE or self.kind not in KINDS:
             raise JobError(
                 f"there is no fault {self.kind!r} in phase {self.phase!r}",
-                expected=f"one of {', '.join(KINDS)} in one of {', '.join((*PHASES, *AROUND))}",
+                expected=f"one of {', '.join(KINDS)} in one of {', '.join(ANYWHERE)}",
             )
 
 
 MAX_FAULTS = 64
+NOBODY = -2
+"""The seat of a fault that strikes nobody."""
 LOCKS = 1 << 40
 """Where the faults' record locks lie in the control segment's file: past the shards' claims."""
 SLOW_SECONDS = 0.05
@@ -119,6 +130,9 @@ class FaultScript:
             case "loop":
                 while True:
                     time.sleep(0.05)
+            case "host":
+                os.kill(parent_of(os.getppid()), signal.SIGKILL)
+                signal.pause()  # the nursery dies with its parent, and this worker with it
             case "slow":
                 self.slow_down = SLOW_SECONDS
 

@@ -14,7 +14,8 @@ from lockstep.control import Control
 from lockstep.embeddings import DENSE, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.modules import CONSTANT
-from lockstep.state import SharedState, Slot
+from lockstep.slots import Slot
+from lockstep.state import SharedState
 
 CHUNK = 1 << 15
 """Elements: sums of more than two shards are made in pieces of this size, within the cache."""

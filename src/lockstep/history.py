@@ -64,6 +64,14 @@ class History:
             self.control.times[(step - 1) % RING] = time.perf_counter()
             self._drain_to(progress_of(step, Phase.STARTED))
 
+    def settle(self, step: int) -> None:
+        """The state is that after `step` steps now: record those before it. A host that has just
+        joined has nothing to record."""
+        if self.seats:
+            self.mend(step)
+        else:
+            self.step = step
+
     def _drain_to(self, reached: int) -> None:
         first = self.step
         while self.step < self.plan.steps and progress_of(self.step + 1, Phase.STARTED) <= reached:

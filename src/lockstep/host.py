@@ -20,6 +20,7 @@ from lockstep.base import Base
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Control, ControlShape
 from lockstep.errors import WorkerLostError, from_message
+from lockstep.exchange import SlotMap
 from lockstep.layout import Layout
 from lockstep.memory import Segment, set_allocator
 from lockstep.planning import Plan
@@ -113,14 +114,22 @@ class Host:
         self.layout: Layout | None = None
         self._segments: list[Segment] = []
         self._exits: dict[int, int] = {}
+        self.also_wake: int | None = None
+        """A descriptor at which `events` returns, too, when it is readable."""
 
     @classmethod
     def start(
-        cls, source: Source, settings: dict[str, Any], records: dict[str, Any] | None = None
+        cls,
+        source: Source,
+        settings: dict[str, Any],
+        records: dict[str, Any] | None = None,
+        *,
+        networked: bool = False,
     ) -> Host:
         """Start a nursery and have it load the task.
 
-        `records` says which file takes the place of its data: `{"path", "keep"}`.
+        `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
+        facts are to be compared with other hosts'.
         """
         ours, theirs = Channel.pair()
         environment = dict(os.environ)
@@ -144,6 +153,7 @@ class Host:
             "code": source.code,
             "settings": settings,
             "records": records,
+            "networked": networked,
             "folder": os.getcwd(),
             "path": [entry or os.getcwd() for entry in sys.path],
         }
@@ -174,9 +184,12 @@ class Host:
         clone.facts = self.facts
         return clone
 
-    def set_up(self, plan: Plan) -> dict[str, Any]:
-        """Allocate shared memory for the plan; returns the numerics profile."""
-        self._channel.send({"op": "setup", "plan": plan.to_message()})
+    def set_up(self, plan: Plan, *, networked: bool = False) -> dict[str, Any]:
+        """Allocate shared memory for the plan; returns the numerics profile.
+
+        `networked`: other hosts may take part.
+        """
+        self._channel.send({"op": "setup", "plan": plan.to_message(), "networked": networked})
         message, fds = self._expect("ready", LOAD_SECONDS)
         self._segments = [
             Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
@@ -185,6 +198,7 @@ class Host:
         self.state = self._segments[0]
         self.control = Control(self._segments[2], ControlShape(**message["control"]))
         self.base = Base(self.control, self.state, self._segments[1])
+        self.slots, self.slot_map = self._segments[3], SlotMap.from_message(message["slots"])
         profile: dict[str, Any] = message["profile"]
         return profile
 
@@ -218,6 +232,8 @@ class Host:
                 channels[seat.channel.fileno()] = seat
                 deaths[seat.pidfd] = seat
         poll.register(self._channel, select.POLLIN)
+        if self.also_wake is not None:
+            poll.register(self.also_wake, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(timeout * 1000)}
         for fd in ready & channels.keys():
             yield from self._heard(channels[fd])
@@ -309,6 +325,6 @@ class Host:
         if self._segments:
             self.base.close()
             self.control.close()
-            for segment in self._segments[:2]:
+            for segment in (*self._segments[:2], self._segments[3]):
                 segment.close()
             self._segments = []

@@ -41,6 +41,8 @@ class Members:
     """The seats of the membership in force, in rank order; some may have died since."""
     regrouping: bool = True
     """Whether a new membership has to be formed before anybody works on."""
+    held: bool = False
+    """Whether the workers stay at rest until `Release`: the hosts are being regrouped."""
     failed_starts: int = 0
 
     def having(self, *wanted: Status) -> tuple[int, ...]:
@@ -56,6 +58,13 @@ class Members:
     def all_rest(self) -> bool:
         """Whether nobody works."""
         return not self.having(Status.WORKING)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nobody works and a membership could be formed: at the start, of everybody."""
+        there = self.having(Status.RESTING, Status.READY)
+        waiting = not self.formed and self.having(Status.STARTING)
+        return self.all_rest and bool(there) and not waiting
 
 
 # Events.
@@ -106,7 +115,22 @@ class Spoilt:
     seat: int
 
 
-Event = Begin | Hello | Rested | Resumed | Died | Target | Spoilt
+@dataclass(frozen=True)
+class Hold:
+    """The hosts are being regrouped: everybody is to come to rest, and stay there."""
+
+
+@dataclass(frozen=True)
+class Defer:
+    """What was to be formed just now cannot be: the state is not in order. Nobody was told."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """The hosts are regrouped and the state is in order: a membership may be formed."""
+
+
+Event = Begin | Hello | Rested | Resumed | Died | Target | Spoilt | Hold | Defer | Release
 
 
 # Commands.
@@ -157,17 +181,28 @@ def decide(members: Members, event: Event) -> Decision:
         case Rested(seat):
             return _form_if_at_rest(_with(members, seat, Status.RESTING), f"worker {seat} rests")
         case Resumed():
-            status = {
-                seat: Status.WORKING if status is Status.RESTING else status
-                for seat, status in members.status.items()
+            working = {
+                seat: Status.WORKING if now is Status.RESTING else now
+                for seat, now in members.status.items()
             }
-            return replace(members, status=status), (), "the lease was extended"
+            return replace(members, status=working), (), "the lease was extended"
         case Died(seat):
             return _died(members, seat)
         case Target(workers):
             return _target(members, workers)
         case Spoilt(seat):
             return _regroup(members, f"worker {seat} found the state changed in memory")
+        case Hold():
+            return _regroup(replace(members, held=True), "the hosts are being regrouped")
+        case Defer():
+            status: dict[int, Status] = {
+                seat: Status.RESTING if now is Status.WORKING else now
+                for seat, now in members.status.items()
+            }
+            members = replace(members, status=status, regrouping=True, held=True)
+            return members, (), "the state is not in order"
+        case Release():
+            return _form_if_at_rest(replace(members, held=False), "the hosts are regrouped")
 
 
 def _with(members: Members, seat: int, status: Status | None) -> Members:
@@ -227,10 +262,9 @@ def _form_if_at_rest(members: Members, reason: str) -> Decision:
     if not members.regrouping or not members.all_rest:
         return members, (), reason
     there = members.having(Status.RESTING, Status.READY)
-    starting = members.having(Status.STARTING)
-    if not there or (not members.formed and starting):
+    if members.held or not members.complete:
         members, spawned, _ = _fill(members, reason)
-        return members, spawned, f"{reason}; waiting for workers to start"
+        return members, spawned, f"{reason}; waiting for {_what(members)}"
     formed, extra = there[: members.target], there[members.target :]
     status = {**members.status, **dict.fromkeys(formed, Status.WORKING)}
     status |= dict.fromkeys(extra, Status.LEAVING)
@@ -238,6 +272,10 @@ def _form_if_at_rest(members: Members, reason: str) -> Decision:
     dismissed = tuple(Dismiss(seat) for seat in extra)
     members, spawned, _ = _fill(members, reason)
     return members, (*dismissed, Form(formed), *spawned), reason
+
+
+def _what(members: Members) -> str:
+    return "the hosts" if members.held else "workers to start"
 
 
 def _fill(members: Members, reason: str) -> Decision:

@@ -79,6 +79,8 @@ class Nursery:
         numerics.keep_to_one_thread()
         source = Source(name=request["name"], args=request["args"], payload=payload)
         self.task, job = resolve(source)
+        from lockstep.data import make_fetch
+        from lockstep.datadigest import digest_of
         from lockstep.modules import check_model
         from lockstep.seeds import seed_everything
 
@@ -106,21 +108,30 @@ class Nursery:
             "parameter_bytes": sum(p.numel() * p.dtype.itemsize for p in parameters),
             "probe": numerics.probe(),
         }
+        if request["networked"]:
+            facts["data"] = digest_of(make_fetch(self.task, self.train, seed), train)
         self.channel.send({"event": "loaded", "facts": facts})
 
     def setup(self, request: Message, _: list[int]) -> None:
         """Build the shared state and tell the agent where everything lies."""
+        from lockstep.slots import map_slot
         from lockstep.worker import Session
 
         self.session = Session.build(
-            self.task, self.model, self.train, self.held_out, request["plan"]
+            self.task,
+            self.model,
+            self.train,
+            self.held_out,
+            request["plan"],
+            networked=request["networked"],
         )
         shared = self.session.shared
-        names = ("state", "base", "control")
+        names = ("state", "base", "control", "slots")
         message = {
             "event": "ready",
             "layout": shared.layout.to_message(),
             "control": dataclasses.asdict(shared.control.shape),
+            "slots": map_slot(shared.slots[0], shared.tables, len(shared.slots)).to_message(),
             "nbytes": [shared.segments[name].nbytes for name in names],
             "profile": numerics.profile(request["plan"]["numerics"], request["plan"]["threads"]),
         }

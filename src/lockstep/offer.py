@@ -80,6 +80,8 @@ class Launcher(Protocol):
     """The master's own."""
     host: str
     """The address on which the master listens."""
+    workers: int | None
+    """How many workers the master's own host would run; None: as its cores allow."""
 
     def offer(self, offer: Offer) -> tuple[str, ...]:
         """Start an agent for this job on every host, and on each that is added until `close`.

@@ -5,53 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import nn
 
-from lockstep.control import Control
 from lockstep.embeddings import SparseSum, TableSum
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer
 from lockstep.layout import Block, group_blocks
 from lockstep.optim import StateKey, bare_step, check_known
+from lockstep.presence import Mask, Presence
+from lockstep.slots import Slot
 from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
-
-Mask = tuple[bool, ...]
-"""Which shards have a gradient."""
 
 Run = tuple[list[torch.Tensor], torch.Tensor] | TableSum
 """What is summed at once: the shards' runs, 1-D, and where their sum goes; or a table's rows."""
-
-
-class Presence:
-    """For each trainable parameter, which of the step's shards have a gradient for it."""
-
-    def __init__(self, control: Control, active: Sequence[int]) -> None:
-        flags = control.has_grad
-        shards = len(flags)
-        self.uniform: Mask | None = None
-        """The mask that all parameters share, or None where they differ."""
-        everything = flags if len(active) == shards else flags[list(active)]
-        if everything.tobytes() == _all_there(everything.size):
-            self.uniform = _mask(tuple(active), shards)
-        else:
-            keep = _mask(tuple(active), shards)
-            self._masks = [tuple(column) for column in ((flags.T != 0) & keep).tolist()]
-
-    def of(self, param: int) -> Mask:
-        return self._masks[param] if self.uniform is None else self.uniform
-
-
-@lru_cache(maxsize=64)
-def _all_there(count: int) -> bytes:
-    return b"\x01" * count
-
-
-@lru_cache(maxsize=64)
-def _mask(active: tuple[int, ...], shards: int) -> Mask:
-    return tuple(shard in active for shard in range(shards))
 
 
 @dataclass
@@ -105,8 +74,16 @@ class UpdateGroup:
 class Owner:
     """Updates the blocks of one worker. Made anew when the membership changes."""
 
-    def __init__(self, shared: SharedState, numbers: Sequence[int], faults: FaultScript) -> None:
+    def __init__(
+        self,
+        shared: SharedState,
+        numbers: Sequence[int],
+        faults: FaultScript,
+        slots: Sequence[Slot] | None = None,
+    ) -> None:
+        """`numbers` are its blocks, `slots` what is summed, by shard; the shards' own if None."""
         self.shared, self.faults = shared, faults or None
+        self.slots = shared.slots if slots is None else slots
         self.optimizer = shared.optimizer
         self._present = shared.view(PRESENT)
         self._reducer = Reducer(shared)
@@ -129,7 +106,7 @@ class Owner:
     def _target(self, number: int, reduced: Sequence[torch.Tensor]) -> tuple[int, Run]:
         """Where a block is summed in the shared gradient."""
         block = self.shared.blocks[number]
-        leaves = [storage_run(slot.grads[block.param], block) for slot in self.shared.slots]
+        leaves = [storage_run(slot.grads[block.param], block) for slot in self.slots]
         return block.param, self._run(block, leaves, storage_run(reduced[block.param], block))
 
     def _run(self, block: Block, leaves: list[torch.Tensor], total: torch.Tensor) -> Run:
@@ -137,7 +114,7 @@ class Owner:
         table = self.shared.tables.get(block.param)
         if table is None:
             return leaves, total
-        gradients = [slot.table(block.param) for slot in self.shared.slots]
+        gradients = [slot.table(block.param) for slot in self.slots]
         return TableSum(block.start // table.width, gradients, total)
 
     def _sum_run(self, run: Run, present: Mask) -> None:
@@ -255,7 +232,7 @@ class Owner:
         dtype = self._dtype(numbers[0])
         start = shared.grad_offsets[first.param] + first.start * dtype.itemsize
         stop = shared.grad_offsets[last.param] + last.stop * dtype.itemsize
-        leaves = [slot.flat[start:stop].view(dtype) for slot in shared.slots]
+        leaves = [slot.flat[start:stop].view(dtype) for slot in self.slots]
         total = torch.zeros((stop - start) // dtype.itemsize, dtype=dtype)
         owned = [self._own(number, start, leaves, total) for number in numbers]
         members: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
@@ -299,7 +276,7 @@ class Owner:
         for place, item in enumerate(owned):
             table = self.shared.tables.get(item.block.param)
             if table is not None and table.asked:
-                gradients = [slot.table(item.block.param) for slot in self.shared.slots]
+                gradients = [slot.table(item.block.param) for slot in self.slots]
                 first, rows = item.block.start // table.width, item.block.size // table.width
                 sums[place] = SparseSum(first, rows, gradients)
         return sums

@@ -10,6 +10,7 @@ from typing import Any
 
 from lockstep.control import MAX_STEPS
 from lockstep.errors import DataError, JobError
+from lockstep.faults import NOBODY
 from lockstep.job import Job
 
 
@@ -69,6 +70,14 @@ class Plan:
         seats = max(workers, self.seats)
         return dataclasses.replace(self, workers=workers, seats=seats, faults=())
 
+    def for_host(self, name: str, workers: int) -> Plan:
+        """One host's part: its number of workers, and no faults that are for other hosts."""
+        faults = tuple(
+            fault if fault["host"] in (None, name) else {**fault, "seat": NOBODY}
+            for fault in self.faults
+        )
+        return dataclasses.replace(self, workers=workers, seats=workers, faults=faults)
+
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)
@@ -108,6 +117,28 @@ def divisions(job: Job, facts: Facts) -> list[Division]:
         if shards >= workers:
             found.append(Division(workers=workers, threads=threads, shards=shards))
     return found
+
+
+def share(workers: int, capacities: Mapping[str, int]) -> dict[str, int]:
+    """Share workers out among hosts, in proportion to what each would run.
+
+    Raises:
+        JobError: some host would have none.
+    """
+    total, before = sum(capacities.values()), 0
+    shares = {}
+    for name, capacity in capacities.items():
+        shares[name] = workers * (before + capacity) // total - workers * before // total
+        before += capacity
+    idle = [name for name, count in shares.items() if not count]
+    if idle:
+        raise JobError(
+            "there are too few workers for all hosts",
+            expected=f"at least one for each of {len(capacities)} hosts",
+            found=f"{workers}; host {', '.join(idle)} would have none",
+            fix="ask for more workers (and shards), or use fewer hosts",
+        )
+    return shares
 
 
 PREFERENCE = 1.03

@@ -24,6 +24,12 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
+def parent_of(pid: int) -> int:
+    """The process id of a process's parent."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
 def own_file_positions() -> None:
     """Give this process positions of its own in the files that it has inherited to read.
 

@@ -39,6 +39,7 @@ def resume(
     shard_done: Sequence[int],
     base_step: int,
     workers: int,
+    mine: range | None = None,
 ) -> Resumption:
     """Decide where `workers` workers go on.
 
@@ -49,13 +50,15 @@ def resume(
         base_step: after how many steps the base was taken. It is whole once anybody has begun to
             update: everybody had come to the step's first meeting, and copied its part before.
         workers: how many there will be.
+        mine: the shards that are theirs to compute; None: all.
     """
+    shards = range(len(shard_done)) if mine is None else mine
     step = step_in_flight(words)
     back = step - base_step if step in updating else None
     if back:
-        step, open_shards = base_step, list(range(len(shard_done)))
+        step, open_shards = base_step, list(shards)
     else:
-        open_shards = [shard for shard, done in enumerate(shard_done) if done != step]
+        open_shards = [shard for shard in shards if shard_done[shard] != step]
     count = len(open_shards)
     todo = tuple(
         tuple(open_shards[count * rank // workers : count * (rank + 1) // workers])

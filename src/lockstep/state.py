@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from lockstep.control import Control, ControlShape
-from lockstep.embeddings import Table, TableGradient, find_tables
+from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
+from lockstep.exchange import most_subtrees
 from lockstep.job import Parameters, Task
-from lockstep.layout import ALIGN, Allocator, Block, Entry, Layout, Range, cut_blocks
+from lockstep.layout import Allocator, Block, Entry, Layout, Range, cut_blocks
 from lockstep.memory import Segment, check_available
 from lockstep.optim import (
     NUMBER_TYPES,
@@ -28,31 +29,10 @@ from lockstep.optim import (
     param_groups_of,
 )
 from lockstep.probing import Kind, check_independent, may_cut
+from lockstep.slots import Slot, as_tensor, make_slot
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
-
-
-@dataclass
-class Slot:
-    """The shared tensors of one shard: a gradient per trainable parameter, and the buffers."""
-
-    grads: list[torch.Tensor]
-    buffers: list[torch.Tensor]
-    numbers: dict[int, torch.Tensor]
-    """Of a gradient that is a large table's: which rows there are (see `embeddings`)."""
-    flat: torch.Tensor
-    """The slot's bytes."""
-
-    def table(self, index: int) -> TableGradient:
-        """The gradient of a large table."""
-        return TableGradient(self.grads[index], self.numbers[index])
-
-    def dense(self, index: int) -> torch.Tensor:
-        """A gradient in its parameter's shape."""
-        if index in self.numbers:
-            return self.table(index).dense(0, len(self.grads[index]))
-        return self.grads[index]
 
 
 @dataclass
@@ -76,6 +56,9 @@ class SharedState:
     tables: dict[int, Table]
     """By trainable parameter."""
     slots: list[Slot]
+    """By shard."""
+    sums: list[Slot]
+    """Room for the sums of subtrees that go to other hosts; none in a job on one host."""
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
     reduced: list[torch.Tensor] | None
@@ -154,17 +137,12 @@ def storage_run(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     return flat[block.start : block.stop]
 
 
-def as_tensor(
-    flat: torch.Tensor, offset: int, dtype: str, shape: Sequence[int], stride: Sequence[int]
-) -> torch.Tensor:
-    """A typed, shaped view into a tensor of bytes. `stride` is in elements."""
-    kind: torch.dtype = getattr(torch, dtype)
-    nbytes = math.prod(shape) * kind.itemsize
-    return flat[offset : offset + nbytes].view(kind).as_strided(tuple(shape), tuple(stride))
-
-
-def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) -> SharedState:
+def build(
+    task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool, networked: bool = False
+) -> SharedState:
     """Move the model into shared memory and lay out everything that its training needs.
+
+    `networked`: other hosts may take part.
 
     Raises:
         TaskError, OptimizerError: the model or the optimizer cannot be used.
@@ -209,7 +187,7 @@ def build(task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool) 
     )
     return _allocate(
         model, optimizer, layout, trainable, groups, blocks, keys, buffers, tables,
-        grad_offsets, slot_bytes, shards=shards, seats=seats, clip=clip,
+        grad_offsets, slot_bytes, shards=shards, seats=seats, clip=clip, networked=networked,
     )  # fmt: skip
 
 
@@ -362,6 +340,7 @@ def _allocate(
     shards: int,
     seats: int,
     clip: bool,
+    networked: bool,
 ) -> SharedState:
     """Create the segments, move the initial values in and bind the model to them."""
     starts = [
@@ -376,7 +355,8 @@ def _allocate(
         for block, block_keys in zip(blocks, keys, strict=True)
     ]
     shape = ControlShape(shards=shards, seats=seats, params=len(trainable))
-    copies = shards + clip
+    spare = most_subtrees(shards) if networked else 0
+    copies = shards + spare + clip
     check_available("the run's shared memory", 2 * layout.state_bytes + copies * slot_bytes)
     segments = {
         "state": Segment.create("state", layout.state_bytes),
@@ -399,6 +379,7 @@ def _allocate(
         committed=[],
         tables=tables,
         slots=[],
+        sums=[],
         grad_offsets=grad_offsets,
         reduced=None,
         state_bytes=state_flat,
@@ -414,9 +395,12 @@ def _allocate(
             shared.committed.append(shared.view(name).copy_(buffer))
         for number, start in enumerate(starts):
             _store_start(shared, number, start)
-    slots = [_slot(shared, flat) for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)]
-    shared.slots = slots[:shards]
-    shared.reduced = slots[shards].grads if clip else None
+    slots = [
+        make_slot(flat, shared.params, grad_offsets, shared.committed, tables)
+        for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)
+    ]
+    shared.slots, shared.sums = slots[:shards], slots[shards : shards + spare]
+    shared.reduced = slots[-1].grads if clip else None
     shared.control.shard_done[:] = -1
     return shared
 
@@ -444,26 +428,3 @@ def load_value(home: torch.Tensor, key: StateKey) -> Any:
     if key.form in NUMBER_TYPES:
         return NUMBER_TYPES[key.form](home.item())
     return home
-
-
-def _slot(shared: SharedState, flat: torch.Tensor) -> Slot:
-    grads = []
-    for parameter, offset in zip(shared.params, shared.grad_offsets, strict=True):
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        grads.append(as_tensor(flat, offset, dtype, parameter.shape, parameter.stride()))
-    offset = 0
-    if shared.params:
-        last = shared.params[-1]
-        used = shared.grad_offsets[-1] + last.numel() * last.dtype.itemsize
-        offset = math.ceil(used / ALIGN) * ALIGN
-    buffers = []
-    for home in shared.committed:
-        dtype = str(home.dtype).removeprefix("torch.")
-        buffers.append(as_tensor(flat, offset, dtype, home.shape, home.stride()))
-        offset += math.ceil(home.numel() * home.dtype.itemsize / ALIGN) * ALIGN
-    numbers = {}
-    for index, table in shared.tables.items():
-        count = 1 + table.rows
-        numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
-        offset += math.ceil(8 * count / ALIGN) * ALIGN
-    return Slot(grads=grads, buffers=buffers, numbers=numbers, flat=flat)

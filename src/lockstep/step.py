@@ -30,11 +30,14 @@ from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, own_blocks
 from lockstep.modules import held_tensors
-from lockstep.owner import Owner, Presence
+from lockstep.owner import Owner
+from lockstep.presence import Presence
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
 from lockstep.seeds import derive, seed_everything
-from lockstep.state import SharedState, Slot
+from lockstep.slots import Slot
+from lockstep.state import SharedState
+from lockstep.subtree_sums import SubtreeSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class Part:
     rank: int
     workers: int
     shards: tuple[int, ...]
+    """Those that are this worker's to begin with."""
+    mine: range
+    """Those that this host computes."""
+    subtrees: tuple[range, ...]
+    """All hosts' subtrees, where there are several hosts."""
     blocks: range
     norms: range
     """The trainable parameters whose gradient norms it takes, where there is a limit."""
@@ -131,6 +139,9 @@ class Stepper:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
+        self._sums = SubtreeSums(
+            self.shared, part.subtrees, part.mine, part.blocks, part.rank, part.workers
+        )
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
         ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
         buffers = self.shared.buffer_ranges() if part.rank == 0 else []
@@ -167,7 +178,7 @@ class Stepper:
         active = self.sampling.active(step)
         if self._audit_fraction:
             self._check_all(step, active)
-        presence = Presence(control, active)
+        presence = self._exchange(step, active)
         scale = None
         if self._limit is not None:
             scale = self._limit.scale(step, presence, self.owner, self.part.norms)
@@ -197,6 +208,19 @@ class Stepper:
         seconds[Stat.REDUCE] += reduced - meeting
         seconds[Stat.UPDATE] += (updated - reduced) + (copied - committed)
 
+    def _exchange(self, step: int, active: Sequence[int]) -> Presence:
+        """See that all hosts' gradients are there, as shards or as sums of subtrees."""
+        subtrees = self.part.subtrees
+        if not subtrees:
+            return Presence(self.control, active)
+        if self._sums:
+            mine = [shard for shard in active if shard in self.part.mine]
+            self._sums.sum(Presence(self.control, mine))
+        self._fault("exchange", step)
+        self.barrier.arrive(progress_of(step, Phase.SUMMED), wake=True)
+        self.barrier.await_exchange(step)
+        return Presence(self.control, active, subtrees)
+
     def refresh_base(self, committed: int) -> None:
         """Bring this worker's part of the base to the state after so many committed steps."""
         self._base.refresh()
@@ -205,12 +229,12 @@ class Stepper:
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
-        shards = self.sampling.shards
-        if shards == self.part.workers:
+        mine = self.part.mine
+        if len(mine) == self.part.workers:
             for shard in todo:
                 self._compute(step, shard)
             return
-        for shard in (*todo, *reversed(range(shards))):
+        for shard in (*todo, *reversed(mine)):
             if self._claims.take(shard, step):
                 self._compute(step, shard)
                 self._claims.release(shard)

@@ -36,6 +36,7 @@ from lockstep.sampling import Sampling, home_shards
 from lockstep.schedule import Schedule
 from lockstep.state import SharedState, build
 from lockstep.step import Part, Stepper, norm_parts
+from lockstep.subtree_sums import leaves_of
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Session:
         train: Dataset[Any],
         held_out: Dataset[Any] | None,
         plan: Message,
+        *,
+        networked: bool,
     ) -> Session:
         """Move the model to shared memory. Called once, in the nursery."""
         model.train()
@@ -66,6 +69,7 @@ class Session:
             shards=plan["shards"],
             seats=plan["seats"],
             clip=plan["clip_grad_norm"] is not None,
+            networked=networked,
         )
         sampling = sampling_of(plan)
         schedule = Schedule(task, shared.optimizer, sampling)
@@ -151,17 +155,22 @@ class Worker:
         rank, workers = seats.index(self.seat), len(seats)
         shared = self.shared
         sizes = [parameter.numel() for parameter in shared.params]
+        mine, subtrees = range(*message["mine"]), tuple(range(*each) for each in message["trees"])
         part = Part(
             seat=self.seat,
             rank=rank,
             workers=workers,
-            shards=tuple(home_shards(self.sampling.shards, workers, rank)),
+            shards=tuple(mine[home] for home in home_shards(len(mine), workers, rank)),
+            mine=mine,
+            subtrees=subtrees,
             blocks=own_blocks(shared.blocks, workers)[rank],
             norms=norm_parts(sizes, workers)[rank],
         )
         threads = self.session.plan["threads"]
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
-        self.stepper.join(part, barrier, Owner(shared, part.blocks, self.faults), self.step)
+        leaves = leaves_of(shared, subtrees, mine)
+        owner = Owner(shared, part.blocks, self.faults, leaves)
+        self.stepper.join(part, barrier, owner, self.step)
         self.stepper.schedule.go_to(self.step)
         if message["refresh"]:
             self.stepper.refresh_base(self.step)

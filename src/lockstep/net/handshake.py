@@ -104,7 +104,16 @@ def check_hello(ours: Hello, theirs: Hello, name: str) -> None:
         _refuse(name, f"job {ours.job}", f"job {theirs.job}")
     if theirs.node != name or name == ours.node:
         _refuse(name, f"a name of its own, {name} as in its certificate", theirs.node)
-    apart = differences(ours.facts, theirs.facts)
+    check_facts(ours.facts, theirs.facts, name)
+
+
+def check_facts(ours: Facts, theirs: Facts, name: str) -> None:
+    """Check that a host would compute the same bits.
+
+    Raises:
+        RefusedError: it may not take part; names every fact that differs.
+    """
+    apart = differences(ours, theirs)
     if apart:
         raise RefusedError(
             f"host {name} may not take part: it would not compute the same bits",

@@ -1,0 +1,247 @@
+"""The agent: what takes part in a job on another host than the master's.
+
+It loads the task, connects to the master, sets up its host's memory and workers, and then does as
+it is told until the master ends the job, or is lost.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from lockstep import membership
+from lockstep.crew import Crew, Orders
+from lockstep.errors import (
+    LockstepError,
+    NetworkError,
+    PeerTimeoutError,
+    ProtocolError,
+    RefusedError,
+    from_message,
+    to_message,
+)
+from lockstep.host import Host
+from lockstep.ledger import StepRecord
+from lockstep.link import Link
+from lockstep.net.handshake import gather
+from lockstep.net.identity import Identity
+from lockstep.net.tcp import TcpTransport
+from lockstep.net.transport import Heard, Report
+from lockstep.offer import Offer
+from lockstep.planning import Plan
+from lockstep.source import Source
+from lockstep.station import Station
+
+CONNECT_SECONDS = 30.0
+PLAN_SECONDS = 1800.0
+"""How long the master may take to plan: it waits for the slowest host to load its data."""
+SILENT_SECONDS = 10.0
+"""After so long without a sign of life the master is given up."""
+
+
+def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: Report) -> None:
+    """Take part in a job until it ends.
+
+    Args:
+        identity: who this host is.
+        offer: the job.
+        workers: how many workers this host would run.
+        host: the address that other hosts reach this one at.
+        report: told of connections that are closed or refused.
+
+    Raises:
+        RefusedError: this host differs from the master's; says in what.
+        NetworkError: the master cannot be reached, or is lost.
+        LockstepError: the job cannot go on here; the master knows.
+    """
+    source = Source(name=offer.task, args=dict(offer.args))
+    with ExitStack() as stack:
+        local = stack.enter_context(Host.start(source, dict(offer.settings), networked=True))
+        local.name = identity.node
+        transport = TcpTransport(identity, job=offer.job, facts={}, host=host, report=report)
+        stack.callback(transport.close)
+        transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
+        link = Link(transport)
+        stack.callback(link.close)
+        station = Station(identity, host, offer.job, report, link.wake)
+        stack.callback(station.close)
+        Agent(local, link, offer.master, station).run(workers)
+
+
+def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
+    """What has to be the same on all hosts, from what the nursery knows of its task."""
+    return gather(probe=loaded["probe"], code=loaded["code"], data=loaded["data"])
+
+
+class Agent:
+    """One host's part in a job, from the plan to its end."""
+
+    def __init__(self, host: Host, link: Link, master: str, station: Station) -> None:
+        self.host, self.link, self.master, self.station = host, link, master, station
+        self.crew: Following | None = None
+        self._ended = False
+
+    def run(self, workers: int) -> None:
+        """Load the task, say that this host is there, and serve."""
+        self.host.also_wake = self.link.fileno()
+        begun = time.monotonic()
+        try:
+            facts = facts_of(self.host.loaded())
+            self.link.tell(self.master, "present", workers=workers, facts=facts)
+            while not self._ended:
+                if self.crew is None:
+                    select.select([self.link], [], [], 0.5)
+                    self._check_patience(begun)
+                else:
+                    self._tick(self.crew)
+                for heard in self.link.take():
+                    self._heard(heard)
+                self._check_master()
+        except NetworkError:
+            raise
+        except LockstepError as error:
+            step = self.crew.step if self.crew else 0
+            self.link.tell(self.master, "failed", error=to_message(error), step=step)
+            self._await_end()
+            raise
+        if self.crew is not None:
+            self.crew.dismiss()
+
+    def _tick(self, crew: Following) -> None:
+        """Lead the workers for a moment, and report."""
+        crew.listen()
+        crew.history.drain()
+        recovered = crew.failures.recovered(crew.history.committed_at)
+        if recovered:
+            self.link.tell(self.master, "recovered", recoveries=recovered)
+        while self.station.troubles:
+            trouble = self.station.troubles.popleft()
+            self._trouble(trouble.generation, trouble.peer, trouble.why)
+        standing = crew.stands()
+        if standing is not None:
+            self.link.tell(
+                self.master,
+                "stood",
+                generation=self.station.generation,
+                standing=standing.to_message(),
+            )
+        crew.grant()
+        crew.watch()
+
+    def _trouble(self, generation: int, peer: str, why: str) -> None:
+        self.link.tell(self.master, "trouble", generation=generation, other=peer, why=why)
+
+    def _heard(self, heard: Heard) -> None:
+        if heard.peer != self.master:
+            return
+        if heard.message is None:
+            assert heard.error is not None
+            raise heard.error
+        try:
+            self._do(heard.message)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(
+                f"host {self.master} has sent an order that says nothing",
+                found=ascii(error)[:200],
+            ) from error
+
+    def _do(self, message: Mapping[str, Any]) -> None:
+        match message["op"]:
+            case "set_up":
+                self._set_up(Plan.from_message(message["plan"]))
+            case "hold":
+                assert self.crew is not None
+                self.crew.hold(message["generation"])
+            case "arrange":
+                assert self.crew is not None
+                self.crew.leased = message["lease"]
+                self.crew.arrange(Orders.from_message(message))
+            case "lease":
+                assert self.crew is not None
+                self.crew.leased = message["step"]
+                self.crew.grant()
+            case "refused":
+                error = from_message(message["error"])
+                raise RefusedError(error.what, expected=error.expected, found=error.found)
+            case "end":
+                self._ended = True
+
+    def _set_up(self, plan: Plan) -> None:
+        self.host.set_up(plan, networked=True)
+        self.crew = Following(self.host, plan, Forward(self), None, station=self.station)
+        self.crew.agent = self
+        self.crew.decide(membership.Begin())
+        self.link.tell(self.master, "ready", workers=plan.workers)
+
+    def _check_master(self) -> None:
+        silent = self.link.silent_for(self.master)
+        if silent > SILENT_SECONDS:
+            raise PeerTimeoutError(
+                f"host {self.master}, which coordinates the job, is silent",
+                expected=f"a sign of life within {SILENT_SECONDS:.0f} s",
+                found=f"none for {silent:.1f} s",
+                fix="resume the run where its folder is",
+            )
+
+    def _check_patience(self, begun: float) -> None:
+        if time.monotonic() - begun > PLAN_SECONDS:
+            raise PeerTimeoutError(
+                f"host {self.master} has sent no plan", expected=f"one within {PLAN_SECONDS:.0f} s"
+            )
+
+    def _await_end(self) -> None:
+        """Wait a moment for the master to take note of why this host cannot go on."""
+        limit = time.monotonic() + 2.0
+        while time.monotonic() < limit:
+            select.select([self.link], [], [], 0.1)
+            if any(heard.message is None or heard.message.get("op") == "end"
+                   for heard in self.link.take()):  # fmt: skip
+                return
+
+
+class Following(Crew):
+    """A crew that goes as far as its master says."""
+
+    agent: Agent
+    leased = 0
+
+    def _lease(self) -> int:
+        return self.leased
+
+    def _torn(self, why: str) -> None:
+        assert self.station is not None
+        self.agent._trouble(self.station.generation, "", why)
+
+
+class Forward:
+    """A sink that keeps nothing and forwards to the master what people may want to know."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    def commit(self, record: StepRecord) -> None:
+        pass
+
+    def event(self, name: str, **fields: object) -> None:
+        self.agent.link.tell(self.agent.master, "event", name=name, fields=fields)
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        pass
+
+    def recovered(self, recoveries: list[dict[str, Any]]) -> None:
+        pass
+
+    def busy(self) -> bool:
+        return False
+
+    def settle(self) -> None:
+        pass
+
+    def checkpoint(self, step: int, state: memoryview) -> None:
+        pass

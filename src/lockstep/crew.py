@@ -1,0 +1,406 @@
+"""The crew: one host's workers, led by its agent. The master's own host has one like every other.
+
+Workers run by themselves up to the lease. Who they are is decided by `membership`, and where they
+go on after a change by `recovery`; here is the I/O of both. Where there are several hosts, the
+crew comes to rest when these are regrouped, and goes on when it is told how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep import membership
+from lockstep.base import steps_between
+from lockstep.channel import Closed, Message
+from lockstep.clock import Clock
+from lockstep.control import RING, Phase, progress_of
+from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
+from lockstep.exchange import Arrangement
+from lockstep.failures import Failures
+from lockstep.fleet import Action, Standing
+from lockstep.history import History
+from lockstep.host import Event, Host
+from lockstep.membership import Members
+from lockstep.planning import Plan
+from lockstep.recovery import Resumption, resume, step_in_flight
+from lockstep.sink import Sink
+from lockstep.station import Station
+
+TICK = 0.05
+"""Seconds between two looks at the ring."""
+DISMISS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """How a host goes on after a regrouping."""
+
+    step: int
+    workers: Mapping[str, int]
+    """By host, in the order in which they share out the shards."""
+    addresses: Mapping[str, tuple[str, int]]
+    actions: Mapping[str, Action]
+    source: str
+    """Whom the state is copied from."""
+
+    def to_message(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> Orders:
+        addresses = {
+            name: (str(host), int(port)) for name, (host, port) in message["addresses"].items()
+        }
+        names = ("step", "workers", "actions", "source")
+        return Orders(addresses=addresses, **{name: message[name] for name in names})
+
+    @property
+    def copying(self) -> list[str]:
+        """The hosts that get the state from the source."""
+        return [name for name, action in self.actions.items() if action == "copy"]
+
+
+class Crew:
+    """The workers of a host whose state is set up, from `step` on.
+
+    `plan` has this host's number of workers. `station`: its place among several hosts, where its
+    workers rest until the first `arrange`.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        plan: Plan,
+        sink: Sink,
+        step: int | None,
+        *,
+        warm_up: float = 0.0,
+        station: Station | None = None,
+    ) -> None:
+        """`step`: after how many steps the state is; None: it has to come from another host."""
+        self.host, self.plan, self.sink, self.station = host, plan, sink, station
+        self.control = host.control
+        self.clock = Clock(warm_up)
+        self.history = History(host, plan, sink, self.clock, step or 0)
+        self.failures = Failures(host, self.history, sink)
+        self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
+        self.arrangement: Arrangement | None = None
+        self._has_state, self._stood = step is not None, False
+        self._idle: dict[int, int] = {}
+        self._marked = step or 0
+        """The last step at whose end the base is, or will be, brought up to date."""
+        self._set_words(step or 0)
+        host.base.take(step or 0)
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed and recorded."""
+        return self.history.step
+
+    @property
+    def mine(self) -> range:
+        """The shards that this host computes."""
+        if self.arrangement is None or self.station is None:
+            return range(self.plan.shards)
+        return self.arrangement.part(self.station.name).shards
+
+    @property
+    def trees(self) -> tuple[range, ...]:
+        """The subtrees of all hosts; none where this host is alone."""
+        alone = self.arrangement is None or len(self.arrangement.parts) == 1
+        return () if alone or self.arrangement is None else self.arrangement.subtrees
+
+    # Membership: what happened goes to the pure machine, what it commands is carried out.
+
+    def decide(self, event: membership.Event) -> None:
+        """Let the machine decide on an event and carry its commands out."""
+        self.members, commands, reason = membership.decide(self.members, event)
+        for command in commands:
+            match command:
+                case membership.Spawn(seat):
+                    pid = self.host.spawn(seat).pid
+                    self.sink.event("spawned", worker=seat, pid=pid, reason=reason)
+                case membership.Regroup():
+                    self.control.raise_epoch()
+                    self.sink.event("regroup", epoch=self.control.epoch, reason=reason)
+                case membership.Dismiss(seat):
+                    self.tell(seat, {"op": "stop"})
+                    self.sink.event("dismissed", worker=seat, reason=reason)
+                case membership.Form(seats):
+                    self._form(seats, reason)
+                case membership.GiveUp():
+                    raise WorkerLostError(
+                        f"workers cannot be started: {reason}",
+                        fix="look for the out-of-memory killer, or for native code that crashes",
+                    )
+
+    def _form(self, seats: tuple[int, ...], reason: str) -> None:
+        """Put the state in order and send the new members on. Everybody rests."""
+        members = self.history.seats or seats
+        resumption = resume(
+            [self.control.progress(seat) for seat in members],
+            [self.control.updating(seat) for seat in members],
+            self.control.shard_done.tolist(),
+            self.control.base_step,
+            len(seats),
+            self.mine,
+        )
+        if resumption.back is None:
+            self.history.mend(resumption.step)
+        elif self.trees:  # going back alone is no use: others have gone on, or are needed for it
+            self.decide(membership.Defer())
+            self._torn(f"its state is torn: {reason}")
+            return
+        else:
+            self._put_back()
+        self._send_on(seats, {*members, *seats}, resumption, reason)
+
+    def _send_on(
+        self, seats: tuple[int, ...], all_seats: set[int], resumption: Resumption, reason: str
+    ) -> None:
+        control = self.control
+        for seat in all_seats:
+            control.set_updating(seat, -1)
+        for seat in seats:
+            control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
+            control.forget_shard(seat)
+        self.history.seats = seats
+        self._idle.clear()
+        self.clock.rest()
+        self.grant()
+        self.failures.regrouped(resumption)
+        self.sink.event("formed", seats=seats, step=resumption.step, reason=reason)
+        for rank, seat in enumerate(seats):
+            self.tell(
+                seat,
+                {
+                    "op": "join",
+                    "epoch": control.epoch,
+                    "seats": seats,
+                    "step": resumption.step,
+                    "todo": resumption.todo[rank],
+                    "mine": [self.mine.start, self.mine.stop],
+                    "trees": [[tree.start, tree.stop] for tree in self.trees],
+                    "refresh": resumption.back is None and not self.sink.busy(),
+                    "loaders": self.failures.loaders_live,
+                },
+            )
+
+    def _put_back(self) -> None:
+        """Put the base in the place of a state that is torn."""
+        self.history.drain()
+        self.host.base.put_back()
+        self.control.base_due[:] = 0  # later steps' marks may lie in the places of those redone
+
+    def tell(self, seat: int, message: Message) -> None:
+        """Send a message; to one that has just died, in vain: its death will be heard of."""
+        with contextlib.suppress(Closed):
+            self.host.seats[seat].channel.send(message)
+
+    # The hosts: come to rest, say how the state is, go on as ordered.
+
+    def _torn(self, why: str) -> None:
+        """Have the hosts regrouped. Overridden where there are several."""
+
+    def hold(self, generation: int) -> None:
+        """Come to rest and stay there: the hosts are being regrouped."""
+        assert self.station is not None
+        self._address = self.station.open(generation)
+        self._stood = False
+        self.decide(membership.Hold())
+
+    def stands(self) -> Standing | None:
+        """How this host stands, once everybody rests; each generation once."""
+        if self.station is None or self._stood or not self.station.generation:
+            return None
+        if not (self.members.held and self.members.complete):
+            return None
+        self._stood = True
+        words = [self.control.progress(seat) for seat in self.history.seats]
+        step = step_in_flight(words) if words else self.history.step
+        torn = step in [self.control.updating(seat) for seat in self.history.seats]
+        if self._has_state and not torn:
+            return Standing(whole=step, base=None, address=self._address)
+        base = self.control.base_step if torn else None
+        return Standing(whole=None, base=base, address=self._address)
+
+    def arrange(self, orders: Orders) -> None:
+        """Go on as ordered. If that cannot be, the station has a trouble, and everybody rests on.
+
+        Raises:
+            IntegrityError: the state that was copied is not what was sent.
+        """
+        station, name = self.station, self.station.name if self.station else ""
+        assert station is not None
+        arrangement = Arrangement.of(self.plan.shards, orders.workers)
+        peer = ""
+        try:
+            if len(arrangement.parts) > 1:
+                station.connect(orders.addresses)
+            if orders.actions[name] == "back":
+                self._put_back()
+            if orders.actions[name] == "copy":
+                peer = orders.source
+                self._has_state = False
+                station.receive_state(self.host, orders.step, peer)
+            elif orders.source == name and orders.copying:
+                station.send_state(self.host, orders.step, orders.copying)
+        except NetworkError as error:
+            station.trouble(station.generation, peer or _named(error, orders.workers), error)
+            return
+        self.arrangement = arrangement
+        self._settle(orders.step, orders.actions[name])
+        station.start(self.host, arrangement, orders.step, lambda: self.history.seats)
+        self.decide(membership.Release())
+
+    def _settle(self, step: int, action: Action) -> None:
+        """The state is that after `step` steps: let everything else say so, too."""
+        control, mine = self.control, self.mine
+        if action == "keep":
+            for shard in range(self.plan.shards):
+                if shard not in mine:  # its slot gets what another host has computed
+                    control.shard_done[shard] = -1
+        else:
+            control.shard_done[:] = -1
+        self.history.settle(step)
+        self._set_words(step)
+        if action == "copy":
+            self.host.base.take(step)
+            control.base_due[:] = 0
+        self._has_state = True
+
+    def _set_words(self, step: int) -> None:
+        """Let nobody be in the middle of anything: everybody is at the start of a step."""
+        for seat in range(self.plan.seats):
+            self.control.set_progress(seat, progress_of(step, Phase.STARTED))
+            self.control.set_updating(seat, -1)
+
+    # The lease: workers may run every step below it.
+
+    def _lease(self) -> int:
+        """How far the workers may run."""
+        raise NotImplementedError
+
+    def grant(self) -> None:
+        """Extend the lease as far as it may go, and wake the workers that rest below it.
+
+        Not while everybody is to rest: a lone worker meets nobody at a barrier who could tell it.
+        """
+        if self.members.regrouping:
+            return
+        lease = max(self.control.lease, self._lease())
+        self._mark(self.control.lease, lease, self.clock.rate / self.plan.batch_size)
+        self.control.lease = lease
+        woken = [seat for seat, step in self._idle.items() if step < lease]
+        for seat in woken:
+            del self._idle[seat]
+            self.tell(seat, {"op": "run"})
+        if woken:
+            self.decide(membership.Resumed())
+
+    def _mark(self, first: int, last: int, steps_per_second: float) -> None:
+        """Mark the steps of a new lease at whose end the base is brought up to date: none while a
+        checkpoint is being written from it."""
+        every = steps_between(self.host.base.nbytes, self.plan.workers, steps_per_second)
+        for step in range(first, last):
+            due = step - self._marked >= every and not self.sink.busy()
+            self.control.base_due[step % RING] = due
+            if due:
+                self._marked = step
+
+    # What the workers say.
+
+    def listen(self) -> None:
+        """Hear what the workers say, and who has died, for up to a tick."""
+        for event in self.host.events(TICK):
+            self._heard(event)
+        self.failures.looked = time.monotonic()
+
+    def watch(self) -> None:
+        """See that everybody who has something to do gets on with it."""
+        self.failures.kill_stalled(set(self.members.having(membership.Status.WORKING)))
+        self.failures.kill_absent(self.members.status)
+
+    def _heard(self, event: Event) -> None:
+        seat, message = event.seat, event.message
+        if message is None:
+            self.failures.died(seat, self.members.status.get(seat.number), self.snapshot)
+            self._idle.pop(seat.number, None)
+            self.decide(membership.Died(seat.number))
+            return
+        match message["event"]:
+            case "hello":
+                self._admit(seat.number, str(message["probe"]))
+                self.decide(membership.Hello(seat.number))
+            case "idle":
+                self._idle[seat.number] = message["step"]
+                self.decide(membership.Rested(seat.number))
+            case "regroup" | "inferred":
+                self.decide(membership.Rested(seat.number))
+            case "batch" | "scored":
+                self._answered(message)
+            case "corrupt":
+                facts = {name: value for name, value in message.items() if name != "event"}
+                self.sink.event("corrupt", host=self.host.name, **facts)
+                if "tensor" in facts:
+                    self.failures.spoilt(facts)
+                    self.decide(membership.Spoilt(seat.number))
+            case "lost_loader":
+                self.failures.lost_loader(seat)
+            case "failed":
+                error = from_message(message["error"])
+                raise self.failures.raised(error, message["step"], self.snapshot)
+
+    def _answered(self, message: Message) -> None:
+        """Take what a worker has made of a held-out batch."""
+
+    def _admit(self, number: int, probe: str) -> None:
+        expected = self.host.facts["probe"]
+        if probe != expected and self.plan.threads == 1:
+            raise NumericsError(
+                f"worker {number} does not compute the same bits as the nursery",
+                expected=f"probe {expected}",
+                found=f"probe {probe}",
+                fix="run with --numerics portable",
+            )
+        pid = self.host.seats[number].pid
+        self.sink.event("joined", host=self.host.name, worker=number, pid=pid, probe=probe)
+
+    def snapshot(self) -> memoryview:
+        """The base, brought up to date. Called when every worker rests."""
+        self.sink.settle()
+        return self.host.base.take(self.step)
+
+    def await_rest(self) -> None:
+        """Wait until the members in force all rest at the stop."""
+        while self.members.regrouping or not self.members.all_rest:
+            self.listen()
+            self.watch()
+
+    # The end.
+
+    def dismiss(self) -> None:
+        """Send the workers home and see them go."""
+        for seat in self.members.status:
+            self.tell(seat, {"op": "stop"})
+        for _ in self._until_gone(time.monotonic() + DISMISS_SECONDS):
+            pass
+
+    def _until_gone(self, limit: float) -> Iterator[None]:
+        while any(seat.alive for seat in self.host.seats.values()):
+            left = limit - time.monotonic()
+            if left <= 0:
+                return  # the host kills whoever is left
+            for _ in self.host.events(left):
+                yield
+
+
+def _named(error: NetworkError, names: Mapping[str, int] | Sequence[str]) -> str:
+    """The host that an error is about."""
+    return next((name for name in names if name in error.what), "")

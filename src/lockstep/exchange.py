@@ -1,0 +1,157 @@
+"""What hosts exchange in a step, so that all of them sum the same tree: pure arithmetic.
+
+Each host computes a run of consecutive shards. The run falls into complete subtrees of the tree
+along which all shards are summed; their sums are sent to every other host, which puts each in the
+place of the subtree's first shard and leaves the places of its others empty. The tree over these
+places adds the same numbers in the same order as one host would: who computes what changes no bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.layout import Range
+from lockstep.sampling import home_shards
+
+
+def subtrees(shards: int, first: int, last: int) -> list[range]:
+    """The fewest complete subtrees, of the tree over `shards`, that are the run `first:last`."""
+    found = []
+    while first < last:
+        size = 1
+        while first % (2 * size) == 0 and size < shards and min(first + 2 * size, shards) <= last:
+            size *= 2
+        found.append(range(first, min(first + size, shards)))
+        first = found[-1].stop
+    return found
+
+
+def most_subtrees(shards: int) -> int:
+    """How many subtrees of more than one shard a run can have."""
+    return min(shards // 2, 2 * max((shards - 1).bit_length() - 1, 1)) if shards > 1 else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPart:
+    """One host's part in an arrangement."""
+
+    name: str
+    workers: int
+    shards: range
+    """The shards that it computes."""
+    subtrees: tuple[range, ...]
+    """The same, as complete subtrees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """Which host computes which shards, as long as the hosts stay the same."""
+
+    shards: int
+    parts: tuple[HostPart, ...]
+
+    @staticmethod
+    def of(shards: int, workers: Mapping[str, int]) -> Arrangement:
+        """Divide the shards among hosts, in this order, by their numbers of workers."""
+        total, before = sum(workers.values()), 0
+        parts = []
+        for name, count in workers.items():
+            first = home_shards(shards, total, before).start
+            before += count
+            last = home_shards(shards, total, before - 1).stop if count else first
+            parts.append(
+                HostPart(
+                    name=name,
+                    workers=count,
+                    shards=range(first, last),
+                    subtrees=tuple(subtrees(shards, first, last)),
+                )
+            )
+        return Arrangement(shards=shards, parts=tuple(parts))
+
+    @property
+    def subtrees(self) -> tuple[range, ...]:
+        """All hosts' subtrees, in order: together they cover all shards."""
+        return tuple(tree for part in self.parts for tree in part.subtrees)
+
+    def part(self, name: str) -> HostPart:
+        return next(part for part in self.parts if part.name == name)
+
+    def others(self, name: str) -> tuple[HostPart, ...]:
+        return tuple(part for part in self.parts if part.name != name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableMap:
+    """Where a large table's gradient lies in a slot."""
+
+    home: Range
+    """Its rows."""
+    row_bytes: int
+    numbers: Range
+    """Their count, or -1 for all; then their numbers; int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotMap:
+    """What of a slot is exchanged. Offsets are within the slot, in bytes."""
+
+    nbytes: int
+    slots: int
+    """How many shards there are; the slots of subtrees' sums follow theirs."""
+    dense: tuple[Range, ...]
+    """The gradients, without those of large tables."""
+    tables: tuple[TableMap, ...]
+    buffers: Range
+    """What the shard's forward pass has left in the model's buffers."""
+
+    def to_message(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> SlotMap:
+        tables = tuple(
+            TableMap(
+                home=Range(**table["home"]),
+                row_bytes=table["row_bytes"],
+                numbers=Range(**table["numbers"]),
+            )
+            for table in message["tables"]
+        )
+        return SlotMap(
+            nbytes=message["nbytes"],
+            slots=message["slots"],
+            dense=tuple(Range(**item) for item in message["dense"]),
+            tables=tables,
+            buffers=Range(**message["buffers"]),
+        )
+
+
+FRAME_BYTES = 64 << 20
+"""The most that is sent at once."""
+
+
+def cut(item: Range) -> Iterator[Range]:
+    """A range in pieces that can be sent."""
+    for start in range(0, item.nbytes, FRAME_BYTES):
+        yield Range(offset=item.offset + start, nbytes=min(FRAME_BYTES, item.nbytes - start))
+
+
+def leaf_slots(parts: Sequence[range], mine: range, shards: int) -> dict[int, int]:
+    """For each subtree, by its first shard, the slot that has its sum.
+
+    Sums that this host makes itself, of more than one shard, lie behind the shards' own slots: the
+    gradients that they are made of are still needed, should a worker die.
+    """
+    found, behind = {}, shards
+    for tree in parts:
+        if len(tree) > 1 and tree.start in mine:
+            found[tree.start] = behind
+            behind += 1
+        else:
+            found[tree.start] = tree.start
+    return found

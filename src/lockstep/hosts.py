@@ -1,0 +1,384 @@
+"""The hosts of a job, as the master sees them: `fleet` decides, here is the I/O of it.
+
+The master listens; agents come, are checked, set up, and then held and arranged like the master's
+own crew. All calls come from the master's thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lockstep import fleet, numerics
+from lockstep.agent import facts_of
+from lockstep.crew import Orders
+from lockstep.errors import (
+    JobError,
+    LockstepError,
+    PeerTimeoutError,
+    ProtocolError,
+    RefusedError,
+    from_message,
+    to_message,
+)
+from lockstep.fleet import Fleet, Standing
+from lockstep.host import Host
+from lockstep.job import Job
+from lockstep.link import Link
+from lockstep.net.frames import Message
+from lockstep.net.handshake import check_facts
+from lockstep.net.tcp import TcpTransport
+from lockstep.net.transport import Heard, Report
+from lockstep.offer import Launcher, Offer
+from lockstep.planning import Division, Facts, Plan, decompose, share
+from lockstep.source import Source
+from lockstep.station import Station
+
+if TYPE_CHECKING:
+    from lockstep.coordinator import Coordinator
+
+GATHER_SECONDS = 600.0
+"""How long hosts that are known of may take to load the task and its data."""
+SILENT_SECONDS = 10.0
+"""After so long without a sign of life a host is given up."""
+
+
+def open_hosts(
+    launcher: Launcher, source: Source, settings: Mapping[str, Any], host: Host
+) -> Hosts:
+    """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
+
+    Raises:
+        JobError: the task was handed over as an object, which does not travel.
+        LockstepError: a host cannot take part.
+    """
+    if source.payload is not None:
+        raise JobError(
+            "a task that is an object cannot be sent to other hosts",
+            expected="a name that every host can resolve: a recipe, module:Task or file.py:Task",
+            found=source.name,
+            fix="put the task into a module that is installed on every host",
+        )
+    host.name = launcher.identity.node
+    offer = {
+        "job": f"{source.label}-{secrets.token_hex(8)}",
+        "task": source.name,
+        "args": dict(source.args),
+        "settings": dict(settings),
+    }
+    hosts = Hosts(launcher, offer, facts_of(host.facts))
+    try:
+        hosts.gather()
+    except BaseException:
+        hosts.close()
+        raise
+    return hosts
+
+
+def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
+    """Decompose a job for several hosts: as many workers as they would run, or as asked.
+
+    Raises:
+        JobError, DataError: the settings do not fit each other, the data or the hosts.
+    """
+    workers = job.workers or hosts.capacity
+    division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
+    share(workers, hosts.capacities)
+    listed = ", ".join(f"{name}: {count}" for name, count in hosts.capacities.items())
+    return decompose(
+        job, facts, division, f"{division}: on {len(hosts.capacities)} hosts, {listed}"
+    )
+
+
+class Hosts:
+    """Use it as a context manager: agents end when it is closed."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        offer: Mapping[str, Any],
+        facts: Mapping[str, str],
+        silent_seconds: float = SILENT_SECONDS,
+    ) -> None:
+        """Listen, and offer the job. `offer` has the fields of `Offer` that the task decides."""
+        self._launcher, self._silent_seconds = launcher, silent_seconds
+        self.reports: deque[tuple[str, str]] = deque()
+        """Connections that were closed or refused: who, and why."""
+        report: Report = lambda who, why: self.reports.append((who, why))  # noqa: E731
+        name, job = launcher.identity.node, offer["job"]
+        self._facts = facts
+        self._transport = TcpTransport(
+            launcher.identity, job=job, facts={}, host=launcher.host, report=report, answer=True
+        )
+        self.link = Link(self._transport)
+        self.station = Station(launcher.identity, launcher.host, job, report, self.link.wake)
+        self.capacities = {name: launcher.workers or numerics.cores()}
+        """By host, how many workers it would run. The master's own is the first."""
+        self._plan: Plan | None = None
+        self.own_plan: Plan
+        """The part of the master's own host."""
+        self._ready: dict[str, int] = {}
+        self._crew: Coordinator | None = None
+        self._leased = -1
+        self._fleet = Fleet(master=name)
+        self._standings: dict[str, Standing] = {}
+        self._expected = launcher.offer(
+            Offer(master=name, address=self._transport.address, **offer)
+        )
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everybody. Agents that were not told that the job is over take it for lost."""
+        self._launcher.close()
+        self.station.close()
+        self._transport.close()
+        self.link.close()
+
+    # Before the run: gather those who are there, and tell them the plan.
+
+    def gather(self) -> None:
+        """Wait until the hosts that are known of have loaded the task.
+
+        Raises:
+            LockstepError: one of them cannot take part; says why.
+        """
+        self._await(self.capacities, "to load the task and its data")
+
+    def set_up(self, plan: Plan, host: Host) -> dict[str, Any]:
+        """Have every host, `host` is the master's own, allocate what the plan needs, and the others
+        start their workers; returns the numerics profile."""
+        self._plan = plan
+        workers = share(plan.workers, self.capacities)
+        for name in self._others():
+            self._set_up(name, workers[name])
+        self.own_plan = plan.for_host(self._fleet.master, workers[self._fleet.master])
+        profile = host.set_up(self.own_plan, networked=True)
+        self._await(self._ready, "to set up its memory")
+        return profile
+
+    def _await(self, known: Mapping[str, int], what: str) -> None:
+        limit = time.monotonic() + GATHER_SECONDS
+        while missing := sorted(set(self._expected) - known.keys()):
+            if time.monotonic() > limit:
+                raise PeerTimeoutError(
+                    f"host {', '.join(missing)} did not answer in time",
+                    expected=f"{what} within {GATHER_SECONDS:.0f} s",
+                    fix="look at what its agent says, or let it leave the cluster",
+                )
+            for who, why in self._reported():
+                if who in missing:
+                    raise RefusedError(f"host {who} cannot take part", found=why)
+            for heard in self._hear(0.2):
+                if heard.error is not None:
+                    raise heard.error
+                self._heard_early(heard.peer, heard.message or {})
+
+    def _reported(self) -> list[tuple[str, str]]:
+        return [self.reports.popleft() for _ in range(len(self.reports))]
+
+    def _hear(self, seconds: float) -> list[Heard]:
+        import select
+
+        select.select([self.link], [], [], seconds)
+        return self.link.take()
+
+    def _heard_early(self, name: str, message: Message) -> None:
+        if message["op"] == "failed":
+            raise _about(name, message)
+        self._note(name, message)
+
+    def _note(self, name: str, message: Message) -> None:
+        """A host has come, or is set up."""
+        match message["op"]:
+            case "present":
+                self._present(name, message)
+            case "ready":
+                self._ready[name] = _count(message["workers"])
+                if self._crew is not None:
+                    self._decide([fleet.Present(name, self._ready[name])])
+
+    def _present(self, name: str, message: Message) -> None:
+        """A host has loaded the task.
+
+        Raises:
+            RefusedError: it differs from the others, and the run has not begun.
+        """
+        try:
+            check_facts(self._facts, message["facts"], name)
+        except RefusedError as error:
+            self.link.tell(name, "refused", error=to_message(error))
+            if self._crew is None:
+                raise
+            self._crew.sink.event("refused", host=name, why=error.found)
+            return
+        self.capacities[name] = _count(message["workers"])
+        if self._crew is not None:
+            self._set_up(name, self.capacities[name])
+
+    def _set_up(self, name: str, workers: int) -> None:
+        assert self._plan is not None
+        plan = self._plan.for_host(name, workers)
+        self.link.tell(name, "set_up", plan=plan.to_message())
+
+    # During the run.
+
+    @property
+    def capacity(self) -> int:
+        """How many workers all hosts together would run."""
+        return sum(self.capacities.values())
+
+    def begin(self, crew: Coordinator) -> None:
+        """The master's own crew is there: arrange all."""
+        self._crew = crew
+        crew.host.also_wake = self.link.fileno()
+        present = {self._fleet.master: crew.plan.workers, **self._ready}
+        self._decide([fleet.Present(name, workers) for name, workers in present.items()])
+
+    def look(self) -> None:
+        """See what hosts have said, who is lost, and who rests."""
+        assert self._crew is not None
+        events: list[fleet.Event] = []
+        for who, why in self._reported():
+            self._crew.sink.event("connection", peer=who, why=why)
+        for heard in self.link.take():
+            events += self._heard(heard)
+        for name in self._fleet.members:
+            silent = self.link.silent_for(name)
+            if name != self._fleet.master and silent > self._silent_seconds:
+                events.append(fleet.Lost(name, f"no sign of life for {silent:.1f} s"))
+        while self.station.troubles:
+            trouble = self.station.troubles.popleft()
+            events.append(
+                fleet.Trouble(self._fleet.master, trouble.generation, trouble.peer, trouble.why)
+            )
+        standing = self._crew.stands()
+        if standing is not None:
+            generation = self._fleet.generation
+            events.append(fleet.Stood(self._fleet.master, generation, standing))
+        if self._fleet.troubles and self._crew.step > self._troubled_at:
+            events.append(fleet.Moved())
+        self._decide(events)
+
+    def torn(self, why: str) -> None:
+        """The state of the master's own host is torn: all have to be regrouped."""
+        self._decide([fleet.Trouble(self._fleet.master, self._fleet.generation, "", why)])
+
+    def lease(self, step: int) -> None:
+        """Let all hosts run every step before this one."""
+        if step != self._leased:
+            self._leased = step
+            for name in self._others():
+                self.link.tell(name, "lease", step=step)
+
+    def end(self) -> None:
+        """The run is over: let the agents go."""
+        for name in self._transport.peers:
+            self.link.tell(name, "end")
+
+    def _others(self) -> list[str]:
+        """All hosts of the run but the master's own."""
+        known = self.capacities if self._crew is None else self._fleet.members
+        return [name for name in known if name != self._fleet.master]
+
+    def _heard(self, heard: Heard) -> list[fleet.Event]:
+        name, message = heard.peer, heard.message
+        if message is None:
+            self.capacities.pop(name, None)
+            self._ready.pop(name, None)
+            why = heard.error.found or heard.error.what if heard.error else "it has gone"
+            return [fleet.Lost(name, why)] if name in self._fleet.members else []
+        try:
+            return self._said(name, message)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = ProtocolError(
+                f"host {name} has sent a message that says nothing", found=ascii(error)[:200]
+            )
+            self._transport.drop(name, problem.what)
+            return [fleet.Lost(name, problem.what)]
+
+    def _said(self, name: str, message: Message) -> list[fleet.Event]:
+        assert self._crew is not None
+        sink = self._crew.sink
+        match message["op"]:
+            case "stood":
+                standing = Standing.from_message(message["standing"])
+                return [fleet.Stood(name, message["generation"], standing)]
+            case "trouble":
+                peer, why = str(message["other"]), str(message["why"])
+                return [fleet.Trouble(name, message["generation"], peer, why)]
+            case "event":
+                sink.event(str(message["name"]), **{**message["fields"], "host": name})
+            case "recovered":
+                sink.recovered([{**each, "host": name} for each in message["recoveries"]])
+            case "failed":
+                error = _about(name, message)
+                raise self._crew.failures.raised(error, message["step"], self._crew.snapshot)
+            case _:
+                self._note(name, message)
+        return []
+
+    def _decide(self, events: list[fleet.Event]) -> None:
+        """Let the fleet decide on what has happened, and carry its last word out."""
+        assert self._crew is not None
+        last: fleet.Hold | fleet.Arrange | None = None
+        for event in events:
+            if isinstance(event, fleet.Stood):
+                self._standings[event.name] = event.standing
+            self._fleet, commands, reason = fleet.decide(self._fleet, event)
+            if isinstance(event, fleet.Trouble):
+                self._troubled_at = self._crew.step
+            for command in commands:
+                if isinstance(command, fleet.Abandon):
+                    self._crew.sink.event("host_lost", host=command.name, why=command.why)
+                    self._crew.failures.host_died(command.name, command.why)
+                    self._transport.drop(command.name, command.why)
+                else:
+                    last = command
+                    self._crew.sink.event(
+                        "hosts", generation=self._fleet.generation, reason=reason,
+                        hosts=sorted(self._fleet.members), going_on=isinstance(last, fleet.Arrange),
+                    )  # fmt: skip
+        if isinstance(last, fleet.Hold):
+            for name in self._others():
+                self.link.tell(name, "hold", generation=last.generation)
+            self._crew.hold(last.generation)
+        elif isinstance(last, fleet.Arrange):
+            self._arrange(last)
+
+    _troubled_at = -1
+
+    def _arrange(self, command: fleet.Arrange) -> None:
+        assert self._crew is not None
+        addresses = {name: self._standings[name].address for name in command.workers}
+        orders = Orders(
+            step=command.step,
+            workers=command.workers,
+            addresses=addresses,
+            actions=command.actions,
+            source=command.source,
+        )
+        for name in self._others():
+            lease = max(self._leased, 0)
+            self.link.tell(name, "arrange", **orders.to_message(), lease=lease)
+        self._crew.arrange(orders)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or not 0 < value <= 1 << 16:
+        raise ValueError(f"not a number of workers: {value!r}")
+    return value
+
+
+def _about(name: str, message: Message) -> LockstepError:
+    """A host's error, with its name."""
+    error = from_message(message["error"])
+    what = error.what if f"host {name}" in error.what else f"host {name}: {error.what}"
+    return type(error)(what, expected=error.expected, found=error.found, fix=error.fix)

@@ -1,0 +1,103 @@
+"""Slots: where a shard's gradients lie, and what its forward pass has left in the buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockstep.embeddings import Table, TableGradient
+from lockstep.exchange import SlotMap, TableMap
+from lockstep.layout import ALIGN, Range, merge_ranges
+
+
+@dataclass
+class Slot:
+    """The shared tensors of one shard: a gradient per trainable parameter, and the buffers."""
+
+    grads: list[torch.Tensor]
+    buffers: list[torch.Tensor]
+    numbers: dict[int, torch.Tensor]
+    """Of a gradient that is a large table's: which rows there are (see `embeddings`)."""
+    flat: torch.Tensor
+    """The slot's bytes."""
+
+    def table(self, index: int) -> TableGradient:
+        """The gradient of a large table."""
+        return TableGradient(self.grads[index], self.numbers[index])
+
+    def dense(self, index: int) -> torch.Tensor:
+        """A gradient in its parameter's shape."""
+        if index in self.numbers:
+            return self.table(index).dense(0, len(self.grads[index]))
+        return self.grads[index]
+
+
+def make_slot(
+    flat: torch.Tensor,
+    params: Sequence[nn.Parameter],
+    offsets: Sequence[int],
+    buffers: Sequence[torch.Tensor],
+    tables: Mapping[int, Table],
+) -> Slot:
+    """The views of a slot's bytes. `offsets` says where each parameter's gradient lies."""
+    grads = []
+    for parameter, offset in zip(params, offsets, strict=True):
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        grads.append(as_tensor(flat, offset, dtype, parameter.shape, parameter.stride()))
+    last = params[-1]
+    offset = _aligned(offsets[-1] + last.numel() * last.dtype.itemsize)
+    homes = []
+    for buffer in buffers:
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        homes.append(as_tensor(flat, offset, dtype, buffer.shape, buffer.stride()))
+        offset += _aligned(buffer.numel() * buffer.dtype.itemsize)
+    numbers = {}
+    for index, table in tables.items():
+        count = 1 + table.rows
+        numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
+        offset += _aligned(8 * count)
+    return Slot(grads=grads, buffers=homes, numbers=numbers, flat=flat)
+
+
+def _aligned(nbytes: int) -> int:
+    return math.ceil(nbytes / ALIGN) * ALIGN
+
+
+def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
+    """What of a slot other hosts get."""
+    start = slot.flat.data_ptr()
+
+    def place(tensor: torch.Tensor) -> Range:
+        nbytes = tensor.numel() * tensor.dtype.itemsize
+        return Range(offset=tensor.data_ptr() - start, nbytes=nbytes)
+
+    dense = [place(grad) for index, grad in enumerate(slot.grads) if index not in tables]
+    found = [
+        TableMap(
+            home=place(slot.grads[index]),
+            row_bytes=table.width * slot.grads[index].dtype.itemsize,
+            numbers=place(slot.numbers[index]),
+        )
+        for index, table in tables.items()
+    ]
+    buffers = merge_ranges(map(place, slot.buffers)) or [Range(offset=0, nbytes=0)]
+    return SlotMap(
+        nbytes=slot.flat.numel(),
+        slots=shards,
+        dense=tuple(merge_ranges(dense)),
+        tables=tuple(found),
+        buffers=buffers[0],
+    )
+
+
+def as_tensor(
+    flat: torch.Tensor, offset: int, dtype: str, shape: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """A typed, shaped view into a tensor of bytes. `stride` is in elements."""
+    kind: torch.dtype = getattr(torch, dtype)
+    nbytes = math.prod(shape) * kind.itemsize
+    return flat[offset : offset + nbytes].view(kind).as_strided(tuple(shape), tuple(stride))

@@ -1,0 +1,180 @@
+"""A host's place among the others: its connections of one generation, its exchanger, its state.
+
+Every generation of hosts has connections of its own, so that nothing that was sent in an earlier
+one can be taken for something else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from lockstep.control import RING
+from lockstep.errors import IntegrityError, NetworkError
+from lockstep.exchange import Arrangement, cut
+from lockstep.exchanger import Exchanger
+from lockstep.host import Host
+from lockstep.layout import Range
+from lockstep.net.frames import Kind
+from lockstep.net.identity import Identity
+from lockstep.net.tcp import TcpTransport
+from lockstep.net.transport import Key, Pending, Report
+
+CONNECT_SECONDS = 5.0
+STATE_SECONDS = 600.0
+"""The longest that a copy of the state may take."""
+DIGEST_BYTES = 32
+LOSSES, NORM, DIGEST = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
+"""Tags of what goes with a state, behind those of its pieces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """Why this host cannot go on under an arrangement."""
+
+    generation: int
+    peer: str
+    why: str
+
+
+class Station:
+    """Made by an agent for one job. All but `troubles` is for the agent's main thread."""
+
+    def __init__(
+        self, identity: Identity, address: str, job: str, report: Report, wake: Callable[[], None]
+    ) -> None:
+        """`wake` is called, from any thread, when there is a trouble to be looked at."""
+        self.identity, self.address, self.job = identity, address, job
+        self._report, self._wake = report, wake
+        self.generation = 0
+        self.troubles: deque[Trouble] = deque()
+        self._mesh: TcpTransport | None = None
+        self._exchanger: Exchanger | None = None
+
+    @property
+    def name(self) -> str:
+        return self.identity.node
+
+    def open(self, generation: int) -> tuple[str, int]:
+        """Leave the last generation and listen for this one; where."""
+        self.close()
+        self.generation = generation
+        self._mesh = TcpTransport(
+            self.identity,
+            job=f"{self.job}/{generation}",
+            facts={},  # were compared when the hosts met the master
+            host=self.address,
+            report=self._report,
+        )
+        return self._mesh.address
+
+    def connect(self, addresses: Mapping[str, tuple[str, int]]) -> None:
+        """Connect with all hosts of this generation.
+
+        Raises:
+            NetworkError: one of them cannot be reached.
+        """
+        assert self._mesh is not None
+        others = {name: at for name, at in addresses.items() if name != self.name}
+        self._mesh.connect(others, CONNECT_SECONDS)
+
+    def start(
+        self, host: Host, arrangement: Arrangement, step: int, seats: Callable[[], Sequence[int]]
+    ) -> None:
+        """Exchange from this step on. Called when everybody rests."""
+        if len(arrangement.parts) == 1:
+            return
+        assert self._mesh is not None
+        generation = self.generation
+
+        def failed(error: NetworkError) -> None:
+            peer = next((n for n in addresses if f"host {n}" in error.what), "")
+            self.trouble(generation, peer, error)
+
+        addresses = [part.name for part in arrangement.parts]
+        self._exchanger = Exchanger(
+            host.control,
+            memoryview(host.slots.map),
+            host.slot_map,
+            self._mesh,
+            arrangement,
+            seats,
+            failed,
+        )
+        self._exchanger.start(step)
+
+    def trouble(self, generation: int, peer: str, error: NetworkError) -> None:
+        """Take note of why this host cannot go on. May be called from any thread."""
+        why = error.what + (f": {error.found}" if error.found else "")
+        self.troubles.append(Trouble(generation=generation, peer=peer, why=why))
+        self._wake()
+
+    def close(self) -> None:
+        """Leave the generation: whatever is under way is dropped, and memory is free again."""
+        if self._exchanger is not None:
+            self._exchanger.stop()
+            self._exchanger = None
+        if self._mesh is not None:
+            for peer in self._mesh.peers:
+                self._mesh.drop(peer, "the hosts are being regrouped")
+            self._mesh.close()
+            self._mesh = None
+
+    # The state, from one host to another. Called when everybody rests on both.
+
+    def send_state(self, host: Host, step: int, peers: Sequence[str]) -> None:
+        """Give the state after `step` committed steps to these hosts."""
+        assert self._mesh is not None
+        digest = memoryview(_digest(host))
+        slips = [
+            self._mesh.send(peer, Key(Kind.STATE, step, tag), view)
+            for peer in peers
+            for tag, view in [*_pieces(host, step), (DIGEST, digest)]
+        ]
+        _await(slips)
+
+    def receive_state(self, host: Host, step: int, source: str) -> None:
+        """Get the state from a host, in place of this one's.
+
+        Raises:
+            NetworkError: it has not come whole. This host then has no state.
+            IntegrityError: its bytes are not those that were sent.
+        """
+        assert self._mesh is not None
+        digest = bytearray(DIGEST_BYTES)
+        slips = [
+            self._mesh.expect(source, Key(Kind.STATE, step, tag), view)
+            for tag, view in [*_pieces(host, step), (DIGEST, memoryview(digest))]
+        ]
+        _await(slips)
+        found = _digest(host)
+        if found != digest:
+            raise IntegrityError(
+                f"the state from host {source} has changed on its way",
+                expected=f"digest {digest.hex()[:16]}…",
+                found=f"digest {found.hex()[:16]}…",
+                fix="look for faulty memory on both hosts",
+            )
+
+
+def _await(slips: Sequence[Pending]) -> None:
+    for slip in slips:
+        slip.wait(STATE_SECONDS)
+
+
+def _digest(host: Host) -> bytes:
+    with memoryview(host.state.map) as state:
+        return blake3(state[: host.state.nbytes]).digest(DIGEST_BYTES)
+
+
+def _pieces(host: Host, step: int) -> Iterator[tuple[int, memoryview]]:
+    """The state, and what is known of the step before; by tag."""
+    state = memoryview(host.state.map)
+    for tag, piece in enumerate(cut(Range(offset=0, nbytes=host.state.nbytes))):
+        yield tag, state[piece.offset : piece.offset + piece.nbytes]
+    place = (step - 1) % RING
+    yield LOSSES, host.control.losses[place].data.cast("B")
+    yield NORM, host.control.total_norms[place : place + 1].data.cast("B")

@@ -1,0 +1,99 @@
+"""The sums that a host sends to others: of its shards' gradients, subtree by subtree.
+
+Divided among the host's workers by blocks, as updates are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from lockstep.embeddings import sum_tables
+from lockstep.exchange import leaf_slots
+from lockstep.gradients import Reducer
+from lockstep.layout import Block
+from lockstep.presence import Mask, Presence
+from lockstep.slots import Slot
+from lockstep.state import SharedState, storage_run
+
+
+def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[Slot]:
+    """By shard, the slot that is summed for it: for a subtree's first shard that of its sum.
+
+    Without subtrees, on one host, the shards' own slots.
+    """
+    leaves, room = list(shared.slots), [*shared.slots, *shared.sums]
+    for first, slot in leaf_slots(subtrees, mine, len(shared.slots)).items():
+        leaves[first] = room[slot]
+    return leaves
+
+
+class SubtreeSums:
+    """One worker's part of its host's sums. Made anew when the membership changes."""
+
+    def __init__(
+        self,
+        shared: SharedState,
+        subtrees: Sequence[range],
+        mine: range,
+        blocks: Sequence[int],
+        rank: int,
+        workers: int,
+    ) -> None:
+        self.shared = shared
+        self._reducer = Reducer(shared)
+        leaves = leaves_of(shared, subtrees, mine)
+        self._sums = [
+            (tree, leaves[tree.start]) for tree in subtrees if len(tree) > 1 and tree.start in mine
+        ]
+        dense = [n for n in blocks if shared.blocks[n].param not in shared.tables]
+        self._blocks = [shared.blocks[number] for number in dense]
+        self._runs = _runs(shared, self._blocks)
+        self._tables = [index for index in shared.tables if index % workers == rank]
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def sum(self, presence: Presence) -> None:
+        """Make the sums. Called when all shards of the host are computed."""
+        for tree, target in self._sums:
+            if presence.uniform is not None:
+                mask = _within(presence.uniform, tree)
+                for start, stop, dtype in self._runs:
+                    pieces = [slot.flat[start:stop].view(dtype) for slot in self.shared.slots]
+                    self._reducer.sum(mask, pieces, target.flat[start:stop].view(dtype))
+            else:
+                for block in self._blocks:
+                    self._sum_block(block, _within(presence.of(block.param), tree), target)
+            for index in self._tables:
+                self._sum_table(index, _within(presence.of(index), tree), target)
+
+    def _sum_block(self, block: Block, mask: Mask, target: Slot) -> None:
+        pieces = [storage_run(slot.grads[block.param], block) for slot in self.shared.slots]
+        self._reducer.sum(mask, pieces, storage_run(target.grads[block.param], block))
+
+    def _sum_table(self, index: int, mask: Mask, target: Slot) -> None:
+        leaves = [slot.table(index) for slot in self.shared.slots]
+        add = partial(self._reducer.sum, mask)
+        sum_tables(leaves, mask, target.table(index), add, asked=self.shared.tables[index].asked)
+
+
+def _within(present: Mask, tree: range) -> Mask:
+    return tuple(has and shard in tree for shard, has in enumerate(present))
+
+
+def _runs(shared: SharedState, blocks: Sequence[Block]) -> list[tuple[int, int, torch.dtype]]:
+    """The blocks' bytes in a slot, joined where they follow one another, with their type."""
+    runs: list[tuple[int, int, torch.dtype]] = []
+    for dtype, group in itertools.groupby(blocks, lambda block: shared.params[block.param].dtype):
+        for block in group:
+            offset = shared.grad_offsets[block.param]
+            start = offset + block.start * dtype.itemsize
+            stop = offset + block.stop * dtype.itemsize
+            if runs and runs[-1][2] == dtype and 0 <= start - runs[-1][1] < 256:
+                start = runs.pop()[0]
+            runs.append((start, stop, dtype))
+    return runs
