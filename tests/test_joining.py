@@ -174,7 +174,7 @@ def test_another_cluster_answers(joinable: Joinable, tmp_path: Path) -> None:
         host, port = other.server.address
         with pytest.raises(RefusedError, match="is not of the cluster that the token is for"):
             join(replace(token, host=host, port=port), tmp_path / "b", "b", timeout=LIMIT)
-        assert "closed the connection" in other.why()
+        assert other.reports.empty()  # it was only looked at
     join(token, tmp_path / "b", "b", timeout=LIMIT)
 
 
@@ -242,7 +242,7 @@ def test_who_lacks_the_shared_secret_is_told_nothing(
             server.admit(shared.of_rank(1), seconds=LIMIT)
             with pytest.raises(RefusedError, match="does not prove that it has the shared secret"):
                 join(invited(server, shared), tmp_path / "b", "b", timeout=LIMIT)
-            assert "closed the connection" in joinable.why()
+            assert joinable.reports.empty()
 
 
 def test_secret_files(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_no_secret_in_a_report(joinable: Joinable, tmp_path: Path) -> None:
     join(token, tmp_path / "b", "b", timeout=LIMIT)
     with pytest.raises(RefusedError):
         join(token, tmp_path / "c", "c", timeout=LIMIT)
-    reasons = joinable.why() + joinable.why() + joinable.why() + joinable.why()
+    reasons = joinable.why() + joinable.why()
     assert "it was used before" in reasons
     for form in (token.secret.hex(), base64.b64encode(token.secret).decode(), token.text()):
         assert form not in reasons

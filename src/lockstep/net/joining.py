@@ -210,7 +210,9 @@ class JoinServer:
                     self._served[thread] = sock
                 handshake(secured, limit)
                 send_message(sock, Kind.AUTHORITY, self._shown, limit)
-                _, message = receive_message(sock, (Kind.ENROL,), limit)
+                kind, message = receive_message(sock, (Kind.ENROL, Kind.GOODBYE), limit)
+                if kind is Kind.GOODBYE:
+                    return  # it only wanted to see the CA's certificate
                 self._answer(sock, message, limit)
             self._report(who, "it has joined")
         except LockstepError as error:
@@ -302,6 +304,7 @@ def _ask(
         handshake(secured, limit)
         _, shown = receive_message(sock, (Kind.AUTHORITY,), limit)
         if said is None:
+            send_message(sock, Kind.GOODBYE, {}, limit)
             return shown, {}
         if (actual := peer_name(secured)) != invitation.node:
             raise RefusedError("another host answers", expected=invitation.node, found=actual)

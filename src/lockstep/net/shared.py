@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import ssl
 from dataclasses import dataclass, field
@@ -26,8 +27,13 @@ def make_secret(path: Path) -> None:
     Raises:
         IdentityError: there is a file, or it cannot be written.
     """
+    fresh = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        write_private(path, secrets.token_hex(LEAST_BYTES).encode() + b"\n")
+        write_private(fresh, secrets.token_hex(LEAST_BYTES).encode() + b"\n")
+        try:
+            os.link(fresh, path)  # whole from the beginning, and never in the place of another
+        finally:
+            fresh.unlink()
     except OSError as error:
         raise IdentityError(
             f"the secret cannot be written to {path}",
