@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 from tests.hosts import Cluster
 
@@ -40,6 +41,7 @@ class Agents:
         self.identity = cluster.identity("master")
         self.host = "127.0.0.1"
         self.workers: int | None = here
+        self.report: Report = ignore
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._offer: Offer | None = None
 

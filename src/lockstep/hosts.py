@@ -125,6 +125,7 @@ class Hosts:
         self._leased = -1
         self._fleet = Fleet(master=name)
         self._standings: dict[str, Standing] = {}
+        launcher.report = report
         self._expected = launcher.offer(
             Offer(master=name, address=self._transport.address, **offer)
         )
