@@ -36,6 +36,7 @@ from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
 from lockstep.net.identity import Identity, check_name, fingerprint, newcomer_context
 from lockstep.net.joining import JoinServer, Limiter, join
 from lockstep.net.shared import RankInvitation, SharedSecret, make_secret, read_secret
+from lockstep.net.stream import TlsStream
 from lockstep.net.tokens import Token
 from lockstep.net.wire import Deadline, handshake, receive_message, wrap
 from tests.hosts import LIMIT, Cluster, connect
@@ -67,7 +68,7 @@ class Joinable:
     def why(self) -> str:
         return self.reports.get(timeout=LIMIT)[1]
 
-    def dial(self, server: JoinServer | None = None) -> ssl.SSLSocket:
+    def dial(self, server: JoinServer | None = None) -> TlsStream:
         """A newcomer that has done everything right so far."""
         sock = socket.create_connection((server or self.server).address)
         context = newcomer_context(self.cluster.authority.certificate)

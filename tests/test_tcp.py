@@ -26,6 +26,7 @@ from lockstep.net import tcp
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, head, message_frame
 from lockstep.net.handshake import Hello
 from lockstep.net.identity import Identity
+from lockstep.net.stream import TlsStream
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key
 from lockstep.net.wire import Deadline, handshake, receive_message, wrap
@@ -91,7 +92,7 @@ def job(cluster: Cluster) -> Iterator[Job]:
         yield made
 
 
-def dial(job: Job, context: ssl.SSLContext) -> ssl.SSLSocket:
+def dial(job: Job, context: ssl.SSLContext) -> TlsStream:
     sock = wrap(socket.create_connection(job.a.address), context, server=False)
     try:
         handshake(sock, Deadline(LIMIT))
@@ -101,7 +102,7 @@ def dial(job: Job, context: ssl.SSLContext) -> ssl.SSLSocket:
     return sock
 
 
-def welcomed(job: Job, identity: Identity, lane: str = "data") -> ssl.SSLSocket:
+def welcomed(job: Job, identity: Identity, lane: str = "data") -> TlsStream:
     """A lane of a host that does not go by the protocol from there on."""
     sock = dial(job, identity.client_context())
     sock.sendall(message_frame(Kind.HELLO, {**HELLO, "node": identity.node, "lane": lane}))
@@ -425,7 +426,9 @@ import sys
 from pathlib import Path
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
+from lockstep.net.stream import TlsStream
 from lockstep.net.tcp import TcpTransport
+from lockstep.net.stream import TlsStream
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key
 folder, host, port, torch = sys.argv[1:]

@@ -767,6 +767,18 @@ MORE: dict[str, Entry] = {
 """More of the same kinds, the other optimizers first of all: for the long tests."""
 
 
+class TurnsNan(Vectors):
+    """A loss that is no number at one sample."""
+
+    def train_data(self) -> Dataset[Any]:
+        inputs = normal(SAMPLES, FEATURES)
+        inputs[40] = float("nan")
+        return TensorDataset(inputs, whole(CLASSES, SAMPLES))
+
+
+MORE["turns-nan"] = Entry(task=TurnsNan())
+
+
 def named(name: str) -> Task:
     """A task of the zoo by name, as hosts are told of it."""
     return {**ZOO, **MORE}[name].task

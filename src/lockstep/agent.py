@@ -38,8 +38,6 @@ from lockstep.station import Station
 CONNECT_SECONDS = 30.0
 PLAN_SECONDS = 1800.0
 """How long the master may take to plan: it waits for the slowest host to load its data."""
-SILENT_SECONDS = 10.0
-"""After so long without a sign of life the master is given up."""
 
 
 def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: Report) -> None:
@@ -61,14 +59,17 @@ def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: 
     with ExitStack() as stack:
         local = stack.enter_context(Host.start(source, dict(offer.settings), networked=True))
         local.name = identity.node
-        transport = TcpTransport(identity, job=offer.job, facts={}, host=host, report=report)
+        silence = float(offer.settings.get("host_seconds", 10.0))
+        transport = TcpTransport(
+            identity, job=offer.job, facts={}, host=host, silence=silence, report=report
+        )
         stack.callback(transport.close)
         transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
         link = Link(transport)
         stack.callback(link.close)
-        station = Station(identity, host, offer.job, report, link.wake)
+        station = Station(identity, host, offer.job, report, link.wake, silence)
         stack.callback(station.close)
-        Agent(local, link, offer.master, station).run(workers)
+        Agent(local, link, station, offer).run(workers)
 
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
@@ -79,8 +80,9 @@ def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
 class Agent:
     """One host's part in a job, from the plan to its end."""
 
-    def __init__(self, host: Host, link: Link, master: str, station: Station) -> None:
-        self.host, self.link, self.master, self.station = host, link, master, station
+    def __init__(self, host: Host, link: Link, station: Station, offer: Offer) -> None:
+        self.host, self.link, self.station, self.master = host, link, station, offer.master
+        self._silent_seconds = float(offer.settings.get("host_seconds", 10.0))
         self.crew: Following | None = None
         self._ended = False
 
@@ -178,10 +180,10 @@ class Agent:
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)
-        if silent > SILENT_SECONDS:
+        if silent > self._silent_seconds:
             raise PeerTimeoutError(
                 f"host {self.master}, which coordinates the job, is silent",
-                expected=f"a sign of life within {SILENT_SECONDS:.0f} s",
+                expected=f"a sign of life within {self._silent_seconds:g} s",
                 found=f"none for {silent:.1f} s",
                 fix="resume the run where its folder is",
             )

@@ -59,7 +59,7 @@ def run(
     RunFolder.check_free(job.out)
     with Host.start(source, explicit, networked=on is not None) as host, ExitStack() as others:
         job, facts = _complete(job, explicit, host)
-        hosts = others.enter_context(open_hosts(on, source, explicit, host)) if on else None
+        hosts = others.enter_context(open_hosts(on, source, job, explicit, host)) if on else None
         plan = _decompose(job, facts, host) if hosts is None else spread(job, facts, hosts)
         profile = host.set_up(plan) if hosts is None else hosts.set_up(plan, host)
         with RunFolder.create(job.out, source.label) as folder:
@@ -102,7 +102,9 @@ def resume(
         settings = manifest["job"]
         with Host.start(source, settings, networked=on is not None) as host, ExitStack() as others:
             host.loaded()
-            hosts = others.enter_context(open_hosts(on, source, settings, host)) if on else None
+            hosts = (
+                others.enter_context(open_hosts(on, source, job, settings, host)) if on else None
+            )
             if hosts is None:
                 host.set_up(plan)
             else:

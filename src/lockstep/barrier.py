@@ -36,11 +36,13 @@ class Barrier:
         crowded = len(seats) * threads > cores()
         self.spins = 1 if crowded else SPINS
 
-    def arrive(self, progress: int, *, wake: bool = False) -> None:
-        """Publish this worker's progress. `wake`: somebody else than the others waits for it."""
+    def arrive(self, progress: int, *, ring: bool = False) -> None:
+        """Publish this worker's progress. `ring`: the exchanger waits for it, too."""
         self.control.set_progress(self.seat, progress)
-        if self.others or wake:
+        if self.others:
             futex.wake(self.control.progress_address(self.seat))
+        if ring:
+            self.control.ring()
 
     def wait(self, progress: int) -> None:
         """Return when every other worker has reached `progress`.

@@ -54,6 +54,7 @@ Stall = Annotated[float | None, typer.Option(help="Replace a silent worker.")]
 On = Annotated[
     str | None, typer.Option("--on", help="Other hosts: `up`, or a file with a join token.")
 ]
+HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
 Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -80,6 +81,7 @@ def run(
     checkpoint_seconds: EverySeconds = None,
     audit: Audit = None,
     stall_seconds: Stall = None,
+    host_seconds: HostSeconds = None,
     out: Out = None,
     on: On = None,
     state: commands.StateOption = None,
@@ -150,6 +152,7 @@ def plan(
     checkpoint_seconds: EverySeconds = None,
     audit: Audit = None,
     stall_seconds: Stall = None,
+    host_seconds: HostSeconds = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -21,8 +21,8 @@ from lockstep.memory import Segment
 
 LINE = 64
 """Bytes: one cache line; words with different writers never share one."""
-HEADER = 4
-"""Lines before those of the seats: lease, membership epoch, the base's step, exchange."""
+HEADER = 5
+"""Lines before those of the seats: lease, membership epoch, the base's step, exchange, bell."""
 RING = 1024
 """Step records kept: the lease never runs further ahead of the ledger than this."""
 DIGEST_BYTES = 16
@@ -84,6 +84,7 @@ class ControlShape:
             "shard_done": (np.int32, (self.shards,)),
             "shard_by": (np.int32, (self.shards,)),
             "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
+            "ready": (np.int32, (self.shards, max(self.params, 1))),
             "norms": (np.float64, (max(self.params, 1),)),
             "seconds": (np.float64, (self.seats, len(Stat))),
             "losses": (np.float64, (RING, self.shards)),
@@ -120,6 +121,8 @@ class Control:
         self.shard_done = arrays["shard_done"]
         self.shard_by = arrays["shard_by"]
         self.has_grad = arrays["has_grad"]
+        self.ready = arrays["ready"]
+        """By shard and parameter: the step, plus one, whose gradient is in the slot already."""
         self.norms = arrays["norms"]
         self.seconds = arrays["seconds"]
         # The ring: what is recorded of a step lies at index `step % RING` until it is drained.
@@ -176,6 +179,24 @@ class Control:
     def exchange_address(self) -> int:
         """The address of that word, for futex waits."""
         return self.base + 3 * LINE
+
+    # The bell: workers ring it for their host's exchanger, which waits on it.
+
+    @property
+    def bell(self) -> int:
+        return self._words[4 * LINE // 4]
+
+    @property
+    def bell_address(self) -> int:
+        """The address of that word, for futex waits."""
+        return self.base + 4 * LINE
+
+    def ring(self) -> None:
+        """Tell the exchanger that there is something new. Of two that ring at once one may not
+        count: the other one wakes it as well."""
+        word = 4 * LINE // 4
+        self._words[word] = (self._words[word] + 1) & 0x7FFFFFFF
+        futex.wake(self.bell_address)
 
     def raise_epoch(self) -> int:
         """Take the next membership epoch and wake every worker that waits at a barrier."""

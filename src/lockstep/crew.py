@@ -256,7 +256,8 @@ class Crew:
             return
         self.arrangement = arrangement
         self._settle(orders.step, orders.actions[name])
-        station.start(self.host, arrangement, orders.step, lambda: self.history.seats)
+        threads = self.plan.workers * self.plan.threads
+        station.start(self.host, arrangement, orders.step, lambda: self.history.seats, threads)
         self.decide(membership.Release())
 
     def _settle(self, step: int, action: Action) -> None:
@@ -268,6 +269,7 @@ class Crew:
                     control.shard_done[shard] = -1
         else:
             control.shard_done[:] = -1
+        control.ready[:] = 0
         self.history.settle(step)
         self._set_words(step)
         if action == "copy":

@@ -95,6 +95,35 @@ class TableMap:
     """Their count, or -1 for all; then their numbers; int64."""
 
 
+BUCKET_BYTES = 512 << 10
+"""Gradients are sent in runs of about this size: small enough to go while the backward pass goes
+on, large enough that what each costs by itself does not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Gradients that are sent at once."""
+
+    params: tuple[int, ...]
+    place: Range
+
+
+def fill_buckets(places: Mapping[int, Range]) -> tuple[Bucket, ...]:
+    """Cut gradients into buckets, by parameter: the last layers' first, as they are made."""
+    buckets: list[Bucket] = []
+    for param in sorted(places, reverse=True):
+        place = places[param]
+        if buckets and buckets[-1].params[-1] == param + 1:
+            last = buckets[-1]
+            if last.place.nbytes + place.nbytes <= BUCKET_BYTES:
+                end = last.place.offset + last.place.nbytes
+                joined = Range(offset=place.offset, nbytes=end - place.offset)
+                buckets[-1] = Bucket(params=(*last.params, param), place=joined)
+                continue
+        buckets.append(Bucket(params=(param,), place=place))
+    return tuple(buckets)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlotMap:
     """What of a slot is exchanged. Offsets are within the slot, in bytes."""
@@ -102,7 +131,7 @@ class SlotMap:
     nbytes: int
     slots: int
     """How many shards there are; the slots of subtrees' sums follow theirs."""
-    dense: tuple[Range, ...]
+    buckets: tuple[Bucket, ...]
     """The gradients, without those of large tables."""
     tables: tuple[TableMap, ...]
     buffers: Range
@@ -125,12 +154,17 @@ class SlotMap:
         return SlotMap(
             nbytes=message["nbytes"],
             slots=message["slots"],
-            dense=tuple(Range(**item) for item in message["dense"]),
+            buckets=tuple(
+                Bucket(params=tuple(bucket["params"]), place=Range(**bucket["place"]))
+                for bucket in message["buckets"]
+            ),
             tables=tables,
             buffers=Range(**message["buffers"]),
         )
 
 
+AGAIN = 2
+"""The flag of a gradient that was changed after it had been there: it is sent again."""
 FRAME_BYTES = 64 << 20
 """The most that is sent at once."""
 

@@ -83,14 +83,11 @@ class Failures:
         if status not in (Status.LEAVING, None):
             self._count_all(where, how)
 
-    def host_died(self, name: str, why: str) -> None:
-        """Take note of the loss of another host."""
+    def host_died(self, name: str, why: str, silent: float) -> None:
+        """Take note of the loss of another host, which had been silent for so many seconds."""
         facts = {"host": name, "worker": None, "step": self.history.step, "phase": "host",
                  "shard": None, "batch": None, "how": why}  # fmt: skip
-        detection = time.monotonic() - self.looked
-        self._open.append(
-            {**facts, "detection_ms": round(detection * 1e3, 2), "at": time.monotonic()}
-        )
+        self._open.append({**facts, "detection_ms": round(silent * 1e3, 2), "at": time.monotonic()})
 
     def _where(self, seat: Seat, status: Status | None) -> dict[str, Any]:
         """Which worker, and what it was doing."""

@@ -13,6 +13,7 @@ from torch import nn
 from lockstep.control import Control
 from lockstep.embeddings import DENSE, SparseTables, keep_sparse
 from lockstep.errors import TaskError
+from lockstep.exchange import AGAIN
 from lockstep.modules import CONSTANT
 from lockstep.slots import Slot
 from lockstep.state import SharedState
@@ -22,7 +23,8 @@ CHUNK = 1 << 15
 
 
 EARLY = 1 << 16
-"""Elements: gradients from this size on are copied and dropped as soon as they are there."""
+"""Elements: gradients from this size on are copied and dropped as soon as they are there. In a job
+on several hosts all are, and are sent while the backward pass goes on."""
 
 
 class SlotWriter:
@@ -33,7 +35,12 @@ class SlotWriter:
     """
 
     def __init__(self, shared: SharedState) -> None:
-        self._slot = shared.slots[0]
+        self._slot, self._control = shared.slots[0], shared.control
+        self._early: tuple[int, int] | None = None
+        buckets = shared.slot_map().buckets
+        self._last = {param for bucket in buckets for param in sorted(bucket.params)[:2]}
+        """The parameters of which the exchanger is told: mostly the last ones of their buckets."""
+        least = 0 if shared.networked else EARLY
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
         self.tables = SparseTables(shared.tables)
@@ -43,14 +50,21 @@ class SlotWriter:
             table = shared.tables.get(index)
             if table is not None and table.asked:
                 self._sparse.append((index, parameter))
-            elif parameter.numel() < EARLY:
+            elif parameter.numel() < least:
                 self._late.append((index, parameter))
             else:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
 
-    def begin(self, slot: Slot, written: npt.NDArray[np.uint8]) -> None:
-        """Direct the gradients of the coming backward pass to a slot; `written` marks them."""
+    def begin(
+        self, slot: Slot, written: npt.NDArray[np.uint8], early: tuple[int, int] | None = None
+    ) -> None:
+        """Direct the gradients of the coming backward pass to a slot; `written` marks them.
+
+        `early`: the step and the shard, if other hosts may have gradients as soon as they are
+        there.
+        """
         self.tables.begin()
+        self._early = early
         self._slot, self._written = slot, written
         written[:] = 0
 
@@ -98,7 +112,12 @@ class SlotWriter:
                 home.add_(gradient) if again else home.copy_(gradient)
                 if index in self._slot.numbers:
                     self._slot.numbers[index][0] = DENSE
-            self._written[index] = 1
+            self._written[index] = AGAIN if again else 1
+            if self._early is not None:
+                step, shard = self._early
+                self._control.ready[shard, index] = step + 1
+                if index in self._last:
+                    self._control.ring()
 
         return keep
 

@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
-SILENT_SECONDS = 10.0
-"""After so long without a sign of life a host is given up."""
 
 
 def open_hosts(
-    launcher: Launcher, source: Source, settings: Mapping[str, Any], host: Host
+    launcher: Launcher, source: Source, job: Job, settings: Mapping[str, Any], host: Host
 ) -> Hosts:
     """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
+
+    `settings` are those that were given, and that hosts need to load the task.
 
     Raises:
         JobError: the task was handed over as an object, which does not travel.
@@ -67,9 +67,9 @@ def open_hosts(
         "job": f"{source.label}-{secrets.token_hex(8)}",
         "task": source.name,
         "args": dict(source.args),
-        "settings": dict(settings),
+        "settings": {**settings, "host_seconds": job.host_seconds},
     }
-    hosts = Hosts(launcher, offer, facts_of(host.facts))
+    hosts = Hosts(launcher, offer, facts_of(host.facts), job.host_seconds)
     try:
         hosts.gather()
     except BaseException:
@@ -101,7 +101,7 @@ class Hosts:
         launcher: Launcher,
         offer: Mapping[str, Any],
         facts: Mapping[str, str],
-        silent_seconds: float = SILENT_SECONDS,
+        silent_seconds: float,
     ) -> None:
         """Listen, and offer the job. `offer` has the fields of `Offer` that the task decides."""
         self._launcher, self._silent_seconds = launcher, silent_seconds
@@ -111,10 +111,18 @@ class Hosts:
         name, job = launcher.identity.node, offer["job"]
         self._facts = facts
         self._transport = TcpTransport(
-            launcher.identity, job=job, facts={}, host=launcher.host, report=report, answer=True
+            launcher.identity,
+            job=job,
+            facts={},
+            host=launcher.host,
+            report=report,
+            answer=True,
+            silence=silent_seconds,
         )
         self.link = Link(self._transport)
-        self.station = Station(launcher.identity, launcher.host, job, report, self.link.wake)
+        self.station = Station(
+            launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
+        )
         self.capacities = {name: launcher.workers or numerics.cores()}
         """By host, how many workers it would run. The master's own is the first."""
         self._plan: Plan | None = None
@@ -339,7 +347,8 @@ class Hosts:
             for command in commands:
                 if isinstance(command, fleet.Abandon):
                     self._crew.sink.event("host_lost", host=command.name, why=command.why)
-                    self._crew.failures.host_died(command.name, command.why)
+                    silent = self.link.silent_for(command.name)
+                    self._crew.failures.host_died(command.name, command.why, silent)
                     self._transport.drop(command.name, command.why)
                 else:
                     last = command

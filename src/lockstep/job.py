@@ -171,6 +171,8 @@ class Job:
     stall_seconds: float | None = None
     """A worker that shows no sign of life for so long is replaced; default: ten times the longest
     step so far, at least 30 seconds (300 at first), and one second if the process is stopped."""
+    host_seconds: float = 10.0
+    """A host that gives no sign of life for so long is given up; the others go on."""
     audit: float = 0.0
     """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
     1: it finds silent corruption, at about that fraction of the computing time."""
@@ -254,7 +256,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
          "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints"), (int,)
     ),
     **dict.fromkeys(
-        ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds", "audit"),
+        ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds", "host_seconds",
+         "audit"),
         (int, float),
     ),
 }  # fmt: skip
@@ -262,6 +265,7 @@ _LEAST: dict[str, float] = {
     "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
     "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0, "audit": 0,
+    "host_seconds": 0.5,
 }  # fmt: skip
 _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}

@@ -114,7 +114,6 @@ class Nursery:
 
     def setup(self, request: Message, _: list[int]) -> None:
         """Build the shared state and tell the agent where everything lies."""
-        from lockstep.slots import map_slot
         from lockstep.worker import Session
 
         self.session = Session.build(
@@ -131,7 +130,7 @@ class Nursery:
             "event": "ready",
             "layout": shared.layout.to_message(),
             "control": dataclasses.asdict(shared.control.shape),
-            "slots": map_slot(shared.slots[0], shared.tables, len(shared.slots)).to_message(),
+            "slots": shared.slot_map().to_message(),
             "nbytes": [shared.segments[name].nbytes for name in names],
             "profile": numerics.profile(request["plan"]["numerics"], request["plan"]["threads"]),
         }

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import Table, TableGradient
-from lockstep.exchange import SlotMap, TableMap
+from lockstep.exchange import SlotMap, TableMap, fill_buckets
 from lockstep.layout import ALIGN, Range, merge_ranges
 
 
@@ -75,7 +75,7 @@ def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
         nbytes = tensor.numel() * tensor.dtype.itemsize
         return Range(offset=tensor.data_ptr() - start, nbytes=nbytes)
 
-    dense = [place(grad) for index, grad in enumerate(slot.grads) if index not in tables]
+    dense = {index: place(grad) for index, grad in enumerate(slot.grads) if index not in tables}
     found = [
         TableMap(
             home=place(slot.grads[index]),
@@ -88,7 +88,7 @@ def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
     return SlotMap(
         nbytes=slot.flat.numel(),
         slots=shards,
-        dense=tuple(merge_ranges(dense)),
+        buckets=fill_buckets(dense),
         tables=tuple(found),
         buffers=buffers[0],
     )

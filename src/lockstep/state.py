@@ -17,7 +17,7 @@ from torch import nn
 from lockstep.control import Control, ControlShape
 from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.exchange import most_subtrees
+from lockstep.exchange import SlotMap, most_subtrees
 from lockstep.job import Parameters, Task
 from lockstep.layout import Allocator, Block, Entry, Layout, Range, cut_blocks
 from lockstep.memory import Segment, check_available
@@ -29,7 +29,7 @@ from lockstep.optim import (
     param_groups_of,
 )
 from lockstep.probing import Kind, check_independent, may_cut
-from lockstep.slots import Slot, as_tensor, make_slot
+from lockstep.slots import Slot, as_tensor, make_slot, map_slot
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
@@ -59,6 +59,8 @@ class SharedState:
     """By shard."""
     sums: list[Slot]
     """Room for the sums of subtrees that go to other hosts; none in a job on one host."""
+    networked: bool
+    """Whether other hosts may take part."""
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
     reduced: list[torch.Tensor] | None
@@ -94,6 +96,10 @@ class SharedState:
         block = self.blocks[number]
         tensor = self.view(state_name(self.names[block.param], block, key))
         return self._run(tensor, block) if key.form == "like" else tensor
+
+    def slot_map(self) -> SlotMap:
+        """What of a slot other hosts get."""
+        return map_slot(self.slots[0], self.tables, len(self.slots))
 
     def buffer_ranges(self) -> list[Range]:
         """The bytes of the state segment that hold the committed buffers."""
@@ -380,6 +386,7 @@ def _allocate(
         tables=tables,
         slots=[],
         sums=[],
+        networked=networked,
         grad_offsets=grad_offsets,
         reduced=None,
         state_bytes=state_flat,

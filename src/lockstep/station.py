@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from lockstep import numerics
 from lockstep.control import RING
 from lockstep.errors import IntegrityError, NetworkError
 from lockstep.exchange import Arrangement, cut
@@ -44,9 +45,17 @@ class Station:
     """Made by an agent for one job. All but `troubles` is for the agent's main thread."""
 
     def __init__(
-        self, identity: Identity, address: str, job: str, report: Report, wake: Callable[[], None]
+        self,
+        identity: Identity,
+        address: str,
+        job: str,
+        report: Report,
+        wake: Callable[[], None],
+        silence: float,
     ) -> None:
-        """`wake` is called, from any thread, when there is a trouble to be looked at."""
+        """`wake` is called, from any thread, when there is a trouble to be looked at. `silence`:
+        after so many seconds without a word a machine is lost."""
+        self._silence = silence
         self.identity, self.address, self.job = identity, address, job
         self._report, self._wake = report, wake
         self.generation = 0
@@ -67,6 +76,7 @@ class Station:
             job=f"{self.job}/{generation}",
             facts={},  # were compared when the hosts met the master
             host=self.address,
+            silence=self._silence,
             report=self._report,
         )
         return self._mesh.address
@@ -82,9 +92,15 @@ class Station:
         self._mesh.connect(others, CONNECT_SECONDS)
 
     def start(
-        self, host: Host, arrangement: Arrangement, step: int, seats: Callable[[], Sequence[int]]
+        self,
+        host: Host,
+        arrangement: Arrangement,
+        step: int,
+        seats: Callable[[], Sequence[int]],
+        threads: int,
     ) -> None:
-        """Exchange from this step on. Called when everybody rests."""
+        """Exchange from this step on. Called when everybody rests. `threads` are those in which the
+        host's workers compute."""
         if len(arrangement.parts) == 1:
             return
         assert self._mesh is not None
@@ -103,6 +119,7 @@ class Station:
             arrangement,
             seats,
             failed,
+            spare=numerics.cores() > threads,
         )
         self._exchanger.start(step)
 

@@ -139,6 +139,7 @@ class Stepper:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
+        self._early = bool(part.subtrees) and not self._audit_fraction
         self._sums = SubtreeSums(
             self.shared, part.subtrees, part.mine, part.blocks, part.rank, part.workers
         )
@@ -189,7 +190,7 @@ class Stepper:
             self._combine_buffers(step)
         self._fault("update_done", step)
         updated = clock()
-        barrier.arrive(progress_of(step, Phase.UPDATED))
+        barrier.arrive(progress_of(step, Phase.UPDATED), ring=bool(self.part.subtrees))
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
@@ -217,7 +218,7 @@ class Stepper:
             mine = [shard for shard in active if shard in self.part.mine]
             self._sums.sum(Presence(self.control, mine))
         self._fault("exchange", step)
-        self.barrier.arrive(progress_of(step, Phase.SUMMED), wake=True)
+        self.barrier.arrive(progress_of(step, Phase.SUMMED), ring=True)
         self.barrier.await_exchange(step)
         return Presence(self.control, active, subtrees)
 
@@ -276,7 +277,8 @@ class Stepper:
         self._buffers.restore(self.shared.committed)
         self._modes.restore()
         versions = [tensor._version for _, tensor in self._kept]
-        self._writer.begin(slot, written)
+        early = self._early and slot is self.shared.slots[shard]
+        self._writer.begin(slot, written, (step, shard) if early else None)
         self._fault("forward", step, shard)
         with self._precision():
             loss = self.task.loss(self.shared.model, batch)

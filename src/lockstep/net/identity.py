@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import IdentityError
+from lockstep.net.stream import TlsStream
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 KEY, CERTIFICATE, AUTHORITY = "node.key", "node.pem", "authority.pem"
@@ -113,7 +114,7 @@ def newcomer_context(authority: str | None) -> ssl.SSLContext:
     return context
 
 
-def peer_name(sock: ssl.SSLSocket) -> str:
+def peer_name(sock: TlsStream) -> str:
     """The name in the peer's certificate, which TLS has verified.
 
     Raises:

@@ -20,6 +20,8 @@ from lockstep.net.frames import TENSORS, Frame, Kind, Place, Reader, message_fra
 from lockstep.net.mailbox import Recency, Slip
 from lockstep.net.wire import SILENCE_SECONDS, closed, end, peer_errors
 
+SMALL = 8 << 10
+"""Bytes: a body up to this size is copied, to be sent at once with its header."""
 MAX_QUEUED = 4096
 """Frames that wait to be sent to one peer on one lane."""
 
@@ -100,9 +102,11 @@ class Outgoing:
                 f"host {self._peer}", "that it reads what it is sent", SILENCE_SECONDS
             ):
                 while (item := self._items.get()) is not None:
-                    self._sock.sendall(item.head)
+                    if item.body is None or len(item.body) > SMALL:
+                        self._sock.sendall(item.head)
                     if item.body is not None:
-                        self._sock.sendall(item.body)
+                        small = len(item.body) <= SMALL
+                        self._sock.sendall(item.head + item.body if small else item.body)
                     if item.slip is not None:
                         item.slip.finish()
         except NetworkError as error:

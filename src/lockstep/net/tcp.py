@@ -28,6 +28,7 @@ from lockstep.net.mailbox import Inbox, Slip, as_bytes, sending
 from lockstep.net.peer import Peer
 from lockstep.net.transport import Heard, Key, Report, ignore
 from lockstep.net.wire import (
+    SILENCE_SECONDS,
     Deadline,
     address_of,
     closed,
@@ -64,6 +65,7 @@ class TcpTransport:
         host: str = "127.0.0.1",
         port: int = 0,
         answer: bool = False,
+        silence: float = SILENCE_SECONDS,
         report: Report = ignore,
     ) -> None:
         """Listen, by default on loopback only and on a port that the kernel chooses.
@@ -72,12 +74,14 @@ class TcpTransport:
         it comes from and the port that its hello names. A host that cannot be reached there
         within ten seconds is dropped. Who shall `connect` whom otherwise is for the hosts to know.
 
+        A machine that has acknowledged nothing for `silence` seconds is lost.
+
         Raises:
             IdentityError: the identity cannot be used.
             OSError: nobody can listen there.
         """
         self.node = identity.node
-        self._answers, self._report = answer, report
+        self._answers, self._report, self._silence = answer, report, silence
         self._server, self._client = identity.server_context(), identity.client_context()
         self._peers: dict[str, Peer] = {}
         self._lost: list[Peer] = []
@@ -216,7 +220,7 @@ class TcpTransport:
                     raise refusal(name, answer)
                 check_hello(self._hello, parse_hello(answer), name)
                 sock.settimeout(None)
-                notice_silence(sock)
+                notice_silence(sock, self._silence)
                 self._attach(name, lane, sock)
         except BaseException as error:
             if sock is not None:
@@ -298,7 +302,7 @@ class TcpTransport:
                 if lane in peer.incoming:
                     raise PeerClosedError(f"host {name} is connected already")
             send_message(sock, Kind.WELCOME, self._hello.to_message(), limit)
-            notice_silence(sock)
+            notice_silence(sock, self._silence)
             with self._changed:
                 if peer is not self._current(name) or lane in peer.incoming:
                     raise PeerClosedError(f"host {name} connects twice at once")

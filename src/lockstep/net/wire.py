@@ -11,6 +11,7 @@ from typing import Any
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError
 from lockstep.net.frames import Kind, Message, Reader, message_frame, parse_message
+from lockstep.net.stream import TlsStream
 
 SILENCE_SECONDS = 20.0
 """After which a machine that acknowledges nothing counts as dead."""
@@ -128,13 +129,13 @@ def receive_message(
             return frame.header.kind, parse_message(frame.body)
 
 
-def wrap(sock: socket.socket, context: ssl.SSLContext, *, server: bool) -> ssl.SSLSocket:
+def wrap(sock: socket.socket, context: ssl.SSLContext, *, server: bool) -> TlsStream:
     """The socket with TLS, before its handshake. `sock` is of no use from then on."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
+    return TlsStream(sock, context, server=server)
 
 
-def handshake(sock: ssl.SSLSocket, deadline: Deadline) -> None:
+def handshake(sock: TlsStream, deadline: Deadline) -> None:
     """Do TLS's handshake."""
     sock.settimeout(deadline.left())
     sock.do_handshake()
