@@ -24,7 +24,8 @@ from benchmarks.namespaces import Network
 from lockstep.net.transport import Report, ignore
 
 MODELS = ("softmax", "mlp", "cnn", "transformer", "embedding")
-LIMIT = 240.0
+LARGE = "large"
+LIMIT = 400.0
 AGENT = """
 import json, sys
 from pathlib import Path
@@ -84,13 +85,14 @@ def member_lockstep(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = Path(args.folder)
     launcher = Launcher(folder, args.host, args.peer, json.loads(args.enter))
-    batch = models.CASES[args.model].batch * models.WORLD
+    batch = models.find(args.model).batch * models.WORLD
     with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as out:
         result = lockstep.run(
             "benchmarks.tasks:Benchmark",
             args={"name": args.model},
             on=launcher,
             steps=args.steps,
+            local_steps=args.local_steps,
             batch_size=batch,
             workers=2,
             shards=2,
@@ -130,16 +132,19 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def lockstep_once(network: Network, folder: Path, model: str, steps: int) -> dict[str, Any]:
-    """Samples per second and bytes per step of Lockstep."""
+def lockstep_once(
+    network: Network, folder: Path, model: str, steps: int, local_steps: int
+) -> dict[str, Any]:
+    """Samples per second and bytes per batch of Lockstep."""
     sent = network.sent(1)
     process = _member(
-        network, 0, "lockstep", model, "--steps", str(steps), "--folder", str(folder),
+        network, 0, "lockstep", model, "--steps", str(steps),
+        "--local-steps", str(local_steps), "--folder", str(folder),
         "--host", network.address(0), "--peer", network.address(1),
         "--enter", json.dumps(network.within(1, [])),
     )  # fmt: skip
     found = _answer(process)
-    return {**found, "bytes": (network.sent(1) - sent) / steps}
+    return {**found, "bytes": (network.sent(1) - sent) / steps / local_steps}
 
 
 def ddp_once(network: Network, folder: Path, model: str, seconds: float) -> dict[str, Any]:
@@ -160,21 +165,23 @@ def gradient_bytes(model: str) -> int:
     """Bytes of a gradient."""
     from benchmarks import models
 
-    return sum(p.numel() * p.element_size() for p in models.CASES[model].model().parameters())
+    return sum(p.numel() * p.element_size() for p in models.find(model).model().parameters())
 
 
 def compare(
-    network: Network, folder: Path, model: str, repeats: int, seconds: float
+    network: Network, folder: Path, model: str, repeats: int, seconds: float, local_steps: int
 ) -> dict[str, Any]:
     """Medians of interleaved repetitions."""
     first = ddp_once(network, folder, model, seconds / 2)
-    from benchmarks.models import CASES
+    from benchmarks.models import find
 
-    steps = max(20, int(seconds * first["rate"] / (2 * CASES[model].batch)))
+    steps = max(20, int(seconds * first["rate"] / (2 * find(model).batch)))
+    if local_steps > 1:
+        steps = 3
     rates: dict[str, list[float]] = {"lockstep": [], "ddp": []}
     wire = []
     for _ in range(repeats):
-        found = lockstep_once(network, folder, model, steps)
+        found = lockstep_once(network, folder, model, steps, local_steps)
         rates["lockstep"].append(found["rate"])
         wire.append(found["bytes"])
         rates["ddp"].append(ddp_once(network, folder, model, seconds)["rate"])
@@ -212,11 +219,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", nargs="?", default="compare", choices=["compare", "member"])
     parser.add_argument("kind", nargs="?", choices=["lockstep", "ddp"])
-    parser.add_argument("model", nargs="?", choices=MODELS)
+    parser.add_argument("model", nargs="?", choices=[*MODELS, LARGE])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rates", default="none,1gbit,100mbit")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--write", type=Path)
     for name in ("folder", "host", "peer", "enter", "token"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -239,7 +247,7 @@ def main() -> int:
             if rate != "none":
                 network.limit(rate)
             for model in args.models.split(","):
-                row = compare(network, folder, model, args.repeats, args.seconds)
+                row = compare(network, folder, model, args.repeats, args.seconds, args.local_steps)
                 rows.append((rate, row))
                 print(table([rows[-1]]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))

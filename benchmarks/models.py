@@ -41,16 +41,14 @@ class Lookup(nn.Module):
 class TinyTransformer(nn.Module):
     """Two encoder layers of width 128 with four heads, over 64 tokens; classes from the mean."""
 
-    tokens, width, length, classes = 1000, 128, 64, 10
+    tokens, length, classes = 1000, 64, 10
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 128) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            self.width, 4, 4 * self.width, dropout=0.0, batch_first=True
-        )
-        self.embed = nn.Embedding(self.tokens, self.width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.embed = nn.Embedding(self.tokens, width)
         self.encoder = nn.TransformerEncoder(layer, 2)
-        self.out = nn.Linear(self.width, self.classes)
+        self.out = nn.Linear(width, self.classes)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits `[n, 10]` of token numbers `[n, 64]`, int64."""
@@ -105,6 +103,15 @@ class Case:
         return inputs, torch.randint(self.classes, (SAMPLES,), generator=generator)
 
 
+LARGE_WIDTH = 640
+"""With which the transformer has 10.5 million parameters."""
+
+
+def large_transformer() -> nn.Module:
+    """The transformer, scaled to 10.5 million parameters."""
+    return TinyTransformer(LARGE_WIDTH)
+
+
 CASES: dict[str, Case] = {
     "softmax": Case(build=_softmax, shape=(784,), values=None, classes=10, batch=64),
     "mlp": Case(build=_mlp, shape=(784,), values=None, classes=10, batch=64),
@@ -112,6 +119,16 @@ CASES: dict[str, Case] = {
     "transformer": Case(build=TinyTransformer, shape=(64,), values=1000, classes=10, batch=16),
     "embedding": Case(build=Lookup, shape=(8,), values=Lookup.rows, classes=2, batch=256),
 }
+
+BESIDE: dict[str, Case] = {
+    "large": Case(build=large_transformer, shape=(64,), values=1000, classes=10, batch=16),
+}
+"""For single questions, and not in the table of all contenders."""
+
+
+def find(name: str) -> Case:
+    """The case of this name."""
+    return {**CASES, **BESIDE}[name]
 
 
 def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -57,7 +57,7 @@ def contend(
 
     alone = contender == "threads"
     torch.set_num_threads(models.WORLD if alone else 1)
-    case = models.CASES[name]
+    case = models.find(name)
     batch = case.batch * (models.WORLD if alone else 1)
     world = 1 if alone else models.WORLD
     model = case.model()
@@ -217,7 +217,7 @@ def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[st
     import lockstep as package
     from benchmarks import models, tasks
 
-    batch = models.CASES[name].batch * models.WORLD
+    batch = models.find(name).batch * models.WORLD
     fixed: dict[str, Any] = {"workers": models.WORLD, "shards": models.WORLD, "threads": 1}
     with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as folder:
         began = time.perf_counter()

@@ -84,7 +84,9 @@ class Agent:
         self.host, self.link, self.station, self.master = host, link, station, offer.master
         self._silent_seconds = float(offer.settings.get("host_seconds", 10.0))
         self.crew: Following | None = None
-        self._ended = False
+        self._ready = self._ended = False
+        self._asked: Mapping[str, Any] | None = None
+        """A round of held-out batches that is still to be done."""
 
     def run(self, workers: int) -> None:
         """Load the task, say that this host is there, and serve."""
@@ -122,6 +124,9 @@ class Agent:
         while self.station.troubles:
             trouble = self.station.troubles.popleft()
             self._trouble(trouble.generation, trouble.peer, trouble.why)
+        if not self._ready and crew.members.complete:
+            self._ready = True  # only now: nobody is held up while workers start
+            self.link.tell(self.master, "ready", workers=crew.plan.workers)
         standing = crew.stands()
         if standing is not None:
             self.link.tell(
@@ -130,8 +135,21 @@ class Agent:
                 generation=self.station.generation,
                 standing=standing.to_message(),
             )
+        if self._asked is not None and crew.rests_at(self._asked["step"]):
+            self._evaluate(crew, self._asked)
+            self._asked = None
         crew.grant()
         crew.watch()
+
+    def _evaluate(self, crew: Following, asked: Mapping[str, Any]) -> None:
+        """Do this host's part of a round of held-out batches, and send what comes of each."""
+        batches = [int(batch) for batch in asked["batches"]]
+        for batch, result in zip(batches, crew.evaluation.divide("evaluate", batches), strict=True):
+            answer = {"round": asked["round"], "batch": batch}
+            try:
+                self.link.transport.tell(self.master, {"op": "batch", **answer, "result": result})
+            except ProtocolError:  # too long: the master computes it itself
+                self.link.tell(self.master, "batch", **answer, result=None)
 
     def _trouble(self, generation: int, peer: str, why: str) -> None:
         self.link.tell(self.master, "trouble", generation=generation, other=peer, why=why)
@@ -168,6 +186,8 @@ class Agent:
             case "refused":
                 error = from_message(message["error"])
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
+            case "evaluate":
+                self._asked = message
             case "end":
                 self._ended = True
 
@@ -176,7 +196,6 @@ class Agent:
         self.crew = Following(self.host, plan, Forward(self), None, station=self.station)
         self.crew.agent = self
         self.crew.decide(membership.Begin())
-        self.link.tell(self.master, "ready", workers=plan.workers)
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)
@@ -212,6 +231,15 @@ class Following(Crew):
 
     def _lease(self) -> int:
         return self.leased
+
+    def rests_at(self, step: int) -> bool:
+        """Whether everybody rests, with the state after so many steps."""
+        return (
+            not self.members.regrouping
+            and self.members.all_rest
+            and len(self._idle) == len(self.members.formed)
+            and self.step == step
+        )
 
     def _torn(self, why: str) -> None:
         assert self.station is not None

@@ -51,6 +51,8 @@ class Barrier:
             Regroup: the master has changed the membership.
         """
         control = self.control
+        if not self.others and control.epoch != self.epoch:
+            raise Regroup  # a lone worker waits for nobody who could hold it up
         for other in self.others:
             spins = self.spins
             while (seen := control.progress(other)) < progress:

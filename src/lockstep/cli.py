@@ -40,6 +40,7 @@ Threads = Annotated[int | None, typer.Option(help="Intra-op threads per worker."
 Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer updates, instead of --data-epochs.")]
 Batch = Annotated[int | None, typer.Option(help="Samples per step, over all workers.")]
+LocalSteps = Annotated[int | None, typer.Option(help="Updates between two exchanges.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
 EvalBatch = Annotated[int | None, typer.Option(help="Samples per held-out batch.")]
 MaxWorkers = Annotated[int | None, typer.Option(help="How far `scale` may go.")]
@@ -70,6 +71,7 @@ def run(
     data_epochs: Epochs = None,
     steps: Steps = None,
     batch_size: Batch = None,
+    local_steps: LocalSteps = None,
     seed: Seed = None,
     eval_batch_size: EvalBatch = None,
     max_workers: MaxWorkers = None,
@@ -141,6 +143,7 @@ def plan(
     data_epochs: Epochs = None,
     steps: Steps = None,
     batch_size: Batch = None,
+    local_steps: LocalSteps = None,
     seed: Seed = None,
     eval_batch_size: EvalBatch = None,
     max_workers: MaxWorkers = None,

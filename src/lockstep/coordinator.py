@@ -8,17 +8,15 @@ coordinator evaluates, copies the state or ends the run. Its own host's workers 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lockstep import membership
-from lockstep.channel import Message
 from lockstep.control import RING
 from lockstep.crew import Crew
 from lockstep.desk import Request
 from lockstep.errors import StoppedError
-from lockstep.evaluation import Evaluation
 from lockstep.host import Host
 from lockstep.planning import Plan
 from lockstep.sink import Sink
@@ -88,7 +86,6 @@ class Coordinator(Crew):
         self._requests = requests
         self._stop = schedule.next_stop(step)
         self._checkpointed = time.monotonic()
-        self.evaluation = Evaluation(self)
         self._checkpoint_asked = self._stop_asked = self._paused = False
 
     def run(self) -> None:
@@ -178,8 +175,14 @@ class Coordinator(Crew):
         assert self.hosts is not None
         self.hosts.torn(why)
 
-    def _answered(self, message: Message) -> None:
-        self.evaluation.heard(message)
+    def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
+        if self.hosts is None:
+            return list(batches)
+        return self.hosts.share_out(number, batches)
+
+    def gather(self) -> None:
+        if self.hosts is not None:
+            self.hosts.gather_batches()
 
     # At rest: the state is committed and nobody writes to it.
 

@@ -20,6 +20,7 @@ from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
+from lockstep.evaluation import Evaluation
 from lockstep.exchange import Arrangement
 from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
@@ -92,6 +93,7 @@ class Crew:
         self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
         self.arrangement: Arrangement | None = None
         self._has_state, self._stood = step is not None, False
+        self.evaluation = Evaluation(self)
         self._idle: dict[int, int] = {}
         self._marked = step or 0
         """The last step at whose end the base is, or will be, brought up to date."""
@@ -273,8 +275,7 @@ class Crew:
         self.history.settle(step)
         self._set_words(step)
         if action == "copy":
-            self.host.base.take(step)
-            control.base_due[:] = 0
+            control.base_due[:] = 0  # the workers make the base when they begin
         self._has_state = True
 
     def _set_words(self, step: int) -> None:
@@ -346,7 +347,7 @@ class Crew:
             case "regroup" | "inferred":
                 self.decide(membership.Rested(seat.number))
             case "batch" | "scored":
-                self._answered(message)
+                self.evaluation.heard(message)
             case "corrupt":
                 facts = {name: value for name, value in message.items() if name != "event"}
                 self.sink.event("corrupt", host=self.host.name, **facts)
@@ -359,8 +360,14 @@ class Crew:
                 error = from_message(message["error"])
                 raise self.failures.raised(error, message["step"], self.snapshot)
 
-    def _answered(self, message: Message) -> None:
-        """Take what a worker has made of a held-out batch."""
+    # Held-out data. With other hosts, the master shares the batches out.
+
+    def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
+        """Give other hosts their part of the batches, under the number of a round; the rest."""
+        return list(batches)
+
+    def gather(self) -> None:
+        """Wait for what other hosts have made of theirs."""
 
     def _admit(self, number: int, probe: str) -> None:
         expected = self.host.facts["probe"]

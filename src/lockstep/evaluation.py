@@ -1,7 +1,8 @@
-"""Evaluation, the master's end: held-out batches go to the workers, what they make of them comes
+"""Evaluation, an agent's end: held-out batches go to the workers, what they make of them comes
 back. The same for predictions.
 
-The state is at rest meanwhile. When a worker dies, its successors do the batches that are missing.
+The state is at rest meanwhile. When a worker dies, its successors do the batches that are missing;
+what other hosts have not answered when they are lost, the master's own workers do.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from lockstep.errors import TaskError
 from lockstep.held_out import Outputs, batch_count, combine, gather
 
 if TYPE_CHECKING:
-    from lockstep.coordinator import Coordinator
+    from lockstep.crew import Crew
 
 SCORE_SECONDS = 300.0
 """The longest that `Task.score` and `Task.baseline` may take together."""
 
 
 class Evaluation:
-    """What a coordinator does between two rests to evaluate. It hands on the workers' answers."""
+    """What a crew does between two rests to evaluate. It hands on the workers' answers."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self.coordinator = coordinator
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
         self._round = 0
         self._results: dict[int, Any] = {}
         self._scored: Message | None = None
@@ -42,7 +43,7 @@ class Evaluation:
 
     def run(self) -> dict[str, float]:
         """The held-out metrics of the state at rest."""
-        shell, plan = self.coordinator, self.coordinator.plan
+        shell, plan = self.crew, self.crew.plan
         results = self.divide(
             "evaluate", range(batch_count(plan.eval_samples, plan.eval_batch_size))
         )
@@ -54,21 +55,24 @@ class Evaluation:
 
     def divide(self, what: Literal["evaluate", "predict"], batches: Sequence[int]) -> list[Any]:
         """What the workers make of each batch, in order; each batch is done by one of them."""
-        shell = self.coordinator
+        shell = self.crew
         self._results.clear()
+        others = True
         while missing := [batch for batch in batches if batch not in self._results]:
             shell.await_rest()
-            self._ask(what, missing)
+            self._round += 1
+            self._ask(what, shell.share_out(self._round, missing) if others else missing)
             shell.await_rest()
             shell.failures.evaluating = False
+            shell.gather()
+            others = False  # what other hosts have not answered is done here
         shell.failures.evaluated()
         return [self._results[batch] for batch in batches]
 
     def _ask(self, what: str, batches: Sequence[int]) -> None:
         """Divide batches among those who rest, and wait until they have done them, or one died."""
-        shell = self.coordinator
+        shell = self.crew
         seats, epoch = shell.members.formed, shell.control.epoch
-        self._round += 1
         shell.failures.evaluating = True
         for rank, seat in enumerate(seats):
             shell.control.forget_shard(seat)
@@ -81,7 +85,7 @@ class Evaluation:
 
     def _score(self, seat: int, outputs: Outputs) -> dict[str, float] | None:
         """The metrics of all outputs together, and at the end the baseline; None: `seat` died."""
-        shell = self.coordinator
+        shell = self.crew
         epoch, ends = shell.control.epoch, shell.step >= shell.plan.steps
         if not outputs and not ends:
             return {}

@@ -169,10 +169,10 @@ FRAME_BYTES = 64 << 20
 """The most that is sent at once."""
 
 
-def cut(item: Range) -> Iterator[Range]:
-    """A range in pieces that can be sent."""
-    for start in range(0, item.nbytes, FRAME_BYTES):
-        yield Range(offset=item.offset + start, nbytes=min(FRAME_BYTES, item.nbytes - start))
+def cut(item: Range, most: int = FRAME_BYTES) -> Iterator[Range]:
+    """A range in pieces that can be sent, of at most so many bytes."""
+    for start in range(0, item.nbytes, most):
+        yield Range(offset=item.offset + start, nbytes=min(most, item.nbytes - start))
 
 
 def leaf_slots(parts: Sequence[range], mine: range, shards: int) -> dict[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet, numerics
@@ -133,6 +133,14 @@ class Hosts:
         self._leased = -1
         self._fleet = Fleet(master=name)
         self._standings: dict[str, Standing] = {}
+        self._asked: dict[str, set[int]] = {}
+        """Held-out batches that other hosts have not answered yet."""
+        self._kept: list[Heard] = []
+        """What was heard while answers were waited for."""
+        self._troubled_at = -1
+        """The step at which hosts last had trouble with each other."""
+        self._held_at = 0.0
+        """Since when hosts have been held without a step in between; 0: they go on."""
         launcher.report = report
         self._expected = launcher.offer(
             Offer(master=name, address=self._transport.address, **offer)
@@ -257,7 +265,8 @@ class Hosts:
         events: list[fleet.Event] = []
         for who, why in self._reported():
             self._crew.sink.event("connection", peer=who, why=why)
-        for heard in self.link.take():
+        kept, self._kept = self._kept, []
+        for heard in [*kept, *self.link.take()]:
             events += self._heard(heard)
         for name in self._fleet.members:
             silent = self.link.silent_for(name)
@@ -272,6 +281,13 @@ class Hosts:
         if standing is not None:
             generation = self._fleet.generation
             events.append(fleet.Stood(self._fleet.master, generation, standing))
+        committed = self._crew.history.committed_at
+        if self._held_at and committed > self._held_at and not self._fleet.regrouping:
+            stalled = round((committed - self._held_at) * 1e3, 2)
+            self._crew.sink.event(
+                "regrouped", generation=self._fleet.generation, stalled_ms=stalled
+            )
+            self._held_at = 0.0
         if self._fleet.troubles and self._crew.step > self._troubled_at:
             events.append(fleet.Moved())
         self._decide(events)
@@ -286,6 +302,48 @@ class Hosts:
             self._leased = step
             for name in self._others():
                 self.link.tell(name, "lease", step=step)
+
+    # Held-out batches, while all rest.
+
+    def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
+        """Give the other hosts their part of a round of held-out batches, by their numbers of
+        workers; returns that of the master's own."""
+        assert self._crew is not None
+        workers = {name: member.workers for name, member in self._fleet.members.items()}
+        total, before = sum(workers.values()), workers.pop(self._fleet.master)
+        self._asked = {}
+        rest = list(batches[: len(batches) * before // total + 1])
+        for name, count in workers.items():
+            first = max(len(rest), len(batches) * before // total)
+            before += count
+            mine = list(batches[first : len(batches) * before // total])
+            self._asked[name] = set(mine)
+            message = {"round": number, "step": self._crew.step, "batches": mine}
+            self.link.tell(name, "evaluate", **message)
+        return rest
+
+    def gather_batches(self) -> None:
+        """Wait for the answers. Who is lost, or torn, is not waited for."""
+        assert self._crew is not None
+        while waiting := [name for name, batches in self._asked.items() if batches]:
+            self._kept += [heard for heard in self._hear(0.2) if not self._is_answer(heard)]
+            for name in waiting:
+                gone = any(heard.peer == name for heard in self._kept)
+                if gone or self.link.silent_for(name) > self._silent_seconds:
+                    self._asked[name] = set()
+
+    def _is_answer(self, heard: Heard) -> bool:
+        """Take an answer to a held-out batch."""
+        assert self._crew is not None
+        message = heard.message or {}
+        if message.get("op") != "batch":
+            return bool(message.get("op") in ("event", "recovered")) and not self._said(
+                heard.peer, message
+            )
+        self._asked.get(heard.peer, set()).discard(message["batch"])
+        if message["result"] is not None:
+            self._crew.evaluation.heard({**message, "event": "batch"})
+        return True
 
     def end(self) -> None:
         """The run is over: let the agents go."""
@@ -357,13 +415,12 @@ class Hosts:
                         hosts=sorted(self._fleet.members), going_on=isinstance(last, fleet.Arrange),
                     )  # fmt: skip
         if isinstance(last, fleet.Hold):
+            self._held_at = self._held_at or time.monotonic()
             for name in self._others():
                 self.link.tell(name, "hold", generation=last.generation)
             self._crew.hold(last.generation)
         elif isinstance(last, fleet.Arrange):
             self._arrange(last)
-
-    _troubled_at = -1
 
     def _arrange(self, command: fleet.Arrange) -> None:
         assert self._crew is not None

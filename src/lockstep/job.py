@@ -137,8 +137,8 @@ class Job:
     """A task and the settings of its run. `None` means: let the plan decide.
 
     What the numbers depend on: the task, `seed`, `batch_size`, `shards`, `threads`,
-    `clip_grad_norm`, `precision`, `numerics`. What they do not depend on: everything else,
-    `workers` first of all.
+    `local_steps`, `clip_grad_norm`, `precision`, `numerics`. What they do not depend on: everything
+    else, `workers` first of all.
     """
 
     task: Task | str
@@ -157,6 +157,10 @@ class Job:
     """V, the fixed slices of each batch; default: the number of workers planned."""
     threads: int | None = None
     """Intra-op threads per worker; default: cores divided by workers."""
+    local_steps: int = 1
+    """Optimizer updates that each shard makes by itself between two exchanges (see
+    `lockstep.local_steps`): for slow links between hosts. A step is then a round of so many
+    batches. It changes the numbers, for any number of workers alike."""
     seed: int = 0
     clip_grad_norm: float | None = None
     """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it."""
@@ -229,6 +233,13 @@ class Job:
                     expected=" or ".join(allowed),
                     found=repr(getattr(self, name)),
                 )
+        if self.local_steps > 1 and self.clip_grad_norm is not None:
+            raise JobError(
+                "clip_grad_norm does not go with local_steps: no gradient of all shards is made",
+                expected="one of them",
+                found=f"local_steps = {self.local_steps}, clip_grad_norm = {self.clip_grad_norm}",
+                fix="leave one out",
+            )
         if self.workers and self.shards and self.shards < self.workers:
             raise JobError(
                 "there are more workers than shards: some would never have work",
@@ -253,7 +264,7 @@ _KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("steps", "batch_size", "workers", "shards", "threads", "seed", "eval_batch_size",
-         "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints"), (int,)
+         "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints", "local_steps"), (int,)
     ),
     **dict.fromkeys(
         ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds", "host_seconds",
@@ -265,7 +276,7 @@ _LEAST: dict[str, float] = {
     "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
     "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0, "audit": 0,
-    "host_seconds": 0.5,
+    "host_seconds": 0.5, "local_steps": 1,
 }  # fmt: skip
 _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
 _ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}

@@ -87,6 +87,11 @@ class Nursery:
         settings = {} if job is None else _settings_of(job)
         seed = request["settings"].get("seed", settings.get("seed", 0))
         seed_everything(seed)
+        local_steps = request["settings"].get("local_steps", settings.get("local_steps", 1))
+        if local_steps > 1:
+            from lockstep.local_steps import LocalSteps
+
+            self.task = LocalSteps(self.task, local_steps)
         self.model = self.task.model()
         check_model(self.model)
         if request["records"] is None:

@@ -39,6 +39,7 @@ class Plan:
     eval_batch_size: int
     train_samples: int
     eval_samples: int
+    local_steps: int
     seed: int
     clip_grad_norm: float | None
     precision: str
@@ -174,9 +175,11 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         JobError, DataError: the settings do not fit each other or the data.
     """
     reasons = [why] if why else [_division_reason(job, facts, division)]
-    batch_size = job.batch_size or 64
+    batch_size = (job.batch_size or 64) * job.local_steps
     if job.batch_size is None:
         reasons.append("batch_size 64: the default")
+    if job.local_steps > 1:
+        reasons.append(f"a step is a round of {job.local_steps} batches, {batch_size} samples")
     if facts.train_samples < batch_size:
         raise DataError(
             "the training set is shorter than one batch",
@@ -211,9 +214,10 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         seats=min(max(division.workers, job.max_workers or 0), division.shards),
         steps=steps,
         batch_size=batch_size,
-        eval_batch_size=job.eval_batch_size or batch_size,
+        eval_batch_size=job.eval_batch_size or job.batch_size or 64,
         train_samples=facts.train_samples,
         eval_samples=facts.eval_samples if job.evaluate else 0,
+        local_steps=job.local_steps,
         seed=job.seed,
         clip_grad_norm=job.clip_grad_norm,
         precision=job.precision,

@@ -28,6 +28,8 @@ CONNECT_SECONDS = 5.0
 STATE_SECONDS = 600.0
 """The longest that a copy of the state may take."""
 DIGEST_BYTES = 32
+PIECE_BYTES = 4 << 20
+"""Pieces in which a state is sent: each is digested while the next is on its way."""
 LOSSES, NORM, DIGEST = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
 """Tags of what goes with a state, behind those of its pieces."""
 
@@ -145,13 +147,18 @@ class Station:
     def send_state(self, host: Host, step: int, peers: Sequence[str]) -> None:
         """Give the state after `step` committed steps to these hosts."""
         assert self._mesh is not None
-        digest = memoryview(_digest(host))
-        slips = [
-            self._mesh.send(peer, Key(Kind.STATE, step, tag), view)
-            for peer in peers
-            for tag, view in [*_pieces(host, step), (DIGEST, digest)]
-        ]
-        _await(slips)
+        mesh, digest = self._mesh, blake3()
+        slips: list[Pending] = []
+
+        def send(tag: int, view: memoryview) -> None:
+            slips.extend(mesh.send(peer, Key(Kind.STATE, step, tag), view) for peer in peers)
+
+        for tag, view in _pieces(host, step):
+            send(tag, view)
+            digest.update(view)  # while it is sent
+        send(DIGEST, memoryview(digest.digest(DIGEST_BYTES)))
+        for slip in slips:
+            slip.wait(STATE_SECONDS)
 
     def receive_state(self, host: Host, step: int, source: str) -> None:
         """Get the state from a host, in place of this one's.
@@ -161,36 +168,31 @@ class Station:
             IntegrityError: its bytes are not those that were sent.
         """
         assert self._mesh is not None
-        digest = bytearray(DIGEST_BYTES)
+        told = bytearray(DIGEST_BYTES)
+        items = list(_pieces(host, step))
         slips = [
             self._mesh.expect(source, Key(Kind.STATE, step, tag), view)
-            for tag, view in [*_pieces(host, step), (DIGEST, memoryview(digest))]
+            for tag, view in [*items, (DIGEST, memoryview(told))]
         ]
-        _await(slips)
-        found = _digest(host)
-        if found != digest:
+        digest = blake3()
+        for slip, (_, view) in zip(slips, items, strict=False):
+            slip.wait(STATE_SECONDS)
+            digest.update(view)  # while more comes
+        slips[-1].wait(STATE_SECONDS)
+        found = digest.digest(DIGEST_BYTES)
+        if found != told:
             raise IntegrityError(
                 f"the state from host {source} has changed on its way",
-                expected=f"digest {digest.hex()[:16]}…",
+                expected=f"digest {told.hex()[:16]}…",
                 found=f"digest {found.hex()[:16]}…",
                 fix="look for faulty memory on both hosts",
             )
 
 
-def _await(slips: Sequence[Pending]) -> None:
-    for slip in slips:
-        slip.wait(STATE_SECONDS)
-
-
-def _digest(host: Host) -> bytes:
-    with memoryview(host.state.map) as state:
-        return blake3(state[: host.state.nbytes]).digest(DIGEST_BYTES)
-
-
 def _pieces(host: Host, step: int) -> Iterator[tuple[int, memoryview]]:
     """The state, and what is known of the step before; by tag."""
     state = memoryview(host.state.map)
-    for tag, piece in enumerate(cut(Range(offset=0, nbytes=host.state.nbytes))):
+    for tag, piece in enumerate(cut(Range(offset=0, nbytes=host.state.nbytes), PIECE_BYTES)):
         yield tag, state[piece.offset : piece.offset + piece.nbytes]
     place = (step - 1) % RING
     yield LOSSES, host.control.losses[place].data.cast("B")
