@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network chaos clean
+.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -62,6 +62,10 @@ bench-stragglers: $(READY) ## Measure what a worker at a quarter of its speed co
 
 bench-network: $(READY) ## Measure the network between hosts, on loopback
 	$(BIN)/python -m benchmarks.network $(ARGS)
+
+bench-hosts: $(READY) ## Measure two hosts (network namespaces; as root) beside DDP, and a host's death
+	$(BIN)/python -m benchmarks.hosts $(ARGS)
+	$(BIN)/python -m benchmarks.host_recovery
 
 chaos: $(READY) ## Harm runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

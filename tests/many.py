@@ -29,12 +29,10 @@ from lockstep.errors import LockstepError
 from lockstep.net.identity import Identity
 from benchmarks.namespaces import Network
 from lockstep.offer import Offer
-from lockstep.processes import die_with_parent
-die_with_parent(int(sys.argv[3]))
 offer = Offer.from_message(json.load(sys.stdin))
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:
-    serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[4],
+    serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[3],
           report=report)
 except LockstepError as error:
     sys.exit(f"agent: {error}")
@@ -90,7 +88,6 @@ class Agents:
                     AGENT,
                     str(identity.folder),
                     str(workers),
-                    str(os.getpid()),
                     self._address(name),
                 ],
                 stdin=subprocess.PIPE,

@@ -13,6 +13,7 @@ import pytest
 
 import lockstep
 from lockstep.errors import (
+    IntegrityError,
     JobError,
     LockstepError,
     NonFiniteError,
@@ -311,6 +312,15 @@ def test_an_error_on_another_host_ends_the_job(site: Site) -> None:
     assert "step 2, shard 4" in str(raised.value)
     codes = on.wait()
     assert codes["b"] == 1, on.log("b")
+
+
+def test_hosts_that_drift_apart_are_found(site: Site) -> None:
+    """A bit that flips in one host's memory, where no audit looks."""
+    on = site.agents({"b": 1}, 1)
+    fault = Fault(seat=0, host="b", step=30, phase="barrier", kind="flip")
+    with pytest.raises(IntegrityError, match="host b and host master") as raised:
+        site.run("mlp", on, steps=400, faults=(fault,))
+    assert "step 64" in str(raised.value)
 
 
 # The master.

@@ -118,6 +118,9 @@ class Agent:
         """Lead the workers for a moment, and report."""
         crew.listen()
         crew.history.drain()
+        for step, digest in crew.history.marks.items():
+            self.link.tell(self.master, "recorded", step=step, digest=digest)
+        crew.history.marks.clear()
         recovered = crew.failures.recovered(crew.history.committed_at)
         if recovered:
             self.link.tell(self.master, "recovered", recoveries=recovered)

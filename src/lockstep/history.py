@@ -15,6 +15,9 @@ from lockstep.recovery import Patience, step_in_flight
 from lockstep.sampling import Sampling
 from lockstep.sink import Sink
 
+MARK_STEPS, MARKS = 64, 64
+"""Of every so many steps a digest is kept, of so many of them."""
+
 
 class History:
     """Drains the ring: every step once, when all members have committed and digested it."""
@@ -30,6 +33,9 @@ class History:
         self.loss = float("nan")
         self.committed_at = 0.0
         """When the last recorded step was committed, by the monotonic clock."""
+        self.marks: dict[int, str] = {}
+        """Digests of what was recorded of every 64th step, the newest ones: other hosts must have
+        recorded the same."""
         self.patience = Patience(plan.stall_seconds)
         self.sampling = Sampling(
             samples=plan.train_samples,
@@ -95,16 +101,18 @@ class History:
         norm = None if self.plan.clip_grad_norm is None else float(control.total_norms[place])
         if step == 0:
             self.sink.event("first_step")
-        self.sink.commit(
-            StepRecord(
-                step=step,
-                data_epoch=self.sampling.data_epoch(step),
-                samples=size,
-                loss=loss,
-                units=units,
-                norm=norm,
-            )
+        record = StepRecord(
+            step=step,
+            data_epoch=self.sampling.data_epoch(step),
+            samples=size,
+            loss=loss,
+            units=units,
+            norm=norm,
         )
+        self.sink.commit(record)
+        if step % MARK_STEPS == 0:
+            self.marks[step] = blake3(record.body().encode()).hexdigest(16)
+            self.marks.pop(step - MARKS * MARK_STEPS, None)
         self.committed_at = float(control.times[place])
         self.patience.step_took(self.clock.committed(self.committed_at, size))
         self.loss = loss

@@ -7,6 +7,7 @@ own crew. All calls come from the master's thread.
 from __future__ import annotations
 
 import secrets
+import select
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from lockstep import fleet, numerics
 from lockstep.agent import facts_of
 from lockstep.crew import Orders
 from lockstep.errors import (
+    IntegrityError,
     JobError,
     LockstepError,
     PeerTimeoutError,
@@ -63,15 +65,10 @@ def open_hosts(
             fix="put the task into a module that is installed on every host",
         )
     host.name = launcher.identity.node
-    offer = {
-        "job": f"{source.label}-{secrets.token_hex(8)}",
-        "task": source.name,
-        "args": dict(source.args),
-        "settings": {**settings, "host_seconds": job.host_seconds},
-    }
-    hosts = Hosts(launcher, offer, facts_of(host.facts), job.host_seconds)
+    name = f"{source.label}-{secrets.token_hex(8)}"
+    hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds)
     try:
-        hosts.gather()
+        hosts.gather(source, {**settings, "host_seconds": job.host_seconds})
     except BaseException:
         hosts.close()
         raise
@@ -99,17 +96,17 @@ class Hosts:
     def __init__(
         self,
         launcher: Launcher,
-        offer: Mapping[str, Any],
+        job: str,
         facts: Mapping[str, str],
         silent_seconds: float,
     ) -> None:
-        """Listen, and offer the job. `offer` has the fields of `Offer` that the task decides."""
+        """Listen for the agents of a job. `facts` are what they must have in common."""
         self._launcher, self._silent_seconds = launcher, silent_seconds
         self.reports: deque[tuple[str, str]] = deque()
         """Connections that were closed or refused: who, and why."""
         report: Report = lambda who, why: self.reports.append((who, why))  # noqa: E731
-        name, job = launcher.identity.node, offer["job"]
-        self._facts = facts
+        name = launcher.identity.node
+        self._job, self._facts = job, facts
         self._transport = TcpTransport(
             launcher.identity,
             job=job,
@@ -135,16 +132,17 @@ class Hosts:
         self._standings: dict[str, Standing] = {}
         self._asked: dict[str, set[int]] = {}
         """Held-out batches that other hosts have not answered yet."""
+        self._told: dict[tuple[str, int], str] = {}
+        """By host and step, a digest of what it has recorded, until it has been compared."""
         self._kept: list[Heard] = []
         """What was heard while answers were waited for."""
         self._troubled_at = -1
         """The step at which hosts last had trouble with each other."""
         self._held_at = 0.0
         """Since when hosts have been held without a step in between; 0: they go on."""
+        self._expected: tuple[str, ...] = ()
+        """The hosts that were there when the job was offered."""
         launcher.report = report
-        self._expected = launcher.offer(
-            Offer(master=name, address=self._transport.address, **offer)
-        )
 
     def __enter__(self) -> Hosts:
         return self
@@ -153,7 +151,8 @@ class Hosts:
         self.close()
 
     def close(self) -> None:
-        """Let go of everybody. Agents that were not told that the job is over take it for lost."""
+        """Let go of everybody, however the run has ended."""
+        self.end()
         self._launcher.close()
         self.station.close()
         self._transport.close()
@@ -161,12 +160,21 @@ class Hosts:
 
     # Before the run: gather those who are there, and tell them the plan.
 
-    def gather(self) -> None:
-        """Wait until the hosts that are known of have loaded the task.
+    def gather(self, source: Source, settings: Mapping[str, Any]) -> None:
+        """Offer the job, and wait until the hosts that there are have loaded the task.
 
         Raises:
             LockstepError: one of them cannot take part; says why.
         """
+        offer = Offer(
+            job=self._job,
+            master=self._fleet.master,
+            address=self._transport.address,
+            task=source.name,
+            args=dict(source.args),
+            settings=settings,
+        )
+        self._expected = self._launcher.offer(offer)
         self._await(self.capacities, "to load the task and its data")
 
     def set_up(self, plan: Plan, host: Host) -> dict[str, Any]:
@@ -202,8 +210,6 @@ class Hosts:
         return [self.reports.popleft() for _ in range(len(self.reports))]
 
     def _hear(self, seconds: float) -> list[Heard]:
-        import select
-
         select.select([self.link], [], [], seconds)
         return self.link.take()
 
@@ -277,6 +283,7 @@ class Hosts:
             events.append(
                 fleet.Trouble(self._fleet.master, trouble.generation, trouble.peer, trouble.why)
             )
+        self._compare()
         standing = self._crew.stands()
         if standing is not None:
             generation = self._fleet.generation
@@ -291,6 +298,26 @@ class Hosts:
         if self._fleet.troubles and self._crew.step > self._troubled_at:
             events.append(fleet.Moved())
         self._decide(events)
+
+    def _compare(self) -> None:
+        """Compare what hosts have recorded of the same steps: losses, and parts of the state.
+
+        Raises:
+            IntegrityError: it is not the same.
+        """
+        assert self._crew is not None
+        marks = self._crew.history.marks
+        for (name, step), digest in list(self._told.items()):
+            if step >= self._crew.step:
+                continue  # not recorded here yet
+            del self._told[name, step]
+            if marks.get(step, digest) != digest:
+                raise IntegrityError(
+                    f"host {name} and host {self._fleet.master} have computed different states",
+                    expected=f"the same record of step {step}: {marks[step]}",
+                    found=digest,
+                    fix="look for faulty memory on both; then resume from the last checkpoint",
+                )
 
     def torn(self, why: str) -> None:
         """The state of the master's own host is torn: all have to be regrouped."""
@@ -346,7 +373,7 @@ class Hosts:
         return True
 
     def end(self) -> None:
-        """The run is over: let the agents go."""
+        """The run is over: let the agents go. Without it they would take the master for lost."""
         for name in self._transport.peers:
             self.link.tell(name, "end")
 
@@ -381,6 +408,8 @@ class Hosts:
             case "trouble":
                 peer, why = str(message["other"]), str(message["why"])
                 return [fleet.Trouble(name, message["generation"], peer, why)]
+            case "recorded":
+                self._told[name, int(message["step"])] = str(message["digest"])
             case "event":
                 sink.event(str(message["name"]), **{**message["fields"], "host": name})
             case "recovered":
