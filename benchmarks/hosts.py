@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import namespaces
 from benchmarks.namespaces import Network
+from lockstep.net.transport import Report, ignore
 
 MODELS = ("softmax", "mlp", "cnn", "transformer", "embedding")
 LARGE = "large"
@@ -47,6 +48,7 @@ class Launcher:
         self.identity = Identity.load(folder / "one")
         self.host = host
         self.workers: int | None = 1
+        self.report: Report = ignore
         self._folder, self._peer, self._enter = folder, peer, enter
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import Dataset, TensorDataset
 
 from benchmarks.namespaces import Network
+from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 from tests.hosts import Cluster
 from tests.zoo import CLASSES, FEATURES, SAMPLES, Vectors, normal, whole
@@ -64,6 +65,7 @@ class Agents:
         self.identity = cluster.identity("master")
         self.host = "127.0.0.1" if network is None else network.address(0)
         self.workers: int | None = here
+        self.report: Report = ignore
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._offer: Offer | None = None
 

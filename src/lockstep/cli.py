@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lockstep.cluster import commands
 from lockstep.errors import JobError, LockstepError
 
 if TYPE_CHECKING:
+    from lockstep.offer import Launcher
     from lockstep.result import Result
 
 app = typer.Typer(
@@ -49,6 +52,9 @@ EverySteps = Annotated[int | None, typer.Option(help="Checkpoint every N steps."
 EverySeconds = Annotated[float | None, typer.Option(help="... or seconds.")]
 Audit = Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")]
 Stall = Annotated[float | None, typer.Option(help="Replace a silent worker.")]
+On = Annotated[
+    str | None, typer.Option("--on", help="Other hosts: `up`, or a file with a join token.")
+]
 HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
 Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -79,14 +85,30 @@ def run(
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
     out: Out = None,
+    on: On = None,
+    state: commands.StateOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train a job. Further --options are arguments of the recipe or task: --model cnn."""
     from lockstep.api import run as run_job
 
-    settings = _given(ctx, skip=("job", "quiet", "as_json"))
-    _show(run_job(*_job(job, ctx.args), quiet=quiet, **settings), as_json)
+    settings = _given(ctx, skip=("job", "on", "state", "quiet", "as_json"))
+    with _launcher(on, state) as launcher:
+        result = run_job(*_job(job, ctx.args), quiet=quiet, on=launcher, **settings)
+    _show(result, as_json)
+
+
+@contextlib.contextmanager
+def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
+    """What brings agents to the hosts that `--on` names."""
+    if on is None:
+        yield None
+        return
+    from lockstep.cluster.launcher import open_launcher
+
+    with open_launcher(on, state, commands.report) as launcher:
+        yield launcher
 
 
 def _show(result: Result, as_json: bool) -> None:
@@ -157,13 +179,17 @@ def plan(
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     workers: Workers = None,
+    on: On = None,
+    state: commands.StateOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped or killed, to the same result."""
     from lockstep.api import resume as resume_run
 
-    _show(resume_run(run, workers=workers, quiet=quiet), as_json)
+    with _launcher(on, state) as launcher:
+        result = resume_run(run, workers=workers, quiet=quiet, on=launcher)
+    _show(result, as_json)
 
 
 @app.command()
@@ -317,6 +343,9 @@ def list_data(as_json: Json = False) -> None:
         print(f"{row['name']:<15} {row['where']:<10} {row['about']} ({row['licence']})")
 
 
+commands.add_to(app)
+
+
 def _given(ctx: typer.Context, skip: tuple[str, ...]) -> dict[str, Any]:
     """The settings that were given on the command line."""
     return {
@@ -368,8 +397,13 @@ def _value(text: str) -> Any:
 
 def main() -> None:
     """Entry point of the `lockstep` command."""
+    guarded(app)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a command line; errors become a message and an exit code."""
     try:
-        app()
+        command()
     except LockstepError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

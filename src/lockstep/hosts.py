@@ -142,6 +142,7 @@ class Hosts:
         """Since when hosts have been held without a step in between; 0: they go on."""
         self._expected: tuple[str, ...] = ()
         """The hosts that were there when the job was offered."""
+        launcher.report = report
 
     def __enter__(self) -> Hosts:
         return self

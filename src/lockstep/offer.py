@@ -10,6 +10,7 @@ from lockstep.errors import ProtocolError
 
 if TYPE_CHECKING:
     from lockstep.net.identity import Identity
+    from lockstep.net.transport import Report
 
 Address = tuple[str, int]
 
@@ -82,6 +83,8 @@ class Launcher(Protocol):
     """The address on which the master listens."""
     workers: int | None
     """How many workers the master's own host would run; None: as its cores allow."""
+    report: Report
+    """Told of a host whose agent cannot take part, and why. The master puts its own here."""
 
     def offer(self, offer: Offer) -> tuple[str, ...]:
         """Start an agent for this job on every host, and on each that is added until `close`.

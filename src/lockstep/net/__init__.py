@@ -6,7 +6,8 @@ tokens      an invitation that can be pasted: address, CA fingerprint, one-time 
 authority   the cluster's CA: makes keys, signs certificates
 identity    who a host is: its key, its certificate, and the TLS contexts made of them
 wire        one small message on a socket before a deadline; errors in our words
-joining     a newcomer shows a token and gets a certificate
+shared      the same without tokens, where all hosts have a secret file
+joining     a newcomer shows a secret and gets a certificate
 transport   the contract: send, expect, tell, hear
 mailbox     what was asked of a peer and is not done yet
 lanes       one connection, one direction, one thread

@@ -132,8 +132,23 @@ def fingerprint(certificate: str) -> bytes:
     Raises:
         IdentityError: it is not PEM.
     """
+    return hashlib.sha256(_der(certificate)).digest()
+
+
+def one_certificate(text: str) -> str:
+    """The certificate in a PEM text, and nothing else that the text may hold.
+
+    A fingerprint covers the first certificate alone; OpenSSL would trust a second one as well.
+
+    Raises:
+        IdentityError: it is not PEM.
+    """
+    return ssl.DER_cert_to_PEM_cert(_der(text))
+
+
+def _der(certificate: str) -> bytes:
     try:
-        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).digest()
+        return ssl.PEM_cert_to_DER_cert(certificate)
     except ValueError as error:
         raise IdentityError(
             "this is not a certificate", expected="PEM", found=str(error)
@@ -161,7 +176,7 @@ def check_private(path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise IdentityError(
-            f"the private key {path} is open to other users",
+            f"{path} is open to other users",
             expected="mode 0600",
             found=f"mode {mode:04o}",
             fix=f"if nobody has read it: chmod 600 {path}",

@@ -1,11 +1,12 @@
-"""Joining: a newcomer shows a token and gets a certificate. Its private key never leaves it.
+"""Joining: a newcomer shows a secret and gets a certificate. Its private key never leaves it.
 
     newcomer                                   host that enrols
-    TLS, nothing verified, nothing said   <->  its CA's certificate: is it the token's?
+    TLS, nothing verified, nothing said   <->  its CA's certificate: is it the invitation's?
     TLS again, to a host of that CA only  <->  its CA's certificate
     the secret, a certificate request      ->  uses the token up, signs
                                           <-   the certificate, and a greeting
 
+An invitation is a token, or what a rank makes of a secret that all hosts share (see `shared`).
 All other connections are mutual TLS. Who cannot show a token learns the CA's certificate and
 nothing else. What a newcomer may send is bounded, and so are its time, how many are served at
 once, and how often an address may try.
@@ -21,7 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lockstep.errors import (
     IdentityError,
@@ -31,7 +32,13 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.net.frames import Kind, Message
-from lockstep.net.identity import Identity, fingerprint, newcomer_context, peer_name
+from lockstep.net.identity import (
+    Identity,
+    fingerprint,
+    newcomer_context,
+    one_certificate,
+    peer_name,
+)
 from lockstep.net.tokens import Token, TokenBook
 from lockstep.net.transport import Report, ignore
 from lockstep.net.wire import (
@@ -56,6 +63,31 @@ MAX_SERVED = 16
 TOKEN_SECONDS = 900.0
 Sign = Callable[[bytes], bytes]
 """A certificate for a request, both in PEM, as `Authority.sign`."""
+
+
+class Invitation(Protocol):
+    """What a newcomer needs: where to go, how to know that it is right there, what to show."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def node(self) -> str:
+        """The name of the host that answers there."""
+
+    @property
+    def secret(self) -> bytes:
+        """Lets one host in, once."""
+
+    def vouch(self, authority: str, proof: str) -> None:
+        """Check that a CA (PEM) is the cluster's, perhaps by the proof that was sent with it.
+
+        Raises:
+            RefusedError: it is not.
+        """
 
 
 class Limiter:
@@ -90,16 +122,22 @@ class JoinServer:
         host: str = "127.0.0.1",
         port: int = 0,
         greeting: Mapping[str, Any] | None = None,
+        proof: str = "",
         limiter: Limiter | None = None,
         report: Report = ignore,
         serve_seconds: float = SERVE_SECONDS,
     ) -> None:
-        """Listen, by default on loopback only. `greeting` is what a new host is told besides."""
+        """Listen, by default on loopback only.
+
+        `greeting` is what a new host is told besides. `proof` goes to everybody with the CA's
+        certificate, for those who have no fingerprint of it.
+        """
         self._identity, self._sign, self._report = identity, sign, report
         self._greeting, self._limiter = dict(greeting or {}), limiter or Limiter()
         self._serve_seconds = serve_seconds
         self._context = identity.open_context()
         self._authority = (identity.folder / "authority.pem").read_text()
+        self._shown = {"authority": self._authority, "proof": proof}
         self._book = TokenBook()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -122,6 +160,10 @@ class JoinServer:
             seconds=seconds,
             now=time.time(),
         )
+
+    def admit(self, secret: bytes, *, seconds: float) -> None:
+        """Let one host in that shows this secret, which it has from elsewhere."""
+        self._book.admit(secret, seconds=seconds, now=time.time())
 
     def close(self) -> None:
         """Refuse everybody from now on. Leaves no thread and no descriptor."""
@@ -167,8 +209,10 @@ class JoinServer:
                         raise closed("this host", "a newcomer", "it is closing")
                     self._served[thread] = sock
                 handshake(secured, limit)
-                send_message(sock, Kind.AUTHORITY, {"authority": self._authority}, limit)
-                _, message = receive_message(sock, (Kind.ENROL,), limit)
+                send_message(sock, Kind.AUTHORITY, self._shown, limit)
+                kind, message = receive_message(sock, (Kind.ENROL, Kind.GOODBYE), limit)
+                if kind is Kind.GOODBYE:
+                    return  # it only wanted to see the CA's certificate
                 self._answer(sock, message, limit)
             self._report(who, "it has joined")
         except LockstepError as error:
@@ -215,34 +259,31 @@ def parse_enrolment(message: Mapping[str, Any]) -> tuple[bytes, bytes]:
     )
 
 
-def join(token: Token, folder: Path, name: str, *, timeout: float) -> tuple[Identity, Message]:
-    """Become a host of the token's cluster, with this name; returns the server's greeting, too.
+def join(
+    invitation: Invitation, folder: Path, name: str, *, timeout: float
+) -> tuple[Identity, Message]:
+    """Become a host of the cluster, with this name; returns the server's greeting, too.
 
     The identity is written to `folder`, where there must be none.
 
     Raises:
-        RefusedError: the token or the name was refused, or another cluster answers.
+        RefusedError: the secret or the name was refused, or another cluster answers.
         IdentityError: the name or the folder cannot be used.
         PeerClosedError, PeerTimeoutError, ProtocolError: by the network. If the secret was sent
-            before that, the token is used up.
+            before that, it is used up.
     """
     from lockstep.net import authority  # needs the extra
 
     limit = Deadline(timeout)
     request = authority.make_request(folder, name)
-    who = f"host {token.node} at {token.host}:{token.port}"
+    who = f"host {invitation.node} at {invitation.host}:{invitation.port}"
     with peer_errors(who, "a certificate", timeout):
-        ca, _ = _ask(token, None, None, limit)
-        if fingerprint(ca) != token.fingerprint:
-            raise RefusedError(
-                f"{who} is not of the cluster that the token is for",
-                expected=f"the CA {token.fingerprint.hex()}",
-                found=f"the CA {fingerprint(ca).hex()}",
-                fix="ask for a new token; somebody may be in between",
-            )
-        secret = base64.b64encode(token.secret).decode()
+        shown, _ = _ask(invitation, None, None, limit)
+        ca = one_certificate(str(shown.get("authority", "")))
+        invitation.vouch(ca, str(shown.get("proof", "")))
+        secret = base64.b64encode(invitation.secret).decode()
         said = {"secret": secret, "request": request.decode()}
-        _, answer = _ask(token, ca, said, limit)
+        _, answer = _ask(invitation, ca, said, limit)
     certificate, greeting = answer.get("certificate"), answer.get("greeting")
     if not isinstance(certificate, str) or not isinstance(greeting, dict):
         raise ProtocolError("the answer of " + who, expected="a certificate and a greeting")
@@ -254,23 +295,23 @@ def join(token: Token, folder: Path, name: str, *, timeout: float) -> tuple[Iden
 
 
 def _ask(
-    token: Token, authority: str | None, said: Message | None, limit: Deadline
-) -> tuple[str, Message]:
-    """The CA's certificate that the server sends, and its answer to what is said, if anything."""
-    sock = socket.create_connection((token.host, token.port), limit.left())
+    invitation: Invitation, authority: str | None, said: Message | None, limit: Deadline
+) -> tuple[Message, Message]:
+    """What the server shows everybody, and its answer to what is said, if anything."""
+    sock = socket.create_connection((invitation.host, invitation.port), limit.left())
     try:
         sock = secured = wrap(sock, newcomer_context(authority), server=False)
         handshake(secured, limit)
-        _, message = receive_message(sock, (Kind.AUTHORITY,), limit)
+        _, shown = receive_message(sock, (Kind.AUTHORITY,), limit)
         if said is None:
-            return str(message.get("authority", "")), {}
-        if (actual := peer_name(secured)) != token.node:
-            raise RefusedError("another host answers", expected=token.node, found=actual)
+            send_message(sock, Kind.GOODBYE, {}, limit)
+            return shown, {}
+        if (actual := peer_name(secured)) != invitation.node:
+            raise RefusedError("another host answers", expected=invitation.node, found=actual)
         send_message(sock, Kind.ENROL, said, limit)
         kind, answer = receive_message(sock, (Kind.ENROLLED, Kind.REFUSED), limit)
     finally:
         sock.close()
     if kind is Kind.REFUSED:
         raise RefusedError(plain(answer.get("what")), **details(answer))
-    assert authority is not None
-    return authority, answer
+    return shown, answer

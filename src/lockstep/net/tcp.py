@@ -116,6 +116,7 @@ class TcpTransport:
         """
         deadline = Deadline(timeout)
         problems: dict[str, str] = {}
+        absent = sorted(addresses)
         while not self._closing.is_set():
             for name, address in addresses.items():
                 try:

@@ -18,6 +18,7 @@ import threading
 from dataclasses import dataclass, field
 
 from lockstep.errors import IdentityError, RefusedError
+from lockstep.net.identity import fingerprint
 
 PREFIX = "lockstep1-"
 SECRET_BYTES = 32
@@ -42,6 +43,20 @@ class Token:
     """32 bytes."""
     expiry: int
     """Seconds since 1970. For the reader: the server goes by its own clock and its own book."""
+
+    def vouch(self, authority: str, proof: str) -> None:
+        """Check that a CA (PEM) is the cluster's. The fingerprint does; `proof` is not needed.
+
+        Raises:
+            RefusedError: it is another's.
+        """
+        if fingerprint(authority) != self.fingerprint:
+            raise RefusedError(
+                f"{self.host}:{self.port} is not of the cluster that the token is for",
+                expected=f"the CA {self.fingerprint.hex()}",
+                found=f"the CA {fingerprint(authority).hex()}",
+                fix="ask for a new token; somebody may be in between",
+            )
 
     def text(self) -> str:
         """The form that is pasted."""
@@ -115,12 +130,17 @@ class TokenBook:
     ) -> Token:
         """A new token that lets one host in until `now + seconds`."""
         secret, expiry = secrets.token_bytes(SECRET_BYTES), int(now + seconds)
-        with self._lock:
-            self._entries = [each for each in self._entries if each.expiry + KEEP_SECONDS > now]
-            self._entries.append(_Entry(digest=_digest(secret), expiry=expiry))
+        self.admit(secret, seconds=seconds, now=now)
         return Token(
             host=host, port=port, node=node, fingerprint=fingerprint, secret=secret, expiry=expiry
         )
+
+    def admit(self, secret: bytes, *, seconds: float, now: float) -> None:
+        """Let one host in that shows this secret, until `now + seconds`."""
+        entry = _Entry(digest=_digest(secret), expiry=int(now + seconds))
+        with self._lock:
+            self._entries = [each for each in self._entries if each.expiry + KEEP_SECONDS > now]
+            self._entries.append(entry)
 
     def redeem(self, secret: bytes, now: float) -> None:
         """Use a token up.

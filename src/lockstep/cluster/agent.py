@@ -1,0 +1,61 @@
+"""What runs in an agent's process: `python -m lockstep.cluster.agent`, with its order on stdin.
+
+An error goes to stdout as one JSON object, for whoever started the process. All else that is
+printed, by the user's code as well, goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lockstep.errors import LockstepError, to_message
+from lockstep.net.identity import Identity
+from lockstep.offer import Offer
+from lockstep.processes import die_with_parent
+
+
+def main() -> int:
+    """Take part in the job that stdin describes; returns the process's exit code."""
+    answers = os.dup(1)  # not inherited by workers
+    os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, _end)
+    said = sys.stdin.buffer.read()
+    if not said:
+        return 1  # who wanted to give the order is dead
+    order = json.loads(said)
+    die_with_parent(order["parent"])
+    try:
+        _serve(order)
+    except LockstepError as error:
+        os.write(answers, json.dumps(to_message(error)).encode())
+        return error.exit_code
+    return 0
+
+
+def _serve(order: dict[str, Any]) -> None:
+    offer = Offer.from_message(order["offer"])
+    identity = Identity.load(Path(order["identity"]))
+    from lockstep.agent import serve
+
+    serve(identity, offer, workers=order["workers"], host=order["host"], report=report)
+
+
+def report(who: str, why: str) -> None:
+    """Print what became of a connection."""
+    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """Leave by way of everything that has to be closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The commands of a cluster: up, token, hosts, join, secret."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lockstep.errors import IdentityError
+
+if TYPE_CHECKING:
+    from lockstep.cluster.up import Up
+    from lockstep.net.tokens import Token
+
+MAX_TOKEN = 4096
+"""Characters that are read of what should hold a token."""
+PREFIX = "lockstep1-"
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state", help="The state folder.  [~/.local/state/lockstep]", show_default=False
+    ),
+]
+Valid = Annotated[float, typer.Option(min=0.0, help="Seconds until a token expires.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of a cluster to `lockstep`."""
+    for command in (up, token, hosts, join, secret):
+        app.command()(command)
+
+
+def up(
+    state: StateOption = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65534, help="For hosts; newcomers use the next one.")
+    ] = 0,
+    name: Annotated[str | None, typer.Option(help="This host's name, at the first time.")] = None,
+    tokens: Annotated[int, typer.Option(min=0, max=1000, help="Tokens to print.")] = 1,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Write them to FILE, or FILE-1, FILE-2, ... instead.")
+    ] = None,
+    valid: Valid = 900.0,
+) -> None:
+    """Make this machine the centre of a cluster. Prints join tokens, and stays."""
+    from lockstep.cluster.up import run_up
+
+    def ready(here: Up) -> None:
+        report(here.identity.node, f"`lockstep up` at {here.address[0]}:{here.address[1]}")
+        made = [here.token(valid) for _ in range(tokens)]
+        if token_file is None:
+            print(*made, sep="\n", flush=True)
+        else:
+            write_tokens(token_file, made)
+
+    run_up(
+        _state(state),
+        name=name,
+        host=host,
+        port=port,
+        report=report,
+        ready=ready,
+    )
+
+
+def token(state: StateOption = None, valid: Valid = 900.0) -> None:
+    """Print another join token of the `up` that runs here. It is as good as a password."""
+    from lockstep.cluster.counter import ask
+
+    print(ask(_state(state), {"op": "token", "seconds": valid})["token"])
+
+
+def hosts(
+    state: StateOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List the hosts that have joined the `up` that runs here, and their jobs."""
+    from lockstep.cluster.counter import ask
+
+    rows = ask(_state(state), {"op": "hosts"})["hosts"]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        jobs = ", ".join(f"{job} {said}" for job, said in row["jobs"].items())
+        print(f"{row['name']:<24} {row['workers']:>3} workers  {jobs}".rstrip())
+
+
+def join(
+    token: Annotated[
+        str | None, typer.Argument(help="A file that holds a token, or - for stdin.")
+    ] = None,
+    state: StateOption = None,
+    name: Annotated[str | None, typer.Option(help="This host's name in the cluster.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="The address that others reach this host at.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", min=1, help="Worker processes for each job.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A module whose tasks may run here, besides recipes. Repeatable."),
+    ] = None,
+) -> None:
+    """Make this machine a host of a cluster: with a token at first, then without. Stays."""
+    from lockstep import numerics
+    from lockstep.cluster.member import run_member
+    from lockstep.cluster.state import host_name
+
+    run_member(
+        _state(state),
+        read_token(token) if token else None,
+        name=name or host_name(),
+        host=host,
+        workers=workers or numerics.cores(),
+        allow=allow or (),
+        report=report,
+    )
+
+
+def secret(path: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
+    """Make a secret file for jobs that torchrun or SLURM starts on several hosts."""
+    from lockstep.net.shared import make_secret
+
+    make_secret(path)
+    print(path)
+
+
+def read_token(source: str) -> Token:
+    """The token in a file, or on stdin if the source is `-`; a terminal does not show it.
+
+    Raises:
+        IdentityError: there is none.
+    """
+    from lockstep.net.tokens import parse_token
+
+    if source.strip().startswith(PREFIX):
+        raise IdentityError(
+            "a join token was given on the command line, where other users can see it",
+            expected="the name of a file that holds it, or - for stdin",
+            found="a token",
+            fix="make a new one with: lockstep token > FILE; then: lockstep join FILE, "
+            "or: lockstep join - and paste it",
+        )
+    if source == "-":
+        if sys.stdin.isatty():
+            return parse_token(getpass.getpass("join token: "))
+        return parse_token(sys.stdin.readline(MAX_TOKEN))
+    try:
+        with open(source) as file:
+            return parse_token(file.read(MAX_TOKEN))
+    except (OSError, UnicodeDecodeError) as error:
+        raise IdentityError(
+            f"the token file {source} cannot be read",
+            expected="a file with one join token, or - for stdin",
+            found=getattr(error, "strerror", None) or "it is not text",
+            fix="where `lockstep up` runs: lockstep token > FILE",
+        ) from None
+
+
+def write_tokens(path: Path, tokens: list[str]) -> None:
+    """Write each token to a file of its own, with mode 0600; old tokens are replaced.
+
+    Raises:
+        IdentityError: there is another file in its place, or it cannot be written.
+    """
+    from lockstep.net.identity import write_private
+
+    numbered = [path.with_name(f"{path.name}-{number}") for number in range(1, len(tokens) + 1)]
+    for each, text in zip([path] if len(tokens) == 1 else numbered, tokens, strict=True):
+        try:
+            if each.exists() and each.read_bytes().startswith(PREFIX.encode()):
+                each.unlink()
+            write_private(each, text.encode() + b"\n")
+        except OSError as error:
+            raise IdentityError(
+                f"the token file {each} cannot be written",
+                expected="a path where nothing is, or an older token",
+                found=error.strerror or str(error),
+            ) from None
+
+
+def report(who: str, why: str) -> None:
+    """Say on stderr what happens."""
+    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+
+
+def _state(path: Path | None) -> Path:
+    from lockstep.cluster.state import default_state
+
+    return path or default_state()

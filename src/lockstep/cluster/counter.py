@@ -1,0 +1,231 @@
+"""The counter: a Unix socket on which `up` takes requests of this machine, mode 0600.
+
+Messages are lines of JSON. One connection is one asker: what it has opened is closed with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import NetworkError, ProtocolError, from_message
+from lockstep.net.frames import Message
+from lockstep.net.wire import closed, end
+
+SOCKET = "up.sock"
+MAX_LINE = 1 << 20
+MAX_CALLERS = 64
+ANSWER_SECONDS = 5.0
+LOOK_SECONDS = 0.5
+_SECOND = struct.pack("ll", 1, 0)
+"""A `struct timeval`."""
+Put = Callable[[str, Message | None], None]
+"""Told what a caller says; None when it is gone. Called from several threads."""
+
+
+class Lines:
+    """Messages on a stream socket, each a line."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._read = b""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message. Raises OSError."""
+        self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> Message | None:
+        """The next message; None at the end of the stream.
+
+        Raises:
+            TimeoutError: it has not come within the socket's timeout.
+            ProtocolError: it is no message.
+        """
+        while b"\n" not in self._read:
+            if len(self._read) > MAX_LINE:
+                raise ProtocolError("a line is too long", expected=f"{MAX_LINE} bytes at most")
+            data = self.sock.recv(65536)
+            if not data:
+                return None
+            self._read += data
+        line, _, self._read = self._read.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise ProtocolError("a line is no message", expected="an object in JSON")
+        return message
+
+
+class Counter:
+    """Serves callers until it is closed."""
+
+    def __init__(self, folder: Path, put: Put) -> None:
+        """Listen. An older socket is replaced: the folder's lock says that nobody serves it."""
+        self._put, self._path = put, folder / SOCKET
+        self._callers: dict[str, Lines] = {}
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short_path(folder) as place:
+            self._listener.bind(place)
+        self._path.chmod(0o600)
+        self._listener.listen(8)
+        self._accepting = threading.Thread(
+            target=self._accept, name="lockstep counter", daemon=True
+        )
+        self._accepting.start()
+
+    def tell(self, caller: str, message: Mapping[str, Any]) -> None:
+        """Send a message; to one that is gone, or does not read, in vain."""
+        with self._lock:
+            lines = self._callers.get(caller)
+        if lines is not None:
+            try:
+                lines.send(message)
+            except OSError:
+                end(lines.sock)
+
+    def close(self) -> None:
+        """Serve nobody any more. Leaves no thread and no descriptor."""
+        with self._lock:
+            self._closing = True
+        end(self._listener)
+        self._accepting.join()
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+        with self._lock:
+            for lines in self._callers.values():
+                end(lines.sock)
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        number = 0
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            number += 1
+            with self._lock:
+                if self._closing or len(self._callers) >= MAX_CALLERS:
+                    sock.close()
+                    continue
+                caller = f"@{number}"
+                self._callers[caller] = Lines(sock)
+                thread = threading.Thread(
+                    target=self._serve, args=(caller, sock), name=f"lockstep {caller}", daemon=True
+                )
+                self._threads.add(thread)
+            thread.start()
+
+    def _serve(self, caller: str, sock: socket.socket) -> None:
+        # Reading waits for as long as the caller lives; writing does not.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SECOND)
+        lines = self._callers[caller]
+        with contextlib.suppress(OSError, ProtocolError):
+            while (message := lines.receive()) is not None:
+                self._put(caller, message)
+        with self._lock:
+            del self._callers[caller]
+            self._threads.discard(threading.current_thread())
+        sock.close()
+        self._put(caller, None)
+
+
+class CounterConnection:
+    """A caller's side; a `Connection`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._lines = Lines(self._sock)
+
+    def open(self, timeout: float) -> None:
+        """Connect.
+
+        Raises:
+            PeerClosedError: no `up` runs with this folder.
+        """
+        self._sock.settimeout(timeout)
+        try:
+            with _short_path(self._folder) as place:
+                self._sock.connect(place)
+        except OSError as error:
+            gone = closed("`lockstep up`", f"that it runs with --state {self._folder}", str(error))
+            gone.fix = "start it on this machine: lockstep up"
+            raise gone from None
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a message. Raises `PeerClosedError`."""
+        try:
+            self._lines.send(message)
+        except OSError as error:
+            raise closed("`lockstep up`", "a request", str(error)) from None
+
+    def hear(self, seconds: float = LOOK_SECONDS) -> Message | None:
+        """The next message; None if nothing has come for so long.
+
+        Raises:
+            PeerClosedError: it has ended.
+        """
+        try:
+            self._sock.settimeout(seconds)
+            message = self._lines.receive()
+        except TimeoutError:
+            return None
+        except OSError as error:
+            raise closed("`lockstep up`", "an answer", str(error)) from None
+        if message is None:
+            raise closed("`lockstep up`", "an answer", "it has ended")
+        return message
+
+    def interrupt(self) -> None:
+        """Let whoever waits in `hear` return. May be called from any thread."""
+        end(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def ask(folder: Path, message: Mapping[str, Any]) -> Message:
+    """The answer of this machine's `up` to one request.
+
+    Raises:
+        NetworkError: none runs with this folder, or it does not answer.
+        LockstepError: it refuses.
+    """
+    connection = CounterConnection(folder)
+    try:
+        connection.open(ANSWER_SECONDS)
+        connection.tell(message)
+        answer = connection.hear(ANSWER_SECONDS)
+    finally:
+        connection.close()
+    if answer is None:
+        raise NetworkError("`lockstep up` does not answer", expected=f"within {ANSWER_SECONDS:g} s")
+    if answer.get("op") == "error":
+        raise from_message({"kind": "", **{k: str(v) for k, v in answer.items()}})
+    return answer
+
+
+@contextlib.contextmanager
+def _short_path(folder: Path) -> Iterator[str]:
+    """A path for the socket of a folder, however long the folder's own path is."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)

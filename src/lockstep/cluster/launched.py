@@ -1,0 +1,259 @@
+"""A job whose processes torchrun or SLURM starts, one on each host.
+
+    torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep.cluster.launched --secret FILE job.yaml
+    srun --ntasks-per-node=1 python -m lockstep.cluster.launched --secret FILE job.yaml
+
+Rank 0 is the master; the others become its agents. They enter with what they make of a secret
+that all have in a file. The result of rank 0 is one JSON document on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Self
+
+import typer
+
+from lockstep.cluster.environment import Place, place_of
+from lockstep.cluster.state import (
+    SECRET,
+    State,
+    address_towards,
+    default_state,
+    is_loopback,
+)
+from lockstep.errors import (
+    IdentityError,
+    JobError,
+    PeerClosedError,
+    PeerTimeoutError,
+)
+from lockstep.job import Job
+from lockstep.jobfile import SUFFIXES, read_job_file
+from lockstep.net.identity import Identity
+from lockstep.net.joining import JoinServer, join
+from lockstep.net.shared import RankInvitation, SharedSecret, make_secret, read_secret
+from lockstep.net.transport import Report, ignore
+from lockstep.offer import Offer
+
+ATTEMPT_SECONDS, PAUSE_SECONDS = 10.0, 0.5
+MASTER = "rank-0"
+
+
+class Ranks:
+    """Brings agents to the other ranks, which are there already. A `Launcher`, of rank 0."""
+
+    def __init__(
+        self, place: Place, shared: SharedSecret, folder: Path, *, workers: int | None, wait: float
+    ) -> None:
+        """`workers` is for rank 0's own host; the others may enter for `wait` seconds."""
+        from lockstep.net.authority import Authority  # needs the extra
+
+        self._place, self._shared, self._wait = place, shared, wait
+        self.workers, self.host = workers, own_address(place)
+        self.report: Report = ignore
+        self._authority = Authority.open(folder / "authority")
+        self.identity = self._authority.enrol(folder / "node", MASTER)
+        self._server: JoinServer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def offer(self, offer: Offer) -> tuple[str, ...]:
+        """Let the other ranks in, and tell each of the job. Returns their names.
+
+        Raises:
+            IdentityError: nobody can listen there.
+        """
+        try:
+            self._server = JoinServer(
+                self.identity,
+                self._authority.sign,
+                host=self.host,
+                port=self._place.port,
+                greeting={"offer": offer.to_message()},
+                proof=self._shared.proof(self._authority.certificate),
+                report=show,
+            )
+        except OSError as error:
+            raise IdentityError(
+                f"rank 0 cannot listen on {self.host}:{self._place.port}",
+                expected="a port that is free",
+                found=str(error),
+                fix="give all processes another one with --port",
+            ) from None
+        ranks = range(1, self._place.size)
+        for rank in ranks:
+            self._server.admit(self._shared.of_rank(rank), seconds=self._wait)
+        return tuple(map(_name, ranks))
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+def enter(place: Place, shared: SharedSecret, folder: Path, wait: float) -> tuple[Identity, Offer]:
+    """What a rank is told by rank 0, as soon as that listens, within `wait` seconds.
+
+    Raises:
+        RefusedError: whoever answers has another secret, or has let this rank in before.
+        PeerTimeoutError, PeerClosedError: nobody answers.
+    """
+    invitation = RankInvitation(
+        shared=shared, rank=place.rank, host=place.host, port=place.port, node=MASTER
+    )
+    limit = time.monotonic() + wait
+    while True:
+        try:
+            identity, greeting = join(
+                invitation, folder / "node", _name(place.rank), timeout=ATTEMPT_SECONDS
+            )
+            return identity, Offer.from_message(greeting.get("offer", {}))
+        except (PeerClosedError, PeerTimeoutError) as error:
+            if time.monotonic() > limit:
+                error.fix = "see whether rank 0 runs, and that all have the same --port"
+                raise
+        time.sleep(PAUSE_SECONDS)  # there is nothing that would tell when it listens
+
+
+def own_address(place: Place) -> str:
+    """The address that others reach this host at.
+
+    Raises:
+        IdentityError: none can be told.
+    """
+    if is_loopback(place.host):
+        return "127.0.0.1"
+    found = address_towards((place.host, place.port))
+    if is_loopback(found):
+        raise IdentityError(
+            f"the name {place.host} leads from this host to itself alone",
+            expected="a name or an address that other hosts reach it at",
+            found=found,
+            fix="torchrun: --master-addr ADDRESS; SLURM: MASTER_ADDR=ADDRESS",
+        )
+    return found
+
+
+def shared_secret(place: Place, path: Path | None) -> SharedSecret:
+    """The job's secret, from a file; on this machine alone, from one that is made on first use.
+
+    Raises:
+        IdentityError: there is no file, or it cannot be used.
+    """
+    if path is None and not is_loopback(place.host):
+        raise IdentityError(
+            "hosts that do not share a secret cannot know each other",
+            expected="--secret FILE, with the same content on every host",
+            found="none, and rank 0 is on another machine than this one may be",
+            fix="lockstep secret FILE; then copy it to every host, with mode 0600",
+        )
+    if path is None:
+        path = State(default_state()).path / SECRET
+        with contextlib.suppress(IdentityError):  # it is there
+            make_secret(path)
+    return SharedSecret(secret=read_secret(path), job=place.job)
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+def main(
+    job: Annotated[str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file.")],
+    secret: Annotated[
+        Path | None, typer.Option(help="The secret that all hosts share: lockstep secret FILE.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where rank 0 lets the others in.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", min=1, help="Worker processes on this host.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The run folder, on rank 0.")] = None,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for others.")] = 1800.0,
+) -> None:
+    """Take part in a job as the rank that torchrun or SLURM has given this process."""
+    signal.signal(signal.SIGTERM, _end)
+    place = place_of(os.environ)
+    if port is not None:
+        place = replace(place, port=port)
+    shared = shared_secret(place, secret)
+    with tempfile.TemporaryDirectory(prefix="lockstep-rank-") as folder:
+        if place.rank == 0:
+            _lead(place, shared, Path(folder), job, workers, out, wait)
+        else:
+            _follow(place, shared, Path(folder), job, workers, wait)
+
+
+def _lead(
+    place: Place,
+    shared: SharedSecret,
+    folder: Path,
+    name: str,
+    workers: int | None,
+    out: str | None,
+    wait: float,
+) -> None:
+    from lockstep.api import run
+
+    job = read_job(name)
+    with Ranks(place, shared, folder, workers=workers, wait=wait) as ranks:
+        result = run(job.replace(out=out) if out else job, on=ranks)
+    print(json.dumps(result.to_message()))
+
+
+def _follow(
+    place: Place, shared: SharedSecret, folder: Path, name: str, workers: int | None, wait: float
+) -> None:
+    from lockstep import numerics
+    from lockstep.agent import serve
+    from lockstep.source import source_of
+
+    expected = source_of(read_job(name)).name
+    identity, offer = enter(place, shared, folder, wait)
+    if offer.task != expected:
+        raise JobError(
+            "rank 0 runs another job than this rank was started for",
+            expected=expected,
+            found=ascii(offer.task),
+            fix="start all ranks with the same command",
+        )
+    workers = workers or numerics.cores()
+    serve(identity, offer, workers=workers, host=own_address(place), report=show)
+
+
+def read_job(name: str) -> Job:
+    """The job that a name or a job file describes."""
+    return read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+
+
+def show(who: str, why: str) -> None:
+    """Say on stderr what happens."""
+    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """Leave by way of everything that has to be closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    from lockstep.cli import guarded
+
+    guarded(lambda: typer.run(main))

@@ -1,0 +1,185 @@
+"""`lockstep run --on up`: a `Launcher` that asks a cluster for hosts.
+
+It asks over a line, so that a job which outlives a restart of `up` is offered again. Whatever
+ends the process ends the line, and with it the offer.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from lockstep.cluster.counter import CounterConnection, ask
+from lockstep.cluster.line import Connection, HostConnection, Line, LineEvent, Lost, Met, Said
+from lockstep.cluster.member import enrol, home_of, listening_address
+from lockstep.cluster.state import State, default_state, host_name
+from lockstep.errors import LockstepError, PeerTimeoutError, from_message
+from lockstep.net.frames import Message
+from lockstep.net.identity import Identity
+from lockstep.net.tokens import Token
+from lockstep.net.transport import Report, ignore
+from lockstep.offer import Offer
+
+OPEN_SECONDS = 15.0
+"""How long `up` may take to answer."""
+TAKE_SECONDS = 5.0
+"""How long hosts may take to say whether they take a job."""
+
+
+class Cluster:
+    """Brings agents to the hosts of a cluster. A `Launcher`, for one job."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        host: str,
+        dial: Callable[[], Connection],
+        show: Report,
+    ) -> None:
+        """`show` is told of what becomes of agents, as `report` is, for people to read."""
+        self.identity, self.host = identity, host
+        self.workers: int | None = None
+        self.report: Report = ignore
+        self._dial, self._show = dial, show
+        self._offer: Offer | None = None
+        self._line: Line | None = None
+        self._changed = threading.Condition()
+        self._hosts: dict[str, str] | None = None
+        """What each host has said of the job; None before `up` has answered."""
+        self._error: LockstepError | None = None
+        self._away = False
+        """Whether the line is lost, and that was said."""
+
+    @staticmethod
+    def of_this_machine(state: Path, show: Report) -> Cluster:
+        """The cluster of the `up` that runs on this machine.
+
+        Raises:
+            PeerClosedError: none runs with this state folder.
+        """
+        here = ask(state, {"op": "info"})
+        identity = State(state).identity()
+        return Cluster(identity, here["address"][0], lambda: CounterConnection(state), show)
+
+    @staticmethod
+    def of_token(token: Token, state: Path, show: Report) -> Cluster:
+        """The cluster that a token invites to. The token is used up the first time.
+
+        Raises:
+            LockstepError: as `net.joining.join`.
+        """
+        guest = State(state).guest(token.fingerprint)
+        if guest.has_identity:
+            home = home_of(guest)
+        else:
+            home = enrol(guest, token, f"{host_name()}-{secrets.token_hex(3)}")
+        identity, host = guest.identity(), listening_address(None, home)
+        return Cluster(identity, host, lambda: HostConnection(identity, home, host, ignore), show)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def offer(self, offer: Offer) -> tuple[str, ...]:
+        """Offer the job to all hosts, and to those that come later, until `close`.
+
+        Returns the names of the hosts that have not refused it. Those that do are reported.
+
+        Raises:
+            NetworkError: the cluster cannot be reached.
+            JobError: it does not take the job.
+        """
+        assert self._offer is None, "a launcher is for one job"
+        self._offer = offer
+        self._line = Line(self._dial, self._on)
+        self._line.start()
+        self._wait(OPEN_SECONDS, lambda: self._hosts is not None)
+        self._wait(TAKE_SECONDS, lambda: all((self._hosts or {}).values()))
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if self._hosts is None:
+                raise PeerTimeoutError(
+                    "the cluster does not answer", expected=f"hosts within {OPEN_SECONDS:g} s"
+                )
+            return tuple(name for name, said in self._hosts.items() if said != "refused")
+
+    def close(self) -> None:
+        """Offer the job to nobody any more."""
+        if self._line is not None:
+            assert self._offer is not None
+            self._line.tell({"op": "close", "job": self._offer.job})
+            self._line.close()
+            self._line = None
+
+    def _wait(self, seconds: float, done: Callable[[], bool]) -> None:
+        limit = time.monotonic() + seconds
+        with self._changed:
+            while not done() and self._error is None and (left := limit - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    # In the line's thread.
+
+    def _on(self, event: LineEvent) -> None:
+        match event:
+            case Met():
+                assert self._offer is not None and self._line is not None
+                self._away = False
+                self._line.tell({"op": "open", "offer": self._offer.to_message()})
+            case Said(message):
+                self._said(message)
+            case Lost(error):
+                self._lost(error)
+
+    def _said(self, message: Message) -> None:
+        match message:
+            case {"op": "opened", "hosts": list(names)}:
+                with self._changed:
+                    self._hosts = dict.fromkeys(map(str, names), "")
+                    self._changed.notify_all()
+            case {"op": "agent", "host": str(host), "state": str(said), "why": str(why)}:
+                with self._changed:
+                    if self._hosts is not None:
+                        self._hosts[host] = said
+                    self._changed.notify_all()
+                if why:
+                    self.report(host, why)
+                    self._show(host, f"{said}: {why}")
+            case {"op": "error", **rest}:
+                error = from_message({"kind": "", **{k: str(v) for k, v in rest.items()}})
+                self._fail(error)
+
+    def _lost(self, error: LockstepError) -> None:
+        with self._changed:
+            begun = self._hosts is not None
+        if not begun:
+            self._fail(error)
+        elif not self._away:
+            self._away = True
+            self._show("cluster", f"{error}\n  the job goes on with the hosts that it has")
+
+    def _fail(self, error: LockstepError) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+
+def open_launcher(on: str, state: Path | None, show: Report) -> Cluster:
+    """The launcher that `--on` names: `up` for this machine's cluster, or a token file.
+
+    Raises:
+        IdentityError: it names none.
+        LockstepError: the cluster cannot be reached, or does not let this machine in.
+    """
+    from lockstep.cluster.commands import read_token
+
+    folder = state or default_state()
+    if on == "up":
+        return Cluster.of_this_machine(folder, show)
+    return Cluster.of_token(read_token(on), folder, show)

@@ -1,0 +1,184 @@
+"""A line to `up` that comes back: a thread that dials, listens, and dials again when it is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+from lockstep.cluster.state import Home
+from lockstep.errors import (
+    IdentityError,
+    LockstepError,
+    NetworkError,
+    PeerTimeoutError,
+    RefusedError,
+)
+from lockstep.net.frames import Message
+from lockstep.net.identity import Identity
+from lockstep.net.tcp import TcpTransport
+from lockstep.net.transport import Report
+from lockstep.net.wire import closed
+
+JOB = "cluster"
+"""The job of the connections between `up` and its hosts."""
+CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 0.5
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
+
+
+class Connection(Protocol):
+    """A connection to `up`, of whatever kind. Opened, heard and closed by one thread."""
+
+    def open(self, timeout: float) -> None:
+        """Connect. Raises `NetworkError`."""
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a message, from any thread. Raises `NetworkError`."""
+
+    def hear(self) -> Message | None:
+        """The next message; None if nothing has come for a moment. Raises `NetworkError`."""
+
+    def interrupt(self) -> None:
+        """Let whoever waits in `open` or `hear` return. May be called from any thread."""
+
+    def close(self) -> None:
+        """Leave nothing open."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """The line is there."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """`up` has sent a message."""
+
+    message: Message
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The line is not there; unless that is final, it is tried again."""
+
+    error: LockstepError
+    final: bool
+
+
+LineEvent = Met | Said | Lost
+
+
+class Line:
+    """Tells of what happens on it, once started, by calling `put` in its thread."""
+
+    def __init__(self, dial: Callable[[], Connection], put: Callable[[LineEvent], None]) -> None:
+        self._dial, self._put = dial, put
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._thread = threading.Thread(target=self._run, name="lockstep line", daemon=True)
+
+    def start(self) -> None:
+        """Dial."""
+        self._thread.start()
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a message; in vain while the line is lost: the next `Met` says when to repeat it."""
+        with self._lock:
+            connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(NetworkError):
+                connection.tell(message)
+
+    def close(self) -> None:
+        """Hang up. Leaves no thread and no descriptor, but perhaps for seconds in a connect."""
+        self._closing.set()
+        with self._lock:
+            connection = self._connection
+        if connection is not None:
+            connection.interrupt()
+        self._thread.join(CONNECT_SECONDS + 1.0)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._closing.is_set():
+            met, final = False, False
+            try:
+                with contextlib.closing(self._dial()) as connection:
+                    with self._lock:
+                        self._connection = connection
+                    connection.open(CONNECT_SECONDS)
+                    met = True
+                    self._put(Met())
+                    self._listen(connection)
+            except LockstepError as error:
+                final = isinstance(error, RefusedError | IdentityError)
+                if not self._closing.is_set():
+                    self._put(Lost(error, final))
+            finally:
+                with self._lock:
+                    self._connection = None
+            if final:
+                return
+            failures = 0 if met else failures + 1
+            self._closing.wait(pause(failures))
+
+    def _listen(self, connection: Connection) -> None:
+        while not self._closing.is_set():
+            message = connection.hear()
+            if message is not None:
+                self._put(Said(message))
+
+
+def pause(failures: int) -> float:
+    """Seconds until the next attempt, after so many in a row that were in vain."""
+    return float(min(SHORTEST_PAUSE * 2.0 ** min(failures, 30), LONGEST_PAUSE))
+
+
+class HostConnection:
+    """The connection of a host with a certificate; a `Connection`."""
+
+    def __init__(self, identity: Identity, home: Home, host: str, report: Report) -> None:
+        self._home = home
+        try:
+            self._transport = TcpTransport(
+                identity, job=JOB, facts=facts(), host=host, report=report
+            )
+        except OSError as error:
+            raise IdentityError(
+                f"this host cannot listen on {host}",
+                found=str(error),
+                fix="give an address of this machine with --host",
+            ) from None
+
+    def open(self, timeout: float) -> None:
+        self._transport.connect({self._home.node: self._home.address}, timeout)
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        self._transport.tell(self._home.node, message)
+
+    def hear(self) -> Message | None:
+        try:
+            heard = self._transport.hear(LOOK_SECONDS)
+        except PeerTimeoutError:
+            if self._home.node not in self._transport.peers:
+                raise closed(f"host {self._home.node}", "more messages", "no connection") from None
+            return None
+        if heard.error is not None:
+            raise heard.error
+        return heard.message
+
+    def interrupt(self) -> None:
+        self._transport.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def facts() -> dict[str, str]:
+    """What has to be the same on all hosts of a cluster."""
+    return {"lockstep-dlp": metadata.version("lockstep-dlp")}

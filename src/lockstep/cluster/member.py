@@ -1,0 +1,259 @@
+"""`lockstep join`: a host that waits for jobs, and has an agent for each.
+
+Its line to `up` comes back when `up` does. Agents do not depend on that: they talk to the master.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lockstep.cluster.admission import refusal
+from lockstep.cluster.agents import END_SECONDS, Agents, Ended
+from lockstep.cluster.line import HostConnection, Line, LineEvent, Lost, Met, Said
+from lockstep.cluster.signals import stop_signals
+from lockstep.cluster.state import (
+    CLUSTER,
+    NODE,
+    Home,
+    State,
+    address_towards,
+    check_host,
+    is_loopback,
+)
+from lockstep.errors import IdentityError, LockstepError, ProtocolError
+from lockstep.net.frames import Message
+from lockstep.net.identity import Identity
+from lockstep.net.joining import join
+from lockstep.net.tokens import Token
+from lockstep.net.transport import Report
+from lockstep.offer import Offer
+
+JOIN_SECONDS = 30.0
+WITHDRAWN_SECONDS = 30.0
+"""How long an agent may go on when its job is not offered any more: to say goodbye."""
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Somebody wants this process to end."""
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A job that this host takes part in."""
+
+    ends_at: float | None = None
+    """When its agent is ended, if it is to be; in seconds of `time.monotonic`."""
+    asked: bool = field(default=False)
+    """Whether it was told so."""
+
+
+def enrol(state: State, token: Token, name: str) -> Home:
+    """Become a host of the token's cluster, and remember it.
+
+    Raises:
+        IdentityError: this host has joined a cluster before.
+        NetworkError: as `net.joining.join`.
+    """
+    if state.has_identity:
+        raise IdentityError(
+            f"this host has joined a cluster already, as {state.identity().node}",
+            expected="a state folder without an identity",
+            found=str(state.path / NODE),
+            fix="to come back to that cluster: lockstep join, without a token; "
+            "to join another: --state with another folder",
+        )
+    _, greeting = join(token, state.path / NODE, name, timeout=JOIN_SECONDS)
+    home = Home.from_message({**greeting, "node": token.node})
+    state.write(CLUSTER, home.to_message())
+    return home
+
+
+def home_of(state: State) -> Home:
+    """Where this host's cluster is.
+
+    Raises:
+        IdentityError: it has not joined one.
+    """
+    known = state.read(CLUSTER)
+    if not known or not state.has_identity:
+        raise IdentityError(
+            "this host has joined no cluster yet",
+            expected=f"an identity in {state.path}",
+            fix="where `lockstep up` runs: lockstep token > FILE; here: lockstep join FILE",
+        )
+    return Home.from_message(known)
+
+
+def listening_address(host: str | None, home: Home) -> str:
+    """The address that others reach this host at: the one given, or the one that leads to `up`."""
+    if host is not None:
+        return check_host(host)
+    return "127.0.0.1" if is_loopback(home.address[0]) else address_towards(home.address)
+
+
+class Member:
+    """The daemon. Everything is done in the thread that calls `run`, event by event."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        home: Home,
+        *,
+        host: str,
+        workers: int,
+        allow: Sequence[str],
+        report: Report,
+    ) -> None:
+        self.identity, self.home, self.host = identity, home, host
+        self.workers, self.allow, self.report = workers, allow, report
+        self._events: queue.SimpleQueue[LineEvent | Ended | Stop] = queue.SimpleQueue()
+        self._agents = Agents(self._events.put)
+        self._running: dict[str, Running] = {}
+        self._line: Line | None = None
+        self._trouble = ""
+
+    def run(self) -> None:
+        """Take part in jobs until a signal comes.
+
+        Raises:
+            RefusedError, IdentityError: the cluster does not have this host any more.
+        """
+        with stop_signals(lambda: self._events.put(Stop())):
+            self._line = Line(self._dial, self._events.put)
+            self._line.start()
+            try:
+                while self._handle():
+                    self._end_withdrawn(time.monotonic())
+            finally:
+                self._line.close()
+                self._agents.close()
+
+    def _dial(self) -> HostConnection:
+        return HostConnection(self.identity, self.home, self.host, self._note)
+
+    def _handle(self) -> bool:
+        """Take one event, if there is one soon; returns whether to go on."""
+        try:
+            event = self._events.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            return True
+        match event:
+            case Stop():
+                return False
+            case Met():
+                self._met()
+            case Said(message):
+                self._said(message)
+            case Lost(error, final):
+                if final:
+                    raise error
+                self._lost(error)
+            case Ended(job, error):
+                self._ended(job, error)
+        return True
+
+    def _met(self) -> None:
+        self._trouble = ""
+        host, port = self.home.address
+        self.report(self.identity.node, f"waits for jobs of {self.home.node} at {host}:{port}")
+        self._tell({"op": "here", "workers": self.workers})
+
+    def _lost(self, error: LockstepError) -> None:
+        if self._trouble != error.what:  # not each of many attempts
+            self._trouble = error.what
+            self.report(self.home.node, f"{error}\n  it is tried again until it is there")
+
+    def _said(self, message: Message) -> None:
+        try:
+            match message:
+                case {"op": "offer", "offer": dict(offer)}:
+                    self._offered(Offer.from_message(offer))
+                case {"op": "withdraw", "job": str(job)}:
+                    self._withdrawn(job)
+                case _:
+                    raise ProtocolError("an unknown order", found=ascii(message)[:200])
+        except ProtocolError as error:
+            self.report(self.home.node, str(error))
+
+    def _offered(self, offer: Offer) -> None:
+        job = offer.job
+        if job in self._running:  # `up` has come back, and so has the job
+            self._running[job] = Running()
+            self._say(job, "taken", "")
+            return
+        error = refusal(offer, self.allow, self.identity.node)
+        if error is not None:
+            self.report(f"job {job!a}", str(error))
+            self._say(job, "refused", str(error))
+            return
+        self._agents.start(
+            offer, identity=str(self.identity.folder), workers=self.workers, host=self.host
+        )
+        self._running[job] = Running()
+        pid = self._agents.pid(job)
+        self.report(f"job {job!a}", f"{offer.task!a}: agent {pid}, {self.workers} workers")
+        self._say(job, "taken", "")
+
+    def _withdrawn(self, job: str) -> None:
+        running = self._running.get(job)
+        if running is not None and running.ends_at is None:
+            running.ends_at = time.monotonic() + WITHDRAWN_SECONDS
+
+    def _end_withdrawn(self, now: float) -> None:
+        """End agents whose time is up; those who do not listen, at once."""
+        for job, running in self._running.items():
+            if running.ends_at is not None and now > running.ends_at:
+                self._agents.end(job, at_once=running.asked)
+                running.asked, running.ends_at = True, now + END_SECONDS
+
+    def _ended(self, job: str, error: LockstepError | None) -> None:
+        self._agents.reap(job)
+        withdrawn = self._running.pop(job).ends_at is not None
+        why = str(error) if error and not withdrawn else ""
+        self.report(f"job {job!a}", why or "its agent has ended")
+        self._say(job, "failed" if why else "ended", why)
+
+    def _say(self, job: str, state: str, why: str) -> None:
+        self._tell({"op": "agent", "job": job, "state": state, "why": why})
+
+    def _tell(self, message: Message) -> None:
+        assert self._line is not None
+        self._line.tell(message)
+
+    def _note(self, who: str, why: str) -> None:
+        """Connections that end are told of by the line itself."""
+
+
+def run_member(
+    path: Path,
+    token: Token | None,
+    *,
+    name: str,
+    host: str | None,
+    workers: int,
+    allow: Sequence[str],
+    report: Report,
+) -> None:
+    """Join with a token, or come back without one, and stay.
+
+    Raises:
+        LockstepError: this host is not let in, or not any more.
+    """
+    state = State(path)
+    with state.lock():
+        home = enrol(state, token, name) if token else home_of(state)
+        member = Member(
+            state.identity(),
+            home,
+            host=listening_address(host, home),
+            workers=workers,
+            allow=allow,
+            report=report,
+        )
+        member.run()

@@ -1,0 +1,265 @@
+"""`lockstep up`: enrols hosts, knows which are there, and tells them of jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, decide, parse
+from lockstep.cluster.counter import Counter
+from lockstep.cluster.line import JOB, facts
+from lockstep.cluster.signals import stop_signals
+from lockstep.cluster.state import AUTHORITY, NODE, UP, State, check_host, host_name
+from lockstep.errors import (
+    IdentityError,
+    LockstepError,
+    NetworkError,
+    PeerTimeoutError,
+    ProtocolError,
+    to_message,
+)
+from lockstep.net.frames import Message
+from lockstep.net.identity import Identity
+from lockstep.net.joining import TOKEN_SECONDS, JoinServer
+from lockstep.net.tcp import TcpTransport
+from lockstep.net.transport import Report
+
+LOOK_SECONDS = 0.5
+LONGEST_TOKEN_SECONDS = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A host or a caller has said something; None: it is gone."""
+
+    who: str
+    message: Message | None
+
+
+class Up:
+    """The daemon. Everything is decided in the thread that calls `run`, event by event."""
+
+    def __init__(
+        self, state: State, *, name: str | None, host: str, port: int, report: Report
+    ) -> None:
+        """Listen; `port` 0 takes the ports of the last time, or new ones.
+
+        Raises:
+            IdentityError: the CA or the identity cannot be used, or nobody can listen there.
+            ResourceError: an extra is missing.
+        """
+        self._report = report
+        self._events: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
+        self._board = Board()
+        self._closing = threading.Event()
+        check_host(host)
+        with contextlib.ExitStack() as stack:
+            self.identity, sign = _identity(state, name)
+            ports = _ports(state, port)
+            with _listening(host):
+                self._transport = stack.enter_context(
+                    contextlib.closing(
+                        TcpTransport(
+                            self.identity,
+                            job=JOB,
+                            facts=facts(),
+                            host=host,
+                            port=ports[0],
+                            answer=True,
+                            report=report,
+                        )
+                    )
+                )
+                self._joins = stack.enter_context(
+                    contextlib.closing(
+                        JoinServer(
+                            self.identity,
+                            sign,
+                            host=host,
+                            port=ports[1],
+                            greeting={"address": list(self._transport.address)},
+                            report=report,
+                        )
+                    )
+                )
+            self.address = self._transport.address
+            state.write(UP, {"ports": [self.address[1], self._joins.address[1]]})
+            self._counter = stack.enter_context(
+                contextlib.closing(
+                    Counter(state.path, lambda who, message: self._events.put(Heard(who, message)))
+                )
+            )
+            self._stack = stack.pop_all()
+        self._hearing = threading.Thread(target=self._hear, name="lockstep up", daemon=True)
+        self._hearing.start()
+
+    def token(self, seconds: float = TOKEN_SECONDS) -> str:
+        """A new join token, for one host."""
+        return self._joins.token(seconds=seconds).text()
+
+    def run(self) -> None:
+        """Serve until a signal comes."""
+        with stop_signals(lambda: self._events.put(None)):
+            while (heard := self._events.get()) is not None:
+                self._handle(heard)
+
+    def close(self) -> None:
+        """Leave no thread and no descriptor. Hosts wait for the next `up`."""
+        self._closing.set()
+        self._stack.close()
+        self._hearing.join()
+
+    def _hear(self) -> None:
+        while not self._closing.is_set():
+            with contextlib.suppress(PeerTimeoutError):
+                heard = self._transport.hear(LOOK_SECONDS)
+                self._events.put(Heard(heard.peer, heard.message))
+
+    def _handle(self, heard: Heard) -> None:
+        try:
+            event = self._event(heard)
+        except LockstepError as error:
+            self._report(heard.who, str(error))
+            self._tell(heard.who, {"op": "error", **to_message(error)})
+            return
+        if event is None:
+            return
+        self._note(event)
+        self._board, commands = decide(self._board, event)
+        for command in commands:
+            self._tell(command.to, command.message)
+
+    def _event(self, heard: Heard) -> Event | None:
+        """What is to be decided on; None if it was answered here."""
+        who, message = heard.who, heard.message
+        if message is None:
+            # Unless it has come back before its loss was heard of.
+            return Gone(who) if who not in self._transport.peers else None
+        local = who.startswith("@")
+        if local and (answer := self._answer(message)) is not None:
+            self._tell(who, answer)
+            return None
+        event = parse(who, message)
+        if local and not isinstance(event, Open | Close):
+            raise ProtocolError("this is for a host to say", found=ascii(message)[:200])
+        if isinstance(event, Open) and event.offer.master != self._name_of(who):
+            raise ProtocolError(
+                "a job is offered by another host than its master",
+                expected=event.offer.master,
+                found=self._name_of(who),
+            )
+        return event
+
+    def _answer(self, message: Message) -> Message | None:
+        """What only this machine may ask for."""
+        match message:
+            case {"op": "info"}:
+                return {"op": "info", "node": self.identity.node, "address": list(self.address)}
+            case {"op": "hosts"}:
+                return {"op": "hosts", "hosts": hosts(self._board)}
+            case {"op": "token", "seconds": float(seconds) | int(seconds)} if (
+                0 <= seconds <= LONGEST_TOKEN_SECONDS
+            ):
+                return {"op": "token", "token": self.token(seconds)}
+        return None
+
+    def _name_of(self, who: str) -> str:
+        return self.identity.node if who.startswith("@") else who
+
+    def _tell(self, who: str, message: Mapping[str, Any]) -> None:
+        if who.startswith("@"):
+            self._counter.tell(who, message)
+            return
+        with contextlib.suppress(NetworkError):  # its loss will be heard of
+            self._transport.tell(who, message)
+
+    def _note(self, event: Event) -> None:
+        """Say in the log who comes and who offers what; who goes is told by the transport."""
+        match event:
+            case Here(name, workers):
+                self._report(name, f"takes jobs, with {workers} workers")
+            case Open(who, offer):
+                self._report(self._name_of(who), f"offers job {offer.job!a}: {offer.task!a}")
+            case Close(who, job):
+                self._report(self._name_of(who), f"offers job {job!a} no more")
+
+
+def hosts(board: Board) -> list[dict[str, Any]]:
+    """The members, for people: name, workers, and the state of each open job."""
+    return [
+        {"name": name, "workers": member.workers, "jobs": dict(member.jobs)}
+        for name, member in sorted(board.members.items())
+    ]
+
+
+def _identity(state: State, name: str | None) -> tuple[Identity, Callable[[bytes], bytes]]:
+    """This host's identity and the CA's signature, both made on first use."""
+    from lockstep.net.authority import Authority  # needs the extra
+
+    if state.has_identity and not (state.path / AUTHORITY).exists():
+        raise IdentityError(
+            f"{state.path} belongs to a host that has joined a cluster",
+            expected="a folder of its own for `lockstep up`",
+            fix="give another --state",
+        )
+    authority = Authority.open(state.path / AUTHORITY)
+    identity = authority.enrol(state.path / NODE, name or host_name())
+    if name is not None and name != identity.node:
+        raise IdentityError(
+            "this host has another name already",
+            expected=name,
+            found=f"{identity.node}, in {state.path / NODE}",
+            fix="leave --name out; or give another --state, to begin another cluster",
+        )
+    return identity, authority.sign
+
+
+def _ports(state: State, port: int) -> tuple[int, int]:
+    """Where to listen for hosts and for newcomers: as told, or as the last time."""
+    if port:
+        return port, port + 1
+    match state.read(UP).get("ports"):
+        case [int(first), int(second)] if 0 < first < 65536 and 0 < second < 65536:
+            return first, second
+    return 0, 0
+
+
+@contextlib.contextmanager
+def _listening(host: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise IdentityError(
+            f"nobody can listen on {host}",
+            expected="an address of this machine and a port that is free",
+            found=str(error),
+            fix="give an address with --host and a port with --port; see that no other `up` runs",
+        ) from None
+
+
+def run_up(
+    path: Path,
+    *,
+    name: str | None,
+    host: str,
+    port: int,
+    report: Report,
+    ready: Callable[[Up], None],
+) -> None:
+    """Serve a cluster until a signal comes. `ready` is called once all is there.
+
+    Raises:
+        LockstepError: see `Up`.
+    """
+    state = State(path)
+    with (
+        state.lock(),
+        contextlib.closing(Up(state, name=name, host=host, port=port, report=report)) as up,
+    ):
+        ready(up)
+        up.run()

@@ -1,0 +1,485 @@
+"""From machines to agents: `up`, `join`, `run --on` and ranks, with real processes on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import socket
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lockstep.cluster.admission import refusal
+from lockstep.cluster.agents import why
+from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, Spoke, decide, parse
+from lockstep.cluster.counter import ask
+from lockstep.cluster.environment import Place, first_host, place_of
+from lockstep.cluster.launched import MASTER, Ranks, enter, shared_secret
+from lockstep.cluster.launcher import Cluster
+from lockstep.cluster.line import LONGEST_PAUSE, pause
+from lockstep.errors import (
+    IdentityError,
+    JobError,
+    NetworkError,
+    ProtocolError,
+    RefusedError,
+    to_message,
+)
+from lockstep.net.shared import SharedSecret, make_secret
+from lockstep.offer import Offer
+from tests.command import TASKS, lockstep
+from tests.daemons import LIMIT, Daemon
+
+NOWHERE = ("127.0.0.1", 9)
+
+
+def an_offer(task: str = "mnist", job: str = "job", master: str = "a") -> Offer:
+    return Offer(job=job, master=master, address=NOWHERE, task=task)
+
+
+# Pure decisions.
+
+
+def told(board: Board, *events: Event) -> tuple[Board, list[tuple[str, str]]]:
+    """The board after some events, and who was told what after the last one."""
+    commands: tuple[object, ...] = ()
+    for event in events:
+        board, commands = decide(board, event)
+    return board, [(each.to, each.message["op"]) for each in commands]  # type: ignore[attr-defined]
+
+
+def test_a_job_is_offered_to_all_who_are_there_and_who_come() -> None:
+    board, said = told(Board(), Here("b", 2), Here("a", 1), Open("@1", an_offer()))
+    assert said == [("@1", "opened"), ("b", "offer")]  # not to its master
+    board, said = told(board, Here("c", 1))
+    assert said == [("c", "offer")]
+    board, said = told(board, Spoke("c", "job", "taken", ""), Gone("c"))
+    assert said == [("@1", "agent")]  # its agent is lost
+    board, said = told(board, Close("@2", "job"))
+    assert said == []  # it is another's
+    board, said = told(board, Close("@1", "job"))
+    assert said == [("a", "withdraw"), ("b", "withdraw")]
+    assert not told(board, Here("d", 1))[1]
+
+
+def test_a_job_ends_with_who_offers_it() -> None:
+    board, said = told(Board(), Here("b", 2), Open("@1", an_offer()), Gone("@1"))
+    assert said == [("b", "withdraw")]
+    assert not board.postings
+    board, said = told(board, Open("g", an_offer(master="g")), Open("@1", an_offer()))
+    assert said == [("@1", "error")]
+    assert board.postings["job"].asker == "g"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"op": "here"},
+        {"op": "here", "workers": 0},
+        {"op": "here", "workers": "1"},
+        {"op": "open", "offer": {}},
+        {"op": "open", "offer": "x"},
+        {"op": "agent", "job": "j", "state": "odd", "why": ""},
+        {"op": ["close"], "job": "j"},
+    ],
+)
+def test_messages_that_say_nothing(message: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError):
+        parse("b", message)
+
+
+@pytest.mark.parametrize(
+    ("task", "allow", "found"),
+    [
+        ("mnist", (), None),
+        ("/x/y.py:Task", ("/x/y.py",), "the path of a file"),
+        ("os:system", (), "the module 'os'"),
+        ("os:system", ("o", "system", "lockstep"), "the module 'os'"),
+        ("tests.tasks:Blobs", ("tests",), None),
+        ("tests.tasks:Blobs", ("tests.tasks:Blobs",), None),
+        ("tests.tasks:Other", ("tests.tasks:Blobs",), "the module 'tests.tasks'"),
+        ("nowhere.at.all:Task", ("nowhere",), "none in the folder"),
+    ],
+)
+def test_which_tasks_a_host_takes(task: str, allow: tuple[str, ...], found: str | None) -> None:
+    error = refusal(an_offer(task), allow, "b")
+    if found is None:
+        assert error is None
+    else:
+        assert isinstance(error, JobError)
+        assert "host b" in error.what
+        assert found in error.found
+
+
+def test_pauses_between_attempts_are_bounded() -> None:
+    pauses = [pause(failures) for failures in (*range(8), 10**6)]
+    assert pauses == sorted(pauses)
+    assert 0 < pauses[0] < 1
+    assert pauses[-1] == LONGEST_PAUSE
+
+
+def test_how_an_agent_ended() -> None:
+    error = JobError("no such task", expected="one", found="none", fix="write it")
+    assert why(0, b"") is None
+    assert str(why(2, json.dumps(to_message(error)).encode())) == str(error)
+    for code, said, found in ((-9, b"", "signal 9"), (1, b"[]", "exit code 1")):
+        died = why(code, said)
+        assert died is not None
+        assert died.found == found
+
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "r",
+    "TORCHELASTIC_RESTART_COUNT": "3",
+}
+SLURM = {
+    "SLURM_PROCID": "2",
+    "SLURM_NTASKS": "3",
+    "SLURM_NNODES": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "70001",
+    "SLURM_STEP_ID": "4",
+    "SLURM_JOB_NODELIST": "node[07-09]",
+}
+
+
+def test_places() -> None:
+    assert place_of(TORCHRUN) == Place(
+        rank=1, size=2, host="10.0.0.1", port=29501, job="torchrun 10.0.0.1:29500 r 3"
+    )
+    assert place_of(SLURM) == Place(
+        rank=2, size=3, host="node07", port=15000 + 70005 % 15000, job="slurm 70001 4 0"
+    )
+    assert place_of({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({}, "nothing says which process"),
+        ({**TORCHRUN, "LOCAL_RANK": "1"}, "several processes of the job are on this host"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "several processes of the job are on this host"),
+        ({**TORCHRUN, "MASTER_ADDR": ""}, "the variable MASTER_ADDR is missing"),
+        ({**TORCHRUN, "RANK": "-1"}, "the variable RANK is no number"),
+        ({**TORCHRUN, "RANK": "2"}, "the place of this process is none"),
+        ({**SLURM, "SLURM_LOCALID": "1"}, "several processes of the job are on this host"),
+        ({**SLURM, "SLURM_NNODES": "2"}, "several processes of the job are on this host"),
+    ],
+)
+def test_places_that_cannot_be(environment: dict[str, str], what: str) -> None:
+    with pytest.raises(JobError, match=what):
+        place_of(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("login", "login"),
+        ("a1,b[2-3]", "a1"),
+        ("node[07-09,12],login", "node07"),
+        ("node[3,1]", "node3"),
+        ("r[1-2]n[04-05].x", "r1n04.x"),
+    ],
+)
+def test_the_first_of_a_list_of_hosts(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+# Daemons.
+
+
+class Loopback:
+    """A cluster on this machine: every host's state folder has its name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.daemons: list[Daemon] = []
+        shutil.copy(TASKS, folder / "blobs.py")
+
+    def start(self, *arguments: str | Path, said: str = "") -> Daemon:
+        daemon = Daemon(*arguments, cwd=self.folder, said=said)
+        self.daemons.append(daemon)
+        return daemon
+
+    def up(self) -> Daemon:
+        daemon = self.start("up", "--state", "a", "--name", "a", "--tokens", "0")
+        daemon.until("`lockstep up` at 127.0.0.1:")
+        self.centre = daemon
+        return daemon
+
+    def token(self, *, valid: float = 900.0) -> str:
+        answer = ask(self.folder / "a", {"op": "token", "seconds": valid})
+        return str(answer["token"])
+
+    def member(self, name: str, *arguments: str) -> Daemon:
+        """A host that has joined; it gets its token on stdin."""
+        daemon = self.start(
+            "join", "-", "--state", name, "--name", name, "-w", "1", *arguments, said=self.token()
+        )
+        self.centre.until(f"{name}: takes jobs, with 1 workers")
+        daemon.until("waits for jobs")
+        return daemon
+
+    def launcher(self, reports: queue.SimpleQueue[tuple[str, str]] | None = None) -> Cluster:
+        shown = reports or queue.SimpleQueue()
+        return Cluster.of_this_machine(self.folder / "a", lambda *said: shown.put(said))
+
+    def hosts(self) -> dict[str, dict[str, str]]:
+        """By host, what it says of each job."""
+        answer = ask(self.folder / "a", {"op": "hosts"})
+        return {host["name"]: host["jobs"] for host in answer["hosts"]}
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for daemon in self.daemons:
+                stack.enter_context(daemon)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Loopback]:
+    made = Loopback(tmp_path)
+    with contextlib.closing(made):
+        yield made
+
+
+RUN = (
+    "run",
+    "blobs:Blobs",
+    "--batch-size",
+    "16",
+    "--steps",
+    "5",
+    "--shards",
+    "3",
+    "--threads",
+    "1",
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The fingerprint of the job on this machine alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(TASKS, folder / "blobs.py")
+    done = lockstep(*RUN, "--workers", "1", "--json", "-q", cwd=folder)
+    return str(json.loads(done.stdout)["fingerprint"])
+
+
+def modes(folder: Path) -> Iterator[tuple[Path, int]]:
+    for path in (folder, *folder.rglob("*")):
+        yield path, stat.S_IMODE(path.stat().st_mode)
+
+
+def test_two_hosts_take_part_in_a_job(cluster: Loopback, alone: str) -> None:
+    up = cluster.up()
+    hosts = [cluster.member(name, "--allow", "blobs") for name in ("b", "c")]
+    on = ("--on", "up", "--state", "a", "--workers", "3", "--out", "run", "--json", "-q")
+    done = lockstep(*RUN, *on, cwd=cluster.folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fingerprint"] == alone
+    events = [json.loads(line) for line in (cluster.folder / "run/events.jsonl").open()]
+    assert [each["hosts"] for each in events if each["event"] == "hosts"][-1] == ["a", "b", "c"]
+    for host in hosts:
+        host.until("its agent has ended")
+        assert host.end(signal.SIGINT) == 0
+    assert up.end(signal.SIGHUP) == 0
+
+
+def test_files_are_private(cluster: Loopback) -> None:
+    up = cluster.start("up", "--state", "a", "--name", "a", "--token-file", "t", "--tokens", "2")
+    up.until("`lockstep up` at")
+    member = cluster.start("join", "t-1", "--state", "b", "--name", "b")
+    member.until("waits for jobs")
+    made = [*modes(cluster.folder / "a"), *modes(cluster.folder / "b")]
+    for path, mode in made:
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+    names = {path.name for path, _ in made}
+    assert names >= {"up.sock", "up.json", "cluster.json", "node.key", "authority.key", "lock"}
+    assert (cluster.folder / "t-2").stat().st_mode & 0o777 == 0o600
+    again = lockstep("up", "--state", "a", cwd=cluster.folder)
+    assert again.returncode == 1
+    assert "is in use" in again.stderr
+    assert up.end() == 0
+    assert not (cluster.folder / "a" / "up.sock").exists()
+    assert up.wait()[1] == ""  # the tokens are in files
+
+
+def test_tokens(cluster: Loopback) -> None:
+    cluster.up()
+    token = cluster.token()
+    given = lockstep("join", token, "--state", "b", cwd=cluster.folder)
+    assert given.returncode == 1
+    assert "on the command line, where other users can see it" in given.stderr
+    assert token not in given.stderr
+    assert not (cluster.folder / "b").exists()
+    late = Daemon("join", "-", "--state", "b", cwd=cluster.folder, said=cluster.token(valid=0))
+    assert late.wait()[0] == 1
+    assert "it expired" in late.log
+    (cluster.folder / "token").write_text(token)
+    first = cluster.start("join", "token", "--state", "b", "--name", "b")
+    first.until("waits for jobs")
+    second = lockstep("join", "token", "--state", "c", "--name", "c", cwd=cluster.folder)
+    assert second.returncode == 1
+    assert "it was used before" in second.stderr
+    first.end()
+    again = lockstep("join", "token", "--state", "b", cwd=cluster.folder)
+    assert "has joined a cluster already, as b" in again.stderr
+    stranger = lockstep("join", "--state", "d", cwd=cluster.folder)
+    assert "has joined no cluster yet" in stranger.stderr
+
+
+def test_up_comes_back_and_so_do_hosts_and_offers(cluster: Loopback) -> None:
+    up = cluster.up()
+    members = [cluster.member(name) for name in ("b", "c")]
+    reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    with cluster.launcher(reports) as launcher:
+        assert launcher.offer(an_offer("blobs:Blobs")) == ()  # nobody allows it
+        assert {reports.get(timeout=LIMIT)[0], reports.get(timeout=LIMIT)[0]} == {"b", "c"}
+        up.end(signal.SIGKILL)
+        for member in members:
+            member.until("it is tried again until it is there")
+        assert "goes on with the hosts that it has" in reports.get(timeout=LIMIT)[1]
+        up = cluster.up()
+        for member in members:
+            member.until("waits for jobs")
+        again = {reports.get(timeout=LIMIT) for _ in members}
+        assert {name for name, _ in again} == {"b", "c"}
+        assert all("host b does not" in why or "host c does not" in why for _, why in again)
+        assert cluster.hosts() == {"b": {"job": "refused"}, "c": {"job": "refused"}}
+    up.until("offers job 'job' no more")
+    assert cluster.hosts() == {"b": {}, "c": {}}
+
+
+def test_hosts_come_back_without_a_token_and_names_are_kept(cluster: Loopback) -> None:
+    cluster.up()
+    cluster.member("b").end()
+    back = cluster.start("join", "--state", "b", "--name", "z")
+    cluster.centre.until("b: takes jobs")
+    back.until("b: waits for jobs")
+    assert list(cluster.hosts()) == ["b"]
+    shown = lockstep("hosts", "--state", "a", cwd=cluster.folder)
+    assert shown.stdout.split()[0] == "b"
+
+
+def waiting_agent(member: Daemon, listener: socket.socket) -> int:
+    """The process id of a host's agent that has begun to connect to its master."""
+    pid = int(member.until(": agent ").partition(": agent ")[2].partition(",")[0])
+    sock, _ = listener.accept()
+    sock.close()
+    return pid
+
+
+def test_agents_that_are_killed_and_hosts_that_are_killed(cluster: Loopback) -> None:
+    """The former are reported; the latter leave no process."""
+    cluster.up()
+    member = cluster.member("b", "--allow", "blobs")
+    reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LIMIT)
+        offer = Offer(job="one", master="a", address=listener.getsockname(), task="blobs:Blobs")
+        with cluster.launcher(reports) as launcher:
+            assert launcher.offer(offer) == ("b",)
+            os.kill(waiting_agent(member, listener), signal.SIGKILL)
+            who, reason = reports.get(timeout=LIMIT)
+            assert who == "b"
+            assert "signal 9" in reason
+            assert cluster.hosts() == {"b": {"one": "failed"}}
+        offer = Offer(job="two", master="a", address=listener.getsockname(), task="blobs:Blobs")
+        with cluster.launcher(reports) as launcher:
+            assert launcher.offer(offer) == ("b",)
+            agent = os.pidfd_open(waiting_agent(member, listener))
+            try:
+                member.end(signal.SIGKILL)
+                assert select.select([agent], [], [], LIMIT)[0], "the agent has outlived its host"
+            finally:
+                os.close(agent)
+            assert reports.get(timeout=LIMIT) == ("b", "failed: the host is gone")
+
+
+def test_no_up(tmp_path: Path) -> None:
+    for command in (("hosts",), ("token",), (*RUN, "--on", "up")):
+        done = lockstep(*command, "--state", "a", cwd=tmp_path)
+        assert done.returncode == 1
+        assert "start it on this machine: lockstep up" in done.stderr
+
+
+# Ranks.
+
+
+def test_ranks_enter_with_the_shared_secret(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = Place(rank=0, size=3, host="127.0.0.1", port=port, job="j")
+    others = [Place(rank=rank, size=3, host="127.0.0.1", port=port, job="j") for rank in (1, 2)]
+    shared = SharedSecret(secret=bytes(32), job="j")
+    wrong = SharedSecret(secret=bytes(31) + b"1", job="j")
+    with (
+        ThreadPoolExecutor(2) as pool,
+        Ranks(place, shared, tmp_path / "0", workers=None, wait=LIMIT) as ranks,
+    ):
+        # They may come before it listens.
+        coming = [
+            pool.submit(enter, each, shared, tmp_path / str(each.rank), LIMIT) for each in others
+        ]
+        assert ranks.identity.node == MASTER
+        assert ranks.offer(an_offer(master=MASTER)) == ("rank-1", "rank-2")
+        for each in coming:
+            _, offer = each.result()
+            assert offer == an_offer(master=MASTER)
+        with pytest.raises(RefusedError, match="does not prove that it has the shared secret"):
+            enter(others[0], wrong, tmp_path / "3", LIMIT)
+        with pytest.raises(RefusedError, match="was refused"):
+            enter(others[0], shared, tmp_path / "4", LIMIT)
+
+
+def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
+    place = place_of(TORCHRUN)
+    with pytest.raises(IdentityError, match="cannot know each other") as caught:
+        shared_secret(place, None)
+    assert "lockstep secret" in caught.value.fix
+    make_secret(tmp_path / "s")
+    assert shared_secret(place, tmp_path / "s").job == place.job
+    with pytest.raises(NetworkError):
+        enter(
+            Place(rank=1, size=2, host="127.0.0.1", port=1, job="j"),
+            shared_secret(place, tmp_path / "s"),
+            tmp_path / "n",
+            0.0,
+        )
+
+
+def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
+    shutil.copy(TASKS, tmp_path / "blobs.py")
+    job = {"task": "blobs.py:Blobs", "batch_size": 16, "steps": 5, "shards": 3, "threads": 1}
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1] - 1)
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in ("0", "1"):
+            place = {**TORCHRUN, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            daemon = Daemon(
+                *("-w", "1", "job.yaml"),
+                cwd=tmp_path,
+                module="lockstep.cluster.launched",
+                environment={**place, "XDG_STATE_HOME": str(tmp_path)},
+            )
+            ranks.append(stack.enter_context(daemon))
+        (code, out), (other, _) = ranks[0].wait(), ranks[1].wait()
+    assert (code, other) == (0, 0), ranks[0].log + ranks[1].log
+    assert json.loads(out)["fingerprint"] == alone
