@@ -92,10 +92,10 @@ def ended_well(on: Agents, *killed: str) -> None:
 @pytest.mark.parametrize(
     ("name", "others", "here"),
     [
-        ("cnn", {"b": 2}, 2),
+        pytest.param("cnn", {"b": 2}, 2, marks=pytest.mark.long),
         ("mixture", {"b": 1, "c": 1}, 2),  # parameters without gradients in some steps
         ("clip", {"b": 1, "c": 1, "d": 1}, 1),
-        ("bf16", {"b": 3, "c": 1}, 1),
+        pytest.param("bf16", {"b": 3, "c": 1}, 1, marks=pytest.mark.long),
         pytest.param("transformer", {"b": 2, "c": 1}, 1, marks=pytest.mark.long),
         pytest.param("muon", {"b": 2}, 1, marks=pytest.mark.long),
         pytest.param("augmented", {"b": 2}, 1, marks=pytest.mark.long),
@@ -110,7 +110,7 @@ def test_same_bits(site: Site, name: str, others: dict[str, int], here: int) -> 
     ended_well(on)
 
 
-@pytest.mark.parametrize("use", ["once", "two losses"])
+@pytest.mark.parametrize("use", [pytest.param("once", marks=pytest.mark.long), "two losses"])
 def test_sparse_gradients_between_hosts(site: Site, use: str, run_folders: Any) -> None:
     """Only touched rows travel; a gradient that changes after it was sent is sent again."""
     settings: dict[str, Any] = {
@@ -129,7 +129,12 @@ def test_sparse_gradients_between_hosts(site: Site, use: str, run_folders: Any) 
 
 
 @pytest.mark.parametrize(
-    "others", [{"b": 2}, {"b": 1, "c": 1}, {"b": 1, "c": 1, "d": 1}], ids=["2x2", "2+1+1", "4x1"]
+    "others",
+    [
+        pytest.param({"b": 2}, id="2x2", marks=pytest.mark.long),
+        pytest.param({"b": 1, "c": 1}, id="2+1+1"),
+        pytest.param({"b": 1, "c": 1, "d": 1}, id="4x1", marks=pytest.mark.long),
+    ],
 )
 def test_a_host_dies(site: Site, others: dict[str, int]) -> None:
     """Four workers on two, three and four hosts, of which one dies in the middle of an update."""

@@ -47,8 +47,8 @@ def in_every_phase(kinds: tuple[str, ...]) -> tuple[Fault, ...]:
     ("name", "kinds"),
     [
         ("cnn", ("kill", "segfault", "exit")),
-        ("transformer", ("segfault", "exit", "kill")),
-        ("by-epoch", ("exit", "kill", "segfault")),
+        pytest.param("transformer", ("segfault", "exit", "kill"), marks=pytest.mark.long),
+        pytest.param("by-epoch", ("exit", "kill", "segfault"), marks=pytest.mark.long),
         ("channels-last", ("kill", "segfault", "exit")),  # with clip_grad_norm
         ("wide-branches", ("kill", "exit", "segfault")),
     ],
@@ -120,7 +120,15 @@ def test_deaths_while_a_recovery_is_under_way(name: str, yard: Yard) -> None:
 # Going back to a state that is many steps old.
 
 
-@pytest.mark.parametrize("name", ["cnn", "onecycle", "clip", "by-epoch", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        "clip",
+        "by-epoch",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("onecycle", "embedding")),
+    ],
+)
 def test_steps_since_the_base_are_computed_again(
     name: str, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
