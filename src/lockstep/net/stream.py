@@ -75,6 +75,16 @@ class TlsStream(socket.socket):
             count += int(got)
         return count
 
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        """Receive at most so many bytes; none at the stream's end."""
+        room = bytearray(bufsize)
+        return bytes(room[: self.recv_into(room)])
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send all of it, as `sendall`: nothing may go past TLS."""
+        self.sendall(data)
+        return len(memoryview(data))
+
     def _flush(self) -> None:
         if self._going.pending:
             super().sendall(self._going.read())
