@@ -61,9 +61,10 @@ def contend(
     batch = case.batch * (models.WORLD if alone else 1)
     world = 1 if alone else models.WORLD
     model = case.model()
-    optimizer = case.optimizer(list(model.named_parameters()))
+    named = list(model.named_parameters())  # outlives DDP's wrapper, whose end would hang else
     if contender in DDP:
         model = _distributed(model, rank, world)
+    optimizer = case.optimizer(named)
     draw = case.draw(batch, rank, world)
 
     meeting = Meeting(words, rank) if contender == "meet" else None

@@ -192,6 +192,21 @@ def test_every_host_is_torn_in_the_same_step(site: Site) -> None:
     ended_well(on)
 
 
+def test_flipped_bits_on_another_host_are_put_right(site: Site) -> None:
+    """A gradient before it is sent; a parameter by a copy from the host that has it right."""
+    on = site.agents({"b": 2}, 1)
+    faults = (
+        Fault(seat=-1, host="b", step=4, phase="slot", kind="flip"),
+        Fault(seat=0, host="b", step=8, phase="barrier", kind="flip"),
+    )
+    found = site.check("cnn", on, steps=16, faults=faults, audit=1.0)
+    corrupt = events(found.folder, "corrupt")
+    assert [(event["host"], event["step"]) for event in corrupt] == [("b", 4), ("b", 8)]
+    assert "shard" in corrupt[0]
+    assert "tensor" in corrupt[1]
+    ended_well(on)
+
+
 # Joining, leaving, falling silent.
 
 

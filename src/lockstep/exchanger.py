@@ -277,4 +277,5 @@ class Exchanger:
                 try:
                     slip.wait(LOOK_SECONDS)
                 except PeerTimeoutError:
-                    continue
+                    if slip.ended:  # not this wait's time is up, but the connection's
+                        raise

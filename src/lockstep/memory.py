@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 from collections.abc import MutableMapping
@@ -57,8 +58,12 @@ class Segment:
     def close(self) -> None:
         """Unmap (once no view is left) and close the descriptor."""
         os.close(self.fd)
-        with contextlib.suppress(BufferError):  # a view is in use: the memory goes with it
+        try:
             self.map.close()
+        except BufferError:  # a view is left, perhaps in a cycle that nobody has collected yet
+            gc.collect()
+            with contextlib.suppress(BufferError):  # it is in use: the memory goes with it
+                self.map.close()
 
     def __len__(self) -> int:
         return self.nbytes

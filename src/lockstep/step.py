@@ -178,7 +178,7 @@ class Stepper:
         self._fault("reduce", step)
         active = self.sampling.active(step)
         if self._audit_fraction:
-            self._check_all(step, active)
+            self._check_all(step, [shard for shard in active if shard in self.part.mine])
         presence = self._exchange(step, active)
         scale = None
         if self._limit is not None:

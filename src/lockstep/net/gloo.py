@@ -176,6 +176,10 @@ class GlooPending:
             except RuntimeError as error:
                 raise self._failed(error, 0.0) from error
 
+    @property
+    def ended(self) -> bool:
+        return self._work is None
+
     def done(self) -> bool:
         return self._work is None and self._error is None
 

@@ -60,6 +60,10 @@ class Pending(Protocol):
     what: str
     """In words."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is complete or has failed."""
+
     def done(self) -> bool:
         """Whether it is complete. False if it failed."""
 
