@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from lockstep import processes as processes_module
+
 settings.register_profile("lockstep", deadline=None, derandomize=True, database=None)
 settings.load_profile("lockstep")
 
@@ -43,7 +45,7 @@ def environment_of(pid: int) -> bytes:
 def parent_of(pid: int) -> int:
     """The process's parent; 0 if it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return processes_module.parent_of(pid)
     except (OSError, IndexError):
         return 0
 

@@ -44,6 +44,26 @@ def events(folder: str | Path, *names: str) -> list[Event]:
     return found
 
 
+def await_event(
+    folder: str | Path,
+    wanted: Callable[[Event], bool],
+    seconds: float,
+    what: str,
+    check_alive: Callable[[], None],
+) -> Event:
+    """The first event of a run that is wanted, once it is there. `check_alive` raises if the run
+    has ended."""
+
+    def look() -> Event | None:
+        check_alive()
+        if not (Path(folder) / "events.jsonl").exists():
+            return None
+        return next((event for event in events(folder) if wanted(event)), None)
+
+    found: Event = until(look, seconds, what)
+    return found
+
+
 def ledger(folder: str | Path) -> bytes:
     return (Path(folder) / "ledger.jsonl").read_bytes()
 

@@ -15,7 +15,7 @@ import pytest
 
 import lockstep
 from tests.conftest import environment_of, processes, wait_for_end
-from tests.faulty import Event, Yard, events, until
+from tests.faulty import Event, Yard, await_event, events
 from tests.paced import PACE
 
 PACED = f"{Path(__file__).with_name('paced.py')}:Paced"
@@ -45,15 +45,11 @@ class Master:
     def await_event(self, wanted: Callable[[Event], bool], what: str = "") -> Event:
         """The first event that is wanted, once it is there."""
 
-        def look() -> Event | None:
+        def check_alive() -> None:
             if self.process.poll() is not None:
                 raise AssertionError(f"the master has ended: {self.end()}")
-            if not (self.folder / "events.jsonl").exists():
-                return None
-            return next((event for event in events(self.folder) if wanted(event)), None)
 
-        found: Event = until(look, WAIT_SECONDS, what or "an event")
-        return found
+        return await_event(self.folder, wanted, WAIT_SECONDS, what or "an event", check_alive)
 
     def await_step(self, step: int) -> None:
         """Return when so many steps have been evaluated."""

@@ -21,7 +21,7 @@ from lockstep.errors import (
     StoppedError,
 )
 from lockstep.faults import BETWEEN_HOSTS, PHASES, Fault
-from tests.faulty import Event, Yard, assert_same, events, until, yard
+from tests.faulty import Event, Yard, assert_same, await_event, events, yard
 from tests.hosts import Cluster
 from tests.many import Agents
 from tests.paced import PACE
@@ -225,15 +225,11 @@ class Live:
         )
 
     def wait_for(self, wanted: Callable[[Event], bool], what: str) -> Event:
-        def look() -> Event | None:
+        def check_alive() -> None:
             if not self.run.running:
                 raise AssertionError(f"the run has ended: {self.run.result()}")
-            if not (Path(self.folder) / "events.jsonl").exists():
-                return None
-            return next((event for event in events(self.folder) if wanted(event)), None)
 
-        found: Event = until(look, WAIT, what)
-        return found
+        return await_event(self.folder, wanted, WAIT, what, check_alive)
 
     def await_step(self, step: int) -> None:
         self.wait_for(lambda e: e["event"] == "evaluated" and e["step"] >= step, f"step {step}")

@@ -19,7 +19,7 @@ import pytest
 from benchmarks import namespaces
 from benchmarks.namespaces import Network
 from lockstep.result import Result
-from tests.faulty import Event, Yard, events, ledger, until, yard
+from tests.faulty import Event, Yard, await_event, ledger, yard
 from tests.paced import PACE
 
 __all__ = ["yard"]  # a fixture
@@ -67,15 +67,11 @@ class Run:
         )
 
     def wait_for(self, wanted: Callable[[Event], bool], what: str) -> Event:
-        def look() -> Event | None:
+        def check_alive() -> None:
             if self.process.poll() is not None:
                 raise AssertionError(f"the master has ended: {self.process.communicate()}")
-            if not (Path(self.folder) / "events.jsonl").exists():
-                return None
-            return next((event for event in events(self.folder) if wanted(event)), None)
 
-        found: Event = until(look, WAIT, what)
-        return found
+        return await_event(self.folder, wanted, WAIT, what, check_alive)
 
     def await_step(self, step: int) -> None:
         self.wait_for(lambda e: e["event"] == "evaluated" and e["step"] >= step, f"step {step}")

@@ -24,7 +24,6 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.host import Host
-from lockstep.ledger import StepRecord
 from lockstep.link import Link
 from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
@@ -32,6 +31,7 @@ from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.offer import Offer
 from lockstep.planning import Plan
+from lockstep.sink import NullSink
 from lockstep.source import Source
 from lockstep.station import Station
 
@@ -69,7 +69,7 @@ def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: 
         stack.callback(link.close)
         station = Station(identity, host, offer.job, report, link.wake, silence)
         stack.callback(station.close)
-        Agent(local, link, station, offer).run(workers)
+        Agent(local, link, station, offer.master, silence).run(workers)
 
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
@@ -80,9 +80,12 @@ def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
 class Agent:
     """One host's part in a job, from the plan to its end."""
 
-    def __init__(self, host: Host, link: Link, station: Station, offer: Offer) -> None:
-        self.host, self.link, self.station, self.master = host, link, station, offer.master
-        self._silent_seconds = float(offer.settings.get("host_seconds", 10.0))
+    def __init__(
+        self, host: Host, link: Link, station: Station, master: str, silent_seconds: float
+    ) -> None:
+        """The master is given up after so many seconds without a sign of life."""
+        self.host, self.link, self.station, self.master = host, link, station, master
+        self._silent_seconds = silent_seconds
         self.crew: Following | None = None
         self._ready = self._ended = False
         self._asked: Mapping[str, Any] | None = None
@@ -249,32 +252,11 @@ class Following(Crew):
         self.agent._trouble(self.station.generation, "", why)
 
 
-class Forward:
-    """A sink that keeps nothing and forwards to the master what people may want to know."""
+class Forward(NullSink):
+    """Keeps nothing, and forwards to the master what people may want to know."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
 
-    def commit(self, record: StepRecord) -> None:
-        pass
-
     def event(self, name: str, **fields: object) -> None:
         self.agent.link.tell(self.agent.master, "event", name=name, fields=fields)
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        pass
-
-    def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
-        pass
-
-    def recovered(self, recoveries: list[dict[str, Any]]) -> None:
-        pass
-
-    def busy(self) -> bool:
-        return False
-
-    def settle(self) -> None:
-        pass
-
-    def checkpoint(self, step: int, state: memoryview) -> None:
-        pass

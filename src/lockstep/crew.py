@@ -115,8 +115,9 @@ class Crew:
     @property
     def trees(self) -> tuple[range, ...]:
         """The subtrees of all hosts; none where this host is alone."""
-        alone = self.arrangement is None or len(self.arrangement.parts) == 1
-        return () if alone or self.arrangement is None else self.arrangement.subtrees
+        if self.arrangement is None or len(self.arrangement.parts) == 1:
+            return ()
+        return self.arrangement.subtrees
 
     # Membership: what happened goes to the pure machine, what it commands is carried out.
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lockstep.control import Control
 from lockstep.embeddings import DENSE, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.exchange import AGAIN
@@ -246,9 +245,3 @@ def combine_buffers(
         for value in values[1:]:
             highest = torch.maximum(highest, value)
         committed.copy_(highest)
-
-
-def presence(control: Control, active: Sequence[int]) -> tuple[bool, bool]:
-    """Whether all, and whether any, of the active shards' gradients are there."""
-    flags = control.has_grad[active]
-    return bool(flags.all()), bool(flags.any())
