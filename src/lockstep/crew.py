@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
 from lockstep.history import History
 from lockstep.host import Event, Host
+from lockstep.layout import Range
 from lockstep.membership import Members
+from lockstep.ownership import Duties, ownership_of
 from lockstep.planning import Plan
 from lockstep.recovery import Resumption, resume, step_in_flight
 from lockstep.sink import Sink
@@ -91,7 +93,9 @@ class Crew:
         self.history = History(host, plan, sink, self.clock, step or 0)
         self.failures = Failures(host, self.history, sink)
         self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
+        self.ownership = ownership_of(plan.ownership, plan.servers)
         self.arrangement: Arrangement | None = None
+        self.duties = Duties(shares={})
         self._has_state, self._stood = step is not None, False
         self.evaluation = Evaluation(self)
         self._idle: dict[int, int] = {}
@@ -111,6 +115,28 @@ class Crew:
         if self.arrangement is None or self.station is None:
             return range(self.plan.shards)
         return self.arrangement.part(self.station.name).shards
+
+    @property
+    def parted(self) -> bool:
+        """Whether each host has a part of the optimizer state, and none has the whole of it."""
+        return self.duties.returns == "parameters"
+
+    @property
+    def theirs(self) -> list[int]:
+        """The trainable parameters that other hosts alone update."""
+        return [
+            param
+            for name, share in self.duties.shares.items()
+            for param in share.params
+            if name != self.host.name
+        ]
+
+    @property
+    def _sums(self) -> tuple[Range, ...]:
+        """The runs of a slot's bytes that this host sums, and returns the sums of."""
+        if self.duties.returns != "sums":
+            return ()
+        return self.duties.shares[self.host.name].sums
 
     @property
     def trees(self) -> tuple[range, ...]:
@@ -168,12 +194,14 @@ class Crew:
         self, seats: tuple[int, ...], all_seats: set[int], resumption: Resumption, reason: str
     ) -> None:
         control = self.control
-        for seat in all_seats:
-            control.set_updating(seat, -1)
-        for seat in seats:
-            control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
-            control.forget_shard(seat)
-        self.history.seats = seats
+        with control.seating:
+            for seat in all_seats:
+                control.set_updating(seat, -1)
+                control.ask(seat, 0)
+            for seat in seats:
+                control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
+                control.forget_shard(seat)
+            self.history.seats = seats
         self._idle.clear()
         self.clock.rest()
         self.grant()
@@ -190,7 +218,10 @@ class Crew:
                     "todo": resumption.todo[rank],
                     "mine": [self.mine.start, self.mine.stop],
                     "trees": [[tree.start, tree.stop] for tree in self.trees],
-                    "refresh": resumption.back is None and not self.sink.busy(),
+                    "returns": self.duties.returns,
+                    "sums": [dataclasses.asdict(run) for run in self._sums],
+                    "theirs": self.theirs,
+                    "refresh": resumption.back is None and not self.parted and not self.sink.busy(),
                     "loaders": self.failures.loaders_live,
                 },
             )
@@ -228,10 +259,11 @@ class Crew:
         words = [self.control.progress(seat) for seat in self.history.seats]
         step = step_in_flight(words) if words else self.history.step
         torn = step in [self.control.updating(seat) for seat in self.history.seats]
-        if self._has_state and not torn:
-            return Standing(whole=step, base=None, address=self._address)
-        base = self.control.base_step if torn else None
-        return Standing(whole=None, base=base, address=self._address)
+        return Standing(
+            whole=step if self._has_state and not torn else None,
+            base=self.control.base_step if torn or not self.ownership.whole else None,
+            address=self._address,
+        )
 
     def arrange(self, orders: Orders) -> None:
         """Go on as ordered. If that cannot be, the station has a trouble, and everybody rests on.
@@ -241,7 +273,9 @@ class Crew:
         """
         station, name = self.station, self.station.name if self.station else ""
         assert station is not None
-        arrangement = Arrangement.of(self.plan.shards, orders.workers)
+        computing = self.ownership.computing(list(orders.workers))
+        workers = {name: count * (name in computing) for name, count in orders.workers.items()}
+        arrangement = Arrangement.of(self.plan.shards, workers)
         peer = ""
         try:
             if len(arrangement.parts) > 1:
@@ -258,10 +292,46 @@ class Crew:
             station.trouble(station.generation, peer or _named(error, orders.workers), error)
             return
         self.arrangement = arrangement
+        self.duties = self.ownership.duties(list(orders.workers), self.host.slot_map)
+        self.history.elsewhere = frozenset(
+            param for share in self.duties.shares.values() for param in share.params
+        )
         self._settle(orders.step, orders.actions[name])
-        threads = self.plan.workers * self.plan.threads
-        station.start(self.host, arrangement, orders.step, lambda: self.history.seats, threads)
+        station.start(
+            self.host, arrangement, self.duties, self.plan, orders.step, lambda: self.history.seats
+        )
         self.decide(membership.Release())
+
+    def part_of(self, name: str) -> list[Range]:
+        """The bytes of the optimizer state that only the host of this name has."""
+        assert self.host.layout is not None
+        return self.host.layout.ranges_of(self.duties.shares[name].params, ("optim",))
+
+    def give(self, master: str) -> None:
+        """Give the master this host's part of the state. Called when everybody rests."""
+        assert self.station is not None
+        try:
+            part = self.part_of(self.host.name)
+            self.station.send_state(self.host, self.step, [master], part)
+        except NetworkError as error:
+            self.station.trouble(self.station.generation, master, error)
+
+    def take_parts(self, wanted: Callable[[], bool]) -> bool:
+        """Get every other host's part, as long as that is wanted; whether all have come. If not,
+        the station has a trouble. Called when everybody rests, with all of them asked to give.
+
+        Raises:
+            IntegrityError: what has come is not what was sent.
+        """
+        assert self.station is not None
+        others = [name for name in self.duties.shares if name != self.host.name]
+        for name in others:
+            try:
+                self.station.receive_state(self.host, self.step, name, self.part_of(name), wanted)
+            except NetworkError as error:
+                self.station.trouble(self.station.generation, name, error)
+                return False
+        return True
 
     def _settle(self, step: int, action: Action) -> None:
         """The state is that after `step` steps: let everything else say so, too."""
@@ -284,6 +354,7 @@ class Crew:
         for seat in range(self.plan.seats):
             self.control.set_progress(seat, progress_of(step, Phase.STARTED))
             self.control.set_updating(seat, -1)
+            self.control.ask(seat, 0)
 
     # The lease: workers may run every step below it.
 
@@ -313,7 +384,7 @@ class Crew:
         checkpoint is being written from it."""
         every = steps_between(self.host.base.nbytes, self.plan.workers, steps_per_second)
         for step in range(first, last):
-            due = step - self._marked >= every and not self.sink.busy()
+            due = step - self._marked >= every and not self.parted and not self.sink.busy()
             self.control.base_due[step % RING] = due
             if due:
                 self._marked = step
@@ -382,10 +453,13 @@ class Crew:
         pid = self.host.seats[number].pid
         self.sink.event("joined", host=self.host.name, worker=number, pid=pid, probe=probe)
 
-    def snapshot(self) -> memoryview:
-        """The base, brought up to date. Called when every worker rests."""
+    def snapshot(self) -> tuple[int, memoryview]:
+        """The base, brought up to date, and after how many steps it is. Called when every worker
+        rests. Where no host has the whole state the base stays as it is."""
+        if self.parted:
+            return self.control.base_step, self.host.base.view
         self.sink.settle()
-        return self.host.base.take(self.step)
+        return self.step, self.host.base.take(self.step)
 
     def await_rest(self) -> None:
         """Wait until the members in force all rest at the stop."""

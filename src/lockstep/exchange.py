@@ -9,6 +9,7 @@ places adds the same numbers in the same order as one host would: who computes w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ def subtrees(shards: int, first: int, last: int) -> list[range]:
 def most_subtrees(shards: int) -> int:
     """How many subtrees of more than one shard a run can have."""
     return min(shards // 2, 2 * max((shards - 1).bit_length() - 1, 1)) if shards > 1 else 0
+
+
+def total_slot(shards: int) -> int:
+    """The slot of the sum of all shards: behind theirs, and those of subtrees."""
+    return shards + most_subtrees(shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +135,21 @@ class SlotMap:
     """What of a slot is exchanged. Offsets are within the slot, in bytes."""
 
     nbytes: int
-    slots: int
-    """How many shards there are; the slots of subtrees' sums follow theirs."""
-    buckets: tuple[Bucket, ...]
-    """The gradients, without those of large tables."""
+    grads: Mapping[int, Range]
+    """Where each gradient lies, by parameter, without those of large tables."""
     tables: tuple[TableMap, ...]
     buffers: Range
     """What the shard's forward pass has left in the model's buffers."""
 
+    @functools.cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The gradients, as they are sent."""
+        return fill_buckets(self.grads)
+
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {**fields, "grads": list(fields["grads"].items())}  # JSON's keys are texts
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> SlotMap:
@@ -153,11 +163,7 @@ class SlotMap:
         )
         return SlotMap(
             nbytes=message["nbytes"],
-            slots=message["slots"],
-            buckets=tuple(
-                Bucket(params=tuple(bucket["params"]), place=Range(**bucket["place"]))
-                for bucket in message["buckets"]
-            ),
+            grads={param: Range(**place) for param, place in message["grads"]},
             tables=tables,
             buffers=Range(**message["buffers"]),
         )

@@ -161,6 +161,11 @@ class Job:
     """Optimizer updates that each shard makes by itself between two exchanges (see
     `lockstep.local_steps`): for slow links between hosts. A step is then a round of so many
     batches. It changes the numbers, for any number of workers alike."""
+    ownership: Literal["replicated", "sharded", "servers"] = "replicated"
+    """On several hosts: whether each updates everything, or its part of the parameters, or some of
+    them, the `servers`, do that and compute no gradients (see `lockstep.ownership`)."""
+    servers: Sequence[str] = ()
+    """The names of the hosts that are servers."""
     seed: int = 0
     clip_grad_norm: float | None = None
     """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it."""
@@ -233,6 +238,18 @@ class Job:
                     expected=" or ".join(allowed),
                     found=repr(getattr(self, name)),
                 )
+        names = self.servers
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise JobError(
+                "servers has the wrong type", expected="names of hosts", found=f"{names!r}"
+            )
+        if bool(names) != (self.ownership == "servers"):
+            raise JobError(
+                "servers and ownership do not fit each other",
+                expected="names of servers with ownership = servers, and with no other",
+                found=f"ownership = {self.ownership}, servers = {list(names)}",
+                fix="set both, or neither",
+            )
         if self.local_steps > 1 and self.clip_grad_norm is not None:
             raise JobError(
                 "clip_grad_norm does not go with local_steps: no gradient of all shards is made",
@@ -279,7 +296,11 @@ _LEAST: dict[str, float] = {
     "host_seconds": 0.5, "local_steps": 1,
 }  # fmt: skip
 _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
-_ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
+_ALLOWED = {
+    "precision": ("fp32", "bf16"),
+    "numerics": ("native", "portable"),
+    "ownership": ("replicated", "sharded", "servers"),
+}
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")
 )

@@ -13,6 +13,8 @@ moves with the number of workers.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,11 +159,29 @@ def merge_ranges(ranges: Iterable[Range]) -> list[Range]:
     return merged
 
 
+def cut_evenly(place: Range, parts: int) -> list[Range]:
+    """A range in so many parts of about the same size, cut where no number is."""
+    lines = math.ceil(place.nbytes / ALIGN)
+    edges = [min(lines * part // parts * ALIGN, place.nbytes) for part in range(parts + 1)]
+    return [
+        Range(offset=place.offset + start, nbytes=stop - start)
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def overlap(one: Range, other: Range) -> Range:
+    """What two ranges have in common; of no bytes, if that is nothing."""
+    start = max(one.offset, other.offset)
+    stop = min(one.offset + one.nbytes, other.offset + other.nbytes)
+    return Range(offset=start, nbytes=max(0, stop - start))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """A run of bytes of the state segment that is digested as one."""
 
     name: str
+    entry: str
     offset: int
     nbytes: int
 
@@ -214,7 +234,8 @@ def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
         for part in range(parts):
             start, stop = part * length, min((part + 1) * length, entry.nbytes)
             label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
-            mine.append(Unit(name=label, offset=entry.offset + start, nbytes=stop - start))
+            offset = entry.offset + start
+            mine.append(Unit(name=label, entry=entry.name, offset=offset, nbytes=stop - start))
     every = 1 if total >= SMALL_STATE else SMALL_EVERY
     return Audit(params=tuple(params), others=tuple(others), every=every)
 
@@ -233,6 +254,30 @@ class Layout:
 
     def audit(self) -> Audit:
         return plan_audit(self.entries, self.trainable)
+
+    def param_of(self, entry: str) -> int | None:
+        """The trainable parameter that an entry is, or whose optimizer state it is."""
+        return self._params.get(entry)
+
+    def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[Range]:
+        """The bytes of the state segment that are these trainable parameters', of such kinds."""
+        return merge_ranges(
+            Range(offset=entry.offset, nbytes=entry.nbytes)
+            for entry in self.entries
+            if entry.kind in kinds and self._params.get(entry.name) in params
+        )
+
+    @functools.cached_property
+    def _params(self) -> dict[str, int]:
+        numbers = {name: number for number, name in enumerate(self.trainable)}
+        found = {}
+        for entry in self.entries:
+            name = entry.name if entry.kind in ("param", "optim") else ""
+            while name and name not in numbers:  # a parameter's state begins with its name
+                name = name.rpartition("/")[0]
+            if name:
+                found[entry.name] = numbers[name]
+        return found
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""

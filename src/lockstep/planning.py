@@ -40,6 +40,8 @@ class Plan:
     train_samples: int
     eval_samples: int
     local_steps: int
+    ownership: str
+    servers: tuple[str, ...]
     seed: int
     clip_grad_norm: float | None
     precision: str
@@ -85,7 +87,7 @@ class Plan:
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Plan:
-        tuples = {name: tuple(message[name]) for name in ("reasons", "faults")}
+        tuples = {name: tuple(message[name]) for name in ("reasons", "faults", "servers")}
         return Plan(**{**message, **tuples})
 
 
@@ -218,6 +220,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         train_samples=facts.train_samples,
         eval_samples=facts.eval_samples if job.evaluate else 0,
         local_steps=job.local_steps,
+        ownership=job.ownership,
+        servers=tuple(job.servers),
         seed=job.seed,
         clip_grad_norm=job.clip_grad_norm,
         precision=job.precision,

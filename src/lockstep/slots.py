@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import Table, TableGradient
-from lockstep.exchange import SlotMap, TableMap, fill_buckets
+from lockstep.exchange import SlotMap, TableMap
 from lockstep.layout import ALIGN, Range, merge_ranges
 
 
@@ -67,7 +67,7 @@ def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / ALIGN) * ALIGN
 
 
-def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
+def map_slot(slot: Slot, tables: Mapping[int, Table]) -> SlotMap:
     """What of a slot other hosts get."""
     start = slot.flat.data_ptr()
 
@@ -87,8 +87,7 @@ def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
     buffers = merge_ranges(map(place, slot.buffers)) or [Range(offset=0, nbytes=0)]
     return SlotMap(
         nbytes=slot.flat.numel(),
-        slots=shards,
-        buckets=fill_buckets(dense),
+        grads=dense,
         tables=tuple(found),
         buffers=buffers[0],
     )

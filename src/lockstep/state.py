@@ -7,7 +7,7 @@ committed state in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,8 @@ class SharedState:
     """Whether other hosts may take part."""
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
-    reduced: list[torch.Tensor] | None
-    """The summed gradients, laid out as a slot; only where their norm is needed."""
+    total: Slot | None
+    """Room for the sum of all shards: only where its norm is needed, or hosts may return sums."""
     state_bytes: torch.Tensor
     segments: dict[str, Segment]
     control: Control
@@ -97,9 +97,17 @@ class SharedState:
         tensor = self.view(state_name(self.names[block.param], block, key))
         return self._run(tensor, block) if key.form == "like" else tensor
 
+    def note_begun(self, params: Iterable[int]) -> None:
+        """Take note that other hosts have optimizer state for these parameters."""
+        later = set(params)
+        present = self.view(PRESENT)
+        for number, block in enumerate(self.blocks):
+            if block.param in later and self.groups[block.param] is not None:
+                present[number] = 1
+
     def slot_map(self) -> SlotMap:
         """What of a slot other hosts get."""
-        return map_slot(self.slots[0], self.tables, len(self.slots))
+        return map_slot(self.slots[0], self.tables)
 
     def buffer_ranges(self) -> list[Range]:
         """The bytes of the state segment that hold the committed buffers."""
@@ -363,7 +371,7 @@ def _allocate(
     ]
     shape = ControlShape(shards=shards, seats=seats, params=len(trainable))
     spare = most_subtrees(shards) if networked else 0
-    copies = shards + spare + clip
+    copies = shards + spare + (clip or networked)
     check_available("the run's shared memory", 2 * layout.state_bytes + copies * slot_bytes)
     segments = {
         "state": Segment.create("state", layout.state_bytes),
@@ -389,7 +397,7 @@ def _allocate(
         sums=[],
         networked=networked,
         grad_offsets=grad_offsets,
-        reduced=None,
+        total=None,
         state_bytes=state_flat,
         segments=segments,
         control=Control(segments["control"], shape),
@@ -408,7 +416,7 @@ def _allocate(
         for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)
     ]
     shared.slots, shared.sums = slots[:shards], slots[shards : shards + spare]
-    shared.reduced = slots[-1].grads if clip else None
+    shared.total = slots[-1] if clip or networked else None
     shared.control.shard_done[:] = -1
     return shared
 
