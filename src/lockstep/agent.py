@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lockstep import membership
-from lockstep.crew import Crew, Orders
+from lockstep.crew import Crew
 from lockstep.errors import (
     LockstepError,
     NetworkError,
@@ -31,6 +31,7 @@ from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.offer import Offer
+from lockstep.orders import Orders
 from lockstep.planning import Plan
 from lockstep.sink import NullSink
 from lockstep.source import Source

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from lockstep import membership
 from lockstep.base import steps_between
@@ -28,6 +26,7 @@ from lockstep.history import History
 from lockstep.host import Event, Host
 from lockstep.layout import Range
 from lockstep.membership import Members
+from lockstep.orders import Orders
 from lockstep.ownership import Duties, ownership_of
 from lockstep.planning import Plan
 from lockstep.recovery import Resumption, resume, step_in_flight
@@ -37,36 +36,6 @@ from lockstep.station import Station
 TICK = 0.05
 """Seconds between two looks at the ring."""
 DISMISS_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """How a host goes on after a regrouping."""
-
-    step: int
-    workers: Mapping[str, int]
-    """By host, in the order in which they share out the shards."""
-    addresses: Mapping[str, tuple[str, int]]
-    actions: Mapping[str, Action]
-    source: str
-    """Whom the state is copied from."""
-
-    def to_message(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_message(message: Mapping[str, Any]) -> Orders:
-        addresses = {
-            name: (str(host), int(port)) for name, (host, port) in message["addresses"].items()
-        }
-        names = ("step", "workers", "actions", "source")
-        return Orders(addresses=addresses, **{name: message[name] for name in names})
-
-    @property
-    def copying(self) -> list[str]:
-        """The hosts that get the state from the source."""
-        return [name for name, action in self.actions.items() if action == "copy"]
 
 
 class Crew:

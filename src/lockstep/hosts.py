@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from lockstep import fleet
 from lockstep.agent import facts_of
 from lockstep.comparison import Comparison
-from lockstep.crew import Orders
 from lockstep.errors import JobError, ProtocolError, RefusedError
 from lockstep.fleet import Fleet, Standing
 from lockstep.host import Host
@@ -24,6 +23,7 @@ from lockstep.net.frames import Message
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard
 from lockstep.offer import Launcher, Offer
+from lockstep.orders import Orders
 from lockstep.ownership import Ownership, ownership_of
 from lockstep.planning import Division, Facts, Plan, decompose
 from lockstep.roster import Roster, about

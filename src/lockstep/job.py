@@ -166,6 +166,9 @@ class Job:
     them, the `servers`, do that and compute no gradients (see `lockstep.ownership`)."""
     servers: Sequence[str] = ()
     """The names of the hosts that are servers."""
+    cluster: Mapping[str, Sequence[str]] | None = None
+    """`{"worker": ["host:port", ...], "ps": [...]}`: the processes of the job, each of them started
+    by `python -m lockstep.cluster.launched --task worker:0 JOB` (see `cluster.description`)."""
     seed: int = 0
     clip_grad_norm: float | None = None
     """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it."""
@@ -238,6 +241,11 @@ class Job:
                     expected=" or ".join(allowed),
                     found=repr(getattr(self, name)),
                 )
+        if self.cluster is not None and not isinstance(self.cluster, Mapping):
+            expected = "a mapping of `worker` and `ps` to lists of host:port"
+            raise JobError(
+                "cluster has the wrong type", expected=expected, found=f"{self.cluster!r}"
+            )
         names = self.servers
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise JobError(
