@@ -46,6 +46,7 @@ def member_lockstep(args: argparse.Namespace) -> dict[str, Any]:
             on=agents,
             steps=args.steps,
             local_steps=args.local_steps,
+            compression=args.compression,
             ownership=args.ownership,
             servers=["host-1"] if args.ownership == "servers" else (),
             batch_size=models.find(args.model).batch * args.hosts,
@@ -94,6 +95,7 @@ def lockstep_once(
     process = _member(
         network, 0, "lockstep", model, "--steps", str(steps),
         "--local-steps", str(args.local_steps), "--ownership", args.ownership,
+        "--compression", args.compression,
         "--hosts", str(network.hosts), "--network", network.name, "--folder", str(folder),
     )  # fmt: skip
     found = _answer(process)
@@ -186,6 +188,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--local-steps", type=int, default=1)
+    parser.add_argument("--compression", default="none")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ownership", default="replicated")
     parser.add_argument("--write", type=Path)

@@ -33,7 +33,10 @@ def slot_map(sizes: Sequence[int]) -> SlotMap:
     for param, nbytes in enumerate(sizes):
         grads[param] = Range(offset=offset, nbytes=nbytes)
         offset += -(-nbytes // ALIGN) * ALIGN
-    return SlotMap(nbytes=offset, grads=grads, tables=(), buffers=Range(offset=offset, nbytes=0))
+    nothing = Range(offset=offset, nbytes=0)
+    return SlotMap(
+        nbytes=offset, grads=grads, tables=(), buffers=nothing, packed=nothing, total=0, restored=0
+    )
 
 
 # The contract, for every kind.

@@ -16,7 +16,8 @@ from lockstep import membership
 from lockstep.base import steps_between
 from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
-from lockstep.control import RING, Phase, progress_of
+from lockstep.compression import groups_of
+from lockstep.control import RING, Phase, Stage, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
 from lockstep.evaluation import Evaluation
 from lockstep.exchange import Arrangement
@@ -62,7 +63,7 @@ class Crew:
         self.history = History(host, plan, sink, self.clock, step or 0)
         self.failures = Failures(host, self.history, sink)
         self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
-        self.ownership = ownership_of(plan.ownership, plan.servers)
+        self.ownership = ownership_of(plan.ownership, plan.servers, plan.compression)
         self.arrangement: Arrangement | None = None
         self.duties = Duties(shares={})
         self._has_state, self._stood = step is not None, False
@@ -87,8 +88,13 @@ class Crew:
 
     @property
     def parted(self) -> bool:
-        """Whether each host has a part of the optimizer state, and none has the whole of it."""
-        return self.duties.returns == "parameters"
+        """Whether each host has a part of the state, and none has the whole of it."""
+        return self.several and not self.ownership.whole
+
+    @property
+    def several(self) -> bool:
+        """Whether other hosts take part."""
+        return self.arrangement is not None and len(self.arrangement.parts) > 1
 
     @property
     def theirs(self) -> list[int]:
@@ -109,10 +115,11 @@ class Crew:
 
     @property
     def trees(self) -> tuple[range, ...]:
-        """The subtrees of all hosts; none where this host is alone."""
-        if self.arrangement is None or len(self.arrangement.parts) == 1:
-            return ()
-        return self.arrangement.subtrees
+        """The subtrees that are summed by themselves: of all hosts, or the groups; none where this
+        host is alone and nothing is made small."""
+        if self.several and self.arrangement is not None:
+            return self.arrangement.subtrees
+        return groups_of(self.plan.shards, self.plan.groups) if self.plan.groups else ()
 
     # Membership: what happened goes to the pure machine, what it commands is carried out.
 
@@ -151,7 +158,7 @@ class Crew:
         )
         if resumption.back is None:
             self.history.mend(resumption.step)
-        elif self.trees:  # going back alone is no use: others have gone on, or are needed for it
+        elif self.several:  # going back alone is no use: others have gone on, or are needed for it
             self.decide(membership.Defer())
             self._torn(f"its state is torn: {reason}")
             return
@@ -187,6 +194,7 @@ class Crew:
                     "todo": resumption.todo[rank],
                     "mine": [self.mine.start, self.mine.stop],
                     "trees": [[tree.start, tree.stop] for tree in self.trees],
+                    "several": self.several,
                     "returns": self.duties.returns,
                     "sums": [dataclasses.asdict(run) for run in self._sums],
                     "theirs": self.theirs,
@@ -244,7 +252,8 @@ class Crew:
         assert station is not None
         computing = self.ownership.computing(list(orders.workers))
         workers = {name: count * (name in computing) for name, count in orders.workers.items()}
-        arrangement = Arrangement.of(self.plan.shards, workers)
+        group = self.plan.shards // self.plan.groups if self.plan.groups else 0
+        arrangement = Arrangement.of(self.plan.shards, workers, group)
         peer = ""
         try:
             if len(arrangement.parts) > 1:
@@ -272,9 +281,16 @@ class Crew:
         self.decide(membership.Release())
 
     def part_of(self, name: str) -> list[Range]:
-        """The bytes of the optimizer state that only the host of this name has."""
-        assert self.host.layout is not None
-        return self.host.layout.ranges_of(self.duties.shares[name].params, ("optim",))
+        """The bytes of the state that only the host of this name has: what it has of the optimizer
+        state, or what its groups have left out."""
+        layout, arrangement = self.host.layout, self.arrangement
+        assert layout is not None
+        assert arrangement is not None
+        if self.plan.groups:
+            mine = arrangement.part(name).subtrees
+            numbers = [arrangement.subtrees.index(tree) for tree in mine]
+            return layout.residuals_of(numbers)
+        return layout.ranges_of(self.duties.shares[name].params, ("optim",))
 
     def give(self, master: str) -> None:
         """Give the master this host's part of the state. Called when everybody rests."""
@@ -293,8 +309,8 @@ class Crew:
             IntegrityError: what has come is not what was sent.
         """
         assert self.station is not None
-        others = [name for name in self.duties.shares if name != self.host.name]
-        for name in others:
+        assert self.arrangement is not None
+        for name in (part.name for part in self.arrangement.others(self.host.name)):
             try:
                 self.station.receive_state(self.host, self.step, name, self.part_of(name), wanted)
             except NetworkError as error:
@@ -320,6 +336,7 @@ class Crew:
 
     def _set_words(self, step: int) -> None:
         """Let nobody be in the middle of anything: everybody is at the start of a step."""
+        self.control.set_exchanged(step, Stage.STARTED)
         for seat in range(self.plan.seats):
             self.control.set_progress(seat, progress_of(step, Phase.STARTED))
             self.control.set_updating(seat, -1)

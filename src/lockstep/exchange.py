@@ -35,11 +35,6 @@ def most_subtrees(shards: int) -> int:
     return min(shards // 2, 2 * max((shards - 1).bit_length() - 1, 1)) if shards > 1 else 0
 
 
-def total_slot(shards: int) -> int:
-    """The slot of the sum of all shards: behind theirs, and those of subtrees."""
-    return shards + most_subtrees(shards)
-
-
 @dataclass(frozen=True, kw_only=True)
 class HostPart:
     """One host's part in an arrangement."""
@@ -60,20 +55,28 @@ class Arrangement:
     parts: tuple[HostPart, ...]
 
     @staticmethod
-    def of(shards: int, workers: Mapping[str, int]) -> Arrangement:
-        """Divide the shards among hosts, in this order, by their numbers of workers."""
+    def of(shards: int, workers: Mapping[str, int], group: int = 0) -> Arrangement:
+        """Divide the shards among hosts, in this order, by their numbers of workers.
+
+        `group`: hosts get whole groups of so many shards, which are summed by themselves; 0: there
+        are none.
+        """
         total, before = sum(workers.values()), 0
         parts = []
+        unit = group or 1
         for name, count in workers.items():
-            first = home_shards(shards, total, before).start
+            first = unit * home_shards(shards // unit, total, before).start
             before += count
-            last = home_shards(shards, total, before - 1).stop if count else first
+            last = unit * home_shards(shards // unit, total, before - 1).stop if count else first
+            trees = subtrees(shards, first, last)
+            if group:
+                trees = [range(start, start + group) for start in range(first, last, group)]
             parts.append(
                 HostPart(
                     name=name,
                     workers=count,
                     shards=range(first, last),
-                    subtrees=tuple(subtrees(shards, first, last)),
+                    subtrees=tuple(trees),
                 )
             )
         return Arrangement(shards=shards, parts=tuple(parts))
@@ -140,6 +143,12 @@ class SlotMap:
     tables: tuple[TableMap, ...]
     buffers: Range
     """What the shard's forward pass has left in the model's buffers."""
+    packed: Range
+    """Room for gradients made small; used of slots from `restored` on."""
+    total: int
+    """The slot of the sum of all shards: behind theirs, and those of subtrees."""
+    restored: int
+    """The first of the slots of groups, where gradients are made small."""
 
     @functools.cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -166,6 +175,9 @@ class SlotMap:
             grads={param: Range(**place) for param, place in message["grads"]},
             tables=tables,
             buffers=Range(**message["buffers"]),
+            packed=Range(**message["packed"]),
+            total=message["total"],
+            restored=message["restored"],
         )
 
 

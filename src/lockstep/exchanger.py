@@ -84,7 +84,6 @@ class Exchanger:
 
     def start(self, step: int) -> None:
         """Exchange from this step on. Called when all workers rest."""
-        self.control.set_exchanged(step, Stage.STARTED)
         self._thread = threading.Thread(
             target=self._run, args=(step,), name="lockstep exchanger", daemon=True
         )
@@ -191,7 +190,7 @@ class Exchanger:
     def _ready(self, step: int, gradient: Gradient) -> bool:
         tree = gradient.tree
         ready = self.control.ready[tree.start, gradient.params]
-        return len(tree) == 1 and bool((ready == step + 1).all())
+        return len(tree) == 1 and bool(gradient.params) and bool((ready == step + 1).all())
 
     def _send(self, step: int, items: Iterable[Item], peer: str) -> list[Pending]:
         return [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
 from lockstep.agent import facts_of
-from lockstep.comparison import Comparison
+from lockstep.agreement import Agreement
 from lockstep.errors import JobError, ProtocolError, RefusedError
 from lockstep.fleet import Fleet, Standing
 from lockstep.host import Host
@@ -54,7 +54,7 @@ def open_hosts(
         )
     host.name = launcher.identity.node
     name = f"{source.label}-{secrets.token_hex(8)}"
-    ownership = ownership_of(job.ownership, job.servers)
+    ownership = ownership_of(job.ownership, job.servers, job.compression)
     hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds, ownership)
     try:
         hosts.gather(source, {**settings, "host_seconds": job.host_seconds})
@@ -76,7 +76,15 @@ def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
     division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
     shares = hosts.roster.share_out(workers)
     listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
-    return decompose(job, facts, division, f"{division}: on {len(capacities)} hosts, {listed}")
+    plan = decompose(job, facts, division, f"{division}: on {len(capacities)} hosts, {listed}")
+    if plan.groups and plan.groups < len(capacities):
+        raise JobError(
+            "there are fewer groups than hosts",
+            expected=f"at least {len(capacities)} groups",
+            found=f"{plan.groups}",
+            fix="raise `groups`, and `shards` with it, or use fewer hosts",
+        )
+    return plan
 
 
 class Hosts:
@@ -122,7 +130,7 @@ class Hosts:
         self._standings: dict[str, Standing] = {}
         self._asked: dict[str, set[int]] = {}
         """Held-out batches that other hosts have not answered yet."""
-        self._comparison = Comparison()
+        self._agreement = Agreement()
         self._kept: list[Heard] = []
         """What was heard while answers were waited for."""
         self._troubled_at = -1
@@ -200,7 +208,7 @@ class Hosts:
             events.append(
                 fleet.Trouble(self._master, trouble.generation, trouble.peer, trouble.why)
             )
-        self._comparison.check(self._crew.history)
+        self._agreement.check(self._crew.history)
         standing = self._crew.stands()
         if standing is not None:
             generation = self._fleet.generation
@@ -332,7 +340,7 @@ class Hosts:
                 peer, why = str(message["other"]), str(message["why"])
                 return [fleet.Trouble(name, message["generation"], peer, why)]
             case "recorded":
-                self._comparison.told(name, int(message["step"]), str(message["digest"]))
+                self._agreement.told(name, int(message["step"]), str(message["digest"]))
             case "event":
                 sink.event(str(message["name"]), **{**message["fields"], "host": name})
             case "recovered":

@@ -30,7 +30,7 @@ SPARSE_BLOCKS = 8
 """A table whose optimizer takes sparse gradients is cut into so many at most: an update costs by
 the call and by the rows that it touches, whatever the size of the block."""
 
-Kind = Literal["param", "buffer", "optim", "flag"]
+Kind = Literal["param", "buffer", "optim", "flag", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +229,8 @@ def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
     params: list[Unit] = []
     others: list[Unit] = []
     for entry in entries:
+        if entry.kind == "residual":
+            continue  # one host alone has it, and losses would show that it has changed
         mine = params if entry.kind == "param" and entry.name in names else others
         parts = max(1, math.ceil(entry.nbytes / length))
         for part in range(parts):
@@ -265,6 +267,14 @@ class Layout:
             Range(offset=entry.offset, nbytes=entry.nbytes)
             for entry in self.entries
             if entry.kind in kinds and self._params.get(entry.name) in params
+        )
+
+    def residuals_of(self, groups: Container[int]) -> list[Range]:
+        """The bytes of the state segment that hold what these groups have left out."""
+        return merge_ranges(
+            Range(offset=entry.offset, nbytes=entry.nbytes)
+            for entry in self.entries
+            if entry.kind == "residual" and int(entry.name.split("/")[1]) in groups
         )
 
     @functools.cached_property

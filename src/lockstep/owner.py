@@ -82,16 +82,15 @@ class Owner:
         faults: FaultScript,
         slots: Sequence[Slot] | None = None,
         *,
-        summed: bool = False,
+        dense: Sequence[Slot] | None = None,
     ) -> None:
         """`numbers` are its blocks, `slots` what is summed, by shard; the shards' own if None.
 
-        `summed`: but for large tables the sum of all is there already, in the slot for it.
+        `dense` takes their place for all but large tables; one slot has the sum of all already.
         """
-        self.shared, self.faults, self.summed = shared, faults or None, summed
+        self.shared, self.faults = shared, faults or None
         self.slots = shared.slots if slots is None else slots
-        assert shared.total is not None or not summed
-        self._dense = [shared.total] if summed and shared.total is not None else self.slots
+        self._dense = self.slots if dense is None else dense
         self._numbers = numbers
         self.optimizer = shared.optimizer
         self._present = shared.view(PRESENT)
@@ -118,12 +117,12 @@ class Owner:
         return [
             (block.param, self._target(block))
             for block in blocks
-            if not self.summed or block.param in self.shared.tables
+            if len(self._dense) > 1 or len(self.slots) == 1 or block.param in self.shared.tables
         ]
 
     def _target(self, block: Block) -> Run:
         assert self.shared.total is not None
-        leaves = [storage_run(slot.grads[block.param], block) for slot in self.slots]
+        leaves = [storage_run(slot.grads[block.param], block) for slot in self._dense]
         total = self.shared.total.grads[block.param]
         return self._run(block, leaves, storage_run(total, block))
 

@@ -111,8 +111,21 @@ class Servers:
         return _by_parameter(servers, places, hosts)
 
 
-def ownership_of(kind: str, servers: Sequence[str] = ()) -> Ownership:
-    """The ownership of a job's setting. `servers` are hosts, by name."""
+@dataclass(frozen=True)
+class Compressed(Replicated):
+    """Every host updates everything, from what a codec has left of everybody's gradients; but what
+    it has left out stays where it was (see `compression`)."""
+
+    whole = False
+
+    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+        return Duties(shares={})  # sums would be as large again as what was made small
+
+
+def ownership_of(kind: str, servers: Sequence[str] = (), compression: str = "none") -> Ownership:
+    """The ownership of a job's settings. `servers` are hosts, by name."""
+    if compression != "none":
+        return Compressed()
     match kind:
         case "replicated":
             return Replicated()

@@ -22,7 +22,6 @@ from lockstep.exchange import (
     TableMap,
     cut,
     leaf_slots,
-    total_slot,
 )
 from lockstep.layout import Layout, Range, overlap
 from lockstep.ownership import Duties
@@ -53,6 +52,7 @@ class Gradient:
 
     tree: range
     params: tuple[int, ...]
+    """None, if it is made small: all of it goes at once, when it is summed."""
     items: list[Item]
 
 
@@ -75,7 +75,7 @@ class Parcels:
         self.others = arrangement.others(node)
         self._slots, self._state = slots, state
         self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
-        self._total = total_slot(arrangement.shards)
+        self._groups = {tree.start: place for place, tree in enumerate(arrangement.subtrees)}
         self._audit = layout.audit()
         self._params = {
             name: layout.ranges_of(share.params, ("param",))
@@ -90,6 +90,13 @@ class Parcels:
 
     def _list_gradients(self, sender: HostPart, owner: str) -> Iterator[Gradient]:
         numbers = itertools.count(Field.GRADIENT << 28)
+        if self.places.packed.nbytes:
+            for tree in sender.subtrees:
+                slot = self.places.restored + self._groups[tree.start]
+                views = [self._view(slot, piece) for piece in cut(self.places.packed)]
+                items = [(next(numbers), view) for view in views]
+                yield Gradient(tree=tree, params=(), items=items)
+            return
         for tree in sender.subtrees:
             for bucket in self.places.buckets:
                 views = [self._leaf(tree, run) for run in self._runs_of(bucket, owner)]
@@ -139,7 +146,8 @@ class Parcels:
 
     def _told(self, sender: HostPart, owner: str) -> Iterator[memoryview]:
         shards = sender.shards
-        if (self.control.has_grad[shards.start : shards.stop] == AGAIN).any():
+        again = self.control.has_grad[shards.start : shards.stop] == AGAIN
+        if not self.places.packed.nbytes and again.any():
             for gradient in self.gradients(sender, owner):
                 tree = gradient.tree
                 flags = self.control.has_grad[tree.start, gradient.params]
@@ -176,7 +184,7 @@ class Parcels:
     def _returned(self, step: int, owner: str) -> Iterator[memoryview]:
         if self.duties.returns == "sums":
             for run in self.duties.shares[owner].sums:
-                yield from (self._view(self._total, piece) for piece in cut(run))
+                yield from (self._view(self.places.total, piece) for piece in cut(run))
             return
         for run in self._params[owner]:
             for piece in cut(run):

@@ -67,8 +67,10 @@ def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / ALIGN) * ALIGN
 
 
-def map_slot(slot: Slot, tables: Mapping[int, Table]) -> SlotMap:
-    """What of a slot other hosts get."""
+def map_slot(
+    slot: Slot, tables: Mapping[int, Table], packed: Range, total: int, restored: int
+) -> SlotMap:
+    """What of a slot other hosts get. `total` and `restored` number slots."""
     start = slot.flat.data_ptr()
 
     def place(tensor: torch.Tensor) -> Range:
@@ -90,6 +92,9 @@ def map_slot(slot: Slot, tables: Mapping[int, Table]) -> SlotMap:
         grads=dense,
         tables=tuple(found),
         buffers=buffers[0],
+        packed=packed,
+        total=total,
+        restored=restored,
     )
 
 

@@ -21,6 +21,7 @@ from lockstep.base import BasePart
 from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
+from lockstep.compression import Compressor
 from lockstep.control import (
     DIGEST_BYTES,
     PHASES_PER_STEP,
@@ -62,7 +63,9 @@ class Part:
     mine: range
     """Those that this host computes."""
     subtrees: tuple[range, ...]
-    """All hosts' subtrees, where there are several hosts."""
+    """What is summed by itself before all is: all hosts' subtrees, or groups."""
+    several: bool
+    """Whether there are several hosts."""
     blocks: Sequence[int]
     """Those that it updates."""
     norms: Sequence[int]
@@ -154,9 +157,14 @@ class Stepper:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
-        self._early = bool(part.subtrees) and not self._audit_fraction
+        self._early = part.several and not self._audit_fraction
         self._sums = SubtreeSums(self.shared, part.subtrees, part.mine, part.rank, part.workers)
         self._not_begun = set(part.theirs)
+        self._compressor = None
+        if self.shared.codec is not None:
+            self._compressor = Compressor(
+                self.shared, self.shared.codec, part.subtrees, part.mine, owner.slots, part.blocks
+            )
         self._share = ShareSum(self.shared, owner.slots, part.sums)
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
         ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
@@ -207,7 +215,7 @@ class Stepper:
         if self.part.returns == "parameters":
             self._await_parameters(step, presence)
         updated = clock()
-        barrier.arrive(progress_of(step, Phase.UPDATED), ring=bool(self.part.subtrees))
+        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self.part.several)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
@@ -229,15 +237,15 @@ class Stepper:
     def _exchange(self, step: int, active: Sequence[int]) -> Presence:
         """See that all hosts' gradients are there, as shards or as sums of subtrees."""
         control, part = self.control, self.part
-        presence: Presence
-        if part.subtrees:
-            if self._sums and control.exchanged < exchange_of(step, Stage.SENDING):
-                mine = [shard for shard in active if shard in part.mine]
-                self._sums.sum(Presence(control, mine))
+        if part.subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
+            self._sum_subtrees(step, active)
+        if part.several:
             self._fault("exchange", step)
             self.barrier.arrive(progress_of(step, Phase.SUMMED))
             self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
-        presence = Presence(control, active, part.subtrees)
+        if self._compressor is not None:
+            self._compressor.restore()
+        presence: Presence = Presence(control, active, part.subtrees)
         if part.returns == "sums":
             if control.exchanged < exchange_of(step, Stage.RETURNING):
                 self._share.sum(presence)
@@ -248,6 +256,15 @@ class Stepper:
             self.owner.reduce(presence)
             self._meet(progress_of(step, Phase.REDUCED))
         return presence
+
+    def _sum_subtrees(self, step: int, active: Sequence[int]) -> None:
+        """Make what other hosts get: sums, and these small if asked."""
+        if not self._sums and self._compressor is None:
+            return
+        presence = Presence(self.control, [shard for shard in active if shard in self.part.mine])
+        self._sums.sum(presence)
+        if self._compressor is not None:
+            self._compressor.compress(step, presence)
 
     def _await_parameters(self, step: int, presence: Presence) -> None:
         """Return when what other hosts have updated is there."""

@@ -30,6 +30,22 @@ def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> li
     return leaves
 
 
+def dense_leaves(
+    shared: SharedState, subtrees: Sequence[range], *, summed: bool
+) -> list[Slot] | None:
+    """What is summed of all gradients but those of large tables, where that is not `leaves_of`:
+    the sum itself, if it is there already, or what a codec has left of each group's."""
+    if summed:
+        assert shared.total is not None
+        return [shared.total]
+    if shared.codec is None:
+        return None
+    leaves = list(shared.slots)
+    for place, tree in enumerate(subtrees):
+        leaves[tree.start] = shared.restored[place]
+    return leaves
+
+
 class SubtreeSums:
     """One worker's part of its host's sums. Made anew when the membership changes."""
 

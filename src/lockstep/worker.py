@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from lockstep import numerics
 from lockstep.barrier import Barrier, Regroup
+from lockstep.building import build
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
 from lockstep.data import Loader, make_fetch
@@ -34,9 +35,9 @@ from lockstep.owner import Owner
 from lockstep.records import Samples
 from lockstep.sampling import Sampling, home_shards
 from lockstep.schedule import Schedule
-from lockstep.state import SharedState, build
+from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
-from lockstep.sums import leaves_of
+from lockstep.sums import dense_leaves, leaves_of
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Session:
             seats=plan["seats"],
             clip=plan["clip_grad_norm"] is not None,
             networked=networked,
+            compression=plan["compression"],
+            groups=plan["groups"],
         )
         sampling = sampling_of(plan)
         schedule = Schedule(task, shared.optimizer, sampling)
@@ -170,6 +173,7 @@ class Worker:
             shards=tuple(mine[home] for home in home_shards(len(mine), workers, rank)),
             mine=mine,
             subtrees=subtrees,
+            several=message["several"],
             blocks=ours[run.start : run.stop],
             norms=[index for index in norm_parts(sizes, workers)[rank] if index not in theirs],
             returns=message["returns"],
@@ -178,9 +182,13 @@ class Worker:
         )
         threads = self.session.plan["threads"]
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
-        leaves = leaves_of(shared, subtrees, mine)
-        summed = part.returns == "sums"
-        owner = Owner(shared, part.blocks, self.faults, leaves, summed=summed)
+        owner = Owner(
+            shared,
+            part.blocks,
+            self.faults,
+            leaves_of(shared, subtrees, mine),
+            dense=dense_leaves(shared, subtrees, summed=part.returns == "sums"),
+        )
         self.stepper.join(part, barrier, owner, self.step)
         self.stepper.schedule.go_to(self.step)
         if message["refresh"]:

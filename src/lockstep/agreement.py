@@ -6,7 +6,7 @@ from lockstep.errors import IntegrityError
 from lockstep.history import History
 
 
-class Comparison:
+class Agreement:
     """Holds what hosts have told until the master has recorded the step itself."""
 
     def __init__(self) -> None:
