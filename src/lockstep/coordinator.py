@@ -160,12 +160,16 @@ class Coordinator(Crew):
         """Whether the workers shall come to rest before the next stop."""
         if self._checkpoint_due() or self._time_is_up() or self._stop_asked or self._paused:
             return True
-        return self.hosts is not None and not self.ownership.whole and self._parts_due(self.hosts)
+        return (
+            self.hosts is not None
+            and not self.roles.ownership.whole
+            and self._parts_due(self.hosts)
+        )
 
     def _parts_due(self, hosts: Hosts) -> bool:
         """Whether the base is to be brought up to date with what each host alone has: from time to
         time, and before other hosts are let in, which begin with it."""
-        late = self.parted and time.monotonic() - self._based > PARTS_SECONDS
+        late = self.roles.parted and time.monotonic() - self._based > PARTS_SECONDS
         return (late or bool(hosts.waiting)) and not self.sink.busy()
 
     def _at_stop(self) -> bool:
@@ -204,11 +208,11 @@ class Coordinator(Crew):
 
     def _has_all_parts(self) -> bool:
         """Bring the base up to date, where no host has the whole state; False: a host is lost."""
-        if self.hosts is None or self.ownership.whole:
+        if self.hosts is None or self.roles.ownership.whole:
             return True
         self.clock.rest()
         self.sink.settle()
-        if self.parted and not self.hosts.gather_parts():
+        if self.roles.parted and not self.hosts.gather_parts():
             return False
         self.host.base.take(self.step)
         self._based = time.monotonic()

@@ -16,21 +16,19 @@ from lockstep import membership
 from lockstep.base import steps_between
 from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
-from lockstep.compression import groups_of
 from lockstep.control import RING, Phase, Stage, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
 from lockstep.evaluation import Evaluation
-from lockstep.exchange import Arrangement
 from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
 from lockstep.history import History
 from lockstep.host import Event, Host
-from lockstep.layout import Range
 from lockstep.membership import Members
 from lockstep.orders import Orders
-from lockstep.ownership import Duties, ownership_of
+from lockstep.ownership import ownership_of
 from lockstep.planning import Plan
 from lockstep.recovery import Resumption, resume, step_in_flight
+from lockstep.roles import Roles
 from lockstep.sink import Sink
 from lockstep.station import Station
 
@@ -63,63 +61,21 @@ class Crew:
         self.history = History(host, plan, sink, self.clock, step or 0)
         self.failures = Failures(host, self.history, sink)
         self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
-        self.ownership = ownership_of(plan.ownership, plan.servers, plan.compression)
-        self.arrangement: Arrangement | None = None
-        self.duties = Duties(shares={})
+        ownership = ownership_of(plan.ownership, plan.servers, plan.compression)
+        self.roles = Roles.alone(host.name, plan, ownership)
         self._has_state, self._stood = step is not None, False
         self.evaluation = Evaluation(self)
         self._idle: dict[int, int] = {}
         self._marked = step or 0
         """The last step at whose end the base is, or will be, brought up to date."""
         self._set_words(step or 0)
-        host.base.take(step or 0)
+        if step is not None:
+            host.base.take(step)
 
     @property
     def step(self) -> int:
         """How many steps are committed and recorded."""
         return self.history.step
-
-    @property
-    def mine(self) -> range:
-        """The shards that this host computes."""
-        if self.arrangement is None or self.station is None:
-            return range(self.plan.shards)
-        return self.arrangement.part(self.station.name).shards
-
-    @property
-    def parted(self) -> bool:
-        """Whether each host has a part of the state, and none has the whole of it."""
-        return self.several and not self.ownership.whole
-
-    @property
-    def several(self) -> bool:
-        """Whether other hosts take part."""
-        return self.arrangement is not None and len(self.arrangement.parts) > 1
-
-    @property
-    def theirs(self) -> list[int]:
-        """The trainable parameters that other hosts alone update."""
-        return [
-            param
-            for name, share in self.duties.shares.items()
-            for param in share.params
-            if name != self.host.name
-        ]
-
-    @property
-    def _sums(self) -> tuple[Range, ...]:
-        """The runs of a slot's bytes that this host sums, and returns the sums of."""
-        if self.duties.returns != "sums":
-            return ()
-        return self.duties.shares[self.host.name].sums
-
-    @property
-    def trees(self) -> tuple[range, ...]:
-        """The subtrees that are summed by themselves: of all hosts, or the groups; none where this
-        host is alone and nothing is made small."""
-        if self.several and self.arrangement is not None:
-            return self.arrangement.subtrees
-        return groups_of(self.plan.shards, self.plan.groups) if self.plan.groups else ()
 
     # Membership: what happened goes to the pure machine, what it commands is carried out.
 
@@ -154,11 +110,11 @@ class Crew:
             self.control.shard_done.tolist(),
             self.control.base_step,
             len(seats),
-            self.mine,
+            self.roles.shards,
         )
         if resumption.back is None:
             self.history.mend(resumption.step)
-        elif self.several:  # going back alone is no use: others have gone on, or are needed for it
+        elif self.roles.several:  # alone no use: others have gone on, or are needed for it
             self.decide(membership.Defer())
             self._torn(f"its state is torn: {reason}")
             return
@@ -169,7 +125,7 @@ class Crew:
     def _send_on(
         self, seats: tuple[int, ...], all_seats: set[int], resumption: Resumption, reason: str
     ) -> None:
-        control = self.control
+        control, roles = self.control, self.roles
         with control.seating:
             for seat in all_seats:
                 control.set_updating(seat, -1)
@@ -192,13 +148,15 @@ class Crew:
                     "seats": seats,
                     "step": resumption.step,
                     "todo": resumption.todo[rank],
-                    "mine": [self.mine.start, self.mine.stop],
-                    "trees": [[tree.start, tree.stop] for tree in self.trees],
-                    "several": self.several,
-                    "returns": self.duties.returns,
-                    "sums": [dataclasses.asdict(run) for run in self._sums],
-                    "theirs": self.theirs,
-                    "refresh": resumption.back is None and not self.parted and not self.sink.busy(),
+                    "mine": [roles.shards.start, roles.shards.stop],
+                    "trees": [[tree.start, tree.stop] for tree in roles.trees],
+                    "several": roles.several,
+                    "returns": roles.duties.returns,
+                    "sums": [dataclasses.asdict(run) for run in roles.sums],
+                    "theirs": roles.theirs,
+                    "refresh": resumption.back is None
+                    and not roles.parted
+                    and not self.sink.busy(),
                     "loaders": self.failures.loaders_live,
                 },
             )
@@ -238,7 +196,7 @@ class Crew:
         torn = step in [self.control.updating(seat) for seat in self.history.seats]
         return Standing(
             whole=step if self._has_state and not torn else None,
-            base=self.control.base_step if torn or not self.ownership.whole else None,
+            base=self.control.base_step if torn or not self.roles.ownership.whole else None,
             address=self._address,
         )
 
@@ -250,53 +208,44 @@ class Crew:
         """
         station, name = self.station, self.station.name if self.station else ""
         assert station is not None
-        computing = self.ownership.computing(list(orders.workers))
-        workers = {name: count * (name in computing) for name, count in orders.workers.items()}
-        group = self.plan.shards // self.plan.groups if self.plan.groups else 0
-        arrangement = Arrangement.of(self.plan.shards, workers, group)
+        self.roles = self.roles.among(orders.workers, self.host.slot_map)
+        self.history.elsewhere = self.roles.owned
         peer = ""
         try:
-            if len(arrangement.parts) > 1:
+            if self.roles.several:
                 station.connect(orders.addresses)
             if orders.actions[name] == "back":
                 self._put_back()
             if orders.actions[name] == "copy":
                 peer = orders.source
                 self._has_state = False
-                station.receive_state(self.host, orders.step, peer)
-            elif orders.source == name and orders.copying:
-                station.send_state(self.host, orders.step, orders.copying)
+                part = self.roles.needed_by(name, self.host.known_layout)
+                station.receive_state(self.host, orders.step, peer, part)
+            elif orders.source == name:
+                self._send_state(orders)
         except NetworkError as error:
             station.trouble(station.generation, peer or _named(error, orders.workers), error)
             return
-        self.arrangement = arrangement
-        self.duties = self.ownership.duties(list(orders.workers), self.host.slot_map)
-        self.history.elsewhere = frozenset(
-            param for share in self.duties.shares.values() for param in share.params
-        )
         self._settle(orders.step, orders.actions[name])
-        station.start(
-            self.host, arrangement, self.duties, self.plan, orders.step, lambda: self.history.seats
-        )
+        station.start(self.host, self.roles, orders.step, lambda: self.history.seats)
         self.decide(membership.Release())
 
-    def part_of(self, name: str) -> list[Range]:
-        """The bytes of the state that only the host of this name has: what it has of the optimizer
-        state, or what its groups have left out."""
-        layout, arrangement = self.host.layout, self.arrangement
-        assert layout is not None
-        assert arrangement is not None
-        if self.plan.groups:
-            mine = arrangement.part(name).subtrees
-            numbers = [arrangement.subtrees.index(tree) for tree in mine]
-            return layout.residuals_of(numbers)
-        return layout.ranges_of(self.duties.shares[name].params, ("optim",))
+    def _send_state(self, orders: Orders) -> None:
+        """Give the state to the hosts that copy it, or what each needs of it."""
+        station, copying = self.station, orders.copying
+        assert station is not None
+        if self.roles.ownership.whole and copying:
+            station.send_state(self.host, orders.step, copying)
+        elif not self.roles.ownership.whole:
+            for peer in copying:
+                part = self.roles.needed_by(peer, self.host.known_layout)
+                station.send_state(self.host, orders.step, [peer], part)
 
     def give(self, master: str) -> None:
         """Give the master this host's part of the state. Called when everybody rests."""
         assert self.station is not None
         try:
-            part = self.part_of(self.host.name)
+            part = self.roles.part_of(self.host.name, self.host.known_layout)
             self.station.send_state(self.host, self.step, [master], part)
         except NetworkError as error:
             self.station.trouble(self.station.generation, master, error)
@@ -309,10 +258,10 @@ class Crew:
             IntegrityError: what has come is not what was sent.
         """
         assert self.station is not None
-        assert self.arrangement is not None
-        for name in (part.name for part in self.arrangement.others(self.host.name)):
+        for name in self.roles.others:
+            part = self.roles.part_of(name, self.host.known_layout)
             try:
-                self.station.receive_state(self.host, self.step, name, self.part_of(name), wanted)
+                self.station.receive_state(self.host, self.step, name, part, wanted)
             except NetworkError as error:
                 self.station.trouble(self.station.generation, name, error)
                 return False
@@ -320,7 +269,7 @@ class Crew:
 
     def _settle(self, step: int, action: Action) -> None:
         """The state is that after `step` steps: let everything else say so, too."""
-        control, mine = self.control, self.mine
+        control, mine = self.control, self.roles.shards
         if action == "keep":
             for shard in range(self.plan.shards):
                 if shard not in mine:  # its slot gets what another host has computed
@@ -370,7 +319,7 @@ class Crew:
         checkpoint is being written from it."""
         every = steps_between(self.host.base.nbytes, self.plan.workers, steps_per_second)
         for step in range(first, last):
-            due = step - self._marked >= every and not self.parted and not self.sink.busy()
+            due = step - self._marked >= every and not self.roles.parted and not self.sink.busy()
             self.control.base_due[step % RING] = due
             if due:
                 self._marked = step
@@ -442,7 +391,7 @@ class Crew:
     def snapshot(self) -> tuple[int, memoryview]:
         """The base, brought up to date, and after how many steps it is. Called when every worker
         rests. Where no host has the whole state the base stays as it is."""
-        if self.parted:
+        if self.roles.parted:
             return self.control.base_step, self.host.base.view
         self.sink.settle()
         return self.step, self.host.base.take(self.step)

@@ -176,6 +176,18 @@ def overlap(one: Range, other: Range) -> Range:
     return Range(offset=start, nbytes=max(0, stop - start))
 
 
+def complement(nbytes: int, ranges: Iterable[Range]) -> list[Range]:
+    """What of so many bytes is in none of the ranges."""
+    found, start = [], 0
+    for item in merge_ranges(ranges):
+        if item.offset > start:
+            found.append(Range(offset=start, nbytes=item.offset - start))
+        start = item.offset + item.nbytes
+    if start < nbytes:
+        found.append(Range(offset=start, nbytes=nbytes - start))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """A run of bytes of the state segment that is digested as one."""

@@ -17,7 +17,7 @@ from blake3 import blake3
 from lockstep import numerics
 from lockstep.control import RING
 from lockstep.errors import IntegrityError, NetworkError, PeerTimeoutError
-from lockstep.exchange import Arrangement, cut
+from lockstep.exchange import cut
 from lockstep.exchanger import Exchanger
 from lockstep.host import Host
 from lockstep.layout import Range
@@ -25,9 +25,8 @@ from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key, Pending, Report
-from lockstep.ownership import Duties
 from lockstep.parcels import Parcels
-from lockstep.planning import Plan
+from lockstep.roles import Roles
 
 CONNECT_SECONDS = 5.0
 STATE_SECONDS = 600.0
@@ -103,14 +102,12 @@ class Station:
     def start(
         self,
         host: Host,
-        arrangement: Arrangement,
-        duties: Duties,
-        plan: Plan,
+        roles: Roles,
         step: int,
         seats: Callable[[], Sequence[int]],
     ) -> None:
-        """Exchange from this step on. Called when everybody rests. `plan` is this host's."""
-        if len(arrangement.parts) == 1:
+        """Exchange from this step on. Called when everybody rests."""
+        if not roles.several:
             return
         assert self._mesh is not None
         generation = self.generation
@@ -119,16 +116,16 @@ class Station:
             peer = next((n for n in addresses if f"host {n}" in error.what), "")
             self.trouble(generation, peer, error)
 
-        addresses = [part.name for part in arrangement.parts]
-        assert host.layout is not None
+        addresses = roles.others
+        plan = roles.plan
         parcels = Parcels(
             host.control,
             memoryview(host.slots.map),
             memoryview(host.state.map),
             host.slot_map,
-            host.layout,
-            arrangement,
-            duties,
+            host.known_layout,
+            roles.arrangement,
+            roles.duties,
             self.name,
         )
         self._exchanger = Exchanger(
