@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.held_out import combine
+from lockstep.outcomes import combine
 from lockstep.source import Source, resolve
 from tests import command
 from tests.command import TASKS
@@ -232,3 +232,15 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert "--workers" in ended.stdout
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert imported.isdisjoint({"torch", "numpy"})
+
+
+def test_a_master_does_not_import_torch(tmp_path: Path) -> None:
+    """Its nursery does, and it would take as long again."""
+    code = (
+        "import sys, lockstep, lockstep.agent, lockstep.cluster.up;"
+        "lockstep.run('tests.paced:Paced', workers=1, batch_size=48, steps=2, quiet=True,"
+        " out=sys.argv[1]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    ended = command.python("-c", code, str(tmp_path / "run"), cwd=TASKS.parent.parent)
+    assert ended.returncode == 0, ended.stderr
