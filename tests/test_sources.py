@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 import lockstep
 from lockstep.errors import JobError, TaskError
@@ -112,6 +114,24 @@ def test_a_task_that_asks_for_threads(run_folder: str) -> None:
     settings = {**SETTINGS, "workers": 1, "threads": 2, "steps": 2, "stall_seconds": 20}
     result = lockstep.run(f"{TASKS}:AsksForThreads", quiet=True, out=run_folder, **settings)
     assert (result.steps, result.recoveries) == (2, [])
+
+
+class Leaves(Blobs):
+    """Has something to do when the process in which its data were made ends."""
+
+    def __init__(self, note: Path) -> None:
+        super().__init__(LR)
+        self.note = note
+
+    def train_data(self) -> Dataset[Any]:
+        atexit.register(self.note.write_text, "done")
+        return super().train_data()
+
+
+def test_what_a_task_leaves_for_the_end_is_done(run_folder: str, tmp_path: Path) -> None:
+    """A nursery ends at once, but not before the handlers that the task's code has registered."""
+    lockstep.run(Leaves(tmp_path / "note"), quiet=True, out=run_folder, **SETTINGS)
+    assert (tmp_path / "note").read_text() == "done"
 
 
 # The result.

@@ -16,6 +16,7 @@ and ends, with all its workers, when the agent's end of the channel closes.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import select
@@ -328,6 +329,13 @@ def _answer(nursery: Nursery, request: Message, fds: list[int]) -> None:
         nursery.channel.send({"event": "failed", "error": describe_error(error, doing)})
 
 
+def _end_at_once(nursery: int) -> None:
+    """End without clearing torch's modules away one by one: half a second, and the master waits."""
+    if os.getpid() == nursery:
+        _flush()
+        os._exit(0)
+
+
 def main() -> None:
     """Entry point of the process: `python -m lockstep.nursery FD PARENT`."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
@@ -340,7 +348,12 @@ def main() -> None:
     _take_signals()
     os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
-    serve(Nursery(Channel.from_fd(fd)))
+    atexit.register(_end_at_once, os.getpid())  # the first comes last, after the task's own
+    try:
+        serve(Nursery(Channel.from_fd(fd)))
+    except BaseException:
+        atexit.unregister(_end_at_once)  # it would hide the exit code
+        raise
 
 
 if __name__ == "__main__":
