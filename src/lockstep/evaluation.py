@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep import membership
 from lockstep.channel import Message
 from lockstep.errors import TaskError
-from lockstep.held_out import Outputs, batch_count, combine, gather
+from lockstep.outcomes import Outputs, batch_count, combine, gather
 
 if TYPE_CHECKING:
     from lockstep.crew import Crew

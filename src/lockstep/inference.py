@@ -20,10 +20,10 @@ from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
-from lockstep.held_out import batch_count
 from lockstep.host import Host
 from lockstep.job import Task
 from lockstep.manifest import differences, recorded_source
+from lockstep.outcomes import batch_count
 from lockstep.planning import Plan
 from lockstep.progress import Progress
 from lockstep.rowfile import RowFile
