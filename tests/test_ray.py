@@ -29,7 +29,6 @@ from lockstep.errors import (
 from lockstep.net.authority import Authority, name_in
 from lockstep.offer import Offer
 from tests.command import python
-from tests.conftest import describe, processes
 from tests.daemons import Daemon
 from tests.faulty import Event, Yard, assert_same, await_event, events, until, yard
 from tests.ray_nodes import LIMIT, ROOT, RayNodes
@@ -230,21 +229,6 @@ def test_an_actor_is_killed_and_a_node_is_added(nodes: RayNodes, yard: Yard) -> 
     assert_same(found, yard.undisturbed(TASK, **SETTINGS))
     why = [event["why"] for event in events(run.out, "connection") if event["peer"] == lost]
     assert any("another one is started" in each for each in why), why
-
-
-@pytest.mark.long
-def test_the_driver_is_killed(nodes: RayNodes, yard: Yard, session_mark: bytes) -> None:
-    """The actors end with it; the master goes on, and another driver starts others."""
-    with on_ray(nodes.address) as on:
-        run = Watched(on, yard.path(), workers=6)
-        before = run.event(lambda event: len(hosts_in(event)) >= 3, "all hosts")
-        (driver,) = (pid for pid in processes(session_mark) if "ray_driver" in describe(pid))
-        os.kill(driver, signal.SIGKILL)
-        without = hosts_in(before) - {"master"}
-        run.hosts(len(hosts_in(before)), without)
-        nodes.gate.unlink()
-        found = run.run.result()
-    assert_same(found, yard.undisturbed(TASK, **SETTINGS))
 
 
 def test_the_master_is_killed(nodes: RayNodes, tmp_path: Path) -> None:
