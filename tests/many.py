@@ -33,7 +33,7 @@ offer = Offer.from_message(json.load(sys.stdin))
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:
     serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[3],
-          report=report)
+          report=report, folder=Path(sys.argv[4]))
 except LockstepError as error:
     sys.exit(f"agent: {error}")
 """
@@ -79,6 +79,7 @@ class Agents:
         """Start one host's agent."""
         assert self._offer is not None
         identity = self.cluster.identity(name)
+        self.code(name).mkdir(mode=0o700)
         with Path(self.cluster.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [
@@ -89,6 +90,7 @@ class Agents:
                     str(identity.folder),
                     str(workers),
                     self._address(name),
+                    str(self.code(name)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -100,6 +102,10 @@ class Agents:
         with process.stdin as pipe:
             pipe.write(json.dumps(self._offer.to_message()).encode())
         self.processes[name] = process
+
+    def code(self, name: str) -> Path:
+        """Where a host puts code that the master sends."""
+        return self.cluster.folder / f"{name}.code"
 
     def _enter(self, name: str) -> list[str]:
         return [] if self.network is None else self.network.within(self._place(name), [])

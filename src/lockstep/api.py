@@ -14,10 +14,11 @@ from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import LockstepError, StoppedError
 from lockstep.host import Host
-from lockstep.hosts import Hosts, open_hosts, spread
+from lockstep.hosts import Hosts
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.manifest import make_manifest, recorded_source
 from lockstep.offer import Launcher
+from lockstep.opening import open_hosts, spread
 from lockstep.planning import Division, Facts, Plan, choose, close, decompose, divisions
 from lockstep.recorder import Recorder
 from lockstep.report import write_report

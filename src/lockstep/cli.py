@@ -56,6 +56,9 @@ On = Annotated[
     str | None, typer.Option("--on", help="Other hosts: `up`, or a file with a join token.")
 ]
 HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
+ShipCode = Annotated[
+    bool | None, typer.Option("--ship-code", help="Send the task's code to the other hosts.")
+]
 Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -84,6 +87,7 @@ def run(
     audit: Audit = None,
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
+    ship_code: ShipCode = None,
     out: Out = None,
     on: On = None,
     state: commands.StateOption = None,
@@ -156,6 +160,7 @@ def plan(
     audit: Audit = None,
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
+    ship_code: ShipCode = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -91,6 +91,13 @@ class Event:
     message: Message | None
 
 
+def _search_path(shipped: str) -> list[str]:
+    """Where a nursery looks for modules; first in the folder of code that was sent, if any was."""
+    here = os.getcwd()
+    path = [entry or here for entry in sys.path]
+    return [shipped, here, *path] if shipped else path
+
+
 def describe_exit(code: int) -> str:
     """How a process ended, in words, from its exit code."""
     return f"exited with code {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
@@ -155,7 +162,9 @@ class Host:
             "records": records,
             "networked": networked,
             "folder": os.getcwd(),
-            "path": [entry or os.getcwd() for entry in sys.path],
+            "path": _search_path(source.folder),
+            "shipped": source.folder,
+            "offered": source.offered,
         }
         try:
             ours.send(request, fds)

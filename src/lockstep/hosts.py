@@ -6,7 +6,6 @@ own crew. All calls come from the master's thread.
 
 from __future__ import annotations
 
-import secrets
 import select
 import time
 from collections import deque
@@ -14,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet, numerics
-from lockstep.agent import facts_of
+from lockstep.cargo import Store
 from lockstep.crew import Orders
 from lockstep.errors import (
     IntegrityError,
-    JobError,
     LockstepError,
     PeerTimeoutError,
     ProtocolError,
@@ -28,15 +26,13 @@ from lockstep.errors import (
 )
 from lockstep.fleet import Fleet, Standing
 from lockstep.host import Host
-from lockstep.job import Job
 from lockstep.link import Link
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.offer import Launcher, Offer
-from lockstep.planning import Division, Facts, Plan, decompose, share
-from lockstep.source import Source
+from lockstep.planning import Plan, share
 from lockstep.station import Station
 
 if TYPE_CHECKING:
@@ -44,50 +40,6 @@ if TYPE_CHECKING:
 
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
-
-
-def open_hosts(
-    launcher: Launcher, source: Source, job: Job, settings: Mapping[str, Any], host: Host
-) -> Hosts:
-    """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
-
-    `settings` are those that were given, and that hosts need to load the task.
-
-    Raises:
-        JobError: the task was handed over as an object, which does not travel.
-        LockstepError: a host cannot take part.
-    """
-    if source.payload is not None:
-        raise JobError(
-            "a task that is an object cannot be sent to other hosts",
-            expected="a name that every host can resolve: a recipe, module:Task or file.py:Task",
-            found=source.name,
-            fix="put the task into a module that is installed on every host",
-        )
-    host.name = launcher.identity.node
-    name = f"{source.label}-{secrets.token_hex(8)}"
-    hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds)
-    try:
-        hosts.gather(source, {**settings, "host_seconds": job.host_seconds})
-    except BaseException:
-        hosts.close()
-        raise
-    return hosts
-
-
-def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
-    """Decompose a job for several hosts: as many workers as they would run, or as asked.
-
-    Raises:
-        JobError, DataError: the settings do not fit each other, the data or the hosts.
-    """
-    workers = job.workers or hosts.capacity
-    division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
-    share(workers, hosts.capacities)
-    listed = ", ".join(f"{name}: {count}" for name, count in hosts.capacities.items())
-    return decompose(
-        job, facts, division, f"{division}: on {len(hosts.capacities)} hosts, {listed}"
-    )
 
 
 class Hosts:
@@ -116,7 +68,9 @@ class Hosts:
             answer=True,
             silence=silent_seconds,
         )
-        self.link = Link(self._transport)
+        self.cargo = Store(self._transport)
+        """What other hosts may fetch."""
+        self.link = Link(self._transport, self.cargo.serve)
         self.station = Station(
             launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
         )
@@ -160,21 +114,18 @@ class Hosts:
 
     # Before the run: gather those who are there, and tell them the plan.
 
-    def gather(self, source: Source, settings: Mapping[str, Any]) -> None:
+    def gather(self, **offer: Any) -> None:
         """Offer the job, and wait until the hosts that there are have loaded the task.
+
+        `offer` has what an `Offer` says of the task.
 
         Raises:
             LockstepError: one of them cannot take part; says why.
         """
-        offer = Offer(
-            job=self._job,
-            master=self._fleet.master,
-            address=self._transport.address,
-            task=source.name,
-            args=dict(source.args),
-            settings=settings,
+        master, address = self._fleet.master, self._transport.address
+        self._expected = self._launcher.offer(
+            Offer(job=self._job, master=master, address=address, **offer)
         )
-        self._expected = self._launcher.offer(offer)
         self._await(self.capacities, "to load the task and its data")
 
     def set_up(self, plan: Plan, host: Host) -> dict[str, Any]:
@@ -414,6 +365,8 @@ class Hosts:
                 sink.event(str(message["name"]), **{**message["fields"], "host": name})
             case "recovered":
                 sink.recovered([{**each, "host": name} for each in message["recoveries"]])
+            case "failed" if name not in self._fleet.members:  # it was to join; all go on
+                sink.event("refused", host=name, why=str(_about(name, message)))
             case "failed":
                 error = _about(name, message)
                 raise self._crew.failures.raised(error, message["step"], self._crew.snapshot)

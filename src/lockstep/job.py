@@ -180,6 +180,9 @@ class Job:
     audit: float = 0.0
     """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
     1: it finds silent corruption, at about that fraction of the computing time."""
+    ship_code: bool = False
+    """Send the task's module, or its package, to the other hosts of a job; they take it only if
+    its digest was allowed there (see `lockstep.archive`)."""
     faults: tuple[Fault, ...] = ()
     """Scripted faults, for tests."""
     evaluate: bool = True
@@ -203,10 +206,12 @@ class Job:
                 raise JobError(f"{name} has the wrong type", expected=expected, found=repr(value))
         if self.out is not None and not isinstance(self.out, str | os.PathLike):
             raise JobError("out has the wrong type", expected="a path", found=repr(self.out))
-        if not isinstance(self.evaluate, bool):
-            raise JobError(
-                "evaluate has the wrong type", expected="true or false", found=repr(self.evaluate)
-            )
+        for name in ("evaluate", "ship_code"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise JobError(
+                    f"{name} has the wrong type", expected="true or false", found=repr(value)
+                )
         if self.args and not isinstance(self.task, str):
             raise JobError(
                 "args are given, but the task is an object",

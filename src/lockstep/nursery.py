@@ -77,7 +77,13 @@ class Nursery:
                 payload = file.read()
         numerics.configure(threads=1)
         numerics.keep_to_one_thread()
-        source = Source(name=request["name"], args=request["args"], payload=payload)
+        source = Source(
+            name=request["name"],
+            args=request["args"],
+            payload=payload,
+            folder=request["shipped"],
+            offered=request["offered"],
+        )
         self.task, job = resolve(source)
         from lockstep.data import make_fetch
         from lockstep.datadigest import digest_of
