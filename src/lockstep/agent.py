@@ -6,9 +6,10 @@ it is told until the master ends the job, or is lost.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lockstep.errors import (
 )
 from lockstep.host import Host
 from lockstep.link import Link
+from lockstep.memory import Segment
 from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
@@ -86,7 +88,9 @@ def serve(
                 folder=_fetch_code(link, offer, folder, silence),
                 offered=True,
             )
-            local = stack.enter_context(Host.start(source, dict(offer.settings), networked=True))
+            with _fetched_data(link, offer, silence) as data:
+                local = Host.start(source, dict(offer.settings), networked=True, data=data)
+            stack.enter_context(local)
             local.name = identity.node
             station = Station(identity, host, offer.job, report, link.wake, silence)
             stack.callback(station.close)
@@ -116,6 +120,18 @@ def _fetch_code(link: Link, offer: Offer, folder: Path | None, silence: float) -
     fetch(link, offer.master, "code", offer.code, memoryview(data), silence)
     unpack(bytes(data), folder)
     return str(folder)
+
+
+@contextlib.contextmanager
+def _fetched_data(link: Link, offer: Offer, silence: float) -> Iterator[Segment | None]:
+    """The data sets that the master sends, in memory, if it does."""
+    if offer.data is None:
+        yield None
+        return
+    with contextlib.closing(Segment.create("data", offer.data.nbytes)) as segment:
+        with memoryview(segment.map)[: segment.nbytes] as content:
+            fetch(link, offer.master, "data", offer.data, content, silence)
+        yield segment
 
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:

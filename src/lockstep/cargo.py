@@ -69,6 +69,10 @@ class Store:
         """Have something to give. The memory must not change, nor go before the transport does."""
         self._held[hold] = memoryview(content).cast("B")
 
+    def close(self) -> None:
+        """Let go of what there was. Called when the transport is closed."""
+        self._held.clear()
+
     def serve(self, peer: str, message: Mapping[str, Any]) -> None:
         """Send a piece to a host that asks for it; drop one that asks for what is not here."""
         hold, number = message.get("hold"), message.get("piece")

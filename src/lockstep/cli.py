@@ -56,6 +56,9 @@ On = Annotated[
     str | None, typer.Option("--on", help="Other hosts: `up`, or a file with a join token.")
 ]
 HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
+HostData = Annotated[
+    str | None, typer.Option("--host-data", help="How other hosts get the data: build or ship.")
+]
 ShipCode = Annotated[
     bool | None, typer.Option("--ship-code", help="Send the task's code to the other hosts.")
 ]
@@ -87,6 +90,7 @@ def run(
     audit: Audit = None,
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
+    data: HostData = None,
     ship_code: ShipCode = None,
     out: Out = None,
     on: On = None,
@@ -160,6 +164,7 @@ def plan(
     audit: Audit = None,
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
+    data: HostData = None,
     ship_code: ShipCode = None,
     out: Out = None,
     as_json: Json = False,

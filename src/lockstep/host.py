@@ -119,6 +119,8 @@ class Host:
         self.seats: dict[int, Seat] = {}
         self.facts: dict[str, Any] = {}
         self.layout: Layout | None = None
+        self.data: Segment | None = None
+        """The data sets, if they are to be sent to other hosts."""
         self._segments: list[Segment] = []
         self._exits: dict[int, int] = {}
         self.also_wake: int | None = None
@@ -132,11 +134,12 @@ class Host:
         records: dict[str, Any] | None = None,
         *,
         networked: bool = False,
+        data: Segment | None = None,
     ) -> Host:
         """Start a nursery and have it load the task.
 
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
-        facts are to be compared with other hosts'.
+        facts are to be compared with other hosts'. `data`: the data sets that the master has sent.
         """
         ours, theirs = Channel.pair()
         environment = dict(os.environ)
@@ -160,6 +163,7 @@ class Host:
             "code": source.code,
             "settings": settings,
             "records": records,
+            "data": 0 if data is None else data.nbytes,
             "networked": networked,
             "folder": os.getcwd(),
             "path": _search_path(source.folder),
@@ -167,7 +171,7 @@ class Host:
             "offered": source.offered,
         }
         try:
-            ours.send(request, fds)
+            ours.send(request, fds if data is None else [*fds, data.fd])
         finally:
             for fd in fds:
                 os.close(fd)
@@ -181,8 +185,10 @@ class Host:
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
-        message, _ = self._expect("loaded", LOAD_SECONDS)
+        message, fds = self._expect("loaded", LOAD_SECONDS)
         self.facts = message["facts"]
+        if fds:
+            self.data = Segment(fds[0], message["data"])
         return self.facts
 
     def clone(self) -> Host:
@@ -331,6 +337,8 @@ class Host:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self.data is not None:
+            self.data.close()
         if self._segments:
             self.base.close()
             self.control.close()

@@ -30,7 +30,7 @@ from lockstep.link import Link
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.tcp import TcpTransport
-from lockstep.net.transport import Heard, Report
+from lockstep.net.transport import Heard, Report, ignore
 from lockstep.offer import Launcher, Offer
 from lockstep.planning import Plan, share
 from lockstep.station import Station
@@ -108,9 +108,11 @@ class Hosts:
         """Let go of everybody, however the run has ended."""
         self.end()
         self._launcher.close()
+        self._launcher.report = ignore  # the launcher may stay, and would keep all of this
         self.station.close()
         self._transport.close()
         self.link.close()
+        self.cargo.close()
 
     # Before the run: gather those who are there, and tell them the plan.
 

@@ -180,6 +180,9 @@ class Job:
     audit: float = 0.0
     """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
     1: it finds silent corruption, at about that fraction of the computing time."""
+    data: Literal["build", "ship"] = "build"
+    """How the other hosts of a job get the data sets: each builds them by the task, or the master
+    sends them once (see `lockstep.samplefile`)."""
     ship_code: bool = False
     """Send the task's module, or its package, to the other hosts of a job; they take it only if
     its digest was allowed there (see `lockstep.archive`)."""
@@ -284,7 +287,11 @@ _LEAST: dict[str, float] = {
     "host_seconds": 0.5, "local_steps": 1,
 }  # fmt: skip
 _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
-_ALLOWED = {"precision": ("fp32", "bf16"), "numerics": ("native", "portable")}
+_ALLOWED = {
+    "precision": ("fp32", "bf16"),
+    "numerics": ("native", "portable"),
+    "data": ("build", "ship"),
+}
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")
 )

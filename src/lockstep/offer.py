@@ -33,6 +33,8 @@ class Offer:
     """The explicit settings of the job, as `Host.start` takes them."""
     code: Bill | None = None
     """The archive of the task's code, if hosts have to fetch it from the master."""
+    data: Bill | None = None
+    """The data sets, likewise."""
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -44,6 +46,7 @@ class Offer:
             "args": dict(self.args),
             "settings": dict(self.settings),
             "code": None if self.code is None else asdict(self.code),
+            "data": None if self.data is None else asdict(self.data),
         }
 
     @staticmethod
@@ -66,11 +69,12 @@ class Offer:
                 args=dict(message["args"]),
                 settings=dict(message["settings"]),
                 code=Bill.from_message(message["code"]),
+                data=Bill.from_message(message["data"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(
                 "an offer breaks the protocol",
-                expected="job, master, address, task, args, settings and code",
+                expected="job, master, address, task, args, settings, code and data",
                 found=ascii(error)[:200],
             ) from None
 

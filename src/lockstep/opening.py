@@ -44,6 +44,9 @@ def open_hosts(
     name = f"{source.label}-{secrets.token_hex(8)}"
     hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds)
     try:
+        sets = None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
+        if sets is not None:
+            hosts.cargo.put("data", sets)
         if archive is not None:
             hosts.cargo.put("code", archive.data)
         hosts.gather(
@@ -51,6 +54,7 @@ def open_hosts(
             args=dict(source.args),
             settings={**settings, "host_seconds": job.host_seconds},
             code=None if archive is None else Bill.of(archive.data),
+            data=None if sets is None else Bill.of(sets),
         )
     except BaseException:
         hosts.close()
