@@ -19,7 +19,7 @@ from benchmarks.namespaces import Network
 from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 from tests.hosts import Cluster
-from tests.zoo import CLASSES, FEATURES, SAMPLES, Noisy, Vectors, normal, whole
+from tests.zoo import CLASSES, FEATURES, HELD_OUT, SAMPLES, Noisy, Vectors, normal, whole
 
 AGENT = """
 # the numerics of a host come from its environment, which the nursery inherits
@@ -88,6 +88,33 @@ class Described(OnlyHere):
         described, labels = default_collate(samples)
         inputs = described["x"]
         return inputs + random.random() * torch.randn(inputs.shape), labels
+
+
+KEPT = {"": (0, 50), "b": (50, 62), "c": (62, SAMPLES)}
+HELD = {"": (0, 0), "b": (0, 12), "c": (12, HELD_OUT)}
+"""What each host has of the samples of `Kept`."""
+
+
+class Kept(Vectors):
+    """A task whose data is in parts, one on each host; or whole."""
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
+
+    def train_data(self) -> Dataset[Any]:
+        return self._mine(TensorDataset(normal(SAMPLES, FEATURES), whole(CLASSES, SAMPLES)), KEPT)
+
+    def eval_data(self) -> Dataset[Any] | None:
+        held_out = super().eval_data()
+        assert isinstance(held_out, TensorDataset)
+        found = self._mine(held_out, HELD)
+        return found if len(found) else None
+
+    def _mine(self, dataset: TensorDataset, parts: Mapping[str, tuple[int, int]]) -> TensorDataset:
+        if self.whole:
+            return dataset
+        first, last = parts[os.environ.get("LOCKSTEP_TEST_HOST", "")]
+        return TensorDataset(*(tensor[first:last] for tensor in dataset.tensors))
 
 
 class Drawn(OnlyHere):

@@ -157,8 +157,10 @@ class Agent:
         """Load the task, say that this host is there, and serve."""
         self.host.also_wake = self.link.fileno()
         begun = time.monotonic()
-        facts = facts_of(self.host.loaded())
-        self.link.tell(self.master, "present", workers=workers, facts=facts)
+        loaded = self.host.loaded()
+        samples = [loaded["train_samples"], loaded["eval_samples"]]
+        facts = facts_of(loaded)
+        self.link.tell(self.master, "present", workers=workers, facts=facts, samples=samples)
         while not self._ended:
             if self.crew is None:
                 select.select([self.link], [], [], 0.5)

@@ -57,7 +57,7 @@ On = Annotated[
 ]
 HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
 HostData = Annotated[
-    str | None, typer.Option("--host-data", help="How other hosts get the data: build or ship.")
+    str | None, typer.Option("--host-data", help="Data on other hosts: build, ship or local.")
 ]
 ShipCode = Annotated[
     bool | None, typer.Option("--ship-code", help="Send the task's code to the other hosts.")

@@ -25,6 +25,7 @@ from lockstep.exchange import Arrangement
 from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
 from lockstep.history import History
+from lockstep.holdings import shard_ranges
 from lockstep.host import Event, Host
 from lockstep.membership import Members
 from lockstep.planning import Plan
@@ -241,7 +242,8 @@ class Crew:
         """
         station, name = self.station, self.station.name if self.station else ""
         assert station is not None
-        arrangement = Arrangement.of(self.plan.shards, orders.workers)
+        owned = shard_ranges(self.plan.holdings)
+        arrangement = Arrangement.of(self.plan.shards, orders.workers, owned)
         peer = ""
         try:
             if len(arrangement.parts) > 1:

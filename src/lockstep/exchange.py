@@ -54,14 +54,21 @@ class Arrangement:
     parts: tuple[HostPart, ...]
 
     @staticmethod
-    def of(shards: int, workers: Mapping[str, int]) -> Arrangement:
-        """Divide the shards among hosts, in this order, by their numbers of workers."""
+    def of(
+        shards: int, workers: Mapping[str, int], owned: Mapping[str, range] | None = None
+    ) -> Arrangement:
+        """Divide the shards among hosts, in this order, by their numbers of workers.
+
+        `owned`: by host, the shards that nobody else can compute, if they have been divided so.
+        """
         total, before = sum(workers.values()), 0
         parts = []
         for name, count in workers.items():
             first = home_shards(shards, total, before).start
             before += count
             last = home_shards(shards, total, before - 1).stop if count else first
+            if owned:
+                first, last = owned[name].start, owned[name].stop
             parts.append(
                 HostPart(
                     name=name,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +26,6 @@ BatchSums = dict[str, Any]
 ready for JSON."""
 Outputs = dict[str, dict[str, Any]]
 """`{name: {"kind": "tensor" or "list", "values": one entry per sample}}`, ready for JSON."""
-
-
-def batch_count(samples: int, batch_size: int) -> int:
-    """How many held-out batches there are; the last may be short, none is padded."""
-    return math.ceil(samples / batch_size)
 
 
 class Inference:

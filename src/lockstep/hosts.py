@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet, numerics
@@ -21,10 +21,12 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
     RefusedError,
+    TaskError,
     from_message,
     to_message,
 )
-from lockstep.fleet import Fleet, Standing
+from lockstep.fleet import Fleet, Standing, in_order
+from lockstep.holdings import Holdings, Samples, check_open, check_whole, held_out_batches
 from lockstep.host import Host
 from lockstep.link import Link
 from lockstep.net.frames import Message
@@ -32,12 +34,13 @@ from lockstep.net.handshake import check_facts
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard, Report, ignore
 from lockstep.offer import Launcher, Offer
-from lockstep.planning import Plan, share
+from lockstep.planning import Plan, share, share_batches
 from lockstep.station import Station
 
 if TYPE_CHECKING:
     from lockstep.coordinator import Coordinator
 
+MOST_SAMPLES = 1 << 48
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
 
@@ -50,9 +53,11 @@ class Hosts:
         launcher: Launcher,
         job: str,
         facts: Mapping[str, str],
+        samples: Samples,
         silent_seconds: float,
     ) -> None:
-        """Listen for the agents of a job. `facts` are what they must have in common."""
+        """Listen for the agents of a job. `facts` are what they must have in common; `samples` is
+        what the master's host has."""
         self._launcher, self._silent_seconds = launcher, silent_seconds
         self.reports: deque[tuple[str, str]] = deque()
         """Connections that were closed or refused: who, and why."""
@@ -76,6 +81,7 @@ class Hosts:
         )
         self.capacities = {name: launcher.workers or numerics.cores()}
         """By host, how many workers it would run. The master's own is the first."""
+        self._samples = {name: samples}
         self._plan: Plan | None = None
         self.own_plan: Plan
         """The part of the master's own host."""
@@ -189,12 +195,17 @@ class Hosts:
         """
         try:
             check_facts(self._facts, message["facts"], name)
+            if self._plan is not None:
+                check_open(self._plan.holdings, name)
         except RefusedError as error:
             self.link.tell(name, "refused", error=to_message(error))
-            if self._crew is None:
+            if self._plan is None:
                 raise
-            self._crew.sink.event("refused", host=name, why=error.found)
+            if self._crew is not None:
+                self._crew.sink.event("refused", host=name, why=error.found)
             return
+        train, held_out = message["samples"]
+        self._samples[name] = _count(train, most=MOST_SAMPLES), _count(held_out, 0, MOST_SAMPLES)
         self.capacities[name] = _count(message["workers"])
         if self._crew is not None:
             self._set_up(name, self.capacities[name])
@@ -203,6 +214,11 @@ class Hosts:
         assert self._plan is not None
         plan = self._plan.for_host(name, workers)
         self.link.tell(name, "set_up", plan=plan.to_message())
+
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """By host, how many samples it has; in the order in which hosts share out shards."""
+        return {name: self._samples[name] for name in in_order(self._samples, self._fleet.master)}
 
     # During the run.
 
@@ -227,10 +243,7 @@ class Hosts:
         kept, self._kept = self._kept, []
         for heard in [*kept, *self.link.take()]:
             events += self._heard(heard)
-        for name in self._fleet.members:
-            silent = self.link.silent_for(name)
-            if name != self._fleet.master and silent > self._silent_seconds:
-                events.append(fleet.Lost(name, f"no sign of life for {silent:.1f} s"))
+        events += self._silences(self._fleet.members)
         while self.station.troubles:
             trouble = self.station.troubles.popleft()
             events.append(
@@ -288,16 +301,16 @@ class Hosts:
     def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
         """Give the other hosts their part of a round of held-out batches, by their numbers of
         workers; returns that of the master's own."""
-        assert self._crew is not None
-        workers = {name: member.workers for name, member in self._fleet.members.items()}
-        total, before = sum(workers.values()), workers.pop(self._fleet.master)
-        self._asked = {}
-        rest = list(batches[: len(batches) * before // total + 1])
-        for name, count in workers.items():
-            first = max(len(rest), len(batches) * before // total)
-            before += count
-            mine = list(batches[first : len(batches) * before // total])
-            self._asked[name] = set(mine)
+        assert self._crew is not None and self._plan is not None
+        if self._holdings:
+            owned = held_out_batches(self._holdings, self._plan.eval_batch_size)
+            shares = {name: [n for n in batches if n in owned[name]] for name in owned}
+        else:
+            workers = {name: member.workers for name, member in self._fleet.members.items()}
+            shares = share_batches(batches, workers, self._fleet.master)
+        rest = shares.pop(self._fleet.master)
+        self._asked = {name: set(mine) for name, mine in shares.items()}
+        for name, mine in shares.items():
             message = {"round": number, "step": self._crew.step, "batches": mine}
             self.link.tell(name, "evaluate", **message)
         return rest
@@ -308,9 +321,36 @@ class Hosts:
         while waiting := [name for name, batches in self._asked.items() if batches]:
             self._kept += [heard for heard in self._hear(0.2) if not self._is_answer(heard)]
             for name in waiting:
-                gone = any(heard.peer == name for heard in self._kept)
-                if gone or self.link.silent_for(name) > self._silent_seconds:
+                if self._holdings:  # nobody else can do them: it is waited for while it is there
+                    self._decide(self._ending(name))
+                elif any(heard.peer == name for heard in self._kept) or self._is_silent(name):
                     self._asked[name] = set()
+
+    def _ending(self, name: str) -> list[fleet.Event]:
+        """What has ended a host's part in the run, if anything has; raises the error if it has
+        failed."""
+        ends = [
+            heard
+            for heard in self._kept
+            if heard.peer == name and (heard.message is None or heard.message["op"] == "failed")
+        ]
+        events = [event for heard in ends for event in self._heard(heard)]
+        return events + self._silences([name])
+
+    def _is_silent(self, name: str) -> bool:
+        return self.link.silent_for(name) > self._silent_seconds
+
+    def _silences(self, names: Iterable[str]) -> list[fleet.Event]:
+        """The losses of those that have given no sign of life for too long."""
+        return [
+            fleet.Lost(name, f"no sign of life for {self.link.silent_for(name):.1f} s")
+            for name in names
+            if name != self._fleet.master and self._is_silent(name)
+        ]
+
+    @property
+    def _holdings(self) -> Holdings:
+        return () if self._plan is None else self._plan.holdings
 
     def _is_answer(self, heard: Heard) -> bool:
         """Take an answer to a held-out batch."""
@@ -323,6 +363,12 @@ class Hosts:
         self._asked.get(heard.peer, set()).discard(message["batch"])
         if message["result"] is not None:
             self._crew.evaluation.heard({**message, "event": "batch"})
+        elif self._holdings:
+            raise TaskError(
+                f"host {heard.peer} cannot send what Task.outputs returned: it is too long",
+                expected="at most 1 MiB for a held-out batch",
+                fix="lower eval_batch_size, or return less",
+            )
         return True
 
     def end(self) -> None:
@@ -339,6 +385,7 @@ class Hosts:
         name, message = heard.peer, heard.message
         if message is None:
             self.capacities.pop(name, None)
+            self._samples.pop(name, None)
             self._ready.pop(name, None)
             why = heard.error.found or heard.error.what if heard.error else "it has gone"
             return [fleet.Lost(name, why)] if name in self._fleet.members else []
@@ -391,6 +438,7 @@ class Hosts:
                     self._crew.sink.event("host_lost", host=command.name, why=command.why)
                     silent = self.link.silent_for(command.name)
                     self._crew.failures.host_died(command.name, command.why, silent)
+                    check_whole(self._holdings, command.name, command.why)
                     self._transport.drop(command.name, command.why)
                 else:
                     last = command
@@ -422,9 +470,9 @@ class Hosts:
         self._crew.arrange(orders)
 
 
-def _count(value: object) -> int:
-    if not isinstance(value, int) or not 0 < value <= 1 << 16:
-        raise ValueError(f"not a number of workers: {value!r}")
+def _count(value: object, least: int = 1, most: int = 1 << 16) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"not a number from {least} to {most}: {value!r}")
     return value
 
 

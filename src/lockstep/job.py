@@ -137,8 +137,8 @@ class Job:
     """A task and the settings of its run. `None` means: let the plan decide.
 
     What the numbers depend on: the task, `seed`, `batch_size`, `shards`, `threads`,
-    `local_steps`, `clip_grad_norm`, `precision`, `numerics`. What they do not depend on: everything
-    else, `workers` first of all.
+    `local_steps`, `clip_grad_norm`, `precision`, `numerics`, and with `data` = `local` who has
+    what. What they do not depend on: everything else, `workers` first of all.
     """
 
     task: Task | str
@@ -180,9 +180,10 @@ class Job:
     audit: float = 0.0
     """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
     1: it finds silent corruption, at about that fraction of the computing time."""
-    data: Literal["build", "ship"] = "build"
-    """How the other hosts of a job get the data sets: each builds them by the task, or the master
-    sends them once (see `lockstep.samplefile`)."""
+    data: Literal["build", "ship", "local"] = "build"
+    """Where the hosts of a job have the data sets from: each builds them by the task; or the
+    master sends them once (see `lockstep.samplefile`); or each builds a part of its own, which
+    stays there (see `lockstep.holdings`). Then the numbers depend on who has what."""
     ship_code: bool = False
     """Send the task's module, or its package, to the other hosts of a job; they take it only if
     its digest was allowed there (see `lockstep.archive`)."""
@@ -290,7 +291,7 @@ _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
 _ALLOWED = {
     "precision": ("fp32", "bf16"),
     "numerics": ("native", "portable"),
-    "data": ("build", "ship"),
+    "data": ("build", "ship", "local"),
 }
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")

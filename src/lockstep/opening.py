@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from lockstep.agent import facts_of
 from lockstep.archive import pack
 from lockstep.cargo import Bill
 from lockstep.errors import JobError
+from lockstep.holdings import Holdings, divide
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job import Job
@@ -42,7 +44,8 @@ def open_hosts(
         task = archive.task
     host.name = launcher.identity.node
     name = f"{source.label}-{secrets.token_hex(8)}"
-    hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds)
+    samples = host.facts["train_samples"], host.facts["eval_samples"]
+    hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds)
     try:
         sets = None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
         if sets is not None:
@@ -84,6 +87,17 @@ def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
     division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
     share(workers, hosts.capacities)
     listed = ", ".join(f"{name}: {count}" for name, count in hosts.capacities.items())
-    return decompose(
-        job, facts, division, f"{division}: on {len(hosts.capacities)} hosts, {listed}"
+    why = f"{division}: on {len(hosts.capacities)} hosts, {listed}"
+    if job.data != "local":
+        return decompose(job, facts, division, why)
+    holdings = divide(hosts.samples, division.shards)
+    plan = decompose(job, _of_all(facts, holdings), division, why)
+    return dataclasses.replace(plan, holdings=holdings)
+
+
+def _of_all(facts: Facts, holdings: Holdings) -> Facts:
+    """The facts about the data of all hosts together."""
+    train, held_out = (
+        sum(getattr(each, name) for each in holdings) for name in ("train", "held_out")
     )
+    return dataclasses.replace(facts, train_samples=train, eval_samples=held_out)
