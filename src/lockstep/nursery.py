@@ -100,6 +100,7 @@ class Nursery:
         local_steps = request["settings"].get("local_steps", settings.get("local_steps", 1))
         way = request["settings"].get("data", settings.get("data", "build"))
         ship = request["networked"] and way == "ship" and not request["data"]
+        own = self.task
         if local_steps > 1:
             from lockstep.local_steps import LocalSteps
 
@@ -113,7 +114,7 @@ class Nursery:
             self.train, self.held_out = read_sets(shipped, request["data"])
             os.close(shipped)
         else:
-            self.train, self.held_out = build_sets(self.task, alone=ship)
+            self.train, self.held_out = build_sets(own, alone=ship)
         train = length_of(self.train, "train_data")
         held_out = 0 if self.held_out is None else length_of(self.held_out, "eval_data")
         parameters = list(self.model.parameters())
