@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, TensorDataset
+import torch
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from benchmarks.namespaces import Network
 from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 from tests.hosts import Cluster
-from tests.zoo import CLASSES, FEATURES, SAMPLES, Vectors, normal, whole
+from tests.zoo import CLASSES, FEATURES, HELD_OUT, SAMPLES, Noisy, Vectors, normal, whole
 
 AGENT = """
 # the numerics of a host come from its environment, which the nursery inherits
@@ -33,7 +35,7 @@ offer = Offer.from_message(json.load(sys.stdin))
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:
     serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[3],
-          report=report)
+          report=report, folder=Path(sys.argv[4]))
 except LockstepError as error:
     sys.exit(f"agent: {error}")
 """
@@ -48,6 +50,107 @@ class Differs(Vectors):
     def train_data(self) -> Dataset[Any]:
         host = os.environ.get("LOCKSTEP_TEST_HOST", "")
         return TensorDataset(normal(SAMPLES, FEATURES, seed=len(host)), whole(CLASSES, SAMPLES))
+
+
+class OnlyHere(Vectors):
+    """A task whose data sets are on the master's host alone: tensors, as many as it takes."""
+
+    def __init__(self, fill: int = 0) -> None:
+        self.fill = fill
+
+    def train_data(self) -> Dataset[Any]:
+        need_the_master()
+        inputs, labels = normal(SAMPLES, FEATURES), whole(CLASSES, SAMPLES)
+        return TensorDataset(inputs, labels, torch.zeros(SAMPLES, self.fill))
+
+    def eval_data(self) -> Dataset[Any] | None:
+        need_the_master()
+        return super().eval_data()
+
+
+class Described(OnlyHere):
+    """The same of samples that are fetched one by one, or several at once; batches are drawn."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def train_data(self) -> Dataset[Any]:
+        x, y, _ = super().train_data().tensors  # type: ignore[attr-defined]
+        samples = [({"x": x[n].numpy(), "name": str(n)}, int(y[n])) for n in range(SAMPLES)]
+        return (
+            Subset(Listed(samples), range(SAMPLES)) if self.kind == "several" else Listed(samples)
+        )
+
+    def collate(self, samples: list[Any]) -> Any:
+        if not isinstance(samples[0][0], dict):
+            return default_collate(samples)
+        described, labels = default_collate(samples)
+        inputs = described["x"]
+        return inputs + random.random() * torch.randn(inputs.shape), labels
+
+
+KEPT = {"": (0, 50), "b": (50, 62), "c": (62, SAMPLES)}
+HELD = {"": (0, 0), "b": (0, 12), "c": (12, HELD_OUT)}
+"""What each host has of the samples of `Kept`."""
+
+
+class Kept(Vectors):
+    """A task whose data is in parts, one on each host; or whole."""
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
+
+    def train_data(self) -> Dataset[Any]:
+        return self._mine(TensorDataset(normal(SAMPLES, FEATURES), whole(CLASSES, SAMPLES)), KEPT)
+
+    def eval_data(self) -> Dataset[Any] | None:
+        held_out = super().eval_data()
+        assert isinstance(held_out, TensorDataset)
+        found = self._mine(held_out, HELD)
+        return found if len(found) else None
+
+    def _mine(self, dataset: TensorDataset, parts: Mapping[str, tuple[int, int]]) -> TensorDataset:
+        if self.whole:
+            return dataset
+        first, last = parts[os.environ.get("LOCKSTEP_TEST_HOST", "")]
+        return TensorDataset(*(tensor[first:last] for tensor in dataset.tensors))
+
+
+class Drawn(OnlyHere):
+    """The samples themselves are drawn."""
+
+    def train_data(self) -> Dataset[Any]:
+        return Noisy(SAMPLES, seed=1)
+
+
+class Changed(OnlyHere):
+    """Building the data changes the task."""
+
+    def train_data(self) -> Dataset[Any]:
+        self.fill = 1
+        self.mean = 2.0
+        return super().train_data()
+
+
+class Listed(Dataset[Any]):
+    """The samples of a list."""
+
+    def __init__(self, samples: Sequence[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+def need_the_master() -> None:
+    """Raise on every other host."""
+    host = os.environ.get("LOCKSTEP_TEST_HOST")
+    if host:
+        raise RuntimeError(f"host {host} has no data")
 
 
 class Agents:
@@ -79,6 +182,7 @@ class Agents:
         """Start one host's agent."""
         assert self._offer is not None
         identity = self.cluster.identity(name)
+        self.code(name).mkdir(mode=0o700)
         with Path(self.cluster.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [
@@ -89,6 +193,7 @@ class Agents:
                     str(identity.folder),
                     str(workers),
                     self._address(name),
+                    str(self.code(name)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -100,6 +205,10 @@ class Agents:
         with process.stdin as pipe:
             pipe.write(json.dumps(self._offer.to_message()).encode())
         self.processes[name] = process
+
+    def code(self, name: str) -> Path:
+        """Where a host puts code that the master sends."""
+        return self.cluster.folder / f"{name}.code"
 
     def _enter(self, name: str) -> list[str]:
         return [] if self.network is None else self.network.within(self._place(name), [])

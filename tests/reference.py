@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,6 +93,38 @@ def fetch(task: Any, data: Any, seed: int, data_epoch: int, indices: Sequence[in
     return task.collate(samples)
 
 
+def cut(batch: list[int], shards: int) -> list[list[int]]:
+    """A batch as shards, as even as can be."""
+    size = len(batch)
+    edges = [size * shard // shards for shard in range(shards + 1)]
+    return [batch[first:last] for first, last in itertools.pairwise(edges)]
+
+
+def divide_parts(
+    seed: int, data_epoch: int, start: int, stop: int, parts: Sequence[tuple[int, int, int]]
+) -> list[list[int]]:
+    """The shards of a step that takes the samples `start:stop`: of each part the same fraction."""
+    total, before = sum(have for have, _, _ in parts), 0
+    divided = []
+    for number, (have, _, shards) in enumerate(parts):
+        generator = torch.Generator().manual_seed(derive(seed, "order", data_epoch, number))
+        drawn = [before + index for index in torch.randperm(have, generator=generator).tolist()]
+        divided += cut(drawn[have * start // total : have * stop // total], shards)
+        before += have
+    return divided
+
+
+def batches(
+    samples: int, batch_size: int, parts: Sequence[tuple[int, int, int]]
+) -> Iterator[tuple[int, range]]:
+    """The held-out batches, in order: their numbers within their part, and their samples."""
+    before = 0
+    for have in [held_out for _, held_out, _ in parts] or [samples]:
+        for number, start in enumerate(range(0, have, batch_size)):
+            yield number, range(before + start, before + min(start + batch_size, have))
+        before += have
+
+
 # Sums.
 
 
@@ -160,8 +193,13 @@ def train(
     clip_grad_norm: float | None = None,
     precision: str = "fp32",
     eval_batch_size: int | None = None,
+    parts: Sequence[tuple[int, int, int]] = (),
 ) -> Outcome:
-    """Train `task` as Lockstep's documentation says that it trains."""
+    """Train `task` as Lockstep's documentation says that it trains.
+
+    `parts`: where the data lies in parts that stay apart, of each in turn the training samples,
+    the held-out samples and the shards.
+    """
     seed_all(seed)
     model = task.model()
     data, held_out = task.train_data(), task.eval_data()
@@ -174,15 +212,19 @@ def train(
 
     for step in range(steps):
         data_epoch, place = divmod(step, steps_per_epoch)
-        batch = order(seed, data_epoch, len(data))[place * batch_size : (place + 1) * batch_size]
-        size = len(batch)
+        start, stop = place * batch_size, min((place + 1) * batch_size, len(data))
+        if parts:
+            divided = divide_parts(seed, data_epoch, start, stop, parts)
+        else:
+            divided = cut(order(seed, data_epoch, len(data))[start:stop], shards)
+        size = sum(map(len, divided))
         weights: list[float] = []
         losses: list[float] = []
         grads: list[list[torch.Tensor | None]] = [[] for _ in params]
         buffers: list[dict[str, torch.Tensor | None]] = []
 
         for shard in range(shards):
-            mine = batch[size * shard // shards : size * (shard + 1) // shards]
+            mine = divided[shard]
             weights.append(len(mine) / size)
             for parameter in params:
                 parameter.grad = None
@@ -225,7 +267,7 @@ def train(
             scheduler.step()
         if held_out is not None and (ends_epoch or step == steps - 1):
             metrics = evaluate(
-                task, model, held_out, eval_batch_size or batch_size, seed, precision
+                task, model, held_out, eval_batch_size or batch_size, seed, precision, parts
             )
             outcome.evaluations.append((step + 1, metrics))
 
@@ -253,14 +295,19 @@ def weighted_sum(losses: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def evaluate(
-    task: Any, model: nn.Module, data: Any, batch_size: int, seed: int, precision: str
+    task: Any,
+    model: nn.Module,
+    data: Any,
+    batch_size: int,
+    seed: int,
+    precision: str,
+    parts: Sequence[tuple[int, int, int]] = (),
 ) -> dict[str, float]:
     """The mean of each metric over the samples: once each, in the order of the data."""
     sums: dict[str, float] = {}
     committed = copy_of_buffers(model)
     with torch.no_grad(), autocast(precision):
-        for number, start in enumerate(range(0, len(data), batch_size)):
-            indices = range(start, min(start + batch_size, len(data)))
+        for number, indices in batches(len(data), batch_size, parts):
             batch = fetch(task, data, seed, -1, indices)
             seed_all(derive(seed, "eval", number))
             set_buffers(model, committed)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.admission import refusal
+from lockstep.cluster.admission import Allowed, refusal
 from lockstep.cluster.agents import why
 from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, Spoke, decide, parse
 from lockstep.cluster.counter import ask
@@ -113,7 +113,7 @@ def test_messages_that_say_nothing(message: dict[str, object]) -> None:
     ],
 )
 def test_which_tasks_a_host_takes(task: str, allow: tuple[str, ...], found: str | None) -> None:
-    error = refusal(an_offer(task), allow, "b")
+    error = refusal(an_offer(task), Allowed(modules=allow), "b")
     if found is None:
         assert error is None
     else:

@@ -6,16 +6,21 @@ it is told until the master ends the job, or is lost.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from lockstep import membership
+from lockstep.archive import unpack
+from lockstep.cargo import fetch
 from lockstep.crew import Crew
 from lockstep.errors import (
+    JobError,
     LockstepError,
     NetworkError,
     PeerTimeoutError,
@@ -26,6 +31,7 @@ from lockstep.errors import (
 )
 from lockstep.host import Host
 from lockstep.link import Link
+from lockstep.memory import Segment
 from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
@@ -42,7 +48,15 @@ PLAN_SECONDS = 1800.0
 """How long the master may take to plan: it waits for the slowest host to load its data."""
 
 
-def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: Report) -> None:
+def serve(
+    identity: Identity,
+    offer: Offer,
+    *,
+    workers: int,
+    host: str,
+    report: Report,
+    folder: Path | None = None,
+) -> None:
     """Take part in a job until it ends.
 
     Args:
@@ -51,17 +65,16 @@ def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: 
         workers: how many workers this host would run.
         host: the address that other hosts reach this one at.
         report: told of connections that are closed or refused.
+        folder: a private and empty folder, the caller's to remove afterwards, for code that the
+            master sends. The caller has seen that its digest is allowed. None: no code is taken.
 
     Raises:
         RefusedError: this host differs from the master's; says in what.
         NetworkError: the master cannot be reached, or is lost.
         LockstepError: the job cannot go on here; the master knows.
     """
-    source = Source(name=offer.task, args=dict(offer.args))
+    silence = float(offer.settings.get("host_seconds", 10.0))
     with ExitStack() as stack:
-        local = stack.enter_context(Host.start(source, dict(offer.settings), networked=True))
-        local.name = identity.node
-        silence = float(offer.settings.get("host_seconds", 10.0))
         transport = TcpTransport(
             identity, job=offer.job, facts={}, host=host, silence=silence, report=report
         )
@@ -69,9 +82,58 @@ def serve(identity: Identity, offer: Offer, *, workers: int, host: str, report: 
         transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
         link = Link(transport)
         stack.callback(link.close)
-        station = Station(identity, host, offer.job, report, link.wake, silence)
-        stack.callback(station.close)
-        Agent(local, link, station, offer.master, silence).run(workers)
+        agent: Agent | None = None
+        try:
+            source = Source(
+                name=offer.task,
+                args=dict(offer.args),
+                folder=_fetch_code(link, offer, folder, silence),
+                offered=True,
+            )
+            with _fetched_data(link, offer, silence) as data:
+                local = Host.start(source, dict(offer.settings), networked=True, data=data)
+            stack.enter_context(local)
+            local.name = identity.node
+            station = Station(identity, host, offer.job, report, link.wake, silence)
+            stack.callback(station.close)
+            agent = Agent(local, link, station, offer.master, silence)
+            agent.run(workers)
+        except NetworkError:
+            raise
+        except LockstepError as error:
+            step = agent.crew.step if agent is not None and agent.crew is not None else 0
+            link.tell(offer.master, "failed", error=to_message(error), step=step)
+            _await_end(link)
+            raise
+
+
+def _fetch_code(link: Link, offer: Offer, folder: Path | None, silence: float) -> str:
+    """Put the code that goes with an offer into its folder; where it is, or "" if none goes."""
+    if offer.code is None:
+        return ""
+    if folder is None:
+        raise JobError(
+            "this host takes no code from another",
+            expected="a task that is installed here",
+            found=f"code {offer.code.digest}",
+            fix="leave out ship_code",
+        )
+    data = bytearray(offer.code.nbytes)
+    fetch(link, offer.master, "code", offer.code, memoryview(data), silence)
+    unpack(bytes(data), folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def _fetched_data(link: Link, offer: Offer, silence: float) -> Iterator[Segment | None]:
+    """The data sets that the master sends, in memory, if it does."""
+    if offer.data is None:
+        yield None
+        return
+    with contextlib.closing(Segment.create("data", offer.data.nbytes)) as segment:
+        with memoryview(segment.map)[: segment.nbytes] as content:
+            fetch(link, offer.master, "data", offer.data, content, silence)
+        yield segment
 
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
@@ -97,25 +159,19 @@ class Agent:
         """Load the task, say that this host is there, and serve."""
         self.host.also_wake = self.link.fileno()
         begun = time.monotonic()
-        try:
-            facts = facts_of(self.host.loaded())
-            self.link.tell(self.master, "present", workers=workers, facts=facts)
-            while not self._ended:
-                if self.crew is None:
-                    select.select([self.link], [], [], 0.5)
-                    self._check_patience(begun)
-                else:
-                    self._tick(self.crew)
-                for heard in self.link.take():
-                    self._heard(heard)
-                self._check_master()
-        except NetworkError:
-            raise
-        except LockstepError as error:
-            step = self.crew.step if self.crew else 0
-            self.link.tell(self.master, "failed", error=to_message(error), step=step)
-            self._await_end()
-            raise
+        loaded = self.host.loaded()
+        samples = [loaded["train_samples"], loaded["eval_samples"]]
+        facts = facts_of(loaded)
+        self.link.tell(self.master, "present", workers=workers, facts=facts, samples=samples)
+        while not self._ended:
+            if self.crew is None:
+                select.select([self.link], [], [], 0.5)
+                self._check_patience(begun)
+            else:
+                self._tick(self.crew)
+            for heard in self.link.take():
+                self._heard(heard)
+            self._check_master()
         if self.crew is not None:
             self.crew.dismiss()
 
@@ -232,14 +288,14 @@ class Agent:
                 f"host {self.master} has sent no plan", expected=f"one within {PLAN_SECONDS:.0f} s"
             )
 
-    def _await_end(self) -> None:
-        """Wait a moment for the master to take note of why this host cannot go on."""
-        limit = time.monotonic() + 2.0
-        while time.monotonic() < limit:
-            select.select([self.link], [], [], 0.1)
-            if any(heard.message is None or heard.message.get("op") == "end"
-                   for heard in self.link.take()):  # fmt: skip
-                return
+
+def _await_end(link: Link) -> None:
+    """Wait a moment for the master to take note of why this host cannot go on."""
+    limit = time.monotonic() + 2.0
+    while time.monotonic() < limit:
+        select.select([link], [], [], 0.1)
+        if any(heard.message is None or heard.message.get("op") == "end" for heard in link.take()):
+            return
 
 
 class Following(Crew):

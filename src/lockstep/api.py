@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import numerics
+from lockstep.checkpoint import list_checkpoints
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
-from lockstep.errors import JobError, LockstepError, StoppedError
+from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
+from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
-from lockstep.hosts import Hosts, open_hosts, spread
+from lockstep.hosts import Hosts
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.manifest import make_manifest, recorded_source
 from lockstep.offer import Launcher
+from lockstep.opening import open_hosts, spread
 from lockstep.planning import Division, Facts, Plan, choose, close, decompose, divisions
 from lockstep.recorder import Recorder
 from lockstep.report import write_report
@@ -59,6 +62,7 @@ def run(
     RunFolder.check_free(job.out)
     with Host.start(source, explicit, networked=on is not None) as host, ExitStack() as others:
         job, facts = _complete(job, explicit, host)
+        check_together(job.data, alone=on is None)
         hosts = others.enter_context(open_hosts(on, source, job, explicit, host)) if on else None
         plan = _decompose(job, facts, host) if hosts is None else spread(job, facts, hosts)
         profile = host.set_up(plan) if hosts is None else hosts.set_up(plan, host)
@@ -98,6 +102,7 @@ def resume(
         folder.check_unfinished()
         source = recorded_source(manifest, task, folder.path)
         job = Job(task="", **manifest["job"])
+        check_together(job.data, alone=on is None)
         plan = Plan.from_message(manifest["plan"]).with_workers(workers)
         settings = manifest["job"]
         with Host.start(source, settings, networked=on is not None) as host, ExitStack() as others:
@@ -108,6 +113,7 @@ def resume(
             if hosts is None:
                 host.set_up(plan)
             else:
+                check_same(plan.holdings, hosts.roster.samples)
                 plan = plan.with_workers(workers or min(hosts.capacity, plan.shards))
                 hosts.set_up(plan, host)
             start = find_restart(folder, host)
@@ -163,12 +169,22 @@ def _train(
             coordinator.run()
         except StoppedError as error:
             raise StoppedError(error.what, fix=f"lockstep resume {folder.path}") from None
+        except DataLostError as error:
+            raise _with_checkpoint(error, folder) from None
         result = recorder.finish(coordinator.step, coordinator.clock.rate, begun, source)
     try:
         write_report(folder.path)
     except (LockstepError, OSError) as error:
         recorder.display.note(f"report.html could not be written: {error}")
     return result
+
+
+def _with_checkpoint(error: DataLostError, folder: RunFolder) -> DataLostError:
+    """The error, with where the run goes on when the host is there again."""
+    newest = next((path.name for path in list_checkpoints(folder.checkpoints)), "")
+    since = f"from checkpoint {newest}" if newest else "from the beginning: there is no checkpoint"
+    fix = f"start it again, then: lockstep resume {folder.path} --on ...; it goes on {since}"
+    return DataLostError(error.what, expected=error.expected, found=error.found, fix=fix)
 
 
 def _to_job(

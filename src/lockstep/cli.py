@@ -67,6 +67,12 @@ On = Annotated[
     typer.Option("--on", help="Other hosts: up, ray, ray:ADDRESS, or a file with a join token."),
 ]
 HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
+HostData = Annotated[
+    str | None, typer.Option("--host-data", help="Data on other hosts: build, ship or local.")
+]
+ShipCode = Annotated[
+    bool | None, typer.Option("--ship-code", help="Send the task's code to the other hosts.")
+]
 Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -99,6 +105,8 @@ def run(
     audit: Audit = None,
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
+    data: HostData = None,
+    ship_code: ShipCode = None,
     out: Out = None,
     on: On = None,
     state: commands.StateOption = None,
@@ -175,6 +183,8 @@ def plan(
     audit: Audit = None,
     stall_seconds: Stall = None,
     host_seconds: HostSeconds = None,
+    data: HostData = None,
+    ship_code: ShipCode = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -106,10 +106,15 @@ def _as_list(indices: Sequence[int] | Indices) -> list[int]:
 
 
 class Order:
-    """The training set's order in each data epoch: `torch.randperm` under the epoch's seed."""
+    """The training set's order in each data epoch: `torch.randperm` under the epoch's seed.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Where the set lies in parts, each has an order of its own.
+    """
+
+    def __init__(self, sampling: Sampling, part: int = 0) -> None:
+        """`part`: the one whose samples are counted from 0."""
         self.sampling = sampling
+        self._first = sum(samples for samples, _ in sampling.all_parts[:part])
         self._epoch = -1
         self._order: Indices = np.empty(0, np.int64)
 
@@ -117,11 +122,18 @@ class Order:
         """The samples of a shard of a step."""
         epoch = self.sampling.data_epoch(step)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derive(self.sampling.seed, "order", epoch))
-            self._order = torch.randperm(self.sampling.samples, generator=generator).numpy()
-            self._epoch = epoch
+            self._order, self._epoch = self._draw(epoch), epoch
         start, stop = self.sampling.shard_span(step, shard)
         return self._order[start:stop]
+
+    def _draw(self, epoch: int) -> Indices:
+        drawn, before = [], -self._first
+        for part, (samples, _) in enumerate(self.sampling.all_parts):
+            which = (epoch, part) if self.sampling.parts else (epoch,)
+            generator = torch.Generator().manual_seed(derive(self.sampling.seed, "order", *which))
+            drawn.append(before + torch.randperm(samples, generator=generator).numpy())
+            before += samples
+        return np.concatenate(drawn) if len(drawn) > 1 else drawn[0]
 
 
 @dataclass
@@ -169,12 +181,20 @@ class Loader:
     """
 
     def __init__(
-        self, fetch: Fetch, sampling: Sampling, *, loaders: int | None, spare_cores: int, last: int
+        self,
+        fetch: Fetch,
+        sampling: Sampling,
+        *,
+        loaders: int | None,
+        spare_cores: int,
+        last: int,
+        part: int = 0,
     ) -> None:
+        """`part`: which one of the data's parts `fetch` fetches from."""
         self.fetch, self.sampling, self.loaders = fetch, sampling, loaders
         self.spare_cores, self.last = spare_cores, last
         self.decision = "" if loaders is None else f"loaders={loaders} by request"
-        self._order = Order(sampling)
+        self._order, self._part = Order(sampling, part), part
         self._shards: Sequence[int] = ()
         self._upcoming: Iterator[Work] = iter(())
         self._planned: deque[Work] = deque()
@@ -322,7 +342,7 @@ class Loader:
         """What the loader processes are asked for: they run ahead of `_planned`."""
         if not self._planned:
             return
-        order, first = Order(self.sampling), self._planned[0]
+        order, first = Order(self.sampling, self._part), self._planned[0]
         for work in itertools.dropwhile(lambda item: item != first, self._work(first[0])):
             yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
 

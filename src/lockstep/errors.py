@@ -14,6 +14,7 @@
     ├── WorkerLostError      workers cannot be kept alive, or their nursery died
     ├── NetworkError         hosts cannot talk to each other
     │   ├── PeerClosedError  a host has closed its connections, or has died
+    │   ├── DataLostError    a host is lost, and with it a part of the data that nobody else has
     │   ├── PeerTimeoutError a host did not do in time what was waited for
     │   ├── ProtocolError    a host sent what the protocol does not allow
     │   ├── RefusedError     a host, its certificate or its join token was refused
@@ -119,6 +120,10 @@ class PeerClosedError(NetworkError):
     """A host has closed its connections, or has died."""
 
 
+class DataLostError(NetworkError):
+    """A host is lost, and with it a part of the data that nobody else has."""
+
+
 class PeerTimeoutError(NetworkError):
     """A host did not do in time what was waited for: it is stopped, cut off or too slow."""
 
@@ -158,7 +163,7 @@ KINDS: dict[str, type[LockstepError]] = {
         LockstepError, JobError, TaskError, NonFiniteError, PoisonError, DataError,
         OptimizerError, StoppedError,
         RunFolderError, IntegrityError, ResourceError, NumericsError, WorkerLostError,
-        NetworkError, PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError,
+        NetworkError, PeerClosedError, DataLostError, PeerTimeoutError, ProtocolError, RefusedError,
         IdentityError,
     )
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep import membership
 from lockstep.channel import Message
 from lockstep.errors import TaskError
-from lockstep.outcomes import Outputs, batch_count, combine, gather
+from lockstep.outcomes import Outputs, combine, gather
 
 if TYPE_CHECKING:
     from lockstep.crew import Crew
@@ -44,9 +44,7 @@ class Evaluation:
     def run(self) -> dict[str, float]:
         """The held-out metrics of the state at rest."""
         shell, plan = self.crew, self.crew.plan
-        results = self.divide(
-            "evaluate", range(batch_count(plan.eval_samples, plan.eval_batch_size))
-        )
+        results = self.divide("evaluate", range(plan.eval_batches))
         while True:
             scored = self._score(shell.members.formed[0], gather(results))
             if scored is not None:

@@ -61,11 +61,17 @@ class Arrangement:
     parts: tuple[HostPart, ...]
 
     @staticmethod
-    def of(shards: int, workers: Mapping[str, int], group: int = 0) -> Arrangement:
+    def of(
+        shards: int,
+        workers: Mapping[str, int],
+        group: int = 0,
+        owned: Mapping[str, range] | None = None,
+    ) -> Arrangement:
         """Divide the shards among hosts, in this order, by their numbers of workers.
 
         `group`: hosts get whole groups of so many shards, which are summed by themselves; 0: there
-        are none.
+        are none. `owned`: by host, the shards that nobody else can compute, if they have been
+        divided so.
         """
         total, before = sum(workers.values()), 0
         parts = []
@@ -74,6 +80,8 @@ class Arrangement:
             first = unit * home_shards(shards // unit, total, before).start
             before += count
             last = unit * home_shards(shards // unit, total, before - 1).stop if count else first
+            if owned:
+                first, last = owned[name].start, owned[name].stop
             trees = subtrees(shards, first, last)
             if group:
                 trees = [range(start, start + group) for start in range(first, last, group)]

@@ -143,7 +143,8 @@ class Failures:
 
         if what == "shard":
             name, where = f"shard {number} of step {step}", "the training set"
-            indices = Order(self.history.sampling).indices(step, number).tolist()
+            order = Order(self.history.sampling, self.history.plan.part)
+            indices = order.indices(step, number).tolist()
         else:
             name, where = f"held-out batch {number} after step {step}", "the held-out set"
             size, most = self.history.plan.eval_batch_size, self.history.plan.eval_samples

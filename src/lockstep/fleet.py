@@ -10,7 +10,7 @@ the state from whom (`Arrange`). A death on the way begins another generation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -210,7 +210,7 @@ def _arrange_if_all_stand(fleet: Fleet, reason: str) -> Decision:
         step, source, actions = settle(known, fleet.master)
     else:
         step, source, actions = settle_parts(known, fleet.master, fleet.arranged)
-    names = [fleet.master, *sorted(name for name in known if name != fleet.master)]
+    names = in_order(known, fleet.master)
     command = Arrange(
         generation=fleet.generation,
         step=step,
@@ -220,6 +220,11 @@ def _arrange_if_all_stand(fleet: Fleet, reason: str) -> Decision:
     )
     fleet = replace(fleet, regrouping=False, arranged=frozenset(names))
     return fleet, (command,), f"{reason}, as all do"
+
+
+def in_order(names: Iterable[str], master: str) -> list[str]:
+    """The order in which hosts share out the shards: the master's first."""
+    return [master, *sorted(name for name in names if name != master)]
 
 
 def settle(standings: Mapping[str, Standing], master: str) -> tuple[int, str, dict[str, Action]]:

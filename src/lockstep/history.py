@@ -13,7 +13,6 @@ from lockstep.host import Host
 from lockstep.ledger import StepRecord
 from lockstep.planning import Plan
 from lockstep.recovery import Patience, step_in_flight
-from lockstep.sampling import Sampling
 from lockstep.sink import Sink
 
 MARK_STEPS, MARKS = 64, 64
@@ -40,12 +39,7 @@ class History:
         """Digests of what was recorded of every 64th step, the newest ones: other hosts must have
         recorded the same."""
         self.patience = Patience(plan.stall_seconds)
-        self.sampling = Sampling(
-            samples=plan.train_samples,
-            batch_size=plan.batch_size,
-            shards=plan.shards,
-            seed=plan.seed,
-        )
+        self.sampling = plan.sampling
 
     def drain(self) -> None:
         """Give every step that all members have committed and digested to the sink."""

@@ -93,6 +93,13 @@ class Event:
     message: Message | None
 
 
+def _search_path(shipped: str) -> list[str]:
+    """Where a nursery looks for modules; first in the folder of code that was sent, if any was."""
+    here = os.getcwd()
+    path = [entry or here for entry in sys.path]
+    return [shipped, here, *path] if shipped else path
+
+
 class Host:
     """Starts and ends the processes of one host. Use it as a context manager."""
 
@@ -102,6 +109,8 @@ class Host:
         self.seats: dict[int, Seat] = {}
         self.facts: dict[str, Any] = {}
         self.layout: Layout | None = None
+        self.data: Segment | None = None
+        """The data sets, if they are to be sent to other hosts."""
         self._segments: list[Segment] = []
         self.also_wake: int | None = None
         """A descriptor at which `events` returns, too, when it is readable."""
@@ -114,11 +123,12 @@ class Host:
         records: dict[str, Any] | None = None,
         *,
         networked: bool = False,
+        data: Segment | None = None,
     ) -> Host:
         """Start a nursery and have it load the task.
 
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
-        facts are to be compared with other hosts'.
+        facts are to be compared with other hosts'. `data`: the data sets that the master has sent.
         """
         nursery = new_nursery(environment_for(settings.get("numerics", "native")))
         fds = []
@@ -133,12 +143,15 @@ class Host:
             "code": source.code,
             "settings": settings,
             "records": records,
+            "data": 0 if data is None else data.nbytes,
             "networked": networked,
             "folder": os.getcwd(),
-            "path": [entry or os.getcwd() for entry in sys.path],
+            "path": _search_path(source.folder),
+            "shipped": source.folder,
+            "offered": source.offered,
         }
         try:
-            nursery.channel.send(request, fds)
+            nursery.channel.send(request, fds if data is None else [*fds, data.fd])
         finally:
             for fd in fds:
                 os.close(fd)
@@ -158,8 +171,10 @@ class Host:
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
-        message, _ = self._nursery.expect("loaded", LOAD_SECONDS)
+        message, fds = self._nursery.expect("loaded", LOAD_SECONDS)
         self.facts = message["facts"]
+        if fds:
+            self.data = Segment(fds[0], message["data"])
         return self.facts
 
     def clone(self) -> Host:
@@ -251,6 +266,8 @@ class Host:
             seat.close()
         self.seats.clear()
         self._nursery.close()
+        if self.data is not None:
+            self.data.close()
         if self._segments:
             self.base.close()
             self.control.close()

@@ -6,85 +6,30 @@ the master's own crew. All calls come from the master's thread.
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
-from lockstep.agent import facts_of
 from lockstep.agreement import Agreement
-from lockstep.errors import JobError, ProtocolError, RefusedError
+from lockstep.cargo import Store
+from lockstep.errors import ProtocolError, RefusedError, TaskError
 from lockstep.fleet import Fleet, Standing
+from lockstep.holdings import Holdings, Samples, check_whole, held_out_batches
 from lockstep.host import Host
-from lockstep.job import Job
 from lockstep.link import Link
 from lockstep.net.frames import Message
 from lockstep.net.tcp import TcpTransport
-from lockstep.net.transport import Heard
+from lockstep.net.transport import Heard, ignore
 from lockstep.offer import Launcher, Offer
 from lockstep.orders import Orders
-from lockstep.ownership import Ownership, ownership_of
-from lockstep.planning import Division, Facts, Plan, decompose
+from lockstep.ownership import Ownership
+from lockstep.planning import Plan, share_batches
 from lockstep.roster import Roster, about
-from lockstep.source import Source
 from lockstep.station import Station
 
 if TYPE_CHECKING:
     from lockstep.coordinator import Coordinator
-
-
-def open_hosts(
-    launcher: Launcher, source: Source, job: Job, settings: Mapping[str, Any], host: Host
-) -> Hosts:
-    """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
-
-    `settings` are those that were given, and that hosts need to load the task.
-
-    Raises:
-        JobError: the task was handed over as an object, which does not travel.
-        LockstepError: a host cannot take part.
-    """
-    if source.payload is not None:
-        raise JobError(
-            "a task that is an object cannot be sent to other hosts",
-            expected="a name that every host can resolve: a recipe, module:Task or file.py:Task",
-            found=source.name,
-            fix="put the task into a module that is installed on every host",
-        )
-    host.name = launcher.identity.node
-    name = f"{source.label}-{secrets.token_hex(8)}"
-    ownership = ownership_of(job.ownership, job.servers, job.compression)
-    hosts = Hosts(launcher, name, facts_of(host.facts), job.host_seconds, ownership)
-    try:
-        hosts.gather(source, {**settings, "host_seconds": job.host_seconds})
-        hosts.roster.check_servers(job.servers)
-    except BaseException:
-        hosts.close()
-        raise
-    return hosts
-
-
-def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
-    """Decompose a job for several hosts: as many workers as they would run, or as asked.
-
-    Raises:
-        JobError, DataError: the settings do not fit each other, the data or the hosts.
-    """
-    capacities = hosts.roster.capacities
-    workers = job.workers or hosts.capacity
-    division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
-    shares = hosts.roster.share_out(workers)
-    listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
-    plan = decompose(job, facts, division, f"{division}: on {len(capacities)} hosts, {listed}")
-    if plan.groups and plan.groups < len(capacities):
-        raise JobError(
-            "there are fewer groups than hosts",
-            expected=f"at least {len(capacities)} groups",
-            found=f"{plan.groups}",
-            fix="raise `groups`, and `shards` with it, or use fewer hosts",
-        )
-    return plan
 
 
 class Hosts:
@@ -95,10 +40,12 @@ class Hosts:
         launcher: Launcher,
         job: str,
         facts: Mapping[str, str],
+        samples: Samples,
         silent_seconds: float,
         ownership: Ownership,
     ) -> None:
-        """Listen for the agents of a job. `facts` are what they must have in common."""
+        """Listen for the agents of a job. `facts` are what they must have in common; `samples` is
+        what the master's host has."""
         self._launcher, self._silent_seconds = launcher, silent_seconds
         self._job, self._master = job, launcher.identity.node
 
@@ -114,8 +61,10 @@ class Hosts:
             answer=True,
             silence=silent_seconds,
         )
-        self.link = Link(self._transport)
-        self.roster = Roster(self.link, launcher, facts, ownership)
+        self.cargo = Store(self._transport)
+        """What other hosts may fetch."""
+        self.link = Link(self._transport, self.cargo.serve)
+        self.roster = Roster(self.link, launcher, facts, samples, ownership)
         self.station = Station(
             launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
         )
@@ -148,27 +97,24 @@ class Hosts:
         """Let go of everybody, however the run has ended."""
         self.end()
         self._launcher.close()
+        self._launcher.report = ignore  # the launcher may stay, and would keep all of this
         self.station.close()
         self._transport.close()
         self.link.close()
+        self.cargo.close()
 
     # Before the run: gather those who are there, and tell them the plan.
 
-    def gather(self, source: Source, settings: Mapping[str, Any]) -> None:
+    def gather(self, **offer: Any) -> None:
         """Offer the job, and wait until the hosts that there are have loaded the task.
+
+        `offer` has what an `Offer` says of the task.
 
         Raises:
             LockstepError: one of them cannot take part; says why.
         """
-        offer = Offer(
-            job=self._job,
-            master=self._master,
-            address=self._transport.address,
-            task=source.name,
-            args=dict(source.args),
-            settings=settings,
-        )
-        self.roster.gather(offer)
+        address = self._transport.address
+        self.roster.gather(Offer(job=self._job, master=self._master, address=address, **offer))
 
     def set_up(self, plan: Plan, host: Host) -> dict[str, Any]:
         """Have every host, `host` is the master's own, allocate what the plan needs, and the others
@@ -199,10 +145,7 @@ class Hosts:
         kept, self._kept = self._kept, []
         for heard in [*kept, *self.link.take()]:
             events += self._heard(heard)
-        for name in self._fleet.members:
-            silent = self.link.silent_for(name)
-            if name != self._master and silent > self._silent_seconds:
-                events.append(fleet.Lost(name, f"no sign of life for {silent:.1f} s"))
+        events += self._silences(self._fleet.members)
         while self.station.troubles:
             trouble = self.station.troubles.popleft()
             events.append(
@@ -241,15 +184,15 @@ class Hosts:
         """Give the other hosts their part of a round of held-out batches, by their numbers of
         workers; returns that of the master's own."""
         assert self._crew is not None
-        workers = {name: member.workers for name, member in self._fleet.members.items()}
-        total, before = sum(workers.values()), workers.pop(self._master)
-        self._asked = {}
-        rest = list(batches[: len(batches) * before // total + 1])
-        for name, count in workers.items():
-            first = max(len(rest), len(batches) * before // total)
-            before += count
-            mine = list(batches[first : len(batches) * before // total])
-            self._asked[name] = set(mine)
+        if self._holdings:
+            owned = held_out_batches(self._holdings, self.own_plan.eval_batch_size)
+            shares = {name: [n for n in batches if n in owned[name]] for name in owned}
+        else:
+            workers = {name: member.workers for name, member in self._fleet.members.items()}
+            shares = share_batches(batches, workers, self._master)
+        rest = shares.pop(self._master)
+        self._asked = {name: set(mine) for name, mine in shares.items()}
+        for name, mine in shares.items():
             message = {"round": number, "step": self._crew.step, "batches": mine}
             self.link.tell(name, "evaluate", **message)
         return rest
@@ -260,13 +203,40 @@ class Hosts:
         while waiting := [name for name, batches in self._asked.items() if batches]:
             self._keep(0.2)
             for name in waiting:
-                gone = any(heard.peer == name for heard in self._kept)
-                if gone or self.link.silent_for(name) > self._silent_seconds:
+                if self._holdings:  # nobody else can do them: it is waited for while it is there
+                    self._decide(self._ending(name))
+                elif any(heard.peer == name for heard in self._kept) or self._is_silent(name):
                     self._asked[name] = set()
 
     def _keep(self, seconds: float) -> None:
         """Hear for so many seconds, and keep for later what cannot be dealt with now."""
         self._kept += [heard for heard in self.roster.hear(seconds) if not self._is_answer(heard)]
+
+    def _ending(self, name: str) -> list[fleet.Event]:
+        """What has ended a host's part in the run, if anything has; raises the error if it has
+        failed."""
+        ends = [
+            heard
+            for heard in self._kept
+            if heard.peer == name and (heard.message is None or heard.message["op"] == "failed")
+        ]
+        events = [event for heard in ends for event in self._heard(heard)]
+        return events + self._silences([name])
+
+    def _is_silent(self, name: str) -> bool:
+        return self.link.silent_for(name) > self._silent_seconds
+
+    def _silences(self, names: Iterable[str]) -> list[fleet.Event]:
+        """The losses of those that have given no sign of life for too long."""
+        return [
+            fleet.Lost(name, f"no sign of life for {self.link.silent_for(name):.1f} s")
+            for name in names
+            if name != self._master and self._is_silent(name)
+        ]
+
+    @property
+    def _holdings(self) -> Holdings:
+        return self.own_plan.holdings
 
     def _is_answer(self, heard: Heard) -> bool:
         """Take an answer to a held-out batch."""
@@ -279,6 +249,12 @@ class Hosts:
         self._asked.get(heard.peer, set()).discard(message["batch"])
         if message["result"] is not None:
             self._crew.evaluation.heard({**message, "event": "batch"})
+        elif self._holdings:
+            raise TaskError(
+                f"host {heard.peer} cannot send what Task.outputs returned: it is too long",
+                expected="at most 1 MiB for a held-out batch",
+                fix="lower eval_batch_size, or return less",
+            )
         return True
 
     # The parts of the state that each host alone has, while all rest.
@@ -293,7 +269,7 @@ class Hosts:
     def _undisturbed(self) -> bool:
         """Whether nobody has said, since all rest, that it cannot go on."""
         self._keep(0.0)
-        silent = any(self.link.silent_for(name) > self._silent_seconds for name in self._others())
+        silent = any(map(self._is_silent, self._others()))
         quiet = ("present", "ready", "recorded", "stood")
         return not silent and all(
             heard.message is not None and heard.message.get("op") in quiet for heard in self._kept
@@ -345,6 +321,8 @@ class Hosts:
                 sink.event(str(message["name"]), **{**message["fields"], "host": name})
             case "recovered":
                 sink.recovered([{**each, "host": name} for each in message["recoveries"]])
+            case "failed" if name not in self._fleet.members:  # it was to join; all go on
+                sink.event("refused", host=name, why=str(about(name, message)))
             case "failed":
                 error = about(name, message)
                 raise self._crew.failures.raised(error, message["step"], self._crew.snapshot)
@@ -375,6 +353,7 @@ class Hosts:
                     self._crew.sink.event("host_lost", host=command.name, why=command.why)
                     silent = self.link.silent_for(command.name)
                     self._crew.failures.host_died(command.name, command.why, silent)
+                    check_whole(self._holdings, command.name, command.why)
                     self._transport.drop(command.name, command.why)
                 else:
                     last = command

@@ -20,10 +20,10 @@ from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
+from lockstep.holdings import check_together
 from lockstep.host import Host
 from lockstep.job import Task
 from lockstep.manifest import differences, recorded_source
-from lockstep.outcomes import batch_count
 from lockstep.planning import Plan
 from lockstep.progress import Progress
 from lockstep.rowfile import RowFile
@@ -147,6 +147,7 @@ def evaluate(
         LockstepError: the task cannot be evaluated.
     """
     model = _newest(run)
+    check_together(model.manifest["job"].get("data", "build"), alone=True)
     source = recorded_source(model.manifest, task, Path(run))
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
     heard, desk = _Heard(), Desk()
@@ -258,7 +259,7 @@ def _of_run(model: _Model) -> dict[str, Any]:
 def _predict_all(coordinator: Coordinator, rows: RowFile, display: Progress) -> None:
     """Predict the batches that are not in the file yet, some at a time."""
     plan = coordinator.plan
-    total = batch_count(plan.eval_samples, plan.eval_batch_size)
+    total = plan.eval_batches
     some = AT_ONCE * plan.workers
     begun = noted = time.monotonic()
     first = rows.rows

@@ -137,8 +137,9 @@ class Job:
     """A task and the settings of its run. `None` means: let the plan decide.
 
     What the numbers depend on: the task, `seed`, `batch_size`, `shards`, `threads`,
-    `local_steps`, `compression`, `groups`, `clip_grad_norm`, `precision`, `numerics`. What they do
-    not depend on: everything else, `workers` first of all.
+    `local_steps`, `compression`, `groups`, `clip_grad_norm`, `precision`, `numerics`, and with
+    `data` = `local` who has what. What they do not depend on: everything else, `workers` first of
+    all.
     """
 
     task: Task | str
@@ -194,6 +195,13 @@ class Job:
     audit: float = 0.0
     """The fraction of shards that are computed twice and of blocks whose memory is checked, 0 to
     1: it finds silent corruption, at about that fraction of the computing time."""
+    data: Literal["build", "ship", "local"] = "build"
+    """Where the hosts of a job have the data sets from: each builds them by the task; or the
+    master sends them once (see `lockstep.samplefile`); or each builds a part of its own, which
+    stays there (see `lockstep.holdings`). Then the numbers depend on who has what."""
+    ship_code: bool = False
+    """Send the task's module, or its package, to the other hosts of a job; they take it only if
+    its digest was allowed there (see `lockstep.archive`)."""
     faults: tuple[Fault, ...] = ()
     """Scripted faults, for tests."""
     evaluate: bool = True
@@ -217,10 +225,12 @@ class Job:
                 raise JobError(f"{name} has the wrong type", expected=expected, found=repr(value))
         if self.out is not None and not isinstance(self.out, str | os.PathLike):
             raise JobError("out has the wrong type", expected="a path", found=repr(self.out))
-        if not isinstance(self.evaluate, bool):
-            raise JobError(
-                "evaluate has the wrong type", expected="true or false", found=repr(self.evaluate)
-            )
+        for name in ("evaluate", "ship_code"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise JobError(
+                    f"{name} has the wrong type", expected="true or false", found=repr(value)
+                )
         if self.args and not isinstance(self.task, str):
             raise JobError(
                 "args are given, but the task is an object",
@@ -260,6 +270,13 @@ class Job:
                 expected="ownership = replicated",
                 found=self.ownership,
                 fix="leave one out",
+            )
+        if self.data == "local" and (self.compression != "none" or self.servers):
+            raise JobError(
+                "with data: local every host computes shards of its own data",
+                expected="no compression, and no servers",
+                found=f"compression = {self.compression}, servers = {list(self.servers)}",
+                fix="leave them out",
             )
         names = self.servers
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -325,6 +342,7 @@ _ALLOWED = {
     "numerics": ("native", "portable"),
     "ownership": ("replicated", "sharded", "servers"),
     "compression": ("none", "bf16", "int8", "topk"),
+    "data": ("build", "ship", "local"),
 }
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")

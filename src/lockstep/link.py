@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lockstep.errors import NetworkError, PeerTimeoutError
@@ -19,6 +19,8 @@ LONGEST_LOOK = 0.5
 """Seconds: no more than this counts as silence between two looks: who was stopped itself cannot
 tell that others were silent."""
 
+Serve = Callable[[str, Mapping[str, Any]], None]
+
 
 class Link:
     """Hears in a thread of its own, so that a sign of life never waits for work to end.
@@ -26,8 +28,10 @@ class Link:
     `fileno` is readable when there is something to take.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, serve: Serve | None = None) -> None:
+        """`serve` is called in the link's thread with each message that asks to `fetch`."""
         self.transport = transport
+        self._serve = serve
         self._waiting: deque[Heard] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._silent: dict[str, float] = {}
@@ -88,6 +92,9 @@ class Link:
         self._silent[heard.peer] = 0.0
         message: Mapping[str, Any] = heard.message or {}
         if heard.error is None and message.get("op") == "alive":
+            return
+        if self._serve is not None and message.get("op") == "fetch":
+            self._serve(heard.peer, message)
             return
         self._waiting.append(heard)
         self.wake()

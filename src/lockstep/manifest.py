@@ -35,6 +35,7 @@ def make_manifest(
         "args": dict(source.args),
         "code": facts["code"],
         **{name: message[name] for name in IDENTITY},
+        **({"holdings": message["holdings"]} if plan.holdings else {}),
     }
     return {
         "format": 1,
@@ -103,6 +104,7 @@ def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, .
     if facts["probe"] != manifest["probe"]:
         notes.append("this machine does not compute the same bits as the run's")
     had = manifest["plan"]["train_samples"]
-    if facts["train_samples"] != had:
+    parts = manifest["plan"].get("holdings")  # compared when the hosts are there
+    if facts["train_samples"] != had and not parts:
         notes.append(f"there are {facts['train_samples']} training samples, and were {had}")
     return tuple(notes)

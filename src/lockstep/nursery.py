@@ -18,6 +18,7 @@ and ends, with all its workers, when the agent's end of the channel closes.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep import numerics
 from lockstep.channel import Channel, Closed, Message
-from lockstep.errors import DataError, LockstepError, TaskError, to_message
+from lockstep.errors import LockstepError, TaskError, to_message
 from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.records import samples_of
 from lockstep.source import Source, code_digest, resolve
@@ -103,6 +104,7 @@ class Nursery:
         """Import torch, build the task, its model and its data sets."""
         os.chdir(request["folder"])
         sys.path[:] = request["path"]
+        shipped = fds.pop() if request["data"] else -1
         payload = None
         if fds:
             with open(fds[0], "rb") as file:
@@ -111,31 +113,44 @@ class Nursery:
         import_needed()
         numerics.configure(threads=1)
         numerics.keep_to_one_thread()
-        source = Source(name=request["name"], args=request["args"], payload=payload)
+        source = Source(
+            name=request["name"],
+            args=request["args"],
+            payload=payload,
+            folder=request["shipped"],
+            offered=request["offered"],
+        )
         self.task, job = resolve(source)
         from lockstep.data import make_fetch
         from lockstep.datadigest import digest_of
+        from lockstep.datasource import build_sets, length_of
         from lockstep.modules import check_model
+        from lockstep.samplefile import read_sets, write_sets
         from lockstep.seeds import seed_everything
 
         settings = {} if job is None else _settings_of(job)
         seed = request["settings"].get("seed", settings.get("seed", 0))
         seed_everything(seed)
         local_steps = request["settings"].get("local_steps", settings.get("local_steps", 1))
+        way = request["settings"].get("data", settings.get("data", "build"))
+        ship = request["networked"] and way == "ship" and not request["data"]
+        own = self.task
         if local_steps > 1:
             from lockstep.local_steps import LocalSteps
 
             self.task = LocalSteps(self.task, local_steps)
         self.model = self.task.model()
         check_model(self.model)
-        if request["records"] is None:
-            self.train, self.held_out = self.task.train_data(), self.task.eval_data()
-        else:
+        if request["records"] is not None:
             samples: Any = samples_of(self.task, request["records"])  # indexed like any Dataset
             self.train = self.held_out = samples
-        train, held_out = _length(self.train, "train_data"), 0
-        if self.held_out is not None:
-            held_out = _length(self.held_out, "eval_data")
+        elif request["data"]:
+            self.train, self.held_out = read_sets(shipped, request["data"])
+            os.close(shipped)
+        else:
+            self.train, self.held_out = build_sets(own, alone=ship)
+        train = length_of(self.train, "train_data")
+        held_out = 0 if self.held_out is None else length_of(self.held_out, "eval_data")
         parameters = list(self.model.parameters())
         facts = {
             "settings": settings,
@@ -147,9 +162,16 @@ class Nursery:
             "parameter_bytes": sum(p.numel() * p.dtype.itemsize for p in parameters),
             "probe": numerics.probe(),
         }
-        if request["networked"]:
+        if request["networked"] and way == "local":
+            facts["data"] = "local"  # another one on every host
+        elif request["networked"]:
             facts["data"] = digest_of(make_fetch(self.task, self.train, seed), train)
-        self.channel.send({"event": "loaded", "facts": facts})
+        if ship:
+            with contextlib.closing(write_sets(self.train, self.held_out)) as sets:
+                message = {"event": "loaded", "facts": facts, "data": sets.nbytes}
+                self.channel.send(message, [sets.fd])
+        else:
+            self.channel.send({"event": "loaded", "facts": facts})
 
     def setup(self, request: Message, _: list[int]) -> None:
         """Build the shared state and tell the agent where everything lies."""
@@ -256,35 +278,6 @@ def _settings_of(job: Any) -> dict[str, Any]:
     return {
         name: getattr(job, name) for name in SETTINGS if getattr(job, name) != getattr(plain, name)
     }
-
-
-def _length(dataset: Any, name: str) -> int:
-    from torch.utils.data import DataLoader, IterableDataset
-
-    try:
-        size = len(dataset)
-    except TypeError:
-        size = None
-    indexed = hasattr(type(dataset), "__getitem__")
-    if isinstance(dataset, dict):
-        indexed = 0 in dataset
-    if size is None or not indexed or isinstance(dataset, IterableDataset):
-        raise DataError(
-            f"Task.{name}() did not return a map-style data set",
-            expected="__len__ and __getitem__",
-            found=repr(type(dataset)),
-            fix="return the data set itself: batches are made from it"
-            if isinstance(dataset, DataLoader)
-            else "wrap it in a data set that knows its length and is indexed from 0",
-        )
-    if size == 0:
-        raise DataError(
-            f"Task.{name}() returned an empty data set",
-            expected="at least one sample",
-            found="none",
-            fix="look at what it reads, and where from",
-        )
-    return size
 
 
 def _flush() -> None:

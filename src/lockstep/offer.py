@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lockstep.cargo import Bill
 from lockstep.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class Offer:
     args: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The explicit settings of the job, as `Host.start` takes them."""
+    code: Bill | None = None
+    """The archive of the task's code, if hosts have to fetch it from the master."""
+    data: Bill | None = None
+    """The data sets, likewise."""
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -40,6 +45,8 @@ class Offer:
             "task": self.task,
             "args": dict(self.args),
             "settings": dict(self.settings),
+            "code": None if self.code is None else asdict(self.code),
+            "data": None if self.data is None else asdict(self.data),
         }
 
     @staticmethod
@@ -61,11 +68,13 @@ class Offer:
                 task=message["task"],
                 args=dict(message["args"]),
                 settings=dict(message["settings"]),
+                code=Bill.from_message(message["code"]),
+                data=Bill.from_message(message["data"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(
                 "an offer breaks the protocol",
-                expected="job, master, address, task, args and settings",
+                expected="job, master, address, task, args, settings, code and data",
                 found=ascii(error)[:200],
             ) from None
 

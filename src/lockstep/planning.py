@@ -11,7 +11,9 @@ from typing import Any
 from lockstep.control import MAX_STEPS
 from lockstep.errors import DataError, JobError
 from lockstep.faults import NOBODY
+from lockstep.holdings import Holdings, from_message, held_out_batches, parts
 from lockstep.job import Job
+from lockstep.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,36 @@ class Plan:
     audit: float
     faults: tuple[Mapping[str, Any], ...]
     reasons: tuple[str, ...]
+    holdings: Holdings = ()
+    """Who has which part of the data, where it stays there."""
+    part: int = 0
+    """Which of the holdings is this host's own."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The division of the training set into steps and shards."""
+        return Sampling(
+            samples=self.train_samples,
+            batch_size=self.batch_size,
+            shards=self.shards,
+            seed=self.seed,
+            parts=parts(self.holdings),
+        )
+
+    @property
+    def eval_batches(self) -> int:
+        """How many held-out batches there are; the last of a set may be short, none is padded."""
+        sizes = [each.held_out for each in self.holdings] or [self.eval_samples]
+        return sum(math.ceil(size / self.eval_batch_size) for size in sizes)
+
+    @property
+    def own_held_out(self) -> tuple[int, int]:
+        """How many held-out samples this host has, and how many batches come before its own."""
+        if not self.holdings:
+            return self.eval_samples, 0
+        own = self.holdings[self.part]
+        batches = held_out_batches(self.holdings, self.eval_batch_size)
+        return own.held_out if self.eval_samples else 0, batches[own.host].start
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,7 +114,12 @@ class Plan:
             fault if fault["host"] in (None, name) else {**fault, "seat": NOBODY}
             for fault in self.faults
         )
-        return dataclasses.replace(self, workers=workers, seats=workers, faults=faults)
+        plan = dataclasses.replace(self, workers=workers, seats=workers, faults=faults)
+        if not self.holdings:
+            return plan
+        part = [each.host for each in self.holdings].index(name)
+        most = min(workers, self.holdings[part].shards)
+        return dataclasses.replace(plan, part=part, workers=most, seats=most)
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -91,7 +128,8 @@ class Plan:
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Plan:
         tuples = {name: tuple(message[name]) for name in ("reasons", "faults", "servers")}
-        return Plan(**{**message, **tuples})
+        holdings = from_message(message.get("holdings", ()))
+        return Plan(**{**message, **tuples, "holdings": holdings})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +182,21 @@ def share(workers: int, capacities: Mapping[str, int]) -> dict[str, int]:
             found=f"{workers}; host {', '.join(idle)} would have none",
             fix="ask for more workers (and shards), or use fewer hosts",
         )
+    return shares
+
+
+def share_batches(
+    batches: Sequence[int], workers: Mapping[str, int], master: str
+) -> dict[str, list[int]]:
+    """Share held-out batches out among hosts by their workers; the master has the first ones."""
+    total, before = sum(workers.values()), workers[master]
+    rest = list(batches[: len(batches) * before // total + 1])
+    shares = {master: rest}
+    for name, count in workers.items():
+        if name != master:
+            first = max(len(rest), len(batches) * before // total)
+            before += count
+            shares[name] = list(batches[first : len(batches) * before // total])
     return shares
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lockstep.exchange import Arrangement, SlotMap, groups_of
+from lockstep.holdings import shard_ranges
 from lockstep.layout import Layout, Range, complement
 from lockstep.ownership import Duties, Ownership
 from lockstep.planning import Plan
@@ -42,7 +43,9 @@ class Roles:
             host=self.host,
             plan=self.plan,
             ownership=self.ownership,
-            arrangement=Arrangement.of(self.plan.shards, counts, _group(self.plan)),
+            arrangement=Arrangement.of(
+                self.plan.shards, counts, _group(self.plan), shard_ranges(self.plan.holdings)
+            ),
             duties=self.ownership.duties(list(workers), places),
         )
 

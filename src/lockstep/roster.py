@@ -22,6 +22,8 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
+from lockstep.fleet import in_order
+from lockstep.holdings import Samples, check_open
 from lockstep.host import Host
 from lockstep.link import Link
 from lockstep.net.frames import Message
@@ -31,6 +33,8 @@ from lockstep.offer import Launcher, Offer
 from lockstep.ownership import Ownership
 from lockstep.planning import Plan, share
 
+MOST = 1 << 48
+"""Samples, of a host's data."""
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
 
@@ -39,9 +43,14 @@ class Roster:
     """The hosts of a job as they come. All calls come from the master's thread."""
 
     def __init__(
-        self, link: Link, launcher: Launcher, facts: Mapping[str, str], ownership: Ownership
+        self,
+        link: Link,
+        launcher: Launcher,
+        facts: Mapping[str, str],
+        samples: Samples,
+        ownership: Ownership,
     ) -> None:
-        """`facts` are what all hosts must have in common."""
+        """`facts` are what all hosts must have in common; `samples` is what the master's has."""
         self.link, self._launcher, self._facts = link, launcher, facts
         self.ownership = ownership
         self.master = launcher.identity.node
@@ -49,6 +58,7 @@ class Roster:
         """By host, how many workers it would run. The master's own is the first."""
         self.ready: dict[str, int] = {}
         """By host that has been set up, how many workers it runs."""
+        self._samples = {self.master: samples}
         self.reports: deque[tuple[str, str]] = deque()
         """Connections that were closed or refused: who, and why."""
         self._plan: Plan | None = None
@@ -64,6 +74,11 @@ class Roster:
     def _computing(self) -> dict[str, int]:
         names = self.ownership.computing(list(self.capacities))
         return {name: count for name, count in self.capacities.items() if name in names}
+
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """By host, how many samples it has; in the order in which hosts share out shards."""
+        return {name: self._samples[name] for name in in_order(self._samples, self.master)}
 
     def gather(self, offer: Offer) -> None:
         """Offer the job, and wait until the hosts that there are have loaded the task.
@@ -114,13 +129,17 @@ class Roster:
         """A host has loaded the task.
 
         Raises:
-            RefusedError: it differs from the others.
+            RefusedError: it differs from the others, or has come too late.
         """
         try:
             check_facts(self._facts, message["facts"], name)
+            if self._plan is not None:
+                check_open(self._plan.holdings, name)
         except RefusedError as error:
             self.link.tell(name, "refused", error=to_message(error))
             raise
+        train, held_out = message["samples"]
+        self._samples[name] = count_of(train, most=MOST), count_of(held_out, 0, MOST)
         self.capacities[name] = count_of(message["workers"])
         if running:
             self._set_up(name, self.capacities[name])
@@ -133,6 +152,7 @@ class Roster:
     def lost(self, name: str) -> None:
         """A host is gone."""
         self.capacities.pop(name, None)
+        self._samples.pop(name, None)
         self.ready.pop(name, None)
 
     def reported(self) -> list[tuple[str, str]]:
@@ -176,14 +196,14 @@ class Roster:
         self.link.tell(name, "set_up", plan=plan.to_message())
 
 
-def count_of(value: object) -> int:
-    """A number of workers, from a message.
+def count_of(value: object, least: int = 1, most: int = 1 << 16) -> int:
+    """A number of workers, or of something else, from a message.
 
     Raises:
         ValueError: it is none.
     """
-    if not isinstance(value, int) or not 0 < value <= 1 << 16:
-        raise ValueError(f"not a number of workers: {value!r}")
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"not a number from {least} to {most}: {value!r}")
     return value
 
 

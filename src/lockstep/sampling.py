@@ -13,18 +13,30 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
+Part = tuple[int, int]
+"""`(samples, shards)`: what one owner has, and how many shards are made of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The division of a training set into data epochs, steps and shards.
 
     The last step of a data epoch holds what is left over: it may be short, and then its shards
-    differ by at most one sample, and some may be empty.
+    differ by at most one sample, and some may be empty. Where the set lies in parts that stay
+    apart, each step takes from every part in proportion, and may have a few samples more or fewer.
     """
 
     samples: int
     batch_size: int
     shards: int
     seed: int
+    parts: tuple[Part, ...] = ()
+    """The set's parts, one after the other; none: it is one."""
+
+    @cached_property
+    def all_parts(self) -> tuple[Part, ...]:
+        """The parts, or the one."""
+        return self.parts or ((self.samples, self.shards),)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -38,46 +50,56 @@ class Sampling:
         return (step + 1) % self.steps_per_epoch == 0
 
     def batch_span(self, step: int) -> tuple[int, int]:
-        """Where the step's batch starts and stops in its data epoch's order."""
+        """Where the step's batch starts and stops in its data epoch's order, were it all one."""
         start = (step % self.steps_per_epoch) * self.batch_size
         return start, min(start + self.batch_size, self.samples)
 
     def batch_samples(self, step: int) -> int:
         """N: how many samples the step has."""
-        start, stop = self.batch_span(step)
-        return stop - start
+        return sum(stop - start for start, stop in self._spans(step))
 
     def shard_span(self, step: int, shard: int) -> tuple[int, int]:
         """Where the shard starts and stops in its data epoch's order."""
-        start, stop = self.batch_span(step)
-        edges = _edges(stop - start, self.shards)
-        return start + edges[shard], start + edges[shard + 1]
+        return self._spans(step)[shard]
 
     def weights(self, step: int) -> tuple[float, ...]:
         """Each shard's share n / N of the step's samples."""
-        start, stop = self.batch_span(step)
-        return _weights(stop - start, self.shards)
+        return _weights(self._spans(step))
 
     def active(self, step: int) -> tuple[int, ...]:
         """The shards that have samples."""
-        start, stop = self.batch_span(step)
-        return _active(stop - start, self.shards)
+        return _active(self._spans(step))
+
+    def _spans(self, step: int) -> Spans:
+        return _spans(self.all_parts, self.samples, *self.batch_span(step))
+
+
+Spans = tuple[tuple[int, int], ...]
+"""Of each shard, where it starts and stops in the data epoch's order."""
 
 
 @lru_cache(maxsize=64)
-def _edges(size: int, shards: int) -> tuple[int, ...]:
-    return tuple(size * shard // shards for shard in range(shards + 1))
+def _spans(parts: tuple[Part, ...], total: int, start: int, stop: int) -> Spans:
+    """The shards of a step that takes `start:stop` of `total`: of each part the same fraction."""
+    found: list[tuple[int, int]] = []
+    before = 0
+    for samples, shards in parts:
+        first, last = samples * start // total, samples * stop // total
+        edges = [before + first + (last - first) * n // shards for n in range(shards + 1)]
+        found += pairwise(edges)
+        before += samples
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)
-def _weights(size: int, shards: int) -> tuple[float, ...]:
-    return tuple((stop - start) / size for start, stop in pairwise(_edges(size, shards)))
+def _weights(spans: Spans) -> tuple[float, ...]:
+    total = sum(stop - start for start, stop in spans)
+    return tuple((stop - start) / total for start, stop in spans)
 
 
 @lru_cache(maxsize=64)
-def _active(size: int, shards: int) -> tuple[int, ...]:
-    weights = _weights(size, shards)
-    return tuple(shard for shard in range(shards) if weights[shard])
+def _active(spans: Spans) -> tuple[int, ...]:
+    return tuple(shard for shard, (start, stop) in enumerate(spans) if stop > start)
 
 
 def home_shards(shards: int, workers: int, rank: int) -> range:

@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from lockstep.errors import JobError, TaskError
 from lockstep.job import Job, Task
+from lockstep.offered import check_defined, check_shipped
 from lockstep.runfolder import plain
 
 
@@ -37,6 +38,10 @@ class Source:
     payload: bytes | None = None
     code: str = ""
     """The digest of the code of a pickled object, made where the code is."""
+    folder: str = ""
+    """Where its module has to come from, if another host has sent it."""
+    offered: bool = False
+    """Whether another host has named it: then the name leads only to what its package defines."""
 
     @property
     def label(self) -> str:
@@ -131,7 +136,7 @@ def resolve(source: Source) -> tuple[Task, Job | None]:
 
         found = cloudpickle.loads(source.payload)
     elif ":" in source.name:
-        found = _call(_find(source.name), source)
+        found = _call(_find(source), source)
     else:
         from lockstep.recipes import find
 
@@ -217,8 +222,10 @@ def _call(found: Any, source: Source) -> Any:
     return found(**source.args)
 
 
-def _find(name: str) -> Any:
-    place, _, attribute = name.rpartition(":")
+def _find(source: Source) -> Any:
+    place, _, attribute = source.name.rpartition(":")
+    if source.folder:
+        check_shipped(place, source.folder)
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     found: Any = module
     for part in attribute.split("."):
@@ -233,6 +240,8 @@ def _find(name: str) -> Any:
             expected=f"one of: {', '.join(tasks)}" if tasks else "a subclass of lockstep.Task",
             fix=f"name a task of {place}",
         )
+    if source.offered:
+        check_defined(found, module)
     return found
 
 

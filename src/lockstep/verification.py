@@ -18,6 +18,7 @@ from lockstep.checkpoint import (
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.fingerprint import fingerprint, tensor_digests
+from lockstep.holdings import check_together
 from lockstep.host import Host
 from lockstep.job import Task
 from lockstep.ledger import Line, StepRecord, read_ledger
@@ -104,6 +105,7 @@ def verify(
     """
     folder = RunFolder.open(run)
     manifest = folder.read_manifest()
+    check_together(manifest["job"].get("data", "build"), alone=True)
     lines = _read_lines(folder, manifest)
     checkpoints = [open_checkpoint(path) for path in list_checkpoints(folder.checkpoints)]
     recorded = [line for line in lines if "step" in line.content]

@@ -32,8 +32,9 @@ from lockstep.job import Task
 from lockstep.layout import Range, cut_evenly, own_blocks
 from lockstep.outcomes import batch_range
 from lockstep.owner import Owner
+from lockstep.planning import Plan
 from lockstep.records import Samples
-from lockstep.sampling import Sampling, home_shards
+from lockstep.sampling import home_shards
 from lockstep.schedule import Schedule
 from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
@@ -74,21 +75,10 @@ class Session:
             compression=plan["compression"],
             groups=plan["groups"],
         )
-        sampling = sampling_of(plan)
-        schedule = Schedule(task, shared.optimizer, sampling)
+        schedule = Schedule(task, shared.optimizer, Plan.from_message(plan).sampling)
         return Session(
             task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
         )
-
-
-def sampling_of(plan: Message) -> Sampling:
-    """The division of the training set that a plan has decided."""
-    return Sampling(
-        samples=plan["train_samples"],
-        batch_size=plan["batch_size"],
-        shards=plan["shards"],
-        seed=plan["seed"],
-    )
 
 
 class Worker:
@@ -98,7 +88,7 @@ class Worker:
         plan = session.plan
         self.session, self.seat, self.channel = session, seat, channel
         self.shared, self.control = session.shared, session.shared.control
-        self.sampling = sampling_of(plan)
+        self.sampling = Plan.from_message(plan).sampling
         self.fetch = make_fetch(session.task, session.train, plan["seed"])
         spare = numerics.cores() - plan["workers"] * plan["threads"]
         self.loader = Loader(
@@ -107,6 +97,7 @@ class Worker:
             loaders=plan["loaders"],
             spare_cores=spare,
             last=plan["steps"],
+            part=plan["part"],
         )
         self.faults = FaultScript(plan["faults"], seat, self.control)
         self.stepper = Stepper(
@@ -218,23 +209,29 @@ class Worker:
         begun = time.perf_counter()
         if self.faults:
             self.faults.at("evaluate", self.step)
+        if message["batches"]:  # where there are none, there may be no data
+            self._infer(message)
+        self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
+        self.channel.send({"event": "inferred", "round": message["round"]})
+
+    def _infer(self, message: Message) -> None:
         session, plan = self.session, self.session.plan
         assert session.held_out is not None
         fetch = make_fetch(session.task, session.held_out, plan["seed"])
-        size = {"samples": plan["eval_samples"], "batch_size": plan["eval_batch_size"]}
+        samples, before = Plan.from_message(plan).own_held_out
+        size = {"samples": samples, "batch_size": plan["eval_batch_size"]}
         autocast = plan["precision"] == "bf16"
         with Inference(self.shared, plan["seed"], autocast=autocast) as inference:
-            batches = self._one_by_one(message["batches"])
+            batches = self._one_by_one([batch - before for batch in message["batches"]])
             if message["op"] == "evaluate":
                 for sums in evaluate_batches(session.task, inference, fetch, batches, **size):
-                    self._answer(message, sums["batch"], sums)
+                    batch = sums["batch"] + before
+                    self._answer(message, batch, {**sums, "batch": batch})
             else:
                 assert isinstance(session.held_out, Samples)
                 for batch, rows in predict_batches(session.task, inference, fetch, batches, **size):
                     indices = batch_range(batch, **size)
                     self._answer(message, batch, session.held_out.beside(indices, rows))
-        self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
-        self.channel.send({"event": "inferred", "round": message["round"]})
 
     def _one_by_one(self, batches: list[int]) -> Iterator[int]:
         for batch in batches:

@@ -2,22 +2,35 @@
 
 An offer names a task that the host looks up by itself, and calls with arguments of the offer. Any
 function of any module can be named so: a host takes recipes, and else only what it was told to.
+Code that the master sends is known by its digest alone: what it is called says nothing.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from lockstep.archive import MAX_BYTES
+from lockstep.cargo import Bill
 from lockstep.errors import JobError, LockstepError
 from lockstep.offer import Offer
 
 
-def refusal(offer: Offer, allow: Sequence[str], name: str) -> LockstepError | None:
-    """Why the host of this name does not take a job; None if it does.
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """Which tasks besides recipes may run on a host."""
 
-    `allow` has modules whose tasks may run, each with the modules in it; or whole names of tasks.
-    """
+    modules: tuple[str, ...] = ()
+    """Modules that are installed here, each with the modules in it; or whole names of tasks."""
+    code: tuple[str, ...] = ()
+    """Digests of archives that a master may send."""
+
+
+def refusal(offer: Offer, allowed: Allowed, name: str) -> LockstepError | None:
+    """Why the host of this name does not take a job; None if it does."""
+    if offer.code is not None:
+        return _code_refusal(offer, offer.code, allowed.code, name)
     place, colon, _ = offer.task.rpartition(":")
     if not colon:
         return None  # a recipe
@@ -26,13 +39,14 @@ def refusal(offer: Offer, allow: Sequence[str], name: str) -> LockstepError | No
             f"host {name} does not take the task {offer.task!a}",
             expected="a recipe, or module:Task of a module that every host has",
             found="the path of a file, which is on the master's host",
-            fix="put the file into a package that is installed on every host",
+            fix="put the file into a package that is installed on every host, or ship it: "
+            "lockstep run --ship-code",
         )
-    if not any(_covers(allowed, offer.task, place) for allowed in allow):
+    if not any(_covers(module, offer.task, place) for module in allowed.modules):
         top = place.partition(".")[0]
         return JobError(
             f"host {name} does not take the task {offer.task!a}",
-            expected=f"a recipe, or a task of: {', '.join(allow) or '(nothing is allowed)'}",
+            expected=f"a recipe, or a task of: {_listed(allowed.modules)}",
             found=f"the module {place!a}",
             fix=f"if its code may run there: lockstep join --allow {top}",
         )
@@ -44,6 +58,27 @@ def refusal(offer: Offer, allow: Sequence[str], name: str) -> LockstepError | No
             fix="install it there, or start `lockstep join` in the folder that holds it",
         )
     return None
+
+
+def _code_refusal(
+    offer: Offer, code: Bill, allowed: Sequence[str], name: str
+) -> LockstepError | None:
+    what = f"host {name} does not take the code that is shipped with the task {offer.task!a}"
+    if code.digest not in allowed:
+        return JobError(
+            what,
+            expected=f"code that was allowed here: {_listed(allowed)}",
+            found=f"digest {code.digest}",
+            fix=f"`lockstep pack` with the task's name, where its sources are, says what is in it; "
+            f"if it may run here: lockstep join --allow-code {code.digest}",
+        )
+    if code.nbytes > MAX_BYTES:
+        return JobError(what, expected=f"at most {MAX_BYTES:,} bytes", found=f"{code.nbytes:,}")
+    return None
+
+
+def _listed(allowed: Sequence[str]) -> str:
+    return ", ".join(allowed) or "(nothing is allowed)"
 
 
 def _covers(allowed: str, task: str, module: str) -> bool:

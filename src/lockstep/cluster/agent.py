@@ -43,7 +43,14 @@ def _serve(order: dict[str, Any]) -> None:
     identity = Identity.load(Path(order["identity"]))
     from lockstep.agent import serve
 
-    serve(identity, offer, workers=order["workers"], host=order["host"], report=report)
+    serve(
+        identity,
+        offer,
+        workers=order["workers"],
+        host=order["host"],
+        report=report,
+        folder=Path(order["folder"]) if order["folder"] else None,
+    )
 
 
 def report(who: str, why: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lockstep.errors import LockstepError, WorkerLostError, from_message
@@ -50,8 +51,13 @@ class Agents:
         """The process id of a job's agent."""
         return self._children[job].pid
 
-    def start(self, offer: Offer, *, identity: str, workers: int, host: str) -> None:
-        """Start an agent. It takes the place of the one of the same job, which must have ended."""
+    def start(
+        self, offer: Offer, *, identity: str, workers: int, host: str, folder: Path | None
+    ) -> None:
+        """Start an agent. It takes the place of the one of the same job, which must have ended.
+
+        `folder` is for code that the master sends.
+        """
         child = subprocess.Popen(
             [sys.executable, "-m", "lockstep.cluster.agent"],
             stdin=subprocess.PIPE,
@@ -63,6 +69,7 @@ class Agents:
             "identity": identity,
             "workers": workers,
             "host": host,
+            "folder": None if folder is None else str(folder),
             "offer": offer.to_message(),
         }
         self._children[offer.job] = child

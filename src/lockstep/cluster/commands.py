@@ -1,4 +1,4 @@
-"""The commands of a cluster: up, token, hosts, join, secret."""
+"""The commands of a cluster: up, token, hosts, join, pack, secret."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.errors import IdentityError
+from lockstep.errors import IdentityError, JobError
 
 if TYPE_CHECKING:
     from lockstep.cluster.up import Up
@@ -30,7 +30,7 @@ Valid = Annotated[float, typer.Option(min=0.0, help="Seconds until a token expir
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of a cluster to `lockstep`."""
-    for command in (up, token, hosts, join, secret):
+    for command in (up, token, hosts, join, pack, secret):
         app.command()(command)
 
 
@@ -107,9 +107,14 @@ def join(
         list[str] | None,
         typer.Option(help="A module whose tasks may run here, besides recipes. Repeatable."),
     ] = None,
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(help="The digest of code that may be sent and run here. Repeatable."),
+    ] = None,
 ) -> None:
     """Make this machine a host of a cluster: with a token at first, then without. Stays."""
     from lockstep import numerics
+    from lockstep.cluster.admission import Allowed
     from lockstep.cluster.member import run_member
     from lockstep.cluster.state import host_name
 
@@ -119,9 +124,25 @@ def join(
         name=name or host_name(),
         host=host,
         workers=workers or numerics.cores(),
-        allow=allow or (),
+        allowed=Allowed(modules=tuple(allow or ()), code=tuple(map(_digest, allow_code or ()))),
         report=report,
     )
+
+
+def pack(
+    task: Annotated[str, typer.Argument(help="module:Task, file.py:Task, or a module alone.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what `run --ship-code` would send of a task's code, and the digest to allow it by."""
+    from lockstep.archive import pack as pack_code
+
+    archive = pack_code(task)
+    if as_json:
+        print(json.dumps({"digest": archive.digest, "files": dict(archive.files)}))
+        return
+    print(archive.digest)
+    for name, nbytes in archive.files.items():
+        print(f"{nbytes:>9,}  {name}")
 
 
 def secret(path: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
@@ -130,6 +151,18 @@ def secret(path: Annotated[Path, typer.Argument(help="The file to make.")]) -> N
 
     make_secret(path)
     print(path)
+
+
+def _digest(text: str) -> str:
+    from lockstep.cargo import is_digest
+
+    if not is_digest(text):
+        raise JobError(
+            "--allow-code does not have a digest",
+            expected="64 hexadecimal digits, as `lockstep pack` prints them",
+            found=ascii(text),
+        )
+    return text
 
 
 def read_token(source: str) -> Token:

@@ -78,7 +78,15 @@ class Ranks:
 
         Raises:
             IdentityError: nobody can listen there.
+            JobError: the job would send its code, which every rank has.
         """
+        if offer.code is not None:
+            raise JobError(
+                "ranks do not take code: each was started with the task that it runs",
+                expected="a job without ship_code",
+                found=f"ship_code, for {offer.task}",
+                fix="leave it out, and have the code on every host",
+            )
         try:
             self._server = JoinServer(
                 self.identity,

@@ -6,17 +6,19 @@ Its line to `up` comes back when `up` does. Agents do not depend on that: they t
 from __future__ import annotations
 
 import queue
+import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 
-from lockstep.cluster.admission import refusal
+from lockstep.cluster.admission import Allowed, refusal
 from lockstep.cluster.agents import END_SECONDS, Agents, Ended
 from lockstep.cluster.line import HostConnection, Line, LineEvent, Lost, Met, Said
 from lockstep.cluster.signals import stop_signals
 from lockstep.cluster.state import (
     CLUSTER,
+    CODE,
     NODE,
     Home,
     State,
@@ -47,6 +49,8 @@ class Stop:
 class Running:
     """A job that this host takes part in."""
 
+    folder: Path | None = None
+    """Where the code is that the master sends, if it does."""
     ends_at: float | None = None
     """When its agent is ended, if it is to be; in seconds of `time.monotonic`."""
     asked: bool = field(default=False)
@@ -107,11 +111,14 @@ class Member:
         *,
         host: str,
         workers: int,
-        allow: Sequence[str],
+        allowed: Allowed,
+        code: Path,
         report: Report,
     ) -> None:
+        """`code`: a folder that nobody else uses, for code that masters send."""
         self.identity, self.home, self.host = identity, home, host
-        self.workers, self.allow, self.report = workers, allow, report
+        self.workers, self.allowed, self.report = workers, allowed, report
+        self._code = code
         self._events: queue.SimpleQueue[LineEvent | Ended | Stop] = queue.SimpleQueue()
         self._agents = Agents(self._events.put)
         self._running: dict[str, Running] = {}
@@ -184,18 +191,23 @@ class Member:
     def _offered(self, offer: Offer) -> None:
         job = offer.job
         if job in self._running:  # `up` has come back, and so has the job
-            self._running[job] = Running()
+            self._running[job] = Running(folder=self._running[job].folder)
             self._say(job, "taken", "")
             return
-        error = refusal(offer, self.allow, self.identity.node)
+        error = refusal(offer, self.allowed, self.identity.node)
         if error is not None:
             self.report(f"job {job!a}", str(error))
             self._say(job, "refused", str(error))
             return
+        running = Running(folder=Path(mkdtemp(dir=self._code)) if offer.code else None)
         self._agents.start(
-            offer, identity=str(self.identity.folder), workers=self.workers, host=self.host
+            offer,
+            identity=str(self.identity.folder),
+            workers=self.workers,
+            host=self.host,
+            folder=running.folder,
         )
-        self._running[job] = Running()
+        self._running[job] = running
         pid = self._agents.pid(job)
         self.report(f"job {job!a}", f"{offer.task!a}: agent {pid}, {self.workers} workers")
         self._say(job, "taken", "")
@@ -214,7 +226,10 @@ class Member:
 
     def _ended(self, job: str, error: LockstepError | None) -> None:
         self._agents.reap(job)
-        withdrawn = self._running.pop(job).ends_at is not None
+        running = self._running.pop(job)
+        if running.folder is not None:
+            shutil.rmtree(running.folder, ignore_errors=True)
+        withdrawn = running.ends_at is not None
         why = str(error) if error and not withdrawn else ""
         self.report(f"job {job!a}", why or "its agent has ended")
         self._say(job, "failed" if why else "ended", why)
@@ -237,7 +252,7 @@ def run_member(
     name: str,
     host: str | None,
     workers: int,
-    allow: Sequence[str],
+    allowed: Allowed,
     report: Report,
 ) -> None:
     """Join with a token, or come back without one, and stay.
@@ -248,12 +263,14 @@ def run_member(
     state = State(path)
     with state.lock():
         home = enrol(state, token, name) if token else home_of(state)
-        member = Member(
-            state.identity(),
-            home,
-            host=listening_address(host, home),
-            workers=workers,
-            allow=allow,
-            report=report,
-        )
-        member.run()
+        with state.emptied(CODE) as code:
+            member = Member(
+                state.identity(),
+                home,
+                host=listening_address(host, home),
+                workers=workers,
+                allowed=allowed,
+                code=code,
+                report=report,
+            )
+            member.run()

@@ -51,11 +51,14 @@ class RayAgent:
         with self._folder:
             try:
                 authority.store(self._identity, certificate, ca)
+                code = Path(self._folder.name) / "code"
+                code.mkdir(0o700)
                 agents.start(
                     Offer.from_message(offer),
                     identity=str(self._identity),
                     workers=workers,
                     host=host,
+                    folder=code,  # who may submit to a Ray cluster may run code on it
                 )
                 ended = self._events.get()
                 error = ended.error if ended else None

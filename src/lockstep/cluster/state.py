@@ -8,8 +8,9 @@
     STATE/cluster.json  where a host has joined: the name and the address of its `up`
     STATE/guests/ID/    the same for `run --on FILE`, by the fingerprint of the cluster's CA
     STATE/secret        what processes share that torchrun starts on this machine alone
+    STATE/code/         code that masters have sent to this host, while its jobs run
 
-Folders have mode 0700 and files 0600.
+Folders have mode 0700 and files 0600; within `code`, the first holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from lockstep.errors import IdentityError
 from lockstep.net.identity import Identity, private_folder, write_private
 
 Address = tuple[str, int]
-NODE, AUTHORITY = "node", "authority"
+NODE, AUTHORITY, CODE = "node", "authority", "code"
 UP, CLUSTER, SECRET = "up.json", "cluster.json", "secret"
 MAX_BYTES = 64 << 10
 
@@ -168,6 +170,20 @@ class State:
         """The folder of what this host is in another cluster."""
         private_folder(self.path / "guests")
         return State(self.path / "guests" / fingerprint.hex()[:16])
+
+    @contextlib.contextmanager
+    def emptied(self, name: str) -> Iterator[Path]:
+        """A folder for what lasts as long as the process that holds the lock; removed at the end.
+
+        What a process has left there that was killed is removed at the beginning.
+        """
+        folder = self.path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        private_folder(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, name: str) -> dict[str, Any]:
         """What a file holds; nothing if there is none.

@@ -43,9 +43,10 @@ class Kind(enum.IntEnum):
     PARTIAL = 16
     REDUCED = 17
     STATE = 18
+    CARGO = 19
 
 
-TENSORS = frozenset({Kind.PARTIAL, Kind.REDUCED, Kind.STATE})
+TENSORS = frozenset({Kind.PARTIAL, Kind.REDUCED, Kind.STATE, Kind.CARGO})
 """Kinds whose body is raw bytes for memory that the receiver knows. All others are JSON."""
 
 LIMITS: Mapping[Kind, int] = {
@@ -60,6 +61,7 @@ LIMITS: Mapping[Kind, int] = {
     Kind.PARTIAL: 1 << 30,
     Kind.REDUCED: 1 << 30,
     Kind.STATE: 1 << 30,
+    Kind.CARGO: 4 << 20,
 }
 """Bytes: the longest body of each kind."""
 MAX_STEP, MAX_TAG = 2**64 - 1, 2**32 - 1

@@ -96,7 +96,9 @@ class Mailbox:
         """
         what = f"{key} from host {self.peer}"
         if key.kind not in TENSORS:
-            raise ProtocolError(f"{what} is no tensor", expected="PARTIAL, REDUCED or STATE")
+            raise ProtocolError(
+                f"{what} is no tensor", expected=" or ".join(sorted(kind.name for kind in TENSORS))
+            )
         slip = Slip(self.peer, what, self._progress, self._wait)
         memory = as_bytes(into)
         with self._changed:

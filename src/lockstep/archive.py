@@ -1,0 +1,203 @@
+"""Code as an archive: what `ship_code` sends to other hosts, and how they unpack it.
+
+An archive is a tar file (USTAR) of one module, or of one package: files that can be imported by
+their names, in the order of these, with the same mode and time. The same sources give the same
+bytes, and so the same digest, on every machine. Nothing else counts as an archive: what is read is
+packed again and compared, so there are no links, devices, paths that lead out, or second copies.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path, PurePosixPath
+
+from blake3 import blake3
+
+from lockstep.errors import IntegrityError, JobError
+
+MAX_FILES, MAX_SOURCE = 2000, 4 << 20
+"""How many files an archive may have, and how many bytes they may have together."""
+MAX_BYTES = 8 << 20
+"""Of an archive, with its headers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """The code of a task, ready to be sent."""
+
+    task: str
+    """The task's name where the archive is: `module:Task`."""
+    files: Mapping[str, int]
+    """By path, how many bytes it has."""
+    data: bytes
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 of the bytes: 64 hexadecimal digits."""
+        return blake3(self.data).hexdigest()
+
+
+def pack(name: str) -> Archive:
+    """Pack the module or package of a task (`module:Task`, `file.py:Task`), or one named alone.
+
+    A package is packed from its outermost one on. Imports nothing.
+
+    Raises:
+        JobError: there is no such code, or some that cannot be packed.
+    """
+    place, colon, attribute = name.rpartition(":")
+    place = place if colon else attribute
+    if place.endswith(".py"):
+        path = Path(place)
+        found, module = {path.name: path}, path.stem
+    else:
+        found, module = dict(_files_of(place.partition(".")[0])), place
+    files = {}
+    for relative, path in sorted(found.items()):
+        files[relative] = _read(path)
+        _check_size(name, len(files), sum(map(len, files.values())))
+    _check_names(files)
+    data = _tar(files)
+    return Archive(
+        task=f"{module}:{attribute}" if colon else module,
+        files={relative: len(content) for relative, content in files.items()},
+        data=data,
+    )
+
+
+def unpack(data: bytes, folder: Path) -> None:
+    """Write an archive's files into a folder, which is there, private and empty.
+
+    The caller has compared the digest with one that was allowed.
+
+    Raises:
+        IntegrityError: it is not an archive that `pack` makes. Nothing is written then.
+    """
+    for relative, content in _entries(data).items():
+        path = folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(content)
+
+
+def _files_of(module: str) -> Iterator[tuple[str, Path]]:
+    """The files of a module or package that is not inside another, by their paths in an archive."""
+    spec = PathFinder.find_spec(module, [os.getcwd(), *sys.path])
+    if spec is None:
+        raise JobError(
+            f"there is no module {module}",
+            found=f"looked in {os.getcwd()} and the Python path",
+            fix="run from the folder that holds it, or give file.py:Task",
+        )
+    if spec.submodule_search_locations is None:
+        if not (spec.origin or "").endswith(".py"):
+            raise _unusable(module, "it is no Python source", spec.origin or "compiled in")
+        yield f"{module}.py", Path(str(spec.origin))
+        return
+    roots = list(spec.submodule_search_locations)
+    if len(roots) != 1:
+        raise _unusable(module, "it lies in several folders", ", ".join(roots))
+    for folder, folders, names in os.walk(roots[0]):
+        folders[:] = [name for name in folders if name.isidentifier()]
+        for linked in (Path(folder, name) for name in folders):
+            if linked.is_symlink():
+                raise _unusable(module, "it has a link in it", str(linked))
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".py" and stem.isidentifier():  # others cannot be imported by name
+                path = Path(folder, name)
+                yield str(PurePosixPath(module, path.relative_to(roots[0]))), path
+
+
+def _read(path: Path) -> bytes:
+    if path.is_symlink():
+        raise _unusable(path.name, "it is a link", str(path))
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_SOURCE + 1)  # one more than is allowed
+    except OSError as error:
+        raise _unusable(path.name, "it cannot be read", f"{path}: {error.strerror}") from None
+
+
+def _check_size(name: str, files: int, nbytes: int) -> None:
+    if files > MAX_FILES or nbytes > MAX_SOURCE:
+        raise JobError(
+            f"the code of {name} is too much to be shipped",
+            expected=f"at most {MAX_FILES:,} files and {MAX_SOURCE:,} bytes",
+            found=f"at least {files} files, {nbytes:,} bytes",
+            fix="install it on every host, and have them allow it: lockstep join --allow MODULE",
+        )
+
+
+def _check_names(files: Mapping[str, bytes]) -> None:
+    """Check that every path could be imported: so none leads out of the folder it is put into."""
+    for name in files:
+        *folders, last = name.split("/")
+        stem, suffix = os.path.splitext(last)
+        if suffix != ".py" or not all(part.isidentifier() for part in (*folders, stem)):
+            raise JobError(
+                f"the file {name!a} does not belong into an archive of code",
+                expected="a name that can be imported, such as package/module.py",
+                found=ascii(name),
+                fix="rename it",
+            )
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    """The one archive that there is of these files."""
+    buffer = io.BytesIO()
+    try:
+        with tarfile.open(
+            fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT, encoding="utf-8"
+        ) as tar:
+            for name, content in sorted(files.items()):
+                info = tarfile.TarInfo(name)  # time 0, owner 0, mode 0644
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    except ValueError as error:
+        raise JobError(f"a path is too long for an archive: {error}") from None
+    return buffer.getvalue()
+
+
+def _entries(data: bytes) -> dict[str, bytes]:
+    """The files of an archive.
+
+    Raises:
+        IntegrityError: `_tar` would not make it.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
+            files = {}
+            for member in tar:
+                if member.type != tarfile.REGTYPE or member.pax_headers or member.size > len(data):
+                    raise JobError("an entry is no plain file", found=ascii(member.name))
+                reader = tar.extractfile(member)
+                assert reader is not None
+                files[member.name] = reader.read()
+        _check_names(files)
+        if len(data) <= MAX_BYTES and files and _tar(files) == data:
+            return files
+        found = "other bytes than these files would give"
+    except (tarfile.TarError, JobError, ValueError, OSError, EOFError) as error:
+        found = str(error)
+    raise IntegrityError(
+        "an archive of code is not one that Lockstep makes",
+        expected="plain .py files, each once, in order, whose paths stay inside",
+        found=found,
+        fix="have the master pack it again: lockstep run --ship-code",
+    )
+
+
+def _unusable(name: str, what: str, found: str) -> JobError:
+    return JobError(
+        f"{name} cannot be shipped: {what}",
+        expected="a module or a package in Python source, without links",
+        found=found,
+        fix="install it on every host instead, and leave out ship_code",
+    )

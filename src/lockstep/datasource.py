@@ -1,0 +1,77 @@
+"""The data sets that a task builds, and what they have to be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lockstep.errors import DataError
+from lockstep.job import Task
+
+
+def build_sets(task: Task, *, alone: bool) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """The task's training set and its held-out set.
+
+    `alone`: no other host builds them, so that nothing else may come of it.
+
+    Raises:
+        DataError: building them has changed the task, which is not so on other hosts.
+    """
+    before = dict(vars(task))
+    sets = task.train_data(), task.eval_data()
+    if alone:
+        _check_unchanged(task, before)
+    return sets
+
+
+def _check_unchanged(task: Task, before: Mapping[str, object]) -> None:
+    kind = type(task)
+    changed = [
+        f"self.{name}"
+        for name, value in vars(task).items()
+        if not (name in before and before[name] is value)
+        and not isinstance(getattr(kind, name, None), functools.cached_property)
+    ]
+    if changed:
+        raise DataError(
+            f"the data of {kind.__name__} cannot be sent to other hosts: building it sets "
+            "attributes of the task, which they would lack",
+            expected="train_data() and eval_data() that return data and change nothing",
+            found=", ".join(changed),
+            fix="set them where every host does, in __init__ or model(), or set data to build",
+        )
+
+
+def length_of(dataset: Any, name: str) -> int:
+    """How many samples a set has that `Task.name` has returned.
+
+    Raises:
+        DataError: it is empty, or no map-style data set.
+    """
+    try:
+        size = len(dataset)
+    except TypeError:
+        size = None
+    indexed = hasattr(type(dataset), "__getitem__")
+    if isinstance(dataset, dict):
+        indexed = 0 in dataset
+    if size is None or not indexed or isinstance(dataset, IterableDataset):
+        raise DataError(
+            f"Task.{name}() did not return a map-style data set",
+            expected="__len__ and __getitem__",
+            found=repr(type(dataset)),
+            fix="return the data set itself: batches are made from it"
+            if isinstance(dataset, DataLoader)
+            else "wrap it in a data set that knows its length and is indexed from 0",
+        )
+    if size == 0:
+        raise DataError(
+            f"Task.{name}() returned an empty data set",
+            expected="at least one sample",
+            found="none",
+            fix="look at what it reads, and where from",
+        )
+    return size

@@ -1,0 +1,114 @@
+"""A job on several hosts, before it begins: it is offered, hosts come, and all is planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.agent import facts_of
+from lockstep.archive import pack
+from lockstep.cargo import Bill
+from lockstep.errors import JobError
+from lockstep.holdings import Holdings, divide
+from lockstep.host import Host
+from lockstep.hosts import Hosts
+from lockstep.job import Job
+from lockstep.offer import Launcher
+from lockstep.ownership import ownership_of
+from lockstep.planning import Division, Facts, Plan, decompose
+from lockstep.source import Source
+
+
+def open_hosts(
+    launcher: Launcher, source: Source, job: Job, settings: Mapping[str, Any], host: Host
+) -> Hosts:
+    """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
+
+    `settings` are those that were given, and that hosts need to load the task.
+
+    Raises:
+        JobError: the task was handed over as an object, which does not travel.
+        LockstepError: a host cannot take part.
+    """
+    if source.payload is not None:
+        raise JobError(
+            "a task that is an object cannot be sent to other hosts",
+            expected="a name that every host can resolve: a recipe, module:Task or file.py:Task",
+            found=source.name,
+            fix="put the task into a module or a file of its own",
+        )
+    task, archive = source.name, None
+    if job.ship_code:
+        archive = pack(_shippable(source.name))
+        task = archive.task
+    host.name = launcher.identity.node
+    name = f"{source.label}-{secrets.token_hex(8)}"
+    samples = host.facts["train_samples"], host.facts["eval_samples"]
+    ownership = ownership_of(job.ownership, job.servers, job.compression)
+    hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds, ownership)
+    try:
+        sets = None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
+        if sets is not None:
+            hosts.cargo.put("data", sets)
+        if archive is not None:
+            hosts.cargo.put("code", archive.data)
+        hosts.gather(
+            task=task,
+            args=dict(source.args),
+            settings={**settings, "host_seconds": job.host_seconds},
+            code=None if archive is None else Bill.of(archive.data),
+            data=None if sets is None else Bill.of(sets),
+        )
+        hosts.roster.check_servers(job.servers)
+    except BaseException:
+        hosts.close()
+        raise
+    return hosts
+
+
+def _shippable(task: str) -> str:
+    """The name of a task that has code of its own."""
+    if ":" not in task:
+        raise JobError(
+            f"ship_code is set, but {task} is a recipe",
+            expected="module:Task or file.py:Task",
+            found="a part of Lockstep, which every host has",
+            fix="leave out ship_code",
+        )
+    return task
+
+
+def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
+    """Decompose a job for several hosts: as many workers as they would run, or as asked.
+
+    Raises:
+        JobError, DataError: the settings do not fit each other, the data or the hosts.
+    """
+    workers = job.workers or hosts.capacity
+    division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
+    shares = hosts.roster.share_out(workers)
+    listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
+    why = f"{division}: on {len(shares)} hosts, {listed}"
+    if job.data == "local":
+        holdings = divide(hosts.roster.samples, division.shards)
+        plan = decompose(job, _of_all(facts, holdings), division, why)
+        return dataclasses.replace(plan, holdings=holdings)
+    plan = decompose(job, facts, division, why)
+    if plan.groups and plan.groups < len(shares):
+        raise JobError(
+            "there are fewer groups than hosts",
+            expected=f"at least {len(shares)} groups",
+            found=f"{plan.groups}",
+            fix="raise `groups`, and `shards` with it, or use fewer hosts",
+        )
+    return plan
+
+
+def _of_all(facts: Facts, holdings: Holdings) -> Facts:
+    """The facts about the data of all hosts together."""
+    train, held_out = (
+        sum(getattr(each, name) for each in holdings) for name in ("train", "held_out")
+    )
+    return dataclasses.replace(facts, train_samples=train, eval_samples=held_out)
