@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lockstep.optim import (
     initial_state,
     param_groups_of,
 )
-from lockstep.probing import Kind, check_independent, may_cut
+from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
 from lockstep.slots import Slot, as_tensor, make_slot, map_slot
 
 PRESENT = "lockstep.present"
@@ -179,6 +179,12 @@ def build(
         for index, ((_, parameter), group) in enumerate(zip(trainable, groups, strict=True))
     ]
     cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
+    tables = {
+        index: replace(table, by_rows=table.asked and may_step_rows(optimizer, kinds[index]))
+        if groups[index] is not None
+        else table
+        for index, table in tables.items()
+    }
     blocks = cut_blocks(
         [parameter.numel() for _, parameter in trainable],
         [cuttable[kind] for kind in kinds],
