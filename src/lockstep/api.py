@@ -12,7 +12,7 @@ from typing import Any
 from lockstep import numerics
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
-from lockstep.errors import LockstepError, StoppedError
+from lockstep.errors import JobError, LockstepError, StoppedError
 from lockstep.host import Host
 from lockstep.hosts import Hosts, open_hosts, spread
 from lockstep.job import SETTINGS, Job, Task
@@ -177,6 +177,14 @@ def _to_job(
     """The job as far as it is known before the task is loaded, and its explicit settings."""
     job = task if isinstance(task, Job) else Job(task=task, args=dict(args or {}))
     job = job.replace(**settings)
+    if job.cluster is not None:
+        raise JobError(
+            "the job describes a cluster, whose processes are started one by one",
+            expected="a job without `cluster`",
+            found=f"cluster = {dict(job.cluster)}",
+            fix="on each host: python -m lockstep.cluster.launched --task worker:0 JOB; or leave "
+            "`cluster` out",
+        )
     default = Job(task="")
     explicit = {
         name: getattr(job, name)

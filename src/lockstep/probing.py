@@ -61,7 +61,8 @@ def may_step_rows(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
 
     It is not where the other rows' state decays, for instance.
     """
-    assert kind.group is not None
+    if kind.group is None or not kind.sparse:
+        return False
     generator = torch.Generator().manual_seed(0)
     first, *tensors = [
         torch.randn(_PROBE_SHAPE, generator=generator).to(kind.dtype)
