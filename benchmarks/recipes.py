@@ -1,17 +1,20 @@
 """The recipes beside DistributedDataParallel on the same task: samples per second.
 
-    python -m benchmarks.recipes vision,clicks --seconds 4
+    python -m benchmarks.recipes vision,clicks --repeats 3 --seconds 4
 
 Both have two processes of one thread, the recipe's own batch size, precision, limit of the norm and
-schedule, and fetch their batches alike; what differs is how they synchronise.
+schedule, fetch their batches alike and leave evaluation out; what differs is how they synchronise.
+They take turns as in benchmarks.run, and the faster of DDP's two settings of malloc stands for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import process, report, run
@@ -97,30 +100,41 @@ def find(name: str) -> Case | Recipe:
     return known[name] if name in known else Recipe(recipes.find(name)())
 
 
-def compare(name: str, seconds: float) -> list[str] | None:
-    """A row of the table; None if one of the two failed."""
-    ddp = run.measure("ddp", name, seconds, 0)
-    if ddp is None:
-        return None
-    lockstep = run.measure("lockstep", name, seconds, max(run.LEAST_STEPS, ddp["steps"]))
-    if lockstep is None:
-        return None
-    rates = [f"{found['rate']:,.0f}" for found in (lockstep, ddp)]
-    return [f"`{name}`", *rates, f"{lockstep['rate'] / ddp['rate']:.2f}"]
+CONTENDERS = ("lockstep", *report.DDP)
+
+
+def row(name: str, rates: report.Rates) -> list[str]:
+    """A line of the table: the contenders' median rates, and the ratio by repetitions."""
+    medians = [report.rate(report.typical(rates, contender)) for contender in CONTENDERS]
+    ratio = report.pairwise(rates, "lockstep", report.best(rates, report.DDP))
+    spread = ["—", "—"]
+    if ratio is not None:
+        spread = [f"{ratio.middle:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}"]
+    return [f"`{name}`", *medians, *spread]
 
 
 def main() -> int:
-    """Measure the recipes that are named, and print the table; 1 if one failed."""
+    """Measure the recipes that are named, and print the table; 1 if something failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     known = run.choice(COMPARED)
     parser.add_argument("recipes", nargs="?", type=known, default=list(COMPARED))
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     options = parser.parse_args()
+    if not run.quiet_enough(options.force):
+        return 1
     process.adopt_orphans()
-    rows: Sequence[list[str] | None] = [compare(n, options.seconds) for n in options.recipes]
-    head = ("recipe, samples/s", "lockstep", "ddp", "ratio")
-    print(report.table(head, [row for row in rows if row is not None]))
-    return 1 if None in rows else 0
+    rows, failed = [], False
+    for name in options.recipes:
+        found = run.attempt(
+            functools.partial(run.speed, name, CONTENDERS, options.repeats, options.seconds)
+        )
+        rates = {} if found is None else found["rates"]
+        failed |= not rates or None in itertools.chain.from_iterable(rates.values())
+        rows.append(row(name, rates))
+    print(report.table(("samples/s", *CONTENDERS, "ratio", "least to greatest"), rows))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -67,13 +67,13 @@ class Comparison:
 
 def typical(rates: Rates, contender: str) -> float | None:
     """The median rate of a contender; None if it never finished."""
-    values = [rate for rate in rates.get(contender, ()) if rate is not None]
+    values = [value for value in rates.get(contender, ()) if value is not None]
     return median(values) if values else None
 
 
 def best(rates: Rates, among: Sequence[str]) -> str | None:
     """The contender with the greatest median rate."""
-    ranked = [(rate, name) for name in among if (rate := typical(rates, name)) is not None]
+    ranked = [(middle, name) for name in among if (middle := typical(rates, name)) is not None]
     return max(ranked)[1] if ranked else None
 
 
@@ -117,8 +117,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _rate(rate: float | None) -> str:
-    return "—" if rate is None else f"{rate:,.0f}"
+def rate(value: float | None) -> str:
+    """A rate in a table; a dash if there is none."""
+    return "—" if value is None else f"{value:,.0f}"
 
 
 def _size(count: float) -> str:
@@ -130,7 +131,7 @@ def speed_tables(speed: Mapping[str, Any]) -> str:
     rates = [
         [
             model,
-            *(_rate(typical(entry["rates"], name)) for name in CONTENDERS),
+            *(rate(typical(entry["rates"], name)) for name in CONTENDERS),
             _plans(entry.get("plans", [])),
         ]
         for model, entry in speed.items()

@@ -163,6 +163,16 @@ def test_a_recipe_is_trained_by_its_own_job() -> None:
     assert 0 < squares**0.5 < 1.001e-3
 
 
+def test_recipes_are_compared_by_repetitions() -> None:
+    rates: report.Rates = {
+        "lockstep": [90.0, 50.0, 110.0], "ddp": [60.0, 30.0, None], "ddp_malloc": [50.0] * 3
+    }  # fmt: skip
+    assert recipes.row("clicks", rates) == [
+        "`clicks`", "90", "45", "50", "1.80", "1.00 to 2.20"
+    ]  # fmt: skip
+    assert recipes.row("clicks", {}) == ["`clicks`", *"—————"]
+
+
 def test_recipes_and_models_have_different_names() -> None:
     assert not set(models.CASES) & set(recipes.COMPARED)
     assert isinstance(recipes.find("sparse"), models.Case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lockstep.job import Parameters, Task
 from lockstep.layout import Allocator, Block, Entry, Layout, cut_blocks
 from lockstep.memory import Segment, check_available
 from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of
-from lockstep.probing import Kind, check_independent, may_cut
+from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
 from lockstep.slots import make_slot
 from lockstep.state import (
     PRESENT,
@@ -76,6 +77,10 @@ def build(
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
     ]
     cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
+    tables = {
+        index: replace(table, by_rows=may_step_rows(optimizer, kinds[index]))
+        for index, table in tables.items()
+    }
     blocks = cut_blocks(
         [parameter.numel() for _, parameter in trainable],
         [cuttable[kind] for kind in kinds],

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lockstep.errors import TaskError
+from lockstep.rows import put_rows
 
 LARGE = 1 << 20
 """Elements: tables from this size on are treated so."""
@@ -47,6 +48,8 @@ class Table:
     module: nn.Embedding | None
     """The plain embedding that is run in the sparse form, and can be run in the dense one. None:
     the model itself asks for sparse gradients, and the optimizer is to get them."""
+    by_rows: bool = False
+    """Whether the optimizer is run on touched rows alone (see `rows`)."""
 
     @property
     def asked(self) -> bool:
@@ -201,9 +204,9 @@ class TableGradient:
         if part is None:
             return self.home[first:last]
         numbers, values = part
-        return self.home.new_zeros(last - first, self.home.shape[1]).index_copy_(
-            0, numbers - first, values
-        )
+        spread = self.home.new_zeros(last - first, self.home.shape[1])
+        put_rows(spread, numbers - first, values)
+        return spread
 
 
 class TableSum:
@@ -243,7 +246,7 @@ class TableSum:
             self._total.zero_()
         else:
             self._total.index_fill_(0, self._named, 0)
-        self._total.index_copy_(0, named, summed)
+        put_rows(self._total, named, summed)
         self._named = named
 
 
@@ -328,4 +331,5 @@ def _spread(part: Part, named: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
     if len(numbers) == len(named):
         return values
     spread = values.new_full((len(named), values.shape[1]), fill)
-    return spread.index_copy_(0, torch.searchsorted(named, numbers), values)
+    put_rows(spread, torch.searchsorted(named, numbers), values)
+    return spread

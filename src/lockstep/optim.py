@@ -11,7 +11,7 @@ import contextlib
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -190,7 +190,7 @@ def discover_state(
 
 
 def check_known(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keys: Sequence[StateKey]
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keys: Collection[StateKey]
 ) -> None:
     """Refuse state that appears later than in the first two steps: it has no place.
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from lockstep.gradients import Reducer
 from lockstep.layout import Block, group_blocks
 from lockstep.optim import StateKey, bare_step, check_known
 from lockstep.presence import Mask, Presence
+from lockstep.rows import step_rows
 from lockstep.slots import Slot
 from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
 
@@ -33,7 +35,8 @@ class OwnedBlock:
     param: nn.Parameter
     first: int
     """Where its run begins in its group's."""
-    keys: list[StateKey]
+    homes: dict[StateKey, torch.Tensor]
+    """Where its optimizer state lies in shared memory."""
     rebound: list[StateKey]
     leaves: list[torch.Tensor]
     """Its run of each shard's slot, 1-D."""
@@ -58,8 +61,8 @@ class UpdateGroup:
     """The runs of large embeddings, each with its parameter."""
     dense: list[Run]
     """The runs between them."""
-    sparse: dict[int, SparseSum]
-    """The blocks whose optimizer takes sparse gradients, by their place in `blocks`."""
+    sparse: SparseSum | None
+    """The sum, where this is a block whose optimizer takes sparse gradients. It is alone then."""
     grads: list[torch.Tensor]
     """Per block: its part of `total`, in the shape of its parameter."""
     only_grads: list[torch.Tensor]
@@ -99,7 +102,7 @@ class Owner:
         updated = [n for n in numbers if shared.groups[shared.blocks[n].param] is not None]
         self.groups = [
             self._make_group(part)
-            for _, run in itertools.groupby(updated, lambda n: self._dtype(n))
+            for _, run in itertools.groupby(updated, lambda n: (self._dtype(n), self._alone(n)))
             for part in group_blocks(shared.blocks, list(run))
         ]
         self._loaded: UpdateGroup | None = None
@@ -163,6 +166,9 @@ class Owner:
                 self.faults.at("update_end", step)
 
     def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
+        if group.sparse is not None:
+            present = presence.of(group.blocks[0].block.param)
+            return [group.sparse.sum(present, partial(self._reducer.sum, present))]
         for param, table in group.tables:
             self._sum_run(table, presence.of(param))
         grads: Sequence[torch.Tensor | None]
@@ -177,17 +183,7 @@ class Owner:
                 if owned.block.param not in self.shared.tables:
                     self._reducer.sum(presence.of(owned.block.param), owned.leaves, owned.total)
             grads = self._present_grads(group, presence)
-        return self._with_sparse(group, grads, presence) if group.sparse else grads
-
-    def _with_sparse(
-        self, group: UpdateGroup, grads: Sequence[torch.Tensor | None], presence: Presence
-    ) -> Sequence[torch.Tensor | None]:
-        """The gradients, with those that are to be sparse in their places."""
-        summed = list(grads)
-        for place, table in group.sparse.items():
-            present = presence.of(group.blocks[place].block.param)
-            summed[place] = table.sum(present, partial(self._reducer.sum, present))
-        return summed
+        return grads
 
     def _scale(
         self, group: UpdateGroup, presence: Presence, scale: torch.Tensor
@@ -206,6 +202,12 @@ class Owner:
         ]
 
     def _run_optimizer(self, group: UpdateGroup, grads: Sequence[torch.Tensor | None]) -> None:
+        if group.sparse is not None and group.blocks[0].begun:
+            (owned,), (gradient,) = group.blocks, grads
+            if self.shared.tables[owned.block.param].by_rows:
+                if gradient is not None:
+                    self._update_rows(group, owned, gradient)
+                return
         if grads is not group.grads_in_place:
             for owned, gradient in zip(group.blocks, grads, strict=True):
                 owned.param.grad = gradient
@@ -221,6 +223,21 @@ class Owner:
                     self._share(owned)
             group.settled = all(owned.begun and not owned.rebound for owned in group.blocks)
 
+    def _update_rows(self, group: UpdateGroup, owned: OwnedBlock, gradient: torch.Tensor) -> None:
+        """Run the optimizer on the rows of a table that the gradient has."""
+
+        def step(rows: nn.Parameter, state: dict[str, Any]) -> None:
+            for options, members in zip(self.optimizer.param_groups, group.members, strict=True):
+                options["params"] = [rows for _ in members]
+            self._loaded = None
+            self.optimizer.state[rows] = state
+            self._step(self.optimizer)
+            del self.optimizer.state[rows]
+
+        like = {key.name for key in owned.homes if key.form == "like"}
+        step_rows(owned.param.detach(), gradient, self.optimizer.state[owned.param], like, step)
+        self._share(owned)
+
     def _share(self, owned: OwnedBlock) -> None:
         """Bring state that the optimizer has made or replaced to its place in shared memory.
 
@@ -228,13 +245,18 @@ class Owner:
             OptimizerError: there is state that was not there when it was tried.
         """
         state = self.optimizer.state[owned.param]
-        check_known(self.optimizer, state, owned.keys)
-        for key in owned.rebound if owned.begun else owned.keys:
-            home = self.shared.state_view(owned.number, key)
+        check_known(self.optimizer, state, owned.homes)
+        for key in owned.rebound if owned.begun else owned.homes:
+            home = owned.homes[key]
             store_value(home, state[key.name])
             state[key.name] = load_value(home, key)
         self._present[owned.number] = 1
         owned.begun = True
+
+    def _alone(self, number: int) -> int | None:
+        """The block itself, if its optimizer takes sparse gradients."""
+        table = self.shared.tables.get(self.shared.blocks[number].param)
+        return number if table is not None and table.asked else None
 
     def _dtype(self, number: int) -> torch.dtype:
         return self.shared.params[self.shared.blocks[number].param].dtype
@@ -257,7 +279,7 @@ class Owner:
             total=total,
             tables=tables,
             dense=dense,
-            sparse=self._sparse(owned),
+            sparse=self._sparse(owned[0]),
             grads=[item.shaped(item.total) for item in owned],
             only_grads=[
                 item.shaped(item.total if item.block.param in shared.tables else item.leaves[0])
@@ -283,16 +305,14 @@ class Owner:
                 tables.append((table, run))
         return tables, dense
 
-    def _sparse(self, owned: list[OwnedBlock]) -> dict[int, SparseSum]:
-        """The sums of those whose optimizer takes sparse gradients."""
-        sums = {}
-        for place, item in enumerate(owned):
-            table = self.shared.tables.get(item.block.param)
-            if table is not None and table.asked:
-                gradients = [slot.table(item.block.param) for slot in self.slots]
-                first, rows = item.block.start // table.width, item.block.size // table.width
-                sums[place] = SparseSum(first, rows, gradients)
-        return sums
+    def _sparse(self, first: OwnedBlock) -> SparseSum | None:
+        """The sum, where the optimizer of this first block of a group takes sparse gradients."""
+        if self._alone(first.number) is None:
+            return None
+        block = first.block
+        width = self.shared.tables[block.param].width
+        gradients = [slot.table(block.param) for slot in self.slots]
+        return SparseSum(block.start // width, block.size // width, gradients)
 
     def _own(
         self, number: int, start: int, leaves: list[torch.Tensor], total: torch.Tensor
@@ -300,20 +320,20 @@ class Owner:
         shared, block = self.shared, self.shared.blocks[number]
         size = total.dtype.itemsize
         first = (shared.grad_offsets[block.param] - start) // size + block.start
-        keys = shared.keys[number]
+        homes = {key: shared.state_view(number, key) for key in shared.keys[number]}
         owned = OwnedBlock(
             number=number,
             block=block,
             param=nn.Parameter(shared.block_view(block)),
             first=first,
-            keys=keys,
-            rebound=[key for key in keys if key.rebound],
+            homes=homes,
+            rebound=[key for key in homes if key.rebound],
             leaves=[leaf[first : first + block.size] for leaf in leaves],
             total=total[first : first + block.size],
             begun=bool(self._present[number]),
         )
         if owned.begun:
             self.optimizer.state[owned.param] = {
-                key.name: load_value(shared.state_view(number, key), key) for key in keys
+                key.name: load_value(home, key) for key, home in homes.items()
             }
         return owned

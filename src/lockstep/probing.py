@@ -16,6 +16,7 @@ from torch import nn
 
 from lockstep.errors import OptimizerError
 from lockstep.optim import borrowed
+from lockstep.rows import step_rows
 
 _PROBE_SHAPE, _PROBE_CUTS, _PROBE_STEPS = (67, 64), (7, 1280), 3
 _PROBE_ROWS = (64 * 2, 64 * 20)
@@ -53,6 +54,58 @@ def may_cut(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
     except Exception:
         return False  # it wants a matrix (Muon), a closure (LBFGS) or has state of its own shape
     return _same_bits(whole, parts)
+
+
+def may_step_rows(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
+    """Whether a step by a sparse gradient is one on the rows that it has, once there is state.
+
+    It is not where the other rows' state decays, for instance.
+    """
+    if kind.group is None or not kind.sparse:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    first, *tensors = [
+        torch.randn(_PROBE_SHAPE, generator=generator).to(kind.dtype)
+        for _ in range(1 + _PROBE_STEPS)
+    ]
+    gradients = [_some_rows(tensor, every) for every, tensor in enumerate(tensors, 2)]
+    sample = _sample(optimizer)
+    found = []
+    for by_rows in (False, True):
+        table = nn.Parameter(first.clone())
+
+        def step(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+            optimizer.param_groups[kind.group or 0]["params"] = [parameter]
+            optimizer.state[parameter] = state
+            optimizer.step()
+
+        with borrowed(optimizer, {kind.group: [table]}):
+            state = _same_start(sample, table)
+            try:
+                for number, gradient in enumerate(gradients):
+                    if by_rows and number:
+                        like = {name for name, value in state.items() if _is_like(value, table)}
+                        step_rows(table.detach(), gradient, state, like, step)
+                    else:
+                        table.grad = gradient
+                        step(table, state)
+            except Exception:
+                return False
+        found.append((table, state))
+    (left, left_state), (right, right_state) = found
+    return _same_values(left, right) and all(
+        _same_values(value, right_state[name]) for name, value in left_state.items()
+    )
+
+
+def _is_like(value: Any, parameter: nn.Parameter) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+def _same_values(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return _same_bits(left.detach().reshape(-1), right.detach().reshape(-1))
+    return bool(left == right)
 
 
 def check_independent(optimizer: torch.optim.Optimizer, kind: Kind) -> None:
@@ -103,7 +156,7 @@ def _trial(
         cut = [tensor[start:stop].clone() for start, stop in spans]
         return [part.view(shape) for part in cut] if shape else cut
 
-    sample: Mapping[str, Any] = next((state for state in optimizer.state.values() if state), {})
+    sample = _sample(optimizer)
     parameters = [nn.Parameter(part) for part in parts(tensors[0])]
     assert kind.group is not None
     with borrowed(optimizer, {kind.group: parameters}):
@@ -117,12 +170,17 @@ def _trial(
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def _some_rows(gradient: torch.Tensor) -> torch.Tensor:
-    """Every other row of a gradient, as a sparse tensor."""
-    rows = torch.arange(0, len(gradient), 2)
+def _some_rows(gradient: torch.Tensor, every: int = 2) -> torch.Tensor:
+    """One of so many rows of a gradient, as a sparse tensor."""
+    rows = torch.arange(0, len(gradient), every)
     return torch.sparse_coo_tensor(
         rows[None], gradient[rows], gradient.shape, check_invariants=False, is_coalesced=True
     )
+
+
+def _sample(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """The state that the constructor has made for some parameter; nothing if it makes none."""
+    return next((state for state in optimizer.state.values() if state), {})
 
 
 def _same_start(sample: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Together(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for optimizer in self.optimizers:
-            optimizer.state = self.state
-            optimizer.step()
+            if any(group["params"] for group in optimizer.param_groups):
+                optimizer.state = self.state
+                optimizer.step()
         return loss

@@ -1,0 +1,127 @@
+"""Optimizers that are run on touched rows alone: the bits are those of a step on the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lockstep
+from lockstep.probing import Kind, may_step_rows
+from lockstep.rows import put_rows, step_rows
+from tests import reference
+from tests.test_same_bits import assert_equals_reference, assert_same_run
+from tests.test_sparse import SETTINGS, Sparse, run
+
+
+class Decaying(torch.optim.Optimizer):
+    """Momentum, of which every row's decays in every step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(0.9).add_(parameter.grad)
+                parameter.add_(state["momentum"], alpha=-0.1)
+
+
+KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sparse-adam": lambda params: torch.optim.SparseAdam(params, lr=0.01),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, lr_decay=0.01),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_optimizers_may(kind: str) -> None:
+    table = nn.Parameter(torch.zeros(3, 2))
+    sparse = Kind(group=0, dtype=torch.float32, sparse=True)
+    assert may_step_rows(KINDS[kind]([table]), sparse)
+    assert not may_step_rows(Decaying([table]), sparse)
+
+
+def some_rows(table: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A gradient of some rows, of none at times."""
+    chosen = torch.rand(len(table), generator=generator) < torch.rand(1, generator=generator)
+    numbers = chosen.nonzero()[:, 0]
+    values = torch.randn(len(numbers), table.shape[1], generator=generator)
+    return torch.sparse_coo_tensor(
+        numbers[None], values, table.shape, is_coalesced=True, check_invariants=False
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rows=st.integers(1, 40), width=st.integers(1, 70), seed=st.integers(0, 1000))
+def test_rows_get_what_they_get_in_the_table(kind: str, rows: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = nn.Parameter(torch.randn(rows, width, generator=generator))
+    apart = nn.Parameter(whole.detach().clone())
+    optimizer, other = KINDS[kind]([whole]), KINDS[kind]([apart])
+
+    def step(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        other.param_groups[0]["params"] = [parameter]
+        other.state[parameter] = state
+        other.step()
+
+    for number in range(4):
+        gradient = some_rows(whole, generator)
+        whole.grad = gradient
+        optimizer.step()
+        state = other.state[apart]
+        if number:
+            like = {name for name in state if name != "step"}
+            step_rows(apart.detach(), gradient, state, like, step)
+        else:
+            apart.grad = gradient
+            step(apart, state)
+        assert apart.detach().numpy().tobytes() == whole.detach().numpy().tobytes()
+        for name, value in optimizer.state[whole].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(state[name]))
+
+
+def test_an_optimizer_that_may_not_is_given_the_table(run_folders: Callable[[], str]) -> None:
+    class Task(Sparse):
+        def optimizer(self, params: Any) -> torch.optim.Optimizer:
+            return Decaying(params)
+
+    task = Task("sgd")
+    one, three = run(task, run_folders(), 1), run(task, run_folders(), 3)
+    assert_equals_reference(one, reference.train(task, **SETTINGS))
+    assert_same_run(one, three)
+
+
+@given(
+    width=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64]),
+    chosen=st.lists(st.integers(0, 19), unique=True),
+)
+def test_put_rows(width: int, dtype: torch.dtype, chosen: list[int]) -> None:
+    numbers = torch.tensor(chosen, dtype=torch.int64)
+    rows = torch.arange(len(chosen) * width).view(-1, width).to(dtype) - 3
+    table, expected = (torch.ones(20, width, dtype=dtype) for _ in range(2))
+    put_rows(table, numbers, rows)
+    assert torch.equal(table, expected.index_copy_(0, numbers, rows))
+
+
+def test_together_leaves_out_who_has_nothing_to_do() -> None:
+    class Never(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise AssertionError("stepped without parameters")
+
+    one, other = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    together = lockstep.Together(torch.optim.SGD([one], lr=1.0), Never([other], lr=1.0))
+    together.param_groups[1]["params"] = []
+    one.grad = torch.ones(2)
+    together.step()
+    assert one.tolist() == [-1.0, -1.0]
