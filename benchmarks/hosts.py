@@ -1,4 +1,4 @@
-"""Two hosts: Lockstep under TLS beside DistributedDataParallel on gloo, which is not encrypted.
+"""Hosts: Lockstep under TLS beside DistributedDataParallel on gloo, which is not encrypted.
 
     python -m benchmarks.hosts --rates none,1gbit,100mbit --write docs/hosts.md
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,88 +22,42 @@ from typing import Any
 
 from benchmarks import namespaces
 from benchmarks.namespaces import Network
-from lockstep.net.transport import Report, ignore
 
 MODELS = ("softmax", "mlp", "cnn", "transformer", "embedding")
 LARGE = "large"
 LIMIT = 400.0
-AGENT = """
-import json, sys
-from pathlib import Path
-from lockstep.agent import serve
-from lockstep.net.identity import Identity
-from lockstep.offer import Offer
-from lockstep.processes import die_with_parent
-die_with_parent(int(sys.argv[3]))
-offer = Offer.from_message(json.load(sys.stdin))
-serve(Identity.load(Path(sys.argv[1])), offer, workers=1, host=sys.argv[2], report=print)
-"""
-
-
-class Launcher:
-    """Starts the second host's agent in its namespace."""
-
-    def __init__(self, folder: Path, host: str, peer: str, enter: list[str]) -> None:
-        from lockstep.net.identity import Identity
-
-        self.identity = Identity.load(folder / "one")
-        self.host = host
-        self.workers: int | None = 1
-        self.report: Report = ignore
-        self._folder, self._peer, self._enter = folder, peer, enter
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def offer(self, offer: Any) -> tuple[str, ...]:
-        self.process = subprocess.Popen(
-            [*self._enter, sys.executable, "-c", AGENT, str(self._folder / "two"), self._peer,
-             str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        with self.process.stdin as pipe:
-            pipe.write(json.dumps(offer.to_message()).encode())
-        return ("two",)
-
-    def close(self) -> None:
-        pass
-
-
-def make_identities(folder: Path) -> None:
-    """A CA, and certificates for both hosts."""
-    from lockstep.net.authority import Authority, make_request, store
-
-    authority = Authority.open(folder / "authority")
-    for name in ("one", "two"):
-        signed = authority.sign(make_request(folder / name, name))
-        store(folder / name, signed, authority.certificate)
+FEW_STEPS = 2
+"""What a run of so many sends is taken off: the state that hosts begin with is not a step's."""
 
 
 def member_lockstep(args: argparse.Namespace) -> dict[str, Any]:
-    """The master of a run on two hosts."""
+    """The master of a run on several hosts."""
     import lockstep
     from benchmarks import models
+    from tests.hosts import Cluster
+    from tests.many import Agents
 
-    folder = Path(args.folder)
-    launcher = Launcher(folder, args.host, args.peer, json.loads(args.enter))
-    batch = models.find(args.model).batch * models.WORLD
+    others = {f"host-{number}": 1 for number in range(1, args.hosts)}
+    agents = Agents(Cluster(Path(args.folder)), others, 1, Network(args.hosts, args.network))
     with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as out:
         result = lockstep.run(
             "benchmarks.tasks:Benchmark",
             args={"name": args.model},
-            on=launcher,
+            on=agents,
             steps=args.steps,
             local_steps=args.local_steps,
-            batch_size=batch,
-            workers=2,
-            shards=2,
+            compression=args.compression,
+            ownership=args.ownership,
+            servers=["host-1"] if args.ownership == "servers" else (),
+            batch_size=models.find(args.model).batch * args.hosts,
+            workers=args.hosts - (args.ownership == "servers"),
+            shards=args.hosts - (args.ownership == "servers"),
             threads=1,
             evaluate=False,
             quiet=True,
             out=f"{out}/run",
         )
-    assert launcher.process is not None
-    launcher.process.wait(30)
+    agents.wait(30.0)
     return {"rate": result.samples_per_second, "fingerprint": result.fingerprint}
 
 
@@ -133,18 +88,18 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def lockstep_once(
-    network: Network, folder: Path, model: str, steps: int, local_steps: int
+    network: Network, folder: Path, model: str, steps: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Samples per second and bytes per batch of Lockstep."""
-    sent = network.sent(1)
+    """Samples per second of Lockstep, and the bytes that each host has sent."""
+    sent = [network.sent(host) for host in range(network.hosts)]
     process = _member(
         network, 0, "lockstep", model, "--steps", str(steps),
-        "--local-steps", str(local_steps), "--folder", str(folder),
-        "--host", network.address(0), "--peer", network.address(1),
-        "--enter", json.dumps(network.within(1, [])),
+        "--local-steps", str(args.local_steps), "--ownership", args.ownership,
+        "--compression", args.compression,
+        "--hosts", str(network.hosts), "--network", network.name, "--folder", str(folder),
     )  # fmt: skip
     found = _answer(process)
-    return {**found, "bytes": (network.sent(1) - sent) / steps / local_steps}
+    return {**found, "sent": [network.sent(host) - before for host, before in enumerate(sent)]}
 
 
 def ddp_once(network: Network, folder: Path, model: str, seconds: float) -> dict[str, Any]:
@@ -168,23 +123,28 @@ def gradient_bytes(model: str) -> int:
     return sum(p.numel() * p.element_size() for p in models.find(model).model().parameters())
 
 
-def compare(
-    network: Network, folder: Path, model: str, repeats: int, seconds: float, local_steps: int
-) -> dict[str, Any]:
-    """Medians of interleaved repetitions."""
-    first = ddp_once(network, folder, model, seconds / 2)
+def compare(network: Network, folder: Path, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Medians of interleaved repetitions. DDP has two processes: beside more hosts it is left
+    out."""
     from benchmarks.models import find
 
-    steps = max(20, int(seconds * first["rate"] / (2 * find(model).batch)))
-    if local_steps > 1:
-        steps = 3
+    beside = network.hosts == 2
+    steps = 200
+    if beside:
+        first = ddp_once(network, folder, model, args.seconds / 2)
+        steps = max(20, int(args.seconds * first["rate"] / (2 * find(model).batch)))
+    if args.local_steps > 1:
+        steps = FEW_STEPS + 2
+    beginning = lockstep_once(network, folder, model, FEW_STEPS, args)["sent"]
     rates: dict[str, list[float]] = {"lockstep": [], "ddp": []}
     wire = []
-    for _ in range(repeats):
-        found = lockstep_once(network, folder, model, steps, local_steps)
+    for _ in range(args.repeats):
+        found = lockstep_once(network, folder, model, steps, args)
         rates["lockstep"].append(found["rate"])
-        wire.append(found["bytes"])
-        rates["ddp"].append(ddp_once(network, folder, model, seconds)["rate"])
+        most = max(now - then for now, then in zip(found["sent"], beginning, strict=True))
+        wire.append(most / (steps - FEW_STEPS) / args.local_steps)
+        other = ddp_once(network, folder, model, args.seconds)["rate"] if beside else math.nan
+        rates["ddp"].append(other)
     ratios = [ours / theirs for ours, theirs in zip(rates["lockstep"], rates["ddp"], strict=True)]
     return {
         "model": model,
@@ -194,7 +154,7 @@ def compare(
         "least": min(ratios),
         "most": max(ratios),
         "bytes": statistics.median(wire),
-        "gradient": gradient_bytes(model),
+        "ring": gradient_bytes(model) * 2 * (network.hosts - 1) / network.hosts,
     }
 
 
@@ -202,14 +162,17 @@ def table(rows: list[tuple[str, dict[str, Any]]]) -> str:
     """The results as a Markdown table."""
     lines = [
         "| link | model | Lockstep, TLS | DDP, gloo | ratio | range | bytes a step and host | "
-        "of the gradient |",
+        "of a ring's |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for rate, row in rows:
+        beside = "– | – | –"
+        if not math.isnan(row["ddp"]):
+            spread = f"{row['least']:.2f} to {row['most']:.2f}"
+            beside = f"{row['ddp']:,.0f} | {row['ratio']:.2f} | {spread}"
         lines.append(
-            f"| {rate} | {row['model']} | {row['lockstep']:,.0f} | {row['ddp']:,.0f} | "
-            f"{row['ratio']:.2f} | {row['least']:.2f} to {row['most']:.2f} | "
-            f"{row['bytes']:,.0f} | {row['bytes'] / row['gradient']:.3f} |"
+            f"| {rate} | {row['model']} | {row['lockstep']:,.0f} | {beside} | "
+            f"{row['bytes']:,.0f} | {row['bytes'] / row['ring']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -225,8 +188,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--local-steps", type=int, default=1)
+    parser.add_argument("--compression", default="none")
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--ownership", default="replicated")
     parser.add_argument("--write", type=Path)
-    for name in ("folder", "host", "peer", "enter", "token"):
+    for name in ("folder", "network", "token"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -240,14 +206,16 @@ def main() -> int:
         print(f"not measured: {why}", file=sys.stderr)
         return 1
     rows: list[tuple[str, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as name, Network(2) as network:
+    with (
+        tempfile.TemporaryDirectory(prefix="lockstep-bench-") as name,
+        Network(args.hosts) as network,
+    ):
         folder = Path(name)
-        make_identities(folder)
         for rate in args.rates.split(","):
             if rate != "none":
                 network.limit(rate)
             for model in args.models.split(","):
-                row = compare(network, folder, model, args.repeats, args.seconds, args.local_steps)
+                row = compare(network, folder, model, args)
                 rows.append((rate, row))
                 print(table([rows[-1]]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))

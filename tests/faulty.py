@@ -24,7 +24,7 @@ HOW = {
 
 IRRELEVANT = (
     "faults", "stall_seconds", "out", "workers", "max_workers", "checkpoint_steps",
-    "checkpoint_seconds", "keep_checkpoints", "loaders",
+    "checkpoint_seconds", "keep_checkpoints", "loaders", "ownership", "servers",
 )  # fmt: skip
 """Settings that no number depends on."""
 

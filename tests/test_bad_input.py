@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import lockstep
-from lockstep import errors, state
+from lockstep import building, errors
 from lockstep.checkpoint import list_checkpoints, open_checkpoint
 from lockstep.errors import LockstepError
 from lockstep.faults import Fault
@@ -182,7 +182,7 @@ def test_memory_is_counted_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("lockstep.memory.available_bytes", lambda: 1000)
     task = Blobs()
     with pytest.raises(errors.ResourceError, match="the run's shared memory"):
-        state.build(task, task.model(), shards=2, seats=2, clip=False)
+        building.build(task, task.model(), shards=2, seats=2, clip=False)
 
 
 # A loss that is not finite.

@@ -21,6 +21,7 @@ from lockstep.cluster.admission import Allowed, refusal
 from lockstep.cluster.agents import why
 from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, Spoke, decide, parse
 from lockstep.cluster.counter import ask
+from lockstep.cluster.description import on_ranks, place_in
 from lockstep.cluster.environment import Place, first_host, place_of
 from lockstep.cluster.launched import MASTER, Ranks, enter, shared_secret
 from lockstep.cluster.launcher import Cluster
@@ -33,6 +34,7 @@ from lockstep.errors import (
     RefusedError,
     to_message,
 )
+from lockstep.job import Job
 from lockstep.net.shared import SharedSecret, make_secret
 from lockstep.offer import Offer
 from tests.command import TASKS, lockstep
@@ -483,3 +485,61 @@ def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
         (code, out), (other, _) = ranks[0].wait(), ranks[1].wait()
     assert (code, other) == (0, 0), ranks[0].log + ranks[1].log
     assert json.loads(out)["fingerprint"] == alone
+
+
+def test_a_cluster_of_workers_and_parameter_servers(tmp_path: Path, alone: str) -> None:
+    """Described in the job file; each process is told which entry it is."""
+    shutil.copy(TASKS, tmp_path / "blobs.py")
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
+        worker, ps, other, spare = (f"127.0.0.1:{each.getsockname()[1]}" for each in free)
+    cluster = {"ps": [ps, spare], "worker": [worker, other]}
+    job = {"task": "blobs.py:Blobs", "batch_size": 16, "steps": 5, "shards": 3, "threads": 1,
+           "cluster": cluster}  # fmt: skip
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    with contextlib.ExitStack() as stack:
+        daemons = [
+            stack.enter_context(
+                Daemon(
+                    *("-w", "1", "--task", task, "job.yaml"),
+                    cwd=tmp_path,
+                    module="lockstep.cluster.launched",
+                    environment={"XDG_STATE_HOME": str(tmp_path)},
+                )
+            )
+            for task in ("worker:0", "ps:1", "worker:1", "ps:0")
+        ]
+        ended = [daemon.wait() for daemon in daemons]
+    assert [code for code, _ in ended] == [0] * 4, "".join(daemon.log for daemon in daemons)
+    assert json.loads(ended[0][1])["fingerprint"] == alone
+    manifest = json.loads((tmp_path / "runs" / "blobs-1" / "manifest.json").read_text())
+    assert manifest["plan"]["servers"] == ["rank-2", "rank-3"]
+    assert manifest["plan"]["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("cluster", "task", "match"),
+    [
+        ({"worker": ["a:1"]}, "ps:0", "no such process"),
+        ({"worker": ["a:1", "b:2"], "ps": ["b:2"]}, "ps:0", "the same"),
+        ({"worker": ["a"]}, "worker:0", "an entry of the cluster is none"),
+        ({"worker": [], "ps": ["a:1"]}, "ps:0", "not described"),
+        ({"worker": ["a:1"], "chief": ["b:1"]}, "worker:0", "not described"),
+    ],
+)
+def test_clusters_that_make_no_sense(cluster: dict[str, list[str]], task: str, match: str) -> None:
+    with pytest.raises(JobError, match=match):
+        place_in(cluster, task)
+
+
+def test_ranks_of_a_cluster() -> None:
+    cluster = {"ps": ["c:3"], "worker": ["a:1", "b:2"]}
+    places = [place_in(cluster, task) for task in ("worker:0", "worker:1", "ps:0")]
+    assert [place.rank for place in places] == [0, 1, 2]
+    assert {(place.host, place.port, place.size, place.job) for place in places} == {
+        ("a", 1, 3, places[0].job)
+    }
+    assert [place.own for place in places] == ["a", "b", "c"]
+    job = on_ranks(Job(task="mnist", cluster=cluster))
+    assert (job.ownership, list(job.servers), job.cluster) == ("servers", ["rank-2"], None)
+    assert on_ranks(Job(task="mnist", cluster={"worker": ["a:1"]})).ownership == "replicated"

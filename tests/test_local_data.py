@@ -25,7 +25,7 @@ from lockstep.sampling import Sampling
 from tests import reference
 from tests.faulty import events, yard
 from tests.many import HELD, KEPT, Agents, Kept
-from tests.test_many_hosts import Site, ended_well, site
+from tests.sites import Site, ended_well, site
 from tests.test_same_bits import assert_equals_reference
 
 __all__ = ["site", "yard"]  # fixtures

@@ -22,6 +22,7 @@ from torch import nn
 from lockstep import layout as layouts
 from lockstep import memory, seeds
 from lockstep.base import Base, BasePart, steps_between
+from lockstep.building import contiguous_stride, dense_stride
 from lockstep.channel import INLINE, Channel, Closed
 from lockstep.checkpoint import (
     MANIFEST,
@@ -57,7 +58,6 @@ from lockstep.ledger import Ledger, StepRecord, read_ledger
 from lockstep.memory import Segment
 from lockstep.probing import Kind, may_cut
 from lockstep.sampling import Sampling, home_shards
-from lockstep.state import contiguous_stride, dense_stride
 from tests import reference
 
 # Sampling.

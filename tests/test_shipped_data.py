@@ -24,8 +24,8 @@ from lockstep.sampletree import DTYPES, pack_sample, unpack_sample
 from tests.faulty import assert_same, events, yard
 from tests.many import Agents, Listed
 from tests.paced import PACE
+from tests.sites import PACED, TASK, WAIT, Live, Site, ended_well, site
 from tests.tasks import Blobs
-from tests.test_many_hosts import PACED, TASK, WAIT, Live, Site, ended_well, site
 from tests.zoo import SAMPLES
 
 __all__ = ["site", "yard"]  # fixtures

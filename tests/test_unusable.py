@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
-from lockstep import state
+from lockstep import building, state
 from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.gradients import combine_buffers
 from lockstep.job import Parameters
@@ -191,7 +191,7 @@ class With(Vectors):
 
 
 def build(task: With) -> state.SharedState:
-    return state.build(task, task.model(), shards=2, seats=1, clip=False)
+    return building.build(task, task.model(), shards=2, seats=1, clip=False)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from lockstep import membership
 from lockstep.archive import unpack
 from lockstep.cargo import fetch
-from lockstep.crew import Crew, Orders
+from lockstep.crew import Crew
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -36,6 +37,7 @@ from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.offer import Offer
+from lockstep.orders import Orders
 from lockstep.planning import Plan
 from lockstep.sink import NullSink
 from lockstep.source import Source
@@ -150,8 +152,8 @@ class Agent:
         self._silent_seconds = silent_seconds
         self.crew: Following | None = None
         self._ready = self._ended = False
-        self._asked: Mapping[str, Any] | None = None
-        """A round of held-out batches that is still to be done."""
+        self._asked: deque[Mapping[str, Any]] = deque()
+        """What is to be done when all rest: held-out batches, or the state to be given."""
 
     def run(self, workers: int) -> None:
         """Load the task, say that this host is there, and serve."""
@@ -197,11 +199,21 @@ class Agent:
                 generation=self.station.generation,
                 standing=standing.to_message(),
             )
-        if self._asked is not None and crew.rests_at(self._asked["step"]):
-            self._evaluate(crew, self._asked)
-            self._asked = None
+        self._do_asked(crew)
         crew.grant()
         crew.watch()
+
+    def _do_asked(self, crew: Following) -> None:
+        """Do what was asked for, if everybody rests where it was to be done. What the master has
+        not waited for is done with."""
+        while self._asked and self._asked[0]["step"] < crew.step:
+            self._asked.popleft()
+        while self._asked and crew.rests_at(self._asked[0]["step"]):
+            asked = self._asked.popleft()
+            if asked["op"] == "evaluate":
+                self._evaluate(crew, asked)
+            else:
+                crew.give(self.master)
 
     def _evaluate(self, crew: Following, asked: Mapping[str, Any]) -> None:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
@@ -236,6 +248,7 @@ class Agent:
                 self._set_up(Plan.from_message(message["plan"]))
             case "hold":
                 assert self.crew is not None
+                self._asked = deque(item for item in self._asked if item["op"] != "give")
                 self.crew.hold(message["generation"])
             case "arrange":
                 assert self.crew is not None
@@ -248,8 +261,8 @@ class Agent:
             case "refused":
                 error = from_message(message["error"])
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
-            case "evaluate":
-                self._asked = message
+            case "evaluate" | "give":
+                self._asked.append(message)
             case "end":
                 self._ended = True
 

@@ -13,7 +13,7 @@ from lockstep import numerics
 from lockstep.checkpoint import list_checkpoints
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
-from lockstep.errors import DataLostError, LockstepError, StoppedError
+from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
 from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
@@ -113,7 +113,7 @@ def resume(
             if hosts is None:
                 host.set_up(plan)
             else:
-                check_same(plan.holdings, hosts.samples)
+                check_same(plan.holdings, hosts.roster.samples)
                 plan = plan.with_workers(workers or min(hosts.capacity, plan.shards))
                 hosts.set_up(plan, host)
             start = find_restart(folder, host)
@@ -193,6 +193,14 @@ def _to_job(
     """The job as far as it is known before the task is loaded, and its explicit settings."""
     job = task if isinstance(task, Job) else Job(task=task, args=dict(args or {}))
     job = job.replace(**settings)
+    if job.cluster is not None:
+        raise JobError(
+            "the job describes a cluster, whose processes are started one by one",
+            expected="a job without `cluster`",
+            found=f"cluster = {dict(job.cluster)}",
+            fix="on each host: python -m lockstep.cluster.launched --task worker:0 JOB; or leave "
+            "`cluster` out",
+        )
     default = Job(task="")
     explicit = {
         name: getattr(job, name)

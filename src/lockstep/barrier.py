@@ -63,14 +63,16 @@ class Barrier:
                     continue
                 futex.wait(control.progress_address(other), seen, NAP)
 
-    def await_exchange(self, step: int) -> None:
-        """Return when the other hosts' part of a step is there.
+    def await_exchange(self, word: int) -> None:
+        """Return when the exchange between hosts has come so far. This worker has done its part.
 
         Raises:
             Regroup: the master has changed the membership.
         """
         control = self.control
-        while (seen := control.exchanged) <= step:
+        control.ask(self.seat, word)
+        control.ring()
+        while (seen := control.exchanged) < word:
             if control.epoch != self.epoch:
                 raise Regroup
             futex.wait(control.exchange_address, seen, NAP)

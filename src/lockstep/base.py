@@ -62,6 +62,11 @@ class Base:
         self.control.base_step = step
         return self._base
 
+    @property
+    def view(self) -> memoryview:
+        """The base: the state after `control.base_step` committed steps."""
+        return self._base
+
     def put_back(self) -> None:
         """Make the state what the base holds: that after `control.base_step` steps."""
         self._state[:] = self._base

@@ -41,6 +41,16 @@ Epochs = Annotated[float | None, typer.Option(help="Passes over the training dat
 Steps = Annotated[int | None, typer.Option(help="Optimizer updates, instead of --data-epochs.")]
 Batch = Annotated[int | None, typer.Option(help="Samples per step, over all workers.")]
 LocalSteps = Annotated[int | None, typer.Option(help="Updates between two exchanges.")]
+Compression = Annotated[
+    str | None, typer.Option(help="Of gradients between hosts: none, bf16, int8 or topk.")
+]
+Groups = Annotated[int | None, typer.Option(help="With --compression: how many groups of shards.")]
+Ownership = Annotated[
+    str | None, typer.Option(help="Between hosts: replicated, sharded or servers.")
+]
+Servers = Annotated[
+    list[str] | None, typer.Option("--server", help="A host that is a server; give it again.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
 EvalBatch = Annotated[int | None, typer.Option(help="Samples per held-out batch.")]
 MaxWorkers = Annotated[int | None, typer.Option(help="How far `scale` may go.")]
@@ -78,6 +88,10 @@ def run(
     steps: Steps = None,
     batch_size: Batch = None,
     local_steps: LocalSteps = None,
+    compression: Compression = None,
+    groups: Groups = None,
+    ownership: Ownership = None,
+    servers: Servers = None,
     seed: Seed = None,
     eval_batch_size: EvalBatch = None,
     max_workers: MaxWorkers = None,
@@ -152,6 +166,10 @@ def plan(
     steps: Steps = None,
     batch_size: Batch = None,
     local_steps: LocalSteps = None,
+    compression: Compression = None,
+    groups: Groups = None,
+    ownership: Ownership = None,
+    servers: Servers = None,
     seed: Seed = None,
     eval_batch_size: EvalBatch = None,
     max_workers: MaxWorkers = None,

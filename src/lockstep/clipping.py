@@ -14,35 +14,32 @@ import torch
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from lockstep.control import RING, Phase, progress_of
-from lockstep.owner import Owner
 from lockstep.presence import Presence
 from lockstep.state import SharedState
 
 
 class NormLimit:
-    """One worker's part in limiting the norm. `meet` is the barrier of the step."""
+    """One worker's part in limiting the norm."""
 
-    def __init__(self, shared: SharedState, most: float, meet: Callable[[int], None]) -> None:
-        assert shared.reduced is not None
-        self.shared, self.most, self.meet = shared, most, meet
-        self.reduced = shared.reduced
+    def __init__(self, shared: SharedState, most: float) -> None:
+        assert shared.total is not None
+        self.shared, self.most, self.reduced = shared, most, shared.total.grads
         self._orders: dict[tuple[int, ...], tuple[list[int], torch.dtype]] = {}
 
     def scale(
-        self, step: int, presence: Presence, owner: Owner, mine: Sequence[int]
+        self, step: int, presence: Presence, mine: Sequence[int], meet: Callable[[int], None]
     ) -> torch.Tensor:
         """The factor that the summed gradient is to be multiplied by, at most 1.
 
-        `mine` are the parameters whose norms this worker takes.
+        `mine` are the parameters whose norms this worker takes; `meet` returns when all norms have
+        been taken.
         """
         control = self.shared.control
-        owner.reduce(presence)
-        self.meet(progress_of(step, Phase.REDUCED))
         for index in mine:
             if any(presence.of(index)):
                 norm = torch.linalg.vector_norm(self.reduced[index], 2.0)
                 control.norms[index] = norm.item()
-        self.meet(progress_of(step, Phase.NORMED))
+        meet(progress_of(step, Phase.NORMED))
         there = [i for i in range(len(self.shared.params)) if any(presence.of(i))]
         order, dtype = self._order(tuple(there))
         parts = torch.from_numpy(control.norms[order]).to(dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,20 @@ class Phase(enum.IntEnum):
     UPDATED = 7
 
 
+class Stage(enum.IntEnum):
+    """What the exchanger has reached within a step; its word is `step * 8 + stage`."""
+
+    STARTED = 0
+    SENDING = 1
+    """This host's gradients are whole, and on their way: nobody may sum them once more."""
+    GATHERED = 2
+    """What other hosts have computed is there."""
+    NORMED = 3
+    RETURNING = 4
+    """What this host has made of its share is whole, and on its way. When what the others have made
+    of theirs is there, the next step is started."""
+
+
 class Stat(enum.IntEnum):
     """Columns of a worker's row of accumulated seconds."""
 
@@ -57,6 +72,11 @@ class Stat(enum.IntEnum):
 def progress_of(step: int, phase: Phase) -> int:
     """The progress word for `phase` of `step`."""
     return step * PHASES_PER_STEP + phase
+
+
+def exchange_of(step: int, stage: Stage) -> int:
+    """The exchanger's word for `stage` of `step`."""
+    return step * PHASES_PER_STEP + stage
 
 
 def describe_progress(word: int) -> tuple[int, str]:
@@ -109,6 +129,9 @@ class Control:
 
     def __init__(self, segment: Segment, shape: ControlShape) -> None:
         self.segment, self.shape = segment, shape
+        self.seating = threading.Lock()
+        """Held by the threads of an agent while they say who its workers are, or look at what all
+        of them have done."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         offset = 0
         for name, (kind, size) in shape.fields().items():
@@ -163,16 +186,15 @@ class Control:
     def base_step(self, step: int) -> None:
         self._words[2 * LINE // 4] = step
 
-    # The first step whose exchange between hosts is not complete: of all steps before, this host
-    # has what the others have computed. Written by the exchanger, and by the agent at rest.
+    # How far the exchange between hosts is. Written by the exchanger.
 
     @property
     def exchanged(self) -> int:
         return self._words[3 * LINE // 4]
 
-    @exchanged.setter
-    def exchanged(self, step: int) -> None:
-        self._words[3 * LINE // 4] = step
+    def set_exchanged(self, step: int, stage: Stage) -> None:
+        """Publish how far the exchange is, and wake the workers that wait for it."""
+        self._words[3 * LINE // 4] = exchange_of(step, stage)
         futex.wake(self.exchange_address)
 
     @property
@@ -246,15 +268,28 @@ class Control:
         by the master, with -1, when everybody rests."""
         self._words[(HEADER + seat) * LINE // 4 + 3] = step
 
+    def asked(self, seat: int) -> int:
+        """The exchanger's word that the worker in `seat` waits for, or has waited for last: its own
+        part in what leads there is done."""
+        return self._words[(HEADER + seat) * LINE // 4 + 4]
+
+    def ask(self, seat: int, word: int) -> None:
+        """Say that this worker waits for the exchange. Called by it, and by the master, with 0,
+        before it begins."""
+        self._words[(HEADER + seat) * LINE // 4 + 4] = word
+
     def set_digest(self, step: int, index: int, digest: bytes) -> None:
         """Record the digest of the step's unit of this index."""
-        start = ((step % RING) * PER_STEP + index) * DIGEST_BYTES
-        self._digest_bytes[start : start + DIGEST_BYTES] = digest
+        self.digest_place(step, index)[:] = digest
 
     def digest(self, step: int, index: int) -> str:
         """The digest of the step's unit of this index, in hex."""
+        return self.digest_place(step, index).hex()
+
+    def digest_place(self, step: int, index: int) -> memoryview:
+        """Where the digest of the step's unit of this index lies."""
         start = ((step % RING) * PER_STEP + index) * DIGEST_BYTES
-        return self._digest_bytes[start : start + DIGEST_BYTES].hex()
+        return self._digest_bytes[start : start + DIGEST_BYTES]
 
     def close(self) -> None:
         """Let go of the views, then of the segment."""

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 AHEAD_STEPS = (4, RING - 16)
 """The least and the most steps that the lease runs ahead of what has been recorded."""
 
+PARTS_SECONDS = 10.0
+"""Between two times at which hosts give the master what each alone has of the state: the loss of a
+host costs the steps since."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -85,7 +89,7 @@ class Coordinator(Crew):
         self.schedule, self.hosts = schedule, hosts
         self._requests = requests
         self._stop = schedule.next_stop(step)
-        self._checkpointed = time.monotonic()
+        self._checkpointed = self._based = time.monotonic()
         self._checkpoint_asked = self._stop_asked = self._paused = False
 
     def run(self) -> None:
@@ -99,6 +103,8 @@ class Coordinator(Crew):
         self._begin()
         while True:
             self._run_to_stop()
+            if not self._has_all_parts():
+                continue  # a host is lost: the steps since the last base are made once more
             self._at_rest()
             if self._stop_asked:
                 self._end()
@@ -106,6 +112,8 @@ class Coordinator(Crew):
             if self.step >= self.plan.steps or self._time_is_up():
                 break
             self._stop = self.schedule.next_stop(self.step)
+            if self.hosts is not None:
+                self.hosts.let_in()
             self.grant()
         self._end()
 
@@ -150,7 +158,19 @@ class Coordinator(Crew):
 
     def _rest_wanted(self) -> bool:
         """Whether the workers shall come to rest before the next stop."""
-        return self._checkpoint_due() or self._time_is_up() or self._stop_asked or self._paused
+        if self._checkpoint_due() or self._time_is_up() or self._stop_asked or self._paused:
+            return True
+        return (
+            self.hosts is not None
+            and not self.roles.ownership.whole
+            and self._parts_due(self.hosts)
+        )
+
+    def _parts_due(self, hosts: Hosts) -> bool:
+        """Whether the base is to be brought up to date with what each host alone has: from time to
+        time, and before other hosts are let in, which begin with it."""
+        late = self.roles.parted and time.monotonic() - self._based > PARTS_SECONDS
+        return (late or bool(hosts.waiting)) and not self.sink.busy()
 
     def _at_stop(self) -> bool:
         return (
@@ -186,6 +206,18 @@ class Coordinator(Crew):
 
     # At rest: the state is committed and nobody writes to it.
 
+    def _has_all_parts(self) -> bool:
+        """Bring the base up to date, where no host has the whole state; False: a host is lost."""
+        if self.hosts is None or self.roles.ownership.whole:
+            return True
+        self.clock.rest()
+        self.sink.settle()
+        if self.roles.parted and not self.hosts.gather_parts():
+            return False
+        self.host.base.take(self.step)
+        self._based = time.monotonic()
+        return True
+
     def _at_rest(self) -> None:
         self.clock.rest()
         if self.schedule.evaluates_at(self.step):
@@ -196,7 +228,7 @@ class Coordinator(Crew):
             self._pause()
 
     def _checkpoint(self) -> None:
-        self.sink.checkpoint(self.step, self.snapshot())
+        self.sink.checkpoint(*self.snapshot())
         self._checkpointed = time.monotonic()
         self._checkpoint_asked = False
 

@@ -10,62 +10,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lockstep import membership
 from lockstep.base import steps_between
 from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
-from lockstep.control import RING, Phase, progress_of
+from lockstep.control import RING, Phase, Stage, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
 from lockstep.evaluation import Evaluation
-from lockstep.exchange import Arrangement
 from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
 from lockstep.history import History
-from lockstep.holdings import shard_ranges
 from lockstep.host import Event, Host
 from lockstep.membership import Members
+from lockstep.orders import Orders
+from lockstep.ownership import ownership_of
 from lockstep.planning import Plan
 from lockstep.recovery import Resumption, resume, step_in_flight
+from lockstep.roles import Roles
 from lockstep.sink import Sink
 from lockstep.station import Station
 
 TICK = 0.05
 """Seconds between two looks at the ring."""
 DISMISS_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """How a host goes on after a regrouping."""
-
-    step: int
-    workers: Mapping[str, int]
-    """By host, in the order in which they share out the shards."""
-    addresses: Mapping[str, tuple[str, int]]
-    actions: Mapping[str, Action]
-    source: str
-    """Whom the state is copied from."""
-
-    def to_message(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_message(message: Mapping[str, Any]) -> Orders:
-        addresses = {
-            name: (str(host), int(port)) for name, (host, port) in message["addresses"].items()
-        }
-        names = ("step", "workers", "actions", "source")
-        return Orders(addresses=addresses, **{name: message[name] for name in names})
-
-    @property
-    def copying(self) -> list[str]:
-        """The hosts that get the state from the source."""
-        return [name for name, action in self.actions.items() if action == "copy"]
 
 
 class Crew:
@@ -92,33 +61,21 @@ class Crew:
         self.history = History(host, plan, sink, self.clock, step or 0)
         self.failures = Failures(host, self.history, sink)
         self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
-        self.arrangement: Arrangement | None = None
+        ownership = ownership_of(plan.ownership, plan.servers, plan.compression)
+        self.roles = Roles.alone(host.name, plan, ownership)
         self._has_state, self._stood = step is not None, False
         self.evaluation = Evaluation(self)
         self._idle: dict[int, int] = {}
         self._marked = step or 0
         """The last step at whose end the base is, or will be, brought up to date."""
         self._set_words(step or 0)
-        host.base.take(step or 0)
+        if step is not None:
+            host.base.take(step)
 
     @property
     def step(self) -> int:
         """How many steps are committed and recorded."""
         return self.history.step
-
-    @property
-    def mine(self) -> range:
-        """The shards that this host computes."""
-        if self.arrangement is None or self.station is None:
-            return range(self.plan.shards)
-        return self.arrangement.part(self.station.name).shards
-
-    @property
-    def trees(self) -> tuple[range, ...]:
-        """The subtrees of all hosts; none where this host is alone."""
-        if self.arrangement is None or len(self.arrangement.parts) == 1:
-            return ()
-        return self.arrangement.subtrees
 
     # Membership: what happened goes to the pure machine, what it commands is carried out.
 
@@ -153,11 +110,11 @@ class Crew:
             self.control.shard_done.tolist(),
             self.control.base_step,
             len(seats),
-            self.mine,
+            self.roles.shards,
         )
         if resumption.back is None:
             self.history.mend(resumption.step)
-        elif self.trees:  # going back alone is no use: others have gone on, or are needed for it
+        elif self.roles.several:  # alone no use: others have gone on, or are needed for it
             self.decide(membership.Defer())
             self._torn(f"its state is torn: {reason}")
             return
@@ -168,13 +125,15 @@ class Crew:
     def _send_on(
         self, seats: tuple[int, ...], all_seats: set[int], resumption: Resumption, reason: str
     ) -> None:
-        control = self.control
-        for seat in all_seats:
-            control.set_updating(seat, -1)
-        for seat in seats:
-            control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
-            control.forget_shard(seat)
-        self.history.seats = seats
+        control, roles = self.control, self.roles
+        with control.seating:
+            for seat in all_seats:
+                control.set_updating(seat, -1)
+                control.ask(seat, 0)
+            for seat in seats:
+                control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
+                control.forget_shard(seat)
+            self.history.seats = seats
         self._idle.clear()
         self.clock.rest()
         self.grant()
@@ -189,9 +148,15 @@ class Crew:
                     "seats": seats,
                     "step": resumption.step,
                     "todo": resumption.todo[rank],
-                    "mine": [self.mine.start, self.mine.stop],
-                    "trees": [[tree.start, tree.stop] for tree in self.trees],
-                    "refresh": resumption.back is None and not self.sink.busy(),
+                    "mine": [roles.shards.start, roles.shards.stop],
+                    "trees": [[tree.start, tree.stop] for tree in roles.trees],
+                    "several": roles.several,
+                    "returns": roles.duties.returns,
+                    "sums": [dataclasses.asdict(run) for run in roles.sums],
+                    "theirs": roles.theirs,
+                    "refresh": resumption.back is None
+                    and not roles.parted
+                    and not self.sink.busy(),
                     "loaders": self.failures.loaders_live,
                 },
             )
@@ -229,10 +194,11 @@ class Crew:
         words = [self.control.progress(seat) for seat in self.history.seats]
         step = step_in_flight(words) if words else self.history.step
         torn = step in [self.control.updating(seat) for seat in self.history.seats]
-        if self._has_state and not torn:
-            return Standing(whole=step, base=None, address=self._address)
-        base = self.control.base_step if torn else None
-        return Standing(whole=None, base=base, address=self._address)
+        return Standing(
+            whole=step if self._has_state and not torn else None,
+            base=self.control.base_step if torn or not self.roles.ownership.whole else None,
+            address=self._address,
+        )
 
     def arrange(self, orders: Orders) -> None:
         """Go on as ordered. If that cannot be, the station has a trouble, and everybody rests on.
@@ -242,32 +208,68 @@ class Crew:
         """
         station, name = self.station, self.station.name if self.station else ""
         assert station is not None
-        owned = shard_ranges(self.plan.holdings)
-        arrangement = Arrangement.of(self.plan.shards, orders.workers, owned)
+        self.roles = self.roles.among(orders.workers, self.host.slot_map)
+        self.history.elsewhere = self.roles.owned
         peer = ""
         try:
-            if len(arrangement.parts) > 1:
+            if self.roles.several:
                 station.connect(orders.addresses)
             if orders.actions[name] == "back":
                 self._put_back()
             if orders.actions[name] == "copy":
                 peer = orders.source
                 self._has_state = False
-                station.receive_state(self.host, orders.step, peer)
-            elif orders.source == name and orders.copying:
-                station.send_state(self.host, orders.step, orders.copying)
+                part = self.roles.needed_by(name, self.host.known_layout)
+                station.receive_state(self.host, orders.step, peer, part)
+            elif orders.source == name:
+                self._send_state(orders)
         except NetworkError as error:
             station.trouble(station.generation, peer or _named(error, orders.workers), error)
             return
-        self.arrangement = arrangement
         self._settle(orders.step, orders.actions[name])
-        threads = self.plan.workers * self.plan.threads
-        station.start(self.host, arrangement, orders.step, lambda: self.history.seats, threads)
+        station.start(self.host, self.roles, orders.step, lambda: self.history.seats)
         self.decide(membership.Release())
+
+    def _send_state(self, orders: Orders) -> None:
+        """Give the state to the hosts that copy it, or what each needs of it."""
+        station, copying = self.station, orders.copying
+        assert station is not None
+        if self.roles.ownership.whole and copying:
+            station.send_state(self.host, orders.step, copying)
+        elif not self.roles.ownership.whole:
+            for peer in copying:
+                part = self.roles.needed_by(peer, self.host.known_layout)
+                station.send_state(self.host, orders.step, [peer], part)
+
+    def give(self, master: str) -> None:
+        """Give the master this host's part of the state. Called when everybody rests."""
+        assert self.station is not None
+        try:
+            part = self.roles.part_of(self.host.name, self.host.known_layout)
+            self.station.send_state(self.host, self.step, [master], part)
+        except NetworkError as error:
+            self.station.trouble(self.station.generation, master, error)
+
+    def take_parts(self, wanted: Callable[[], bool]) -> bool:
+        """Get every other host's part, as long as that is wanted; whether all have come. If not,
+        the station has a trouble. Called when everybody rests, with all of them asked to give.
+
+        Raises:
+            IntegrityError: what has come is not what was sent.
+        """
+        assert self.station is not None
+        for name in self.roles.others:
+            part = self.roles.part_of(name, self.host.known_layout)
+            try:
+                self.station.receive_state(self.host, self.step, name, part, wanted)
+            except NetworkError as error:
+                self.station.trouble(self.station.generation, name, error)
+                return False
+        return True
 
     def _settle(self, step: int, action: Action) -> None:
         """The state is that after `step` steps: let everything else say so, too."""
-        control, mine = self.control, self.mine
+        control, mine = self.control, self.roles.shards
         if action == "keep":
             for shard in range(self.plan.shards):
                 if shard not in mine:  # its slot gets what another host has computed
@@ -283,9 +285,11 @@ class Crew:
 
     def _set_words(self, step: int) -> None:
         """Let nobody be in the middle of anything: everybody is at the start of a step."""
+        self.control.set_exchanged(step, Stage.STARTED)
         for seat in range(self.plan.seats):
             self.control.set_progress(seat, progress_of(step, Phase.STARTED))
             self.control.set_updating(seat, -1)
+            self.control.ask(seat, 0)
 
     # The lease: workers may run every step below it.
 
@@ -315,7 +319,7 @@ class Crew:
         checkpoint is being written from it."""
         every = steps_between(self.host.base.nbytes, self.plan.workers, steps_per_second)
         for step in range(first, last):
-            due = step - self._marked >= every and not self.sink.busy()
+            due = step - self._marked >= every and not self.roles.parted and not self.sink.busy()
             self.control.base_due[step % RING] = due
             if due:
                 self._marked = step
@@ -384,10 +388,13 @@ class Crew:
         pid = self.host.seats[number].pid
         self.sink.event("joined", host=self.host.name, worker=number, pid=pid, probe=probe)
 
-    def snapshot(self) -> memoryview:
-        """The base, brought up to date. Called when every worker rests."""
+    def snapshot(self) -> tuple[int, memoryview]:
+        """The base, brought up to date, and after how many steps it is. Called when every worker
+        rests. Where no host has the whole state the base stays as it is."""
+        if self.roles.parted:
+            return self.control.base_step, self.host.base.view
         self.sink.settle()
-        return self.host.base.take(self.step)
+        return self.step, self.host.base.take(self.step)
 
     def await_rest(self) -> None:
         """Wait until the members in force all rest at the stop."""

@@ -9,6 +9,7 @@ places adds the same numbers in the same order as one host would: who computes w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,26 +56,35 @@ class Arrangement:
 
     @staticmethod
     def of(
-        shards: int, workers: Mapping[str, int], owned: Mapping[str, range] | None = None
+        shards: int,
+        workers: Mapping[str, int],
+        group: int = 0,
+        owned: Mapping[str, range] | None = None,
     ) -> Arrangement:
         """Divide the shards among hosts, in this order, by their numbers of workers.
 
-        `owned`: by host, the shards that nobody else can compute, if they have been divided so.
+        `group`: hosts get whole groups of so many shards, which are summed by themselves; 0: there
+        are none. `owned`: by host, the shards that nobody else can compute, if they have been
+        divided so.
         """
         total, before = sum(workers.values()), 0
         parts = []
+        unit = group or 1
         for name, count in workers.items():
-            first = home_shards(shards, total, before).start
+            first = unit * home_shards(shards // unit, total, before).start
             before += count
-            last = home_shards(shards, total, before - 1).stop if count else first
+            last = unit * home_shards(shards // unit, total, before - 1).stop if count else first
             if owned:
                 first, last = owned[name].start, owned[name].stop
+            trees = subtrees(shards, first, last)
+            if group:
+                trees = [range(start, start + group) for start in range(first, last, group)]
             parts.append(
                 HostPart(
                     name=name,
                     workers=count,
                     shards=range(first, last),
-                    subtrees=tuple(subtrees(shards, first, last)),
+                    subtrees=tuple(trees),
                 )
             )
         return Arrangement(shards=shards, parts=tuple(parts))
@@ -136,17 +146,27 @@ class SlotMap:
     """What of a slot is exchanged. Offsets are within the slot, in bytes."""
 
     nbytes: int
-    slots: int
-    """How many shards there are; the slots of subtrees' sums follow theirs."""
-    buckets: tuple[Bucket, ...]
-    """The gradients, without those of large tables."""
+    grads: Mapping[int, Range]
+    """Where each gradient lies, by parameter, without those of large tables."""
     tables: tuple[TableMap, ...]
     buffers: Range
     """What the shard's forward pass has left in the model's buffers."""
+    packed: Range
+    """Room for gradients made small; used of slots from `restored` on."""
+    total: int
+    """The slot of the sum of all shards: behind theirs, and those of subtrees."""
+    restored: int
+    """The first of the slots of groups, where gradients are made small."""
+
+    @functools.cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The gradients, as they are sent."""
+        return fill_buckets(self.grads)
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {**fields, "grads": list(fields["grads"].items())}  # JSON's keys are texts
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> SlotMap:
@@ -160,13 +180,12 @@ class SlotMap:
         )
         return SlotMap(
             nbytes=message["nbytes"],
-            slots=message["slots"],
-            buckets=tuple(
-                Bucket(params=tuple(bucket["params"]), place=Range(**bucket["place"]))
-                for bucket in message["buckets"]
-            ),
+            grads={param: Range(**place) for param, place in message["grads"]},
             tables=tables,
             buffers=Range(**message["buffers"]),
+            packed=Range(**message["packed"]),
+            total=message["total"],
+            restored=message["restored"],
         )
 
 

@@ -7,46 +7,24 @@ straight from the slots, receives theirs straight into the slots, and lets the w
 
 from __future__ import annotations
 
-import enum
 import itertools
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+from blake3 import blake3
 
 from lockstep import futex
-from lockstep.control import RING, Control, Phase, progress_of
+from lockstep.control import DIGEST_BYTES, Phase, Stage, exchange_of, progress_of
 from lockstep.errors import NetworkError, PeerTimeoutError
-from lockstep.exchange import AGAIN, Arrangement, HostPart, SlotMap, TableMap, cut, leaf_slots
-from lockstep.layout import Range
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport
+from lockstep.parcels import Gradient, Item, Parcels
 
 LOOK_SECONDS = 0.1
 """Between two looks at whether the exchange is called off."""
 NAP = 0.02
-
-
-class Field(enum.IntEnum):
-    """What a tensor between hosts is; the first part of its key's tag."""
-
-    LOSSES = 0
-    FLAGS = 1
-    BUFFERS = 2
-    COUNTS = 3
-    BUCKET = 4
-    NUMBERS = 5
-    ROWS = 6
-    AGAIN = 7
-
-
-Item = tuple[int, memoryview]
-"""A tag, and the memory that it is about."""
-
-
-def tag_of(field: Field, shard: int = 0, run: int = 0) -> int:
-    """The tag of a field of a shard's slot."""
-    return field << 28 | shard << 12 | run
 
 
 class Early:
@@ -82,30 +60,30 @@ class Exchanger:
 
     def __init__(
         self,
-        control: Control,
-        slots: memoryview,
-        places: SlotMap,
+        parcels: Parcels,
         transport: Transport,
-        arrangement: Arrangement,
         seats: Callable[[], Sequence[int]],
         failed: Callable[[NetworkError], None],
         *,
+        clip: bool,
         spare: bool,
     ) -> None:
-        """`seats` are the host's workers at any time; `spare`: it has cores besides theirs."""
-        self.control, self.places, self.transport = control, places, transport
-        self._slots, self._seats, self._failed = slots, seats, failed
-        self.mine = arrangement.part(transport.node)
-        self.others = arrangement.others(transport.node)
-        self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
-        nbytes = sum(view.nbytes for other in self.others for _, view in self._known(0, other))
-        self._early = Early(nbytes, spare=spare)
+        """`seats` are the host's workers at any time; `clip`: the norm of the gradients is limited;
+        `spare`: the host has cores besides its workers'."""
+        self.parcels, self.transport, self.control = parcels, transport, parcels.control
+        self._seats, self._failed, self._clip = seats, failed, clip
+        self.mine = parcels.mine.name
+        self._early = Early(sum(self._sizes()), spare=spare)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def _sizes(self) -> Iterator[int]:
+        for other in self.parcels.others:
+            for _, view in self.parcels.known(0, other, self.mine):
+                yield view.nbytes
+
     def start(self, step: int) -> None:
         """Exchange from this step on. Called when all workers rest."""
-        self.control.exchanged = step
         self._thread = threading.Thread(
             target=self._run, args=(step,), name="lockstep exchanger", daemon=True
         )
@@ -130,141 +108,133 @@ class Exchanger:
             self._failed(error)
 
     def _exchange(self, step: int) -> None:
-        self._await_workers(progress_of(step - 1, Phase.UPDATED))  # they have read the last one's
+        control, returns = self.control, self.parcels.duties.returns
+        read = progress_of(step - 1, Phase.UPDATED)
+        self._await(lambda seat: control.progress(seat) >= read)  # what came in the last step
+        self._gather(step)
+        if returns == "parameters" and self._clip:
+            self._await_asked(exchange_of(step, Stage.NORMED))
+            self._swap(step, self.parcels.norms)
+            control.set_exchanged(step, Stage.NORMED)
+        if returns != "nothing":
+            self._await_asked(exchange_of(step + 1, Stage.STARTED), (step, Stage.RETURNING))
+            if returns == "parameters":
+                self._digest(step)
+            self._swap(step, partial(self.parcels.returned, step))
+        control.set_exchanged(step + 1, Stage.STARTED)
+
+    def _gather(self, step: int) -> None:
+        """Give every owner its part of this host's gradients, and get this one's from everybody."""
+        parcels = self.parcels
         coming = [
             slip
-            for other in self.others
-            for slip in self._expect(step, self._known(step, other), other)
+            for other in parcels.others
+            for slip in self._expect(step, parcels.known(step, other, self.mine), other.name)
         ]
         early = self._early.at(step)
         going = self._send_gradients(step, early=early)
-        going += self._send(step, self._beside(step, self.mine))
-        going += self._send(step, self._told(self.mine))
+        for other in parcels.others:
+            going += self._send(step, parcels.beside(step, parcels.mine), other.name)
+            going += self._send(step, parcels.told(parcels.mine, other.name), other.name)
         begun = time.monotonic()
         self._await_all(coming)
         if not early:
             self._early.took(time.monotonic() - begun)
         more = [
-            slip for other in self.others for slip in self._expect(step, self._told(other), other)
+            slip
+            for other in parcels.others
+            for slip in self._expect(step, parcels.told(other, self.mine), other.name)
         ]
         self._await_all([*more, *going])
-        self.control.exchanged = step + 1
+        self.control.set_exchanged(step, Stage.GATHERED)
 
-    # What is sent, and where it belongs: the same on both sides.
+    def _swap(self, step: int, items: Callable[[str], Iterable[Item]]) -> None:
+        """Give everybody this host's items, and get everybody's own."""
+        others = [other.name for other in self.parcels.others]
+        coming = [slip for other in others for slip in self._expect(step, items(other), other)]
+        going = [slip for other in others for slip in self._send(step, items(self.mine), other)]
+        self._await_all([*coming, *going])
 
-    def _known(self, step: int, host: HostPart) -> Iterator[Item]:
-        """What every step has of a host's shards; its size is known beforehand."""
-        for tree in host.subtrees:
-            for number, bucket in enumerate(self.places.buckets):
-                yield from self._pieces(Field.BUCKET, tree, number, bucket.place)
-        yield from self._beside(step, host)
-
-    def _beside(self, step: int, host: HostPart) -> Iterator[Item]:
-        """What goes beside the gradients; the flags and counts say what else is to come."""
-        control, shards = self.control, host.shards
-        run = slice(shards.start, shards.stop)
-        yield tag_of(Field.LOSSES), control.losses[step % RING, run].data.cast("B")
-        yield tag_of(Field.FLAGS), control.has_grad[run].reshape(-1).data
-        if self.places.buffers.nbytes:
-            for shard in shards:
-                yield tag_of(Field.BUFFERS, shard), self._view(shard, self.places.buffers)
-        for tree in host.subtrees:
-            for number, table in enumerate(self.places.tables):
-                count = Range(offset=table.numbers.offset, nbytes=8)
-                yield tag_of(Field.COUNTS, tree.start, number), self._leaf(tree, count)
-
-    def _told(self, host: HostPart) -> Iterator[Item]:
-        """What the flags and counts of a host tell of: gradients that have changed after they were
-        sent, and the rows of large tables that were touched."""
-        for tree in host.subtrees:
-            if len(tree) == 1:
-                for number, bucket in enumerate(self.places.buckets):
-                    flags = self.control.has_grad[tree.start, bucket.params]
-                    if (flags == AGAIN).any():
-                        yield from self._pieces(Field.AGAIN, tree, number, bucket.place)
-            for number, table in enumerate(self.places.tables):
-                yield from self._rows(tree, number, table)
-
-    def _rows(self, tree: range, number: int, table: TableMap) -> Iterator[Item]:
-        (count,) = struct.unpack(
-            "=q", self._leaf(tree, Range(offset=table.numbers.offset, nbytes=8))
-        )
-        rows = table.home
-        if count >= 0:
-            rows = Range(offset=rows.offset, nbytes=count * table.row_bytes)
-            yield from self._pieces(
-                Field.NUMBERS,
-                tree,
-                number,
-                Range(offset=table.numbers.offset + 8, nbytes=8 * count),
-            )
-        yield from self._pieces(Field.ROWS, tree, number, rows)
-
-    def _pieces(self, field: Field, tree: range, number: int, item: Range) -> Iterator[Item]:
-        for place, piece in enumerate(cut(item)):
-            yield tag_of(field, tree.start, number << 4 | place), self._leaf(tree, piece)
-
-    def _leaf(self, tree: range, item: Range) -> memoryview:
-        """A run of the slot that has the subtree's sum."""
-        return self._view(self._leaves[tree.start], item)
-
-    def _view(self, slot: int, item: Range) -> memoryview:
-        start = slot * self.places.nbytes + item.offset
-        return self._slots[start : start + item.nbytes]
+    def _digest(self, step: int) -> None:
+        """Digest what of the step's sample of the state only this host has."""
+        for index, view in self.parcels.audited(step, self.mine):
+            self.control.set_digest(step, index, blake3(view).digest(DIGEST_BYTES))
 
     # Going and coming.
 
     def _send_gradients(self, step: int, *, early: bool) -> list[Pending]:
-        """Send gradients, `early` as they come, until all workers have come to this step's sums,
-        and then the rest. Of a subtree of several shards the sum goes, which comes last."""
-        waiting = {
-            (tree.start, bucket.params): list(
-                self._pieces(Field.BUCKET, tree, number, bucket.place)
-            )
-            for tree in self.mine.subtrees
-            for number, bucket in enumerate(self.places.buckets)
-        }
-        single = {tree.start for tree in self.mine.subtrees if early and len(tree) == 1}
+        """Send gradients, `early` as they come, until all workers have made this step's sums, and
+        then the rest. Of a subtree of several shards the sum goes, which comes last."""
+        waiting = [
+            (gradient, other.name)
+            for other in self.parcels.others
+            for gradient in self.parcels.gradients(self.parcels.mine, other.name)
+        ]
         going: list[Pending] = []
 
         def look() -> None:
-            for shard, params in list(waiting):
-                if shard in single and (self.control.ready[shard, params] == step + 1).all():
-                    going.extend(self._send(step, waiting.pop((shard, params))))
+            late = []
+            for gradient, other in waiting:
+                if self._ready(step, gradient):
+                    going.extend(self._send(step, gradient.items, other))
+                else:
+                    late.append((gradient, other))
+            waiting[:] = late
 
-        self._await_workers(progress_of(step, Phase.SUMMED), look)
-        for items in waiting.values():
-            going += self._send(step, items)
+        wanted = exchange_of(step, Stage.GATHERED)
+        self._await_asked(wanted, (step, Stage.SENDING), look if early else None)
+        for gradient, other in waiting:
+            going += self._send(step, gradient.items, other)
         return going
 
-    def _send(self, step: int, items: Iterable[Item]) -> list[Pending]:
-        """Send to all others."""
+    def _ready(self, step: int, gradient: Gradient) -> bool:
+        tree = gradient.tree
+        ready = self.control.ready[tree.start, gradient.params]
+        return len(tree) == 1 and bool(gradient.params) and bool((ready == step + 1).all())
+
+    def _send(self, step: int, items: Iterable[Item], peer: str) -> list[Pending]:
         return [
-            self.transport.send(other.name, Key(Kind.PARTIAL, step, tag), view)
-            for tag, view in items
-            for other in self.others
+            self.transport.send(peer, Key(Kind.PARTIAL, step, tag), view) for tag, view in items
         ]
 
-    def _expect(self, step: int, items: Iterable[Item], other: HostPart) -> list[Pending]:
+    def _expect(self, step: int, items: Iterable[Item], peer: str) -> list[Pending]:
         return [
-            self.transport.expect(other.name, Key(Kind.PARTIAL, step, tag), view)
-            for tag, view in items
+            self.transport.expect(peer, Key(Kind.PARTIAL, step, tag), view) for tag, view in items
         ]
 
     # Waits: each ends when the hosts are regrouped.
 
-    def _await_workers(self, progress: int, look: Callable[[], None] = lambda: None) -> None:
-        """Wait until every worker of this host has come so far, whoever they are; `look` is called
+    def _await_asked(
+        self,
+        word: int,
+        then: tuple[int, Stage] | None = None,
+        look: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait until every worker waits for the exchange to come so far, and has done its part;
+        `then` is published before another membership could begin to do it once more."""
+        self._await(lambda seat: self.control.asked(seat) >= word, then, look)
+
+    def _await(
+        self,
+        there: Callable[[int], bool],
+        then: tuple[int, Stage] | None = None,
+        look: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait until this holds of every worker of the host, whoever they are. `look` is called
         whenever there may be something new."""
         control = self.control
         while True:
-            bell, seats = control.bell, self._seats()
-            there = bool(seats) and all(control.progress(seat) >= progress for seat in seats)
+            bell = control.bell
             if self._stop.is_set():
                 raise CalledOff
-            look()
-            if there:
-                return
+            if look is not None:
+                look()
+            with control.seating:
+                seats = self._seats()
+                if seats and all(map(there, seats)):
+                    if then is not None:
+                        control.set_exchanged(*then)
+                    return
             futex.wait(control.bell_address, bell, NAP)
 
     def _await_all(self, slips: Sequence[Pending]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lockstep.checkpoint import non_finite_tensors
-from lockstep.control import PHASES_PER_STEP, Phase, describe_progress, progress_of
+from lockstep.control import Phase, describe_progress, progress_of
 from lockstep.errors import (
     IntegrityError,
     LockstepError,
@@ -26,6 +26,8 @@ STEP_DEATHS = 40
 """Workers that may die without a step being committed in between before the run stops."""
 LOST_LOADERS = 3
 """Loader processes that may die before workers fetch for themselves."""
+Snapshot = Callable[[], tuple[int, memoryview]]
+"""Takes the state when nobody writes to it, and says after how many steps it is."""
 ABSENT_SECONDS = 60.0
 """How long a worker may take to start, or to leave."""
 LONGEST_LOOK = 0.5
@@ -56,7 +58,7 @@ class Failures:
 
     # Deaths.
 
-    def died(self, seat: Seat, status: Status | None, snapshot: Callable[[], memoryview]) -> None:
+    def died(self, seat: Seat, status: Status | None, snapshot: Snapshot) -> None:
         """Take note of a death, and count it.
 
         Raises:
@@ -114,9 +116,7 @@ class Failures:
             "batch": batch,
         }
 
-    def _count(
-        self, what: str, step: int, number: int, how: str, snapshot: Callable[[], memoryview]
-    ) -> None:
+    def _count(self, what: str, step: int, number: int, how: str, snapshot: Snapshot) -> None:
         """Count the deaths at a shard or a held-out batch; too many are poison."""
         self._deaths[what, step, number] += 1
         if self._deaths[what, step, number] < POISON_DEATHS:
@@ -232,7 +232,7 @@ class Failures:
             for seat, seconds in zip(seats, silent, strict=True)
         ]
         words = [self.control.progress(seat) for seat in seats]
-        if self._awaits_hosts(min(words)):
+        if self._await_hosts(seats, words):
             self._silence.clear()
             return
         behind, reason = stalled(words, silent, limits)
@@ -241,10 +241,11 @@ class Failures:
                 patience.given_up += 1
             self._kill(self.host.seats[seats[index]], Status.WORKING, silent[index], reason)
 
-    def _awaits_hosts(self, word: int) -> bool:
+    def _await_hosts(self, seats: Sequence[int], words: Sequence[int]) -> bool:
         """Whether those that are furthest behind only wait for other hosts."""
-        step, phase = divmod(word, PHASES_PER_STEP)
-        return phase == Phase.SUMMED and self.control.exchanged <= step
+        behind = [seat for seat, word in zip(seats, words, strict=True) if word == min(words)]
+        exchanged = self.control.exchanged
+        return all(self.control.asked(seat) > exchanged for seat in behind)
 
     def kill_absent(self, members: Mapping[int, Status]) -> None:
         """Kill the workers that take too long to start, or to leave when they were sent home.
@@ -297,9 +298,7 @@ class Failures:
 
     # Errors of the user's code.
 
-    def raised(
-        self, error: LockstepError, step: int, snapshot: Callable[[], memoryview]
-    ) -> LockstepError:
+    def raised(self, error: LockstepError, step: int, snapshot: Snapshot) -> LockstepError:
         """The error that a worker has reported at a step. The state before a loss that is not
         finite is kept."""
         self.history.drain()
@@ -308,7 +307,7 @@ class Failures:
             self._keep(step, snapshot)
         return error
 
-    def _keep(self, step: int, snapshot: Callable[[], memoryview]) -> None:
+    def _keep(self, step: int, snapshot: Snapshot) -> None:
         """Keep the state before a step in flight as a checkpoint, if it is sound itself.
 
         Nobody rests, and yet nobody writes to the state: whoever computes has passed the commit of
@@ -318,7 +317,7 @@ class Failures:
         if step != self.history.in_flight():
             return
         self.history.mend(step)
-        state = snapshot()
+        step, state = snapshot()
         assert self.host.layout is not None
         broken = non_finite_tensors(self.host.layout, state)
         if broken:

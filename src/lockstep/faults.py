@@ -27,8 +27,9 @@ PHASES = (
 )  # fmt: skip
 """Where in a step a fault can strike."""
 
-BETWEEN_HOSTS = ("exchange",)
-"""Where else in a step of a job on several hosts."""
+BETWEEN_HOSTS = ("exchange", "return")
+"""Where else in a step on several hosts: before they give each other their sums, and, where
+each sums or updates a share for all, what has become of it."""
 
 AROUND = ("start", "join")
 """Where else: before a worker has said that it is there, in a seat whose last word was this step's;

@@ -63,6 +63,11 @@ class Fleet:
     members: Mapping[str, Member] = field(default_factory=dict)
     generation: int = 0
     regrouping: bool = False
+    whole: bool = True
+    """Whether each host has the whole state. If not, each has a part of it that it alone updates,
+    and the master's base is the one state that is whole."""
+    arranged: frozenset[str] = frozenset()
+    """The hosts that were told to go on, last."""
     troubles: Mapping[frozenset[str], int] = field(default_factory=dict)
     """How often two hosts have lost each other since the last step."""
 
@@ -201,7 +206,10 @@ def _arrange_if_all_stand(fleet: Fleet, reason: str) -> Decision:
     known = {name: standing for name, standing in standings.items() if standing is not None}
     if not fleet.regrouping or len(known) < len(standings):
         return fleet, (), reason
-    step, source, actions = settle(known, fleet.master)
+    if fleet.whole:
+        step, source, actions = settle(known, fleet.master)
+    else:
+        step, source, actions = settle_parts(known, fleet.master, fleet.arranged)
     names = in_order(known, fleet.master)
     command = Arrange(
         generation=fleet.generation,
@@ -210,7 +218,8 @@ def _arrange_if_all_stand(fleet: Fleet, reason: str) -> Decision:
         actions=actions,
         source=source,
     )
-    return replace(fleet, regrouping=False), (command,), f"{reason}, as all do"
+    fleet = replace(fleet, regrouping=False, arranged=frozenset(names))
+    return fleet, (command,), f"{reason}, as all do"
 
 
 def in_order(names: Iterable[str], master: str) -> list[str]:
@@ -244,3 +253,21 @@ def settle(standings: Mapping[str, Standing], master: str) -> tuple[int, str, di
     kept = [name for name in able if actions[name] == "keep"]
     source = master if master in able else (kept or able)[0]
     return step, source, actions
+
+
+def settle_parts(
+    standings: Mapping[str, Standing], master: str, arranged: frozenset[str]
+) -> tuple[int, str, dict[str, Action]]:
+    """Where all hosts go on, where each has a part of the state: as they are, if they are the same
+    as before and nobody is torn or a step behind; else from the master's base, which is whole.
+
+    Returns the step, the master, and what each host does.
+    """
+    steps = {standing.whole for standing in standings.values()}
+    if arranged == standings.keys() and len(steps) == 1 and None not in steps:
+        (step,) = steps
+        assert step is not None
+        return step, master, dict.fromkeys(standings, "keep")
+    base = standings[master].base
+    assert base is not None
+    return base, master, {name: "back" if name == master else "copy" for name in standings}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 
 from blake3 import blake3
 
@@ -24,7 +25,7 @@ class History:
     def __init__(self, host: Host, plan: Plan, sink: Sink, clock: Clock, step: int) -> None:
         assert host.layout is not None
         self.host, self.plan, self.sink, self.clock = host, plan, sink, clock
-        self.control, self.audit = host.control, host.layout.audit()
+        self.control, self.layout, self.audit = host.control, host.layout, host.layout.audit()
         self.step = step
         """How many steps are committed and recorded."""
         self.seats: tuple[int, ...] = ()
@@ -32,6 +33,8 @@ class History:
         self.loss = float("nan")
         self.committed_at = 0.0
         """When the last recorded step was committed, by the monotonic clock."""
+        self.elsewhere: Container[int | None] = ()
+        """The parameters of which one host alone has the optimizer state: it digests it."""
         self.marks: dict[int, str] = {}
         """Digests of what was recorded of every 64th step, the newest ones: other hosts must have
         recorded the same."""
@@ -59,6 +62,8 @@ class History:
             self._drain_to(progress_of(step - 1, Phase.STARTED))
             state = memoryview(self.host.state.map)
             for index, unit in enumerate(self.audit.units(step - 1)):
+                if self.layout.param_of(unit.entry) in self.elsewhere:
+                    continue  # was told before the commit
                 digest = blake3(state[unit.offset : unit.offset + unit.nbytes]).digest(DIGEST_BYTES)
                 self.control.set_digest(step - 1, index, digest)
             self.control.times[(step - 1) % RING] = time.perf_counter()

@@ -183,6 +183,12 @@ class Host:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def known_layout(self) -> Layout:
+        """Where everything lies. Asked when the host is set up."""
+        assert self.layout is not None
+        return self.layout
+
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
         message, fds = self._expect("loaded", LOAD_SECONDS)

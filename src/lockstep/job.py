@@ -137,8 +137,9 @@ class Job:
     """A task and the settings of its run. `None` means: let the plan decide.
 
     What the numbers depend on: the task, `seed`, `batch_size`, `shards`, `threads`,
-    `local_steps`, `clip_grad_norm`, `precision`, `numerics`, and with `data` = `local` who has
-    what. What they do not depend on: everything else, `workers` first of all.
+    `local_steps`, `compression`, `groups`, `clip_grad_norm`, `precision`, `numerics`, and with
+    `data` = `local` who has what. What they do not depend on: everything else, `workers` first
+    of all.
     """
 
     task: Task | str
@@ -161,6 +162,20 @@ class Job:
     """Optimizer updates that each shard makes by itself between two exchanges (see
     `lockstep.local_steps`): for slow links between hosts. A step is then a round of so many
     batches. It changes the numbers, for any number of workers alike."""
+    compression: Literal["none", "bf16", "int8", "topk"] = "none"
+    """What gradients are made of before hosts exchange them (see `lockstep.codecs`): for slow
+    links. It changes the numbers, for any number of workers and hosts alike."""
+    groups: int | None = None
+    """With `compression`: into how many equal groups the shards are divided; each gives the others
+    one small sum. At least as many as hosts; default: a group for each shard."""
+    ownership: Literal["replicated", "sharded", "servers"] = "replicated"
+    """On several hosts: whether each updates everything, or its part of the parameters, or some of
+    them, the `servers`, do that and compute no gradients (see `lockstep.ownership`)."""
+    servers: Sequence[str] = ()
+    """The names of the hosts that are servers."""
+    cluster: Mapping[str, Sequence[str]] | None = None
+    """`{"worker": ["host:port", ...], "ps": [...]}`: the processes of the job, each of them started
+    by `python -m lockstep.cluster.launched --task worker:0 JOB` (see `cluster.description`)."""
     seed: int = 0
     clip_grad_norm: float | None = None
     """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it."""
@@ -242,6 +257,39 @@ class Job:
                     expected=" or ".join(allowed),
                     found=repr(getattr(self, name)),
                 )
+        if self.cluster is not None and not isinstance(self.cluster, Mapping):
+            expected = "a mapping of `worker` and `ps` to lists of host:port"
+            raise JobError(
+                "cluster has the wrong type", expected=expected, found=f"{self.cluster!r}"
+            )
+        if self.groups is not None and self.compression == "none":
+            raise JobError("groups are given without compression", fix="leave them out")
+        if self.compression != "none" and self.ownership != "replicated":
+            raise JobError(
+                "compression does not go with this ownership: values of parameters are returned",
+                expected="ownership = replicated",
+                found=self.ownership,
+                fix="leave one out",
+            )
+        if self.data == "local" and (self.ownership, self.compression) != ("replicated", "none"):
+            raise JobError(
+                "data = local goes with no other division of the work among hosts",
+                expected="ownership = replicated, compression = none",
+                found=f"ownership = {self.ownership}, compression = {self.compression}",
+                fix="leave one out",
+            )
+        names = self.servers
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise JobError(
+                "servers has the wrong type", expected="names of hosts", found=f"{names!r}"
+            )
+        if bool(names) != (self.ownership == "servers"):
+            raise JobError(
+                "servers and ownership do not fit each other",
+                expected="names of servers with ownership = servers, and with no other",
+                found=f"ownership = {self.ownership}, servers = {list(names)}",
+                fix="set both, or neither",
+            )
         if self.local_steps > 1 and self.clip_grad_norm is not None:
             raise JobError(
                 "clip_grad_norm does not go with local_steps: no gradient of all shards is made",
@@ -273,7 +321,8 @@ _KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("steps", "batch_size", "workers", "shards", "threads", "seed", "eval_batch_size",
-         "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints", "local_steps"), (int,)
+         "loaders", "checkpoint_steps", "max_workers", "keep_checkpoints", "local_steps",
+         "groups"), (int,)
     ),
     **dict.fromkeys(
         ("data_epochs", "clip_grad_norm", "checkpoint_seconds", "stall_seconds", "host_seconds",
@@ -285,13 +334,15 @@ _LEAST: dict[str, float] = {
     "data_epochs": 0, "steps": 0, "batch_size": 1, "workers": 1, "shards": 1, "threads": 1,
     "eval_batch_size": 1, "loaders": 0, "checkpoint_steps": 1, "keep_checkpoints": 1,
     "checkpoint_seconds": 0, "stall_seconds": 0, "max_workers": 1, "seed": 0, "audit": 0,
-    "host_seconds": 0.5, "local_steps": 1,
+    "host_seconds": 0.5, "local_steps": 1, "groups": 1,
 }  # fmt: skip
 _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
 _ALLOWED = {
     "precision": ("fp32", "bf16"),
     "numerics": ("native", "portable"),
     "data": ("build", "ship", "local"),
+    "ownership": ("replicated", "sharded", "servers"),
+    "compression": ("none", "bf16", "int8", "topk"),
 }
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")

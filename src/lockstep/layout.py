@@ -13,6 +13,8 @@ moves with the number of workers.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ SPARSE_BLOCKS = 8
 """A table whose optimizer takes sparse gradients is cut into so many at most: an update costs by
 the call and by the rows that it touches, whatever the size of the block."""
 
-Kind = Literal["param", "buffer", "optim", "flag"]
+Kind = Literal["param", "buffer", "optim", "flag", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +159,41 @@ def merge_ranges(ranges: Iterable[Range]) -> list[Range]:
     return merged
 
 
+def cut_evenly(place: Range, parts: int) -> list[Range]:
+    """A range in so many parts of about the same size, cut where no number is."""
+    lines = math.ceil(place.nbytes / ALIGN)
+    edges = [min(lines * part // parts * ALIGN, place.nbytes) for part in range(parts + 1)]
+    return [
+        Range(offset=place.offset + start, nbytes=stop - start)
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def overlap(one: Range, other: Range) -> Range:
+    """What two ranges have in common; of no bytes, if that is nothing."""
+    start = max(one.offset, other.offset)
+    stop = min(one.offset + one.nbytes, other.offset + other.nbytes)
+    return Range(offset=start, nbytes=max(0, stop - start))
+
+
+def complement(nbytes: int, ranges: Iterable[Range]) -> list[Range]:
+    """What of so many bytes is in none of the ranges."""
+    found, start = [], 0
+    for item in merge_ranges(ranges):
+        if item.offset > start:
+            found.append(Range(offset=start, nbytes=item.offset - start))
+        start = item.offset + item.nbytes
+    if start < nbytes:
+        found.append(Range(offset=start, nbytes=nbytes - start))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """A run of bytes of the state segment that is digested as one."""
 
     name: str
+    entry: str
     offset: int
     nbytes: int
 
@@ -209,12 +241,15 @@ def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
     params: list[Unit] = []
     others: list[Unit] = []
     for entry in entries:
+        if entry.kind == "residual":
+            continue  # one host alone has it, and losses would show that it has changed
         mine = params if entry.kind == "param" and entry.name in names else others
         parts = max(1, math.ceil(entry.nbytes / length))
         for part in range(parts):
             start, stop = part * length, min((part + 1) * length, entry.nbytes)
             label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
-            mine.append(Unit(name=label, offset=entry.offset + start, nbytes=stop - start))
+            offset = entry.offset + start
+            mine.append(Unit(name=label, entry=entry.name, offset=offset, nbytes=stop - start))
     every = 1 if total >= SMALL_STATE else SMALL_EVERY
     return Audit(params=tuple(params), others=tuple(others), every=every)
 
@@ -233,6 +268,38 @@ class Layout:
 
     def audit(self) -> Audit:
         return plan_audit(self.entries, self.trainable)
+
+    def param_of(self, entry: str) -> int | None:
+        """The trainable parameter that an entry is, or whose optimizer state it is."""
+        return self._params.get(entry)
+
+    def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[Range]:
+        """The bytes of the state segment that are these trainable parameters', of such kinds."""
+        return merge_ranges(
+            Range(offset=entry.offset, nbytes=entry.nbytes)
+            for entry in self.entries
+            if entry.kind in kinds and self._params.get(entry.name) in params
+        )
+
+    def residuals_of(self, groups: Container[int]) -> list[Range]:
+        """The bytes of the state segment that hold what these groups have left out."""
+        return merge_ranges(
+            Range(offset=entry.offset, nbytes=entry.nbytes)
+            for entry in self.entries
+            if entry.kind == "residual" and int(entry.name.split("/")[1]) in groups
+        )
+
+    @functools.cached_property
+    def _params(self) -> dict[str, int]:
+        numbers = {name: number for number, name in enumerate(self.trainable)}
+        found = {}
+        for entry in self.entries:
+            name = entry.name if entry.kind in ("param", "optim") else ""
+            while name and name not in numbers:  # a parameter's state begins with its name
+                name = name.rpartition("/")[0]
+            if name:
+                found[entry.name] = numbers[name]
+        return found
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""

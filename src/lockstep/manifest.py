@@ -16,7 +16,7 @@ from lockstep.source import Source, source_of
 
 IDENTITY = (
     "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",
-    "local_steps", "seed", "clip_grad_norm", "precision", "numerics",
+    "local_steps", "compression", "groups", "seed", "clip_grad_norm", "precision", "numerics",
 )  # fmt: skip
 """What the plan decides that the numbers depend on."""
 

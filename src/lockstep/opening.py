@@ -16,7 +16,8 @@ from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job import Job
 from lockstep.offer import Launcher
-from lockstep.planning import Division, Facts, Plan, decompose, share
+from lockstep.ownership import ownership_of
+from lockstep.planning import Division, Facts, Plan, decompose
 from lockstep.source import Source
 
 
@@ -45,7 +46,8 @@ def open_hosts(
     host.name = launcher.identity.node
     name = f"{source.label}-{secrets.token_hex(8)}"
     samples = host.facts["train_samples"], host.facts["eval_samples"]
-    hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds)
+    ownership = ownership_of(job.ownership, job.servers, job.compression)
+    hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds, ownership)
     try:
         sets = None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
         if sets is not None:
@@ -59,6 +61,7 @@ def open_hosts(
             code=None if archive is None else Bill.of(archive.data),
             data=None if sets is None else Bill.of(sets),
         )
+        hosts.roster.check_servers(job.servers)
     except BaseException:
         hosts.close()
         raise
@@ -83,16 +86,25 @@ def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
     Raises:
         JobError, DataError: the settings do not fit each other, the data or the hosts.
     """
+    capacities = hosts.roster.capacities
     workers = job.workers or hosts.capacity
     division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
-    share(workers, hosts.capacities)
-    listed = ", ".join(f"{name}: {count}" for name, count in hosts.capacities.items())
-    why = f"{division}: on {len(hosts.capacities)} hosts, {listed}"
-    if job.data != "local":
-        return decompose(job, facts, division, why)
-    holdings = divide(hosts.samples, division.shards)
-    plan = decompose(job, _of_all(facts, holdings), division, why)
-    return dataclasses.replace(plan, holdings=holdings)
+    shares = hosts.roster.share_out(workers)
+    listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
+    why = f"{division}: on {len(capacities)} hosts, {listed}"
+    if job.data == "local":
+        holdings = divide(hosts.roster.samples, division.shards)
+        plan = decompose(job, _of_all(facts, holdings), division, why)
+        return dataclasses.replace(plan, holdings=holdings)
+    plan = decompose(job, facts, division, why)
+    if plan.groups and plan.groups < len(capacities):
+        raise JobError(
+            "there are fewer groups than hosts",
+            expected=f"at least {len(capacities)} groups",
+            found=f"{plan.groups}",
+            fix="raise `groups`, and `shards` with it, or use fewer hosts",
+        )
+    return plan
 
 
 def _of_all(facts: Facts, holdings: Holdings) -> Facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,10 +81,17 @@ class Owner:
         numbers: Sequence[int],
         faults: FaultScript,
         slots: Sequence[Slot] | None = None,
+        *,
+        dense: Sequence[Slot] | None = None,
     ) -> None:
-        """`numbers` are its blocks, `slots` what is summed, by shard; the shards' own if None."""
+        """`numbers` are its blocks, `slots` what is summed, by shard; the shards' own if None.
+
+        `dense` takes their place for all but large tables; one slot has the sum of all already.
+        """
         self.shared, self.faults = shared, faults or None
         self.slots = shared.slots if slots is None else slots
+        self._dense = self.slots if dense is None else dense
+        self._numbers = numbers
         self.optimizer = shared.optimizer
         self._present = shared.view(PRESENT)
         self._reducer = Reducer(shared)
@@ -94,20 +102,29 @@ class Owner:
             for _, run in itertools.groupby(updated, lambda n: self._dtype(n))
             for part in group_blocks(shared.blocks, list(run))
         ]
-        self._targets = [self._target(n, shared.reduced) for n in numbers] if shared.reduced else []
         self._loaded: UpdateGroup | None = None
         self._step = bare_step(self.optimizer)
 
     def reduce(self, presence: Presence) -> None:
-        """Sum this owner's blocks into the shared gradient, before its norm is taken."""
+        """Sum this owner's blocks into the slot of the sum, before its norm is taken."""
         for param, target in self._targets:
             self._sum_run(target, presence.of(param))
 
-    def _target(self, number: int, reduced: Sequence[torch.Tensor]) -> tuple[int, Run]:
-        """Where a block is summed in the shared gradient."""
-        block = self.shared.blocks[number]
-        leaves = [storage_run(slot.grads[block.param], block) for slot in self.slots]
-        return block.param, self._run(block, leaves, storage_run(reduced[block.param], block))
+    @functools.cached_property
+    def _targets(self) -> list[tuple[int, Run]]:
+        """Where the blocks are summed whose sums are not there yet, with their parameters."""
+        blocks = [self.shared.blocks[number] for number in self._numbers]
+        return [
+            (block.param, self._target(block))
+            for block in blocks
+            if len(self._dense) > 1 or len(self.slots) == 1 or block.param in self.shared.tables
+        ]
+
+    def _target(self, block: Block) -> Run:
+        assert self.shared.total is not None
+        leaves = [storage_run(slot.grads[block.param], block) for slot in self._dense]
+        total = self.shared.total.grads[block.param]
+        return self._run(block, leaves, storage_run(total, block))
 
     def _run(self, block: Block, leaves: list[torch.Tensor], total: torch.Tensor) -> Run:
         """How a run that begins with a block is summed into `total`."""
@@ -127,19 +144,18 @@ class Owner:
         self,
         step: int,
         presence: Presence,
-        reduced: Sequence[torch.Tensor] | None = None,
         scale: torch.Tensor | None = None,
     ) -> None:
         """Update all blocks of this owner. If it does not return, the state is torn.
 
-        `reduced` and `scale` are given where the norm is limited: the gradient is then `reduced`
-        times `scale`, and otherwise the sum of the shards' slots.
+        `scale` is given where the norm is limited: the gradient is then what `reduce` has summed,
+        times `scale`.
         """
         for group in self.groups:
-            if reduced is None or scale is None:
+            if scale is None:
                 grads = self._sum(group, presence)
             else:
-                grads = self._scale(group, presence, reduced, scale)
+                grads = self._scale(group, presence, scale)
             if self.faults is not None:
                 self.faults.at("update_begin", step)
             self._run_optimizer(group, grads)
@@ -174,14 +190,11 @@ class Owner:
         return summed
 
     def _scale(
-        self,
-        group: UpdateGroup,
-        presence: Presence,
-        reduced: Sequence[torch.Tensor],
-        scale: torch.Tensor,
+        self, group: UpdateGroup, presence: Presence, scale: torch.Tensor
     ) -> Sequence[torch.Tensor | None]:
+        assert self.shared.total is not None
         for owned in group.blocks:
-            run = storage_run(reduced[owned.block.param], owned.block)
+            run = storage_run(self.shared.total.grads[owned.block.param], owned.block)
             torch.mul(run, scale, out=owned.total)
         return self._present_grads(group, presence)
 
@@ -232,7 +245,7 @@ class Owner:
         dtype = self._dtype(numbers[0])
         start = shared.grad_offsets[first.param] + first.start * dtype.itemsize
         stop = shared.grad_offsets[last.param] + last.stop * dtype.itemsize
-        leaves = [slot.flat[start:stop].view(dtype) for slot in self.slots]
+        leaves = [slot.flat[start:stop].view(dtype) for slot in self._dense]
         total = torch.zeros((stop - start) // dtype.itemsize, dtype=dtype)
         owned = [self._own(number, start, leaves, total) for number in numbers]
         members: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]

@@ -42,6 +42,11 @@ class Plan:
     train_samples: int
     eval_samples: int
     local_steps: int
+    compression: str
+    groups: int
+    """How many there are; 0 without compression."""
+    ownership: str
+    servers: tuple[str, ...]
     seed: int
     clip_grad_norm: float | None
     precision: str
@@ -122,7 +127,7 @@ class Plan:
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Plan:
-        tuples = {name: tuple(message[name]) for name in ("reasons", "faults")}
+        tuples = {name: tuple(message[name]) for name in ("reasons", "faults", "servers")}
         holdings = from_message(message.get("holdings", ()))
         return Plan(**{**message, **tuples, "holdings": holdings})
 
@@ -247,6 +252,14 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
             found=f"batch_size = {batch_size}",
             fix="raise batch_size, or lower shards",
         )
+    groups = 0 if job.compression == "none" else job.groups or division.shards
+    if groups and (division.shards % groups or (division.shards // groups).bit_count() != 1):
+        raise JobError(
+            "the shards cannot be divided into these groups",
+            expected="groups of 1, 2, 4, 8, ... shards each",
+            found=f"{division.shards} shards, {groups} groups",
+            fix="choose other numbers of shards and groups",
+        )
     per_epoch = math.ceil(facts.train_samples / batch_size)
     if job.steps is not None:
         steps = job.steps
@@ -271,6 +284,10 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         train_samples=facts.train_samples,
         eval_samples=facts.eval_samples if job.evaluate else 0,
         local_steps=job.local_steps,
+        compression=job.compression,
+        groups=groups,
+        ownership=job.ownership,
+        servers=tuple(job.servers),
         seed=job.seed,
         clip_grad_norm=job.clip_grad_norm,
         precision=job.precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -41,6 +41,18 @@ class Presence:
 
     def of(self, param: int) -> Mask:
         return self._masks[param] if self.uniform is None else self.uniform
+
+
+class Summed(Presence):
+    """Presence where everything is summed already, but the gradients of large tables."""
+
+    def __init__(self, presence: Presence, tables: Container[int]) -> None:
+        self._presence, self._tables = presence, tables
+        self.uniform = None if presence.uniform is None else (True,)
+
+    def of(self, param: int) -> Mask:
+        mask = self._presence.of(param)
+        return mask if param in self._tables else (any(mask),)
 
 
 @lru_cache(maxsize=64)

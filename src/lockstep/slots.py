@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import Table, TableGradient
-from lockstep.exchange import SlotMap, TableMap, fill_buckets
+from lockstep.exchange import SlotMap, TableMap
 from lockstep.layout import ALIGN, Range, merge_ranges
 
 
@@ -67,8 +67,10 @@ def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / ALIGN) * ALIGN
 
 
-def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
-    """What of a slot other hosts get."""
+def map_slot(
+    slot: Slot, tables: Mapping[int, Table], packed: Range, total: int, restored: int
+) -> SlotMap:
+    """What of a slot other hosts get. `total` and `restored` number slots."""
     start = slot.flat.data_ptr()
 
     def place(tensor: torch.Tensor) -> Range:
@@ -87,10 +89,12 @@ def map_slot(slot: Slot, tables: Mapping[int, Table], shards: int) -> SlotMap:
     buffers = merge_ranges(map(place, slot.buffers)) or [Range(offset=0, nbytes=0)]
     return SlotMap(
         nbytes=slot.flat.numel(),
-        slots=shards,
-        buckets=fill_buckets(dense),
+        grads=dense,
         tables=tuple(found),
         buffers=buffers[0],
+        packed=packed,
+        total=total,
+        restored=restored,
     )
 
 

@@ -1,35 +1,27 @@
 """The state of a run in shared memory: parameters, buffers and optimizer state, one copy a host.
 
-The nursery builds it once (`build`); its forks inherit the mappings, so a worker starts with the
+The nursery builds it once (`building`); its forks inherit the mappings, so a worker starts with the
 committed state in place.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lockstep.control import Control, ControlShape
-from lockstep.embeddings import Table, find_tables
-from lockstep.errors import OptimizerError, TaskError
-from lockstep.exchange import SlotMap, most_subtrees
-from lockstep.job import Parameters, Task
-from lockstep.layout import Allocator, Block, Entry, Layout, Range, cut_blocks
-from lockstep.memory import Segment, check_available
-from lockstep.optim import (
-    NUMBER_TYPES,
-    StateKey,
-    discover_state,
-    initial_state,
-    param_groups_of,
-)
-from lockstep.probing import Kind, check_independent, may_cut
-from lockstep.slots import Slot, as_tensor, make_slot, map_slot
+from lockstep.codecs import Codec
+from lockstep.control import Control
+from lockstep.embeddings import Table
+from lockstep.exchange import SlotMap
+from lockstep.layout import Block, Entry, Layout, Range
+from lockstep.memory import Segment
+from lockstep.optim import NUMBER_TYPES, StateKey
+from lockstep.slots import Slot, as_tensor, map_slot
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
@@ -37,7 +29,8 @@ PRESENT = "lockstep.present"
 
 @dataclass
 class SharedState:
-    """The bound model and every view that workers need. Made by `build`, inherited by fork."""
+    """The bound model and every view that workers need. Made by `building.build`, inherited by
+    fork."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -63,8 +56,14 @@ class SharedState:
     """Whether other hosts may take part."""
     grad_offsets: list[int]
     """Bytes: where each trainable parameter's gradient lies in a slot."""
-    reduced: list[torch.Tensor] | None
-    """The summed gradients, laid out as a slot; only where their norm is needed."""
+    codec: Codec | None
+    """What makes gradients small between hosts."""
+    packed_offsets: list[int]
+    """Bytes: where each block lies in a slot when it is made small."""
+    restored: list[Slot]
+    """By group: what the codec has left of its gradients."""
+    total: Slot | None
+    """Room for the sum of all shards: only where its norm is needed, or hosts may return sums."""
     state_bytes: torch.Tensor
     segments: dict[str, Segment]
     control: Control
@@ -97,9 +96,28 @@ class SharedState:
         tensor = self.view(state_name(self.names[block.param], block, key))
         return self._run(tensor, block) if key.form == "like" else tensor
 
+    def packed(self, group: int, number: int) -> torch.Tensor:
+        """The bytes of a group's gradient of a block, made small."""
+        assert self.codec is not None
+        start, size = self.packed_offsets[number], self.blocks[number].size
+        return self.restored[group].flat[start : start + self.codec.nbytes(size)]
+
+    def note_begun(self, params: Iterable[int]) -> None:
+        """Take note that other hosts have optimizer state for these parameters."""
+        later = set(params)
+        present = self.view(PRESENT)
+        for number, block in enumerate(self.blocks):
+            if block.param in later and self.groups[block.param] is not None:
+                present[number] = 1
+
     def slot_map(self) -> SlotMap:
         """What of a slot other hosts get."""
-        return map_slot(self.slots[0], self.tables, len(self.slots))
+        used = self.layout.slots_bytes
+        first = min(self.packed_offsets, default=used)
+        packed = Range(offset=first, nbytes=used - first if self.codec else 0)
+        restored = len(self.slots) + len(self.sums) + (self.total is not None)
+        total = len(self.slots) + len(self.sums)
+        return map_slot(self.slots[0], self.tables, packed, total, restored)
 
     def buffer_ranges(self) -> list[Range]:
         """The bytes of the state segment that hold the committed buffers."""
@@ -112,6 +130,10 @@ class SharedState:
         present = self.entry(PRESENT).offset + number
         tensors = [self.block_view(block)]
         tensors += [self.state_view(number, key) for key in self.keys[number]]
+        if self.codec is not None and block.param not in self.tables:
+            for group, parity in itertools.product(range(len(self.restored)), (0, 1)):
+                residual = self.view(residual_name(group, parity, self.names[block.param]))
+                tensors.append(storage_run(residual, block))
         start = self.state_bytes.data_ptr()
         ranges = [
             Range(offset=tensor.data_ptr() - start, nbytes=tensor.numel() * tensor.dtype.itemsize)
@@ -124,6 +146,12 @@ def state_name(param: str, block: Block, key: StateKey) -> str:
     """The entry's name: `weight/exp_avg`, or `weight/step/65536` for what a part keeps alone."""
     name = f"{param}/{key.name}"
     return name if block.whole or key.form == "like" else f"{name}/{block.start}"
+
+
+def residual_name(group: int, parity: int, param: str) -> str:
+    """The entry of what a group has left out of a parameter's gradients, before even steps
+    (`parity` 0) or odd ones."""
+    return f"lockstep.residual/{group}/{parity}/{param}"
 
 
 def block_shape(block: Block, shape: Sequence[int], tables: Mapping[int, Table]) -> tuple[int, ...]:
@@ -141,285 +169,6 @@ def storage_run(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     """A block's run of a dense tensor, 1-D, in storage order."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return flat[block.start : block.stop]
-
-
-def build(
-    task: Task, model: nn.Module, *, shards: int, seats: int, clip: bool, networked: bool = False
-) -> SharedState:
-    """Move the model into shared memory and lay out everything that its training needs.
-
-    `networked`: other hosts may take part.
-
-    Raises:
-        TaskError, OptimizerError: the model or the optimizer cannot be used.
-        ResourceError: there is not enough memory.
-    """
-    named = list(model.named_parameters())
-    buffers = list(model.named_buffers())
-    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    if not trainable:
-        raise TaskError(
-            "the model has no trainable parameter",
-            expected="at least one parameter with requires_grad",
-            fix="look at what Task.model() freezes",
-        )
-    optimizer = task.optimizer(Parameters(trainable))
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise OptimizerError(
-            "Task.optimizer did not return an optimizer",
-            expected="a torch.optim.Optimizer",
-            found=repr(type(optimizer)),
-            fix="return the optimizer itself",
-        )
-    groups = param_groups_of(optimizer, trainable)
-    tables = find_tables(model, [parameter for _, parameter in trainable])
-    _check_sparse(tables, [name for name, _ in trainable], clip=clip)
-    kinds = [
-        Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
-        for index, ((_, parameter), group) in enumerate(zip(trainable, groups, strict=True))
-    ]
-    cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
-    blocks = cut_blocks(
-        [parameter.numel() for _, parameter in trainable],
-        [cuttable[kind] for kind in kinds],
-        {index: table.width for index, table in tables.items()},
-        {index for index, table in tables.items() if table.asked},
-    )
-    keys = _all_keys(optimizer, trainable, groups, tables, blocks)
-    for kind in cuttable:
-        if kind.group is not None:
-            check_independent(optimizer, kind)
-    layout, grad_offsets, slot_bytes = _lay_out(
-        model, named, trainable, buffers, tables, blocks, keys
-    )
-    return _allocate(
-        model, optimizer, layout, trainable, groups, blocks, keys, buffers, tables,
-        grad_offsets, slot_bytes, shards=shards, seats=seats, clip=clip, networked=networked,
-    )  # fmt: skip
-
-
-def _check_sparse(tables: Mapping[int, Table], names: Sequence[str], *, clip: bool) -> None:
-    """Refuse a limit of the norm beside sparse gradients, as PyTorch does."""
-    sparse = [names[index] for index, table in tables.items() if table.asked]
-    if clip and sparse:
-        raise OptimizerError(
-            "clip_grad_norm does not work with sparse gradients",
-            expected="dense gradients, or no limit of their norm",
-            found=f"sparse=True in the module of {', '.join(sparse)}",
-            fix="leave out clip_grad_norm, or build the module with sparse=False",
-        )
-
-
-def _all_keys(
-    optimizer: torch.optim.Optimizer,
-    trainable: list[tuple[str, nn.Parameter]],
-    groups: list[int | None],
-    tables: dict[int, Table],
-    blocks: list[Block],
-) -> list[list[StateKey]]:
-    found: dict[Any, list[StateKey]] = {}
-    keys: list[list[StateKey]] = []
-    for block in blocks:
-        parameter, group = trainable[block.param][1], groups[block.param]
-        if group is None:
-            keys.append([])
-            continue
-        shape = block_shape(block, parameter.shape, tables)
-        sparse = block.param in tables and tables[block.param].asked
-        kind = (group, shape, sparse, parameter.dtype, bool(optimizer.state.get(parameter)))
-        if kind not in found:
-            stand_in = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
-            start = initial_state(optimizer, parameter, block, shape)
-            found[kind] = discover_state(optimizer, group, stand_in, start, sparse=sparse)
-        keys.append(found[kind])
-    return keys
-
-
-def _lay_out(
-    model: nn.Module,
-    named: list[tuple[str, nn.Parameter]],
-    trainable: list[tuple[str, nn.Parameter]],
-    buffers: list[tuple[str, torch.Tensor]],
-    tables: dict[int, Table],
-    blocks: list[Block],
-    keys: list[list[StateKey]],
-) -> tuple[Layout, list[int], int]:
-    """Give every tensor its place: in the state segment, and in a slot."""
-    space = Allocator()
-    entries: list[Entry] = []
-
-    def add(name: str, kind: Any, dtype: torch.dtype, shape: Any, stride: Any) -> None:
-        nbytes = math.prod(shape) * dtype.itemsize
-        entries.append(
-            Entry(
-                name=name, kind=kind, dtype=str(dtype).removeprefix("torch."), shape=tuple(shape),
-                stride=tuple(stride), offset=space.take(nbytes), nbytes=nbytes,
-            )
-        )  # fmt: skip
-
-    slot = Allocator()
-    offsets = []
-    for name, parameter in named:
-        add(name, "param", parameter.dtype, parameter.shape, dense_stride(parameter))
-    for _, parameter in trainable:
-        offsets.append(slot.take(parameter.numel() * parameter.dtype.itemsize))
-    for name, buffer in buffers:
-        add(name, "buffer", buffer.dtype, buffer.shape, dense_stride(buffer))
-        slot.take(buffer.numel() * buffer.dtype.itemsize)
-    for table in tables.values():
-        slot.take(8 * (1 + table.rows))
-    for block, name, key in _in_state_order(trainable, blocks, keys):
-        parameter = trainable[block.param][1]
-        shape = tuple(parameter.shape) if key.form == "like" else key.shape
-        stride = dense_stride(parameter) if key.form == "like" else contiguous_stride(shape)
-        add(name, "optim", key.dtype, shape, stride)
-    add(PRESENT, "flag", torch.uint8, (len(blocks),), (1,))
-    layout = Layout(
-        entries=tuple(entries),
-        blocks=tuple(blocks),
-        trainable=tuple(name for name, _ in trainable),
-        state_bytes=space.used,
-        slots_bytes=slot.used,
-        exported=_exported(model, [*named, *buffers]),
-    )
-    return layout, offsets, slot.used
-
-
-def _in_state_order(
-    trainable: list[tuple[str, nn.Parameter]], blocks: list[Block], keys: list[list[StateKey]]
-) -> list[tuple[Block, str, StateKey]]:
-    """Optimizer state by key, then by parameter, so that an owner's state is a few long runs."""
-    seen: dict[str, dict[str, tuple[Block, str, StateKey]]] = {}
-    for block, block_keys in zip(blocks, keys, strict=True):
-        for key in block_keys:
-            name = state_name(trainable[block.param][0], block, key)
-            seen.setdefault(key.name, {}).setdefault(name, (block, name, key))
-    return [item for by_name in seen.values() for item in by_name.values()]
-
-
-def _exported(
-    model: nn.Module, tensors: list[tuple[str, torch.Tensor]]
-) -> tuple[tuple[str, str], ...]:
-    """Which entry each key of the model's state dict stands for."""
-    names = {id(tensor): name for name, tensor in tensors}
-    return tuple(
-        (key, names[id(value)])
-        for key, value in model.state_dict(keep_vars=True).items()
-        if id(value) in names
-    )
-
-
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """The row-major stride of a shape, in elements."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The tensor's own stride where it is a permutation of row-major (as channels-last is)."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return contiguous_stride(tensor.shape)
-        expected *= size
-    return tuple(tensor.stride())
-
-
-def _allocate(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    layout: Layout,
-    trainable: list[tuple[str, nn.Parameter]],
-    groups: list[int | None],
-    blocks: list[Block],
-    keys: list[list[StateKey]],
-    buffers: list[tuple[str, torch.Tensor]],
-    tables: dict[int, Table],
-    grad_offsets: list[int],
-    slot_bytes: int,
-    *,
-    shards: int,
-    seats: int,
-    clip: bool,
-    networked: bool,
-) -> SharedState:
-    """Create the segments, move the initial values in and bind the model to them."""
-    starts = [
-        initial_state(
-            optimizer,
-            trainable[block.param][1],
-            block,
-            block_shape(block, trainable[block.param][1].shape, tables),
-        )
-        if block_keys
-        else {}
-        for block, block_keys in zip(blocks, keys, strict=True)
-    ]
-    shape = ControlShape(shards=shards, seats=seats, params=len(trainable))
-    spare = most_subtrees(shards) if networked else 0
-    copies = shards + spare + clip
-    check_available("the run's shared memory", 2 * layout.state_bytes + copies * slot_bytes)
-    segments = {
-        "state": Segment.create("state", layout.state_bytes),
-        "slots": Segment.create("slots", copies * slot_bytes),
-        "base": Segment.create("base", layout.state_bytes),
-        "control": Segment.create("control", shape.nbytes()),
-    }
-    state_flat = torch.frombuffer(segments["state"].map, dtype=torch.uint8)
-    slots_flat = torch.frombuffer(segments["slots"].map, dtype=torch.uint8)
-    shared = SharedState(
-        model=model,
-        optimizer=optimizer,
-        layout=layout,
-        params=[parameter for _, parameter in trainable],
-        names=[name for name, _ in trainable],
-        groups=groups,
-        blocks=blocks,
-        keys=keys,
-        buffers=buffers,
-        committed=[],
-        tables=tables,
-        slots=[],
-        sums=[],
-        networked=networked,
-        grad_offsets=grad_offsets,
-        reduced=None,
-        state_bytes=state_flat,
-        segments=segments,
-        control=Control(segments["control"], shape),
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            home = shared.view(name)
-            home.copy_(parameter)
-            parameter.data = home
-        for name, buffer in buffers:
-            shared.committed.append(shared.view(name).copy_(buffer))
-        for number, start in enumerate(starts):
-            _store_start(shared, number, start)
-    slots = [
-        make_slot(flat, shared.params, grad_offsets, shared.committed, tables)
-        for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)
-    ]
-    shared.slots, shared.sums = slots[:shards], slots[shards : shards + spare]
-    shared.reduced = slots[-1].grads if clip else None
-    shared.control.shard_done[:] = -1
-    return shared
-
-
-def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> None:
-    """Put the state that the optimizer's constructor made for a block in its place."""
-    if not start:
-        return
-    for key in shared.keys[number]:
-        store_value(shared.state_view(number, key), start[key.name])
-    shared.view(PRESENT)[number] = 1
 
 
 def store_value(home: torch.Tensor, value: Any) -> None:

@@ -6,6 +6,8 @@ one can be taken for something else.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from blake3 import blake3
 
 from lockstep import numerics
 from lockstep.control import RING
-from lockstep.errors import IntegrityError, NetworkError
-from lockstep.exchange import Arrangement, cut
+from lockstep.errors import IntegrityError, NetworkError, PeerTimeoutError
+from lockstep.exchange import cut
 from lockstep.exchanger import Exchanger
 from lockstep.host import Host
 from lockstep.layout import Range
@@ -23,10 +25,14 @@ from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key, Pending, Report
+from lockstep.parcels import Parcels
+from lockstep.roles import Roles
 
 CONNECT_SECONDS = 5.0
 STATE_SECONDS = 600.0
 """The longest that a copy of the state may take."""
+LOOK_SECONDS = 0.1
+"""Between two looks at whether a state is still wanted."""
 DIGEST_BYTES = 32
 PIECE_BYTES = 4 << 20
 """Pieces in which a state is sent: each is digested while the next is on its way."""
@@ -96,14 +102,12 @@ class Station:
     def start(
         self,
         host: Host,
-        arrangement: Arrangement,
+        roles: Roles,
         step: int,
         seats: Callable[[], Sequence[int]],
-        threads: int,
     ) -> None:
-        """Exchange from this step on. Called when everybody rests. `threads` are those in which the
-        host's workers compute."""
-        if len(arrangement.parts) == 1:
+        """Exchange from this step on. Called when everybody rests."""
+        if not roles.several:
             return
         assert self._mesh is not None
         generation = self.generation
@@ -112,16 +116,25 @@ class Station:
             peer = next((n for n in addresses if f"host {n}" in error.what), "")
             self.trouble(generation, peer, error)
 
-        addresses = [part.name for part in arrangement.parts]
-        self._exchanger = Exchanger(
+        addresses = roles.others
+        plan = roles.plan
+        parcels = Parcels(
             host.control,
             memoryview(host.slots.map),
+            memoryview(host.state.map),
             host.slot_map,
+            host.known_layout,
+            roles.arrangement,
+            roles.duties,
+            self.name,
+        )
+        self._exchanger = Exchanger(
+            parcels,
             self._mesh,
-            arrangement,
             seats,
             failed,
-            spare=numerics.cores() > threads,
+            clip=plan.clip_grad_norm is not None,
+            spare=numerics.cores() > plan.workers * plan.threads,
         )
         self._exchanger.start(step)
 
@@ -144,8 +157,10 @@ class Station:
 
     # The state, from one host to another. Called when everybody rests on both.
 
-    def send_state(self, host: Host, step: int, peers: Sequence[str]) -> None:
-        """Give the state after `step` committed steps to these hosts."""
+    def send_state(
+        self, host: Host, step: int, peers: Sequence[str], part: Sequence[Range] | None = None
+    ) -> None:
+        """Give the state after `step` committed steps, or a part of it, to these hosts."""
         assert self._mesh is not None
         mesh, digest = self._mesh, blake3()
         slips: list[Pending] = []
@@ -153,32 +168,41 @@ class Station:
         def send(tag: int, view: memoryview) -> None:
             slips.extend(mesh.send(peer, Key(Kind.STATE, step, tag), view) for peer in peers)
 
-        for tag, view in _pieces(host, step):
+        for tag, view in _pieces(host, step, part):
             send(tag, view)
             digest.update(view)  # while it is sent
         send(DIGEST, memoryview(digest.digest(DIGEST_BYTES)))
         for slip in slips:
             slip.wait(STATE_SECONDS)
 
-    def receive_state(self, host: Host, step: int, source: str) -> None:
-        """Get the state from a host, in place of this one's.
+    def receive_state(
+        self,
+        host: Host,
+        step: int,
+        source: str,
+        part: Sequence[Range] | None = None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Get the state, or a part of it, from a host, in place of this one's.
+
+        `wanted` is asked again and again whether it still is.
 
         Raises:
-            NetworkError: it has not come whole. This host then has no state.
+            NetworkError: it has not come whole. This host then has none.
             IntegrityError: its bytes are not those that were sent.
         """
         assert self._mesh is not None
         told = bytearray(DIGEST_BYTES)
-        items = list(_pieces(host, step))
+        items = list(_pieces(host, step, part))
         slips = [
             self._mesh.expect(source, Key(Kind.STATE, step, tag), view)
             for tag, view in [*items, (DIGEST, memoryview(told))]
         ]
         digest = blake3()
         for slip, (_, view) in zip(slips, items, strict=False):
-            slip.wait(STATE_SECONDS)
+            _wait(slip, wanted)
             digest.update(view)  # while more comes
-        slips[-1].wait(STATE_SECONDS)
+        _wait(slips[-1], wanted)
         found = digest.digest(DIGEST_BYTES)
         if found != told:
             raise IntegrityError(
@@ -189,11 +213,28 @@ class Station:
             )
 
 
-def _pieces(host: Host, step: int) -> Iterator[tuple[int, memoryview]]:
-    """The state, and what is known of the step before; by tag."""
+def _wait(slip: Pending, wanted: Callable[[], bool]) -> None:
+    """Wait for a piece of a state, as long as it is wanted."""
+    limit = time.monotonic() + STATE_SECONDS
+    while not slip.done():
+        try:
+            slip.wait(LOOK_SECONDS)
+        except PeerTimeoutError:
+            if slip.ended or not wanted() or time.monotonic() > limit:
+                raise
+
+
+def _pieces(
+    host: Host, step: int, part: Sequence[Range] | None
+) -> Iterator[tuple[int, memoryview]]:
+    """The state, and what is known of the step before, or a part of the state; by tag."""
     state = memoryview(host.state.map)
-    for tag, piece in enumerate(cut(Range(offset=0, nbytes=host.state.nbytes), PIECE_BYTES)):
+    ranges = [Range(offset=0, nbytes=host.state.nbytes)] if part is None else part
+    pieces = itertools.chain.from_iterable(cut(run, PIECE_BYTES) for run in ranges)
+    for tag, piece in enumerate(pieces):
         yield tag, state[piece.offset : piece.offset + piece.nbytes]
+    if part is not None:
+        return
     place = (step - 1) % RING
     yield LOSSES, host.control.losses[place].data.cast("B")
     yield NORM, host.control.total_norms[place : place + 1].data.cast("B")

@@ -21,23 +21,34 @@ from lockstep.base import BasePart
 from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
-from lockstep.control import DIGEST_BYTES, RING, Phase, Stat, progress_of
+from lockstep.compression import Compressor
+from lockstep.control import (
+    DIGEST_BYTES,
+    PHASES_PER_STEP,
+    RING,
+    Phase,
+    Stage,
+    Stat,
+    exchange_of,
+    progress_of,
+)
 from lockstep.data import Loader
 from lockstep.embeddings import Redo
 from lockstep.errors import NonFiniteError, TaskError
 from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
-from lockstep.layout import Audit, Block, own_blocks
+from lockstep.layout import Audit, Block, Range, own_blocks
 from lockstep.modules import held_tensors
 from lockstep.owner import Owner
-from lockstep.presence import Presence
+from lockstep.ownership import Returns
+from lockstep.presence import Presence, Summed
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
 from lockstep.seeds import derive, seed_everything
 from lockstep.slots import Slot
 from lockstep.state import SharedState
-from lockstep.subtree_sums import SubtreeSums
+from lockstep.sums import ShareSum, SubtreeSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +63,19 @@ class Part:
     mine: range
     """Those that this host computes."""
     subtrees: tuple[range, ...]
-    """All hosts' subtrees, where there are several hosts."""
-    blocks: range
-    norms: range
+    """What is summed by itself before all is: all hosts' subtrees, or groups."""
+    several: bool
+    """Whether there are several hosts."""
+    blocks: Sequence[int]
+    """Those that it updates."""
+    norms: Sequence[int]
     """The trainable parameters whose gradient norms it takes, where there is a limit."""
+    returns: Returns
+    """What hosts give each other when each has summed its share."""
+    sums: tuple[Range, ...]
+    """What of a slot it sums for all hosts, where they return sums."""
+    theirs: frozenset[int]
+    """The parameters that other hosts alone update."""
 
 
 def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
@@ -125,24 +145,27 @@ class Stepper:
         self._gradient_audit: GradientAudit | None = None
         self._claims = Claims(shared.control)
         self._writer = SlotWriter(shared)
+        self._everywhere = {None, *shared.tables}
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._modes = Modes(shared.model)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._state = memoryview(shared.segments["state"].map)
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
-        self._reduced = shared.reduced
-        self._limit = None
-        if clip_grad_norm is not None:
-            self._limit = NormLimit(shared, clip_grad_norm, self._meet)
+        self._limit = None if clip_grad_norm is None else NormLimit(shared, clip_grad_norm)
 
     def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
-        self._early = bool(part.subtrees) and not self._audit_fraction
-        self._sums = SubtreeSums(
-            self.shared, part.subtrees, part.mine, part.blocks, part.rank, part.workers
-        )
+        self._early = part.several and not self._audit_fraction
+        self._sums = SubtreeSums(self.shared, part.subtrees, part.mine, part.rank, part.workers)
+        self._not_begun = set(part.theirs)
+        self._compressor = None
+        if self.shared.codec is not None:
+            self._compressor = Compressor(
+                self.shared, self.shared.codec, part.subtrees, part.mine, owner.slots, part.blocks
+            )
+        self._share = ShareSum(self.shared, owner.slots, part.sums)
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
         ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
         buffers = self.shared.buffer_ranges() if part.rank == 0 else []
@@ -182,15 +205,17 @@ class Stepper:
         presence = self._exchange(step, active)
         scale = None
         if self._limit is not None:
-            scale = self._limit.scale(step, presence, self.owner, self.part.norms)
+            scale = self._limit.scale(step, presence, self.part.norms, self._meet_hosts)
         reduced = clock()
         control.set_updating(self.part.seat, step)
-        self.owner.update(step, presence, self._reduced if scale is not None else None, scale)
+        self.owner.update(step, presence, scale)
         if self._buffers and self.part.rank == 0:
             self._combine_buffers(step)
         self._fault("update_done", step)
+        if self.part.returns == "parameters":
+            self._await_parameters(step, presence)
         updated = clock()
-        barrier.arrive(progress_of(step, Phase.UPDATED), ring=bool(self.part.subtrees))
+        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self.part.several)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
@@ -211,16 +236,44 @@ class Stepper:
 
     def _exchange(self, step: int, active: Sequence[int]) -> Presence:
         """See that all hosts' gradients are there, as shards or as sums of subtrees."""
-        subtrees = self.part.subtrees
-        if not subtrees:
-            return Presence(self.control, active)
-        if self._sums:
-            mine = [shard for shard in active if shard in self.part.mine]
-            self._sums.sum(Presence(self.control, mine))
-        self._fault("exchange", step)
-        self.barrier.arrive(progress_of(step, Phase.SUMMED), ring=True)
-        self.barrier.await_exchange(step)
-        return Presence(self.control, active, subtrees)
+        control, part = self.control, self.part
+        if part.subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
+            self._sum_subtrees(step, active)
+        if part.several:
+            self._fault("exchange", step)
+            self.barrier.arrive(progress_of(step, Phase.SUMMED))
+            self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
+        if self._compressor is not None:
+            self._compressor.restore()
+        presence: Presence = Presence(control, active, part.subtrees)
+        if part.returns == "sums":
+            if control.exchanged < exchange_of(step, Stage.RETURNING):
+                self._share.sum(presence)
+            self._fault("return", step)
+            self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
+            presence = Summed(presence, self.shared.tables)
+        if self._limit is not None:
+            self.owner.reduce(presence)
+            self._meet(progress_of(step, Phase.REDUCED))
+        return presence
+
+    def _sum_subtrees(self, step: int, active: Sequence[int]) -> None:
+        """Make what other hosts get: sums, and these small if asked."""
+        if not self._sums and self._compressor is None:
+            return
+        presence = Presence(self.control, [shard for shard in active if shard in self.part.mine])
+        self._sums.sum(presence)
+        if self._compressor is not None:
+            self._compressor.compress(step, presence)
+
+    def _await_parameters(self, step: int, presence: Presence) -> None:
+        """Return when what other hosts have updated is there."""
+        self._fault("return", step)
+        self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
+        if self.part.rank == 0 and self._not_begun:
+            begun = {param for param in self._not_begun if any(presence.of(param))}
+            self.shared.note_begun(begun)
+            self._not_begun -= begun
 
     def refresh_base(self, committed: int) -> None:
         """Bring this worker's part of the base to the state after so many committed steps."""
@@ -360,6 +413,13 @@ class Stepper:
         self.barrier.arrive(progress)
         self.barrier.wait(progress)
 
+    def _meet_hosts(self, progress: int) -> None:
+        """Meet, and all other hosts' workers, if only they know what is theirs."""
+        self._meet(progress)
+        if self.part.returns == "parameters":
+            step = progress // PHASES_PER_STEP
+            self.barrier.await_exchange(exchange_of(step, Stage.NORMED))
+
     def _combine_buffers(self, step: int) -> None:
         weights = self.sampling.weights(step)
         for index, committed in enumerate(self.shared.committed):
@@ -367,7 +427,10 @@ class Stepper:
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""
+        owned = self.part.returns == "parameters"  # then the exchanger does what has an owner
         for index, unit in enumerate(self.audit.units(step)):
+            if owned and self.shared.layout.param_of(unit.entry) not in self._everywhere:
+                continue
             if (step + index) % self.part.workers == self.part.rank:
                 view = self._state[unit.offset : unit.offset + unit.nbytes]
                 self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))

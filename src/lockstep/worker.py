@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from lockstep import numerics
 from lockstep.barrier import Barrier, Regroup
+from lockstep.building import build
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
 from lockstep.data import Loader, make_fetch
@@ -29,15 +30,15 @@ from lockstep.held_out import (
     score,
 )
 from lockstep.job import Task
-from lockstep.layout import own_blocks
+from lockstep.layout import Range, cut_evenly, own_blocks
 from lockstep.owner import Owner
 from lockstep.planning import Plan
 from lockstep.records import Samples
 from lockstep.sampling import home_shards
 from lockstep.schedule import Schedule
-from lockstep.state import SharedState, build
+from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
-from lockstep.subtree_sums import leaves_of
+from lockstep.sums import dense_leaves, leaves_of
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Session:
             seats=plan["seats"],
             clip=plan["clip_grad_norm"] is not None,
             networked=networked,
+            compression=plan["compression"],
+            groups=plan["groups"],
         )
         schedule = Schedule(task, shared.optimizer, Plan.from_message(plan).sampling)
         return Session(
@@ -145,8 +148,15 @@ class Worker:
         seats: list[int] = message["seats"]
         rank, workers = seats.index(self.seat), len(seats)
         shared = self.shared
-        sizes = [parameter.numel() for parameter in shared.params]
         mine, subtrees = range(*message["mine"]), tuple(range(*each) for each in message["trees"])
+        theirs = frozenset(message["theirs"])
+        sizes = [
+            0 if index in theirs else parameter.numel()
+            for index, parameter in enumerate(shared.params)
+        ]
+        ours = [n for n, block in enumerate(shared.blocks) if block.param not in theirs]
+        run = own_blocks([shared.blocks[number] for number in ours], workers)[rank]
+        share = [cut_evenly(Range(**place), workers)[rank] for place in message["sums"]]
         part = Part(
             seat=self.seat,
             rank=rank,
@@ -154,13 +164,22 @@ class Worker:
             shards=tuple(mine[home] for home in home_shards(len(mine), workers, rank)),
             mine=mine,
             subtrees=subtrees,
-            blocks=own_blocks(shared.blocks, workers)[rank],
-            norms=norm_parts(sizes, workers)[rank],
+            several=message["several"],
+            blocks=ours[run.start : run.stop],
+            norms=[index for index in norm_parts(sizes, workers)[rank] if index not in theirs],
+            returns=message["returns"],
+            sums=tuple(share),
+            theirs=theirs,
         )
         threads = self.session.plan["threads"]
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
-        leaves = leaves_of(shared, subtrees, mine)
-        owner = Owner(shared, part.blocks, self.faults, leaves)
+        owner = Owner(
+            shared,
+            part.blocks,
+            self.faults,
+            leaves_of(shared, subtrees, mine),
+            dense=dense_leaves(shared, subtrees, summed=part.returns == "sums"),
+        )
         self.stepper.join(part, barrier, owner, self.step)
         self.stepper.schedule.go_to(self.step)
         if message["refresh"]:

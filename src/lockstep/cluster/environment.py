@@ -24,6 +24,8 @@ class Place:
     """Where newcomers find it."""
     job: str
     """A name for this run that is the same in all its processes, and in no other run's."""
+    own: str | None = None
+    """Where this process is, if it was told."""
 
 
 def place_of(environment: Mapping[str, str]) -> Place:

@@ -1,7 +1,8 @@
-"""A job whose processes torchrun or SLURM starts, one on each host.
+"""A job whose processes are started one on each host: by torchrun, by SLURM, or by hand.
 
     torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep.cluster.launched --secret FILE job.yaml
     srun --ntasks-per-node=1 python -m lockstep.cluster.launched --secret FILE job.yaml
+    python -m lockstep.cluster.launched --secret FILE --task worker:0 job.yaml
 
 Rank 0 is the master; the others become its agents. They enter with what they make of a secret
 that all have in a file. The result of rank 0 is one JSON document on stdout.
@@ -23,6 +24,7 @@ from typing import Annotated, Self
 
 import typer
 
+from lockstep.cluster.description import on_ranks, place_in
 from lockstep.cluster.environment import Place, place_of
 from lockstep.cluster.state import (
     SECRET,
@@ -144,6 +146,8 @@ def own_address(place: Place) -> str:
     Raises:
         IdentityError: none can be told.
     """
+    if place.own is not None:
+        return place.own
     if is_loopback(place.host):
         return "127.0.0.1"
     found = address_towards((place.host, place.port))
@@ -193,46 +197,65 @@ def main(
         int | None, typer.Option("--workers", "-w", min=1, help="Worker processes on this host.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="The run folder, on rank 0.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Which entry of the job file's `cluster` this is: worker:0, ps:0."),
+    ] = None,
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for others.")] = 1800.0,
 ) -> None:
-    """Take part in a job as the rank that torchrun or SLURM has given this process."""
+    """Take part in a job as the rank that torchrun or SLURM has given this process, or as an entry
+    of the cluster that the job file describes."""
     signal.signal(signal.SIGTERM, _end)
-    place = place_of(os.environ)
+    wanted = read_job(job)
+    place = _place(wanted, task)
     if port is not None:
         place = replace(place, port=port)
     shared = shared_secret(place, secret)
     with tempfile.TemporaryDirectory(prefix="lockstep-rank-") as folder:
         if place.rank == 0:
-            _lead(place, shared, Path(folder), job, workers, out, wait)
+            _lead(place, shared, Path(folder), wanted, workers, out, wait)
         else:
-            _follow(place, shared, Path(folder), job, workers, wait)
+            _follow(place, shared, Path(folder), wanted, workers, wait)
+
+
+def _place(job: Job, task: str | None) -> Place:
+    if (job.cluster is None) != (task is None):
+        raise JobError(
+            "the job file's cluster and --task do not fit each other",
+            expected="both, or neither",
+            found="no --task" if task is None else "no `cluster` in the job file",
+            fix="add the one, or leave out the other",
+        )
+    if job.cluster is None or task is None:
+        return place_of(os.environ)
+    return place_in(job.cluster, task)
 
 
 def _lead(
     place: Place,
     shared: SharedSecret,
     folder: Path,
-    name: str,
+    job: Job,
     workers: int | None,
     out: str | None,
     wait: float,
 ) -> None:
     from lockstep.api import run
 
-    job = read_job(name)
+    job = job if job.cluster is None else on_ranks(job)
     with Ranks(place, shared, folder, workers=workers, wait=wait) as ranks:
         result = run(job.replace(out=out) if out else job, on=ranks)
     print(json.dumps(result.to_message()))
 
 
 def _follow(
-    place: Place, shared: SharedSecret, folder: Path, name: str, workers: int | None, wait: float
+    place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
     from lockstep import numerics
     from lockstep.agent import serve
     from lockstep.source import source_of
 
-    expected = source_of(read_job(name)).name
+    expected = source_of(job).name
     identity, offer = enter(place, shared, folder, wait)
     if offer.task != expected:
         raise JobError(

@@ -1,12 +1,11 @@
-"""The sums that a host sends to others: of its shards' gradients, subtree by subtree.
-
-Divided among the host's workers by blocks, as updates are.
+"""The sums that hosts give each other: of their shards' gradients, subtree by subtree, and, where
+each host sums a share for all, of all subtrees. Divided among the host's workers.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from lockstep.embeddings import sum_tables
 from lockstep.exchange import leaf_slots
 from lockstep.gradients import Reducer
-from lockstep.layout import Block
+from lockstep.layout import Block, Range, overlap, own_blocks
 from lockstep.presence import Mask, Presence
 from lockstep.slots import Slot
 from lockstep.state import SharedState, storage_run
@@ -31,6 +30,22 @@ def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> li
     return leaves
 
 
+def dense_leaves(
+    shared: SharedState, subtrees: Sequence[range], *, summed: bool
+) -> list[Slot] | None:
+    """What is summed of all gradients but those of large tables, where that is not `leaves_of`:
+    the sum itself, if it is there already, or what a codec has left of each group's."""
+    if summed:
+        assert shared.total is not None
+        return [shared.total]
+    if shared.codec is None:
+        return None
+    leaves = list(shared.slots)
+    for place, tree in enumerate(subtrees):
+        leaves[tree.start] = shared.restored[place]
+    return leaves
+
+
 class SubtreeSums:
     """One worker's part of its host's sums. Made anew when the membership changes."""
 
@@ -39,7 +54,6 @@ class SubtreeSums:
         shared: SharedState,
         subtrees: Sequence[range],
         mine: range,
-        blocks: Sequence[int],
         rank: int,
         workers: int,
     ) -> None:
@@ -49,8 +63,8 @@ class SubtreeSums:
         self._sums = [
             (tree, leaves[tree.start]) for tree in subtrees if len(tree) > 1 and tree.start in mine
         ]
-        dense = [n for n in blocks if shared.blocks[n].param not in shared.tables]
-        self._blocks = [shared.blocks[number] for number in dense]
+        blocks = [shared.blocks[number] for number in own_blocks(shared.blocks, workers)[rank]]
+        self._blocks = [block for block in blocks if block.param not in shared.tables]
         self._runs = _runs(shared, self._blocks)
         self._tables = [index for index in shared.tables if index % workers == rank]
 
@@ -79,6 +93,37 @@ class SubtreeSums:
         leaves = [slot.table(index) for slot in self.shared.slots]
         add = partial(self._reducer.sum, mask)
         sum_tables(leaves, mask, target.table(index), add, asked=self.shared.tables[index].asked)
+
+
+class ShareSum:
+    """One worker's part of what its host sums for all. Made anew when the membership changes."""
+
+    def __init__(self, shared: SharedState, leaves: Sequence[Slot], share: Sequence[Range]) -> None:
+        """`leaves` are the subtrees' sums, by first shard; `share` are runs of a slot's bytes."""
+        self._reducer = Reducer(shared)
+        self._runs = []
+        for place in share:
+            for param, run in _of_params(shared, place):
+                assert shared.total is not None
+                dtype, part = shared.params[param].dtype, slice(run.offset, run.offset + run.nbytes)
+                pieces = [slot.flat[part].view(dtype) for slot in leaves]
+                self._runs.append((param, pieces, shared.total.flat[part].view(dtype)))
+
+    def sum(self, presence: Presence) -> None:
+        """Make the sums. Called when all subtrees' sums are there."""
+        for param, pieces, total in self._runs:
+            self._reducer.sum(presence.of(param), pieces, total)
+
+
+def _of_params(shared: SharedState, place: Range) -> Iterator[tuple[int, Range]]:
+    """What of a run of a slot's bytes is which parameter's gradient."""
+    for param, (parameter, offset) in enumerate(
+        zip(shared.params, shared.grad_offsets, strict=True)
+    ):
+        home = Range(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
+        common = overlap(home, place)
+        if common.nbytes:
+            yield param, common
 
 
 def _within(present: Mask, tree: range) -> Mask:

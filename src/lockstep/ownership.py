@@ -1,0 +1,153 @@
+"""Ownership: which host computes, which one sums which gradients, and who updates what. Pure.
+
+    replicated   every host updates everything, so the loss of one loses nothing (the default)
+    sharded      each host updates some of the parameters, and gives the others what becomes of them
+    servers      some hosts do that, and compute no gradients: a synchronous parameter server
+
+Large tables, whose gradients are the rows that were touched, are updated on every host always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lockstep.exchange import SlotMap
+from lockstep.layout import Range, cut_evenly
+
+Returns = Literal["nothing", "sums", "parameters"]
+"""What hosts give each other when they have summed their share of the gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one host does for all others."""
+
+    sums: tuple[Range, ...] = ()
+    """The runs of a slot's bytes that it alone sums."""
+    params: tuple[int, ...] = ()
+    """The trainable parameters that it alone updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duties:
+    """Who does what under an arrangement. Without shares, every host does everything."""
+
+    returns: Returns = "nothing"
+    shares: Mapping[str, Share]
+
+
+class Ownership(Protocol):
+    """How hosts divide the work.
+
+    - The shares of all hosts are disjoint, and together all gradients but those of large tables.
+    - `duties` and `computing` depend on nothing but their arguments: every host finds the same.
+    """
+
+    @property
+    def whole(self) -> bool:
+        """Whether every host has the whole state. If not, the loss of one is the loss of its part,
+        and all go back to the master's base."""
+
+    def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
+        """Those of these hosts that compute gradients; at least one."""
+
+    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+        """Who sums and updates what."""
+
+
+DIRECT = 2
+"""Up to so many hosts everybody sends its sums to everybody: one message's delay, and the volume of
+a ring. More hosts would send more than a ring does: each sums a part, and returns it."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Every host updates everything."""
+
+    whole = True
+
+    def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(hosts)
+
+    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+        if len(hosts) <= DIRECT:
+            return Duties(shares={})
+        cuts = [cut_evenly(bucket.place, len(hosts)) for bucket in places.buckets]
+        shares = {
+            host: Share(sums=tuple(pieces[number] for pieces in cuts if pieces[number].nbytes))
+            for number, host in enumerate(hosts)
+        }
+        return Duties(returns="sums", shares=shares)
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Each host updates some of the parameters, whole ones."""
+
+    whole = False
+
+    def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(hosts)
+
+    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+        return _by_parameter(hosts, places, hosts)
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The hosts of these names update, the others compute. As long as there is none of the one or
+    the other kind, those that there are do both."""
+
+    names: frozenset[str]
+    whole = False
+
+    def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(host for host in hosts if host not in self.names) or tuple(hosts)
+
+    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+        servers = [host for host in hosts if host in self.names] or hosts
+        return _by_parameter(servers, places, hosts)
+
+
+@dataclass(frozen=True)
+class Compressed(Replicated):
+    """Every host updates everything, from what a codec has left of everybody's gradients; but what
+    it has left out stays where it was (see `compression`)."""
+
+    whole = False
+
+    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+        return Duties(shares={})  # sums would be as large again as what was made small
+
+
+def ownership_of(kind: str, servers: Sequence[str] = (), compression: str = "none") -> Ownership:
+    """The ownership of a job's settings. `servers` are hosts, by name."""
+    if compression != "none":
+        return Compressed()
+    match kind:
+        case "replicated":
+            return Replicated()
+        case "sharded":
+            return Sharded()
+        case "servers":
+            return Servers(frozenset(servers))
+    raise ValueError(kind)
+
+
+def _by_parameter(owners: Sequence[str], places: SlotMap, hosts: Sequence[str]) -> Duties:
+    """Give each owner a run of whole parameters, of about the same number of bytes."""
+    if len(hosts) == 1:
+        return Duties(shares={})
+    total, before = sum(place.nbytes for place in places.grads.values()) or 1, 0
+    runs: dict[str, list[int]] = {host: [] for host in hosts}
+    for param, place in places.grads.items():
+        middle = 2 * before + place.nbytes
+        runs[owners[min(middle * len(owners) // (2 * total), len(owners) - 1)]].append(param)
+        before += place.nbytes
+    shares = {
+        host: Share(sums=tuple(places.grads[param] for param in run), params=tuple(run))
+        for host, run in runs.items()
+    }
+    return Duties(returns="parameters", shares=shares)

@@ -1,0 +1,212 @@
+"""Parcels: what of a step goes from one host to another, and where in memory it belongs.
+
+The same code on both sides says what is sent and what is expected, in the same order: a parcel's
+tag is its place in that order.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lockstep.control import RING, Control
+from lockstep.exchange import (
+    AGAIN,
+    Arrangement,
+    Bucket,
+    HostPart,
+    SlotMap,
+    TableMap,
+    cut,
+    leaf_slots,
+)
+from lockstep.layout import Layout, Range, overlap
+from lockstep.ownership import Duties
+
+Item = tuple[int, memoryview]
+"""A tag, and the memory that it is about."""
+
+
+class Field(enum.IntEnum):
+    """When in a step a parcel goes; the first part of its tag."""
+
+    GRADIENT = 0
+    BESIDE = 1
+    TOLD = 2
+    NORMS = 3
+    RETURNED = 4
+
+
+def tagged(field: Field, views: Iterable[memoryview]) -> Iterator[Item]:
+    """The views with their tags."""
+    for number, view in enumerate(views):
+        yield field << 28 | number, view
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """A subtree's sum of a bucket, as far as it is for one owner."""
+
+    tree: range
+    params: tuple[int, ...]
+    """None, if it is made small: all of it goes at once, when it is summed."""
+    items: list[Item]
+
+
+class Parcels:
+    """What this host, `node`, gives others and gets from them, under one arrangement."""
+
+    def __init__(
+        self,
+        control: Control,
+        slots: memoryview,
+        state: memoryview,
+        places: SlotMap,
+        layout: Layout,
+        arrangement: Arrangement,
+        duties: Duties,
+        node: str,
+    ) -> None:
+        self.control, self.places, self.layout, self.duties = control, places, layout, duties
+        self.mine = arrangement.part(node)
+        self.others = arrangement.others(node)
+        self._slots, self._state = slots, state
+        self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
+        self._groups = {tree.start: place for place, tree in enumerate(arrangement.subtrees)}
+        self._audit = layout.audit()
+        self._params = {
+            name: layout.ranges_of(share.params, ("param",))
+            for name, share in duties.shares.items()
+        }
+        mine = self.mine.name
+        self._gradients = {
+            (sender.name, owner): list(self._list_gradients(sender, owner))
+            for sender in arrangement.parts
+            for owner in ([part.name for part in self.others] if sender.name == mine else [mine])
+        }
+
+    def _list_gradients(self, sender: HostPart, owner: str) -> Iterator[Gradient]:
+        numbers = itertools.count(Field.GRADIENT << 28)
+        if self.places.packed.nbytes:
+            for tree in sender.subtrees:
+                slot = self.places.restored + self._groups[tree.start]
+                views = [self._view(slot, piece) for piece in cut(self.places.packed)]
+                items = [(next(numbers), view) for view in views]
+                yield Gradient(tree=tree, params=(), items=items)
+            return
+        for tree in sender.subtrees:
+            for bucket in self.places.buckets:
+                views = [self._leaf(tree, run) for run in self._runs_of(bucket, owner)]
+                items = [(next(numbers), view) for view in views]
+                yield Gradient(tree=tree, params=bucket.params, items=items)
+
+    def _runs_of(self, bucket: Bucket, owner: str) -> list[Range]:
+        """What of a bucket an owner sums."""
+        if self.duties.returns == "nothing":
+            return list(cut(bucket.place))
+        common = [overlap(bucket.place, run) for run in self.duties.shares[owner].sums]
+        return [piece for run in common for piece in cut(run)]
+
+    # The gradients, and what goes beside them.
+
+    def gradients(self, sender: HostPart, owner: str) -> Sequence[Gradient]:
+        """What a host gives to an owner, in the order in which it is sent if nothing is early."""
+        return self._gradients[sender.name, owner]
+
+    def known(self, step: int, sender: HostPart, owner: str) -> Iterator[Item]:
+        """What a host gives to an owner in every step; its size is known beforehand."""
+        for gradient in self.gradients(sender, owner):
+            yield from gradient.items
+        yield from self.beside(step, sender)
+
+    def beside(self, step: int, sender: HostPart) -> Iterator[Item]:
+        """What goes beside the gradients; the flags and counts say what else is to come."""
+        return tagged(Field.BESIDE, self._beside(step, sender))
+
+    def _beside(self, step: int, sender: HostPart) -> Iterator[memoryview]:
+        control, shards = self.control, sender.shards
+        if shards:
+            run = slice(shards.start, shards.stop)
+            yield control.losses[step % RING, run].data.cast("B")
+            yield control.has_grad[run].reshape(-1).data
+        if self.places.buffers.nbytes:
+            for shard in shards:
+                yield self._view(shard, self.places.buffers)
+        for tree in sender.subtrees:
+            for table in self.places.tables:
+                yield self._leaf(tree, Range(offset=table.numbers.offset, nbytes=8))
+
+    def told(self, sender: HostPart, owner: str) -> Iterator[Item]:
+        """What the flags and counts of a host tell of: gradients that have changed after they were
+        sent, and the rows of large tables that were touched."""
+        return tagged(Field.TOLD, self._told(sender, owner))
+
+    def _told(self, sender: HostPart, owner: str) -> Iterator[memoryview]:
+        shards = sender.shards
+        again = self.control.has_grad[shards.start : shards.stop] == AGAIN
+        if not self.places.packed.nbytes and again.any():
+            for gradient in self.gradients(sender, owner):
+                tree = gradient.tree
+                flags = self.control.has_grad[tree.start, gradient.params]
+                if len(tree) == 1 and (flags == AGAIN).any():
+                    yield from (view for _, view in gradient.items)
+        for tree in sender.subtrees:
+            for table in self.places.tables:
+                yield from self._rows(tree, table)
+
+    def _rows(self, tree: range, table: TableMap) -> Iterator[memoryview]:
+        (count,) = struct.unpack(
+            "=q", self._leaf(tree, Range(offset=table.numbers.offset, nbytes=8))
+        )
+        rows = table.home
+        if count >= 0:
+            rows = Range(offset=rows.offset, nbytes=count * table.row_bytes)
+            numbers = Range(offset=table.numbers.offset + 8, nbytes=8 * count)
+            yield from (self._leaf(tree, piece) for piece in cut(numbers))
+        yield from (self._leaf(tree, piece) for piece in cut(rows))
+
+    # What an owner returns.
+
+    def norms(self, owner: str) -> Iterator[Item]:
+        """The norms of the gradients of its parameters."""
+        params = self.duties.shares[owner].params
+        return tagged(
+            Field.NORMS, (self.control.norms[param : param + 1].data.cast("B") for param in params)
+        )
+
+    def returned(self, step: int, owner: str) -> Iterator[Item]:
+        """The sums that it has made, or what has become of its parameters."""
+        return tagged(Field.RETURNED, self._returned(step, owner))
+
+    def _returned(self, step: int, owner: str) -> Iterator[memoryview]:
+        if self.duties.returns == "sums":
+            for run in self.duties.shares[owner].sums:
+                yield from (self._view(self.places.total, piece) for piece in cut(run))
+            return
+        for run in self._params[owner]:
+            for piece in cut(run):
+                yield self._state[piece.offset : piece.offset + piece.nbytes]
+        for index, _ in self.audited(step, owner):
+            yield self.control.digest_place(step, index)
+
+    def audited(self, step: int, owner: str) -> list[tuple[int, memoryview]]:
+        """What of the units that the ledger records of a step only this owner has, by index."""
+        params = self.duties.shares[owner].params
+        return [
+            (index, self._state[unit.offset : unit.offset + unit.nbytes])
+            for index, unit in enumerate(self._audit.units(step))
+            if self.layout.param_of(unit.entry) in params
+        ]
+
+    # Where it lies.
+
+    def _leaf(self, tree: range, item: Range) -> memoryview:
+        """A run of the slot that has the subtree's sum."""
+        return self._view(self._leaves[tree.start], item)
+
+    def _view(self, slot: int, item: Range) -> memoryview:
+        start = slot * self.places.nbytes + item.offset
+        return self._slots[start : start + item.nbytes]

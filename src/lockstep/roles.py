@@ -1,0 +1,118 @@
+"""Roles: what each host does in every step, as long as the hosts stay the same. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lockstep.compression import groups_of
+from lockstep.exchange import Arrangement, SlotMap
+from lockstep.holdings import shard_ranges
+from lockstep.layout import Layout, Range, complement
+from lockstep.ownership import Duties, Ownership
+from lockstep.planning import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Who computes, sums and updates what. `host` is the one that asks."""
+
+    host: str
+    plan: Plan
+    ownership: Ownership
+    arrangement: Arrangement
+    duties: Duties
+
+    @staticmethod
+    def alone(host: str, plan: Plan, ownership: Ownership) -> Roles:
+        """One host does everything."""
+        arrangement = Arrangement.of(plan.shards, {host: plan.workers}, _group(plan))
+        return Roles(
+            host=host,
+            plan=plan,
+            ownership=ownership,
+            arrangement=arrangement,
+            duties=Duties(shares={}),
+        )
+
+    def among(self, workers: Mapping[str, int], places: SlotMap) -> Roles:
+        """The roles of these hosts, by their numbers of workers, in this order."""
+        computing = self.ownership.computing(list(workers))
+        counts = {name: count * (name in computing) for name, count in workers.items()}
+        return Roles(
+            host=self.host,
+            plan=self.plan,
+            ownership=self.ownership,
+            arrangement=Arrangement.of(
+                self.plan.shards, counts, _group(self.plan), shard_ranges(self.plan.holdings)
+            ),
+            duties=self.ownership.duties(list(workers), places),
+        )
+
+    @property
+    def several(self) -> bool:
+        """Whether other hosts take part."""
+        return len(self.arrangement.parts) > 1
+
+    @property
+    def parted(self) -> bool:
+        """Whether each host has a part of the state, and none has the whole of it."""
+        return self.several and not self.ownership.whole
+
+    @property
+    def others(self) -> list[str]:
+        """The other hosts."""
+        return [part.name for part in self.arrangement.others(self.host)]
+
+    @property
+    def shards(self) -> range:
+        """The shards that this host computes."""
+        return self.arrangement.part(self.host).shards
+
+    @property
+    def trees(self) -> tuple[range, ...]:
+        """The subtrees that are summed by themselves: of all hosts, or the groups; none where this
+        host is alone and nothing is made small."""
+        if self.several:
+            return self.arrangement.subtrees
+        return groups_of(self.plan.shards, self.plan.groups) if self.plan.groups else ()
+
+    @property
+    def sums(self) -> tuple[Range, ...]:
+        """The runs of a slot's bytes that this host sums, and returns the sums of."""
+        return self.duties.shares[self.host].sums if self.duties.returns == "sums" else ()
+
+    @property
+    def theirs(self) -> list[int]:
+        """The trainable parameters that other hosts alone update."""
+        shares = self.duties.shares.items()
+        return [param for name, share in shares if name != self.host for param in share.params]
+
+    @property
+    def owned(self) -> frozenset[int]:
+        """The trainable parameters that some host alone updates."""
+        return frozenset(param for share in self.duties.shares.values() for param in share.params)
+
+    def part_of(self, name: str, layout: Layout) -> list[Range]:
+        """The bytes of the state that only the host of this name has: of the optimizer state, or
+        what its groups have left out."""
+        if self.plan.groups:
+            mine = self.arrangement.part(name).subtrees
+            return layout.residuals_of([self.trees.index(tree) for tree in mine])
+        if self.duties.returns == "parameters":
+            return layout.ranges_of(self.duties.shares[name].params, ("optim",))
+        return []
+
+    def needed_by(self, name: str, layout: Layout) -> list[Range] | None:
+        """The bytes of the state that are not for some other host alone; None: all of them."""
+        if self.ownership.whole:
+            return None
+        others = self.arrangement.others(name)
+        apart = itertools.chain.from_iterable(self.part_of(o.name, layout) for o in others)
+        return complement(layout.state_bytes, apart)
+
+
+def _group(plan: Plan) -> int:
+    """How many shards are in a group; 0: there are none."""
+    return plan.shards // plan.groups if plan.groups else 0

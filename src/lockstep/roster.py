@@ -1,0 +1,216 @@
+"""The roster: which hosts have come to a job, what each would run, and whether it may take part.
+
+A host comes, has its facts compared with the master's, is told the plan, and is ready when its
+workers have started. Before the run the master waits for the hosts that it knows of; others may
+come at any time.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lockstep import numerics
+from lockstep.errors import (
+    JobError,
+    LockstepError,
+    PeerTimeoutError,
+    RefusedError,
+    from_message,
+    to_message,
+)
+from lockstep.fleet import in_order
+from lockstep.holdings import Samples, check_open
+from lockstep.host import Host
+from lockstep.link import Link
+from lockstep.net.frames import Message
+from lockstep.net.handshake import check_facts
+from lockstep.net.transport import Heard
+from lockstep.offer import Launcher, Offer
+from lockstep.ownership import Ownership
+from lockstep.planning import Plan, share
+
+MOST_SAMPLES = 1 << 48
+GATHER_SECONDS = 600.0
+"""How long hosts that are known of may take to load the task and its data."""
+
+
+class Roster:
+    """The hosts of a job as they come. All calls come from the master's thread."""
+
+    def __init__(
+        self,
+        link: Link,
+        launcher: Launcher,
+        facts: Mapping[str, str],
+        samples: Samples,
+        ownership: Ownership,
+    ) -> None:
+        """`facts` are what all hosts must have in common; `samples` is what the master's has."""
+        self.link, self._launcher, self._facts = link, launcher, facts
+        self.ownership = ownership
+        self.master = launcher.identity.node
+        self.capacities = {self.master: launcher.workers or numerics.cores()}
+        """By host, how many workers it would run. The master's own is the first."""
+        self._samples = {self.master: samples}
+        self.ready: dict[str, int] = {}
+        """By host that has been set up, how many workers it runs."""
+        self.reports: deque[tuple[str, str]] = deque()
+        """Connections that were closed or refused: who, and why."""
+        self._plan: Plan | None = None
+        self._expected: tuple[str, ...] = ()
+        """The hosts that were there when the job was offered."""
+        launcher.report = lambda who, why: self.reports.append((who, why))
+
+    @property
+    def capacity(self) -> int:
+        """How many workers would compute on all hosts together."""
+        return sum(self._computing().values())
+
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """By host, how many samples it has; in the order in which hosts share out shards."""
+        return {name: self._samples[name] for name in in_order(self._samples, self.master)}
+
+    def _computing(self) -> dict[str, int]:
+        names = self.ownership.computing(list(self.capacities))
+        return {name: count for name, count in self.capacities.items() if name in names}
+
+    def gather(self, offer: Offer) -> None:
+        """Offer the job, and wait until the hosts that there are have loaded the task.
+
+        Raises:
+            LockstepError: one of them cannot take part; says why.
+        """
+        self._expected = self._launcher.offer(offer)
+        self._await(self.capacities, "to load the task and its data")
+
+    def share_out(self, workers: int) -> dict[str, int]:
+        """How many workers each host gets. Hosts that compute nothing run as many as they would.
+
+        Raises:
+            JobError: some host would have none, or a server is not there.
+        """
+        return {**self.capacities, **share(workers, self._computing())}
+
+    def check_servers(self, servers: Sequence[str]) -> None:
+        """See that the hosts that a job names are there.
+
+        Raises:
+            JobError: one is not.
+        """
+        missing = sorted(set(servers) - self.capacities.keys())
+        if missing:
+            raise JobError(
+                f"there is no host {', '.join(missing)} to be a server",
+                expected=f"names among {', '.join(self.capacities)}",
+                found=", ".join(servers),
+                fix="correct `servers`, or start that host",
+            )
+
+    def set_up(self, plan: Plan, host: Host) -> tuple[Plan, dict[str, Any]]:
+        """Have every host, `host` is the master's own, allocate what the plan needs, and the others
+        start their workers; returns the plan of the master's own and the numerics profile."""
+        self._plan = plan
+        workers = self.share_out(plan.workers)
+        for name in self.capacities:
+            if name != self.master:
+                self._set_up(name, workers[name])
+        own = plan.for_host(self.master, workers[self.master])
+        profile = host.set_up(own, networked=True)
+        self._await(self.ready, "to set up its memory")
+        return own, profile
+
+    def present(self, name: str, message: Message, *, running: bool) -> None:
+        """A host has loaded the task.
+
+        Raises:
+            RefusedError: it differs from the others.
+        """
+        try:
+            check_facts(self._facts, message["facts"], name)
+            if self._plan is not None:
+                check_open(self._plan.holdings, name)
+        except RefusedError as error:
+            self.link.tell(name, "refused", error=to_message(error))
+            raise
+        train, held_out = message["samples"]
+        self._samples[name] = (
+            count_of(train, most=MOST_SAMPLES),
+            count_of(held_out, 0, MOST_SAMPLES),
+        )
+        self.capacities[name] = count_of(message["workers"])
+        if running:
+            self._set_up(name, self.capacities[name])
+
+    def is_ready(self, name: str, message: Message) -> int:
+        """A host's workers have started; how many."""
+        self.ready[name] = count_of(message["workers"])
+        return self.ready[name]
+
+    def lost(self, name: str) -> None:
+        """A host is gone."""
+        self.capacities.pop(name, None)
+        self.ready.pop(name, None)
+        self._samples.pop(name, None)
+
+    def reported(self) -> list[tuple[str, str]]:
+        """The connections that were closed or refused since the last call: who, and why."""
+        return [self.reports.popleft() for _ in range(len(self.reports))]
+
+    def hear(self, seconds: float) -> list[Heard]:
+        """What hosts say within so many seconds."""
+        select.select([self.link], [], [], seconds)
+        return self.link.take()
+
+    def _await(self, known: Mapping[str, int], what: str) -> None:
+        limit = time.monotonic() + GATHER_SECONDS
+        while missing := sorted(set(self._expected) - known.keys()):
+            if time.monotonic() > limit:
+                raise PeerTimeoutError(
+                    f"host {', '.join(missing)} did not answer in time",
+                    expected=f"{what} within {GATHER_SECONDS:.0f} s",
+                    fix="look at what its agent says, or let it leave the cluster",
+                )
+            for who, why in self.reported():
+                if who in missing:
+                    raise RefusedError(f"host {who} cannot take part", found=why)
+            for heard in self.hear(0.2):
+                if heard.error is not None:
+                    raise heard.error
+                self._heard(heard.peer, heard.message or {})
+
+    def _heard(self, name: str, message: Message) -> None:
+        match message["op"]:
+            case "failed":
+                raise about(name, message)
+            case "present":
+                self.present(name, message, running=False)
+            case "ready":
+                self.is_ready(name, message)
+
+    def _set_up(self, name: str, workers: int) -> None:
+        assert self._plan is not None
+        plan = self._plan.for_host(name, workers)
+        self.link.tell(name, "set_up", plan=plan.to_message())
+
+
+def count_of(value: object, least: int = 1, most: int = 1 << 16) -> int:
+    """A number from a message.
+
+    Raises:
+        ValueError: it is none, or out of its bounds.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"not a number from {least} to {most}: {value!r}")
+    return value
+
+
+def about(name: str, message: Message) -> LockstepError:
+    """A host's error, with its name."""
+    error = from_message(message["error"])
+    what = error.what if f"host {name}" in error.what else f"host {name}: {error.what}"
+    return type(error)(what, expected=error.expected, found=error.found, fix=error.fix)
