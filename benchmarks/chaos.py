@@ -59,12 +59,18 @@ class Tally:
     recoveries: int = 0
     problems: list[str] = field(default_factory=list)
     """Differences, errors, and what was left behind."""
+    others: frozenset[int] = field(default_factory=lambda: frozenset(descendants(os.getpid())))
+    """Processes below this one that were there before."""
 
     @property
     def faults(self) -> int:
         """Scripted faults that fired, and signals; requests do not count."""
         signals = sum(count for (_, what), count in self.sent.items() if what.startswith("SIG"))
         return sum(self.scripted.values()) + signals
+
+    def left(self) -> set[int]:
+        """Processes below this one that were not there before."""
+        return set(descendants(os.getpid())) - self.others
 
 
 def settings_of(scenario: Scenario, out: Path) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def disturb(
         tally.scripted[fault.phase, fault.kind] += times
     tally.recoveries += len(result.recoveries)
     compare(name, result, wanted, tally, f"{workers} workers, {faults}, {meddler.done}")
-    left = descendants(os.getpid())
+    left = tally.left()
     if left or len(os.listdir("/proc/self/fd")) > descriptors:
         tally.problems.append(f"{name}: left processes {left} or descriptors behind")
 
@@ -129,7 +135,7 @@ def disturb_masters(wanted: lockstep.Result, out: Path, rng: random.Random, tall
         )
         with Watchdog(RUN_SECONDS, lambda: hung(MASTERS)):
             end_master(master, out, rng, tally)
-        left = descendants(os.getpid())
+        left = tally.left()
         if left:
             tally.problems.append(f"{MASTERS}: left processes {left} behind")
         if not (out / "manifest.json").exists():
@@ -175,7 +181,7 @@ def end_master(
     if code not in expected and not (finished and code == -signal.SIGTERM):
         tally.problems.append(f"{MASTERS}: exit code {code}")
     limit = time.monotonic() + 5
-    while descendants(os.getpid()) and time.monotonic() < limit:
+    while tally.left() and time.monotonic() < limit:
         time.sleep(0.02)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import lockstep
 from lockstep import processes as processes_module
 
 settings.register_profile("lockstep", deadline=None, derandomize=True, database=None)
@@ -166,8 +167,16 @@ def warm() -> None:
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
 
 
+@pytest.fixture(scope="session")
+def preloaded(session_mark: bytes) -> Iterator[None]:
+    """Lets runs that tests start in this process begin at once. Commands, agents and masters of
+    their own load torch as ever."""
+    with lockstep.preloaded():
+        yield
+
+
 @pytest.fixture(autouse=True)
-def nothing_left_behind(session_mark: bytes, warm: None) -> Iterator[None]:
+def nothing_left_behind(session_mark: bytes, warm: None, preloaded: None) -> Iterator[None]:
     """Fails a test that leaves something behind."""
     before = Belongings(session_mark)
     yield

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.codecs import CODECS, RUN
-from lockstep.compression import groups_of
 from lockstep.errors import JobError, StoppedError, TaskError
-from lockstep.exchange import Arrangement
+from lockstep.exchange import Arrangement, groups_of
 from lockstep.faults import Fault
 from lockstep.seeds import derive, seed_everything
 from tests.faulty import assert_same, events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.held_out import combine
+from lockstep.outcomes import combine
 from lockstep.source import Source, resolve
 from tests import command
 from tests.command import TASKS
@@ -112,6 +114,24 @@ def test_a_task_that_asks_for_threads(run_folder: str) -> None:
     settings = {**SETTINGS, "workers": 1, "threads": 2, "steps": 2, "stall_seconds": 20}
     result = lockstep.run(f"{TASKS}:AsksForThreads", quiet=True, out=run_folder, **settings)
     assert (result.steps, result.recoveries) == (2, [])
+
+
+class Leaves(Blobs):
+    """Has something to do when the process in which its data were made ends."""
+
+    def __init__(self, note: Path) -> None:
+        super().__init__(LR)
+        self.note = note
+
+    def train_data(self) -> Dataset[Any]:
+        atexit.register(self.note.write_text, "done")
+        return super().train_data()
+
+
+def test_what_a_task_leaves_for_the_end_is_done(run_folder: str, tmp_path: Path) -> None:
+    """A nursery ends at once, but not before the handlers that the task's code has registered."""
+    lockstep.run(Leaves(tmp_path / "note"), quiet=True, out=run_folder, **SETTINGS)
+    assert (tmp_path / "note").read_text() == "done"
 
 
 # The result.
@@ -232,3 +252,15 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert "--workers" in ended.stdout
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert imported.isdisjoint({"torch", "numpy"})
+
+
+def test_a_master_does_not_import_torch(tmp_path: Path) -> None:
+    """Its nursery does, and it would take as long again."""
+    code = (
+        "import sys, lockstep, lockstep.agent, lockstep.cluster.up;"
+        "lockstep.run('tests.paced:Paced', workers=1, batch_size=48, steps=2, quiet=True,"
+        " out=sys.argv[1]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    ended = command.python("-c", code, str(tmp_path / "run"), cwd=TASKS.parent.parent)
+    assert ended.returncode == 0, ended.stderr

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lockstep.handle import Run, start
     from lockstep.inference import evaluate, predict
     from lockstep.job import Job, Parameters, Task
+    from lockstep.nurseries import preloaded
     from lockstep.result import Result
     from lockstep.together import Together
     from lockstep.verification import verify
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
     "evaluate", "from_lightning", "from_module", "from_transformers",
-    "plan", "predict", "resume", "run", "start", "verify",
+    "plan", "predict", "preloaded", "resume", "run", "start", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -29,7 +30,7 @@ _HOMES = {
     "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
     "plan": "api", "resume": "api", "run": "api", "Run": "handle", "start": "handle",
     "evaluate": "inference", "predict": "inference", "verify": "verification",
-    "Together": "together", "from_lightning": "adapters.lightning",
+    "preloaded": "nurseries", "Together": "together", "from_lightning": "adapters.lightning",
     "from_module": "adapters.module", "from_transformers": "adapters.pretrained",
 }  # fmt: skip
 

@@ -63,7 +63,8 @@ EverySeconds = Annotated[float | None, typer.Option(help="... or seconds.")]
 Audit = Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")]
 Stall = Annotated[float | None, typer.Option(help="Replace a silent worker.")]
 On = Annotated[
-    str | None, typer.Option("--on", help="Other hosts: `up`, or a file with a join token.")
+    str | None,
+    typer.Option("--on", help="Other hosts: up, ray, ray:ADDRESS, or a file with a join token."),
 ]
 HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
 HostData = Annotated[

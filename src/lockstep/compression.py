@@ -23,12 +23,6 @@ from lockstep.slots import Slot
 from lockstep.state import SharedState, residual_name, storage_run
 
 
-def groups_of(shards: int, groups: int) -> tuple[range, ...]:
-    """The groups of a job's shards."""
-    size = shards // groups
-    return tuple(range(start, start + size) for start in range(0, shards, size))
-
-
 class Compressor:
     """One worker's part: of each group some blocks. Made anew when the membership changes."""
 

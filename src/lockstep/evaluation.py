@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep import membership
 from lockstep.channel import Message
 from lockstep.errors import TaskError
-from lockstep.held_out import Outputs, combine, gather
+from lockstep.outcomes import Outputs, combine, gather
 
 if TYPE_CHECKING:
     from lockstep.crew import Crew

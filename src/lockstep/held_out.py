@@ -1,7 +1,7 @@
-"""Held-out metrics, exact for any number of workers: a fixed grid of batches, summed in order.
+"""Held-out batches, a worker's end: their sums, outputs and predictions, without learning.
 
 Metrics that are no means over samples are computed once, by one worker, from what was gathered of
-every sample: the batches carry it to the coordinator, which puts it in the order of the data.
+every sample (see `outcomes`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job import Task
+from lockstep.outcomes import BatchSums, Outputs, batch_range
 from lockstep.seeds import derive, seed_everything
 from lockstep.state import SharedState
-
-BatchSums = dict[str, Any]
-"""`{"batch": index, "samples": n, "sums": {metric: sum over the samples}, "outputs": Outputs}`,
-ready for JSON."""
-Outputs = dict[str, dict[str, Any]]
-"""`{name: {"kind": "tensor" or "list", "values": one entry per sample}}`, ready for JSON."""
 
 
 class Inference:
@@ -123,11 +118,6 @@ def _rows(found: object, samples: int) -> list[dict[str, Any]]:
     return [dict(row) for row in found]  # type: ignore[attr-defined]  # a sequence, as it was seen
 
 
-def batch_range(index: int, samples: int, batch_size: int) -> range:
-    """The samples of a batch of the fixed grid."""
-    return range(index * batch_size, min((index + 1) * batch_size, samples))
-
-
 def _sums(values: object, samples: int) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise TaskError(
@@ -185,53 +175,6 @@ def _listed(name: str, value: Any, samples: int) -> dict[str, Any]:
             fix="return the outputs of every sample of the batch, in its order",
         )
     return {"kind": kind, "values": values}
-
-
-def combine(results: Sequence[BatchSums]) -> dict[str, float]:
-    """The metrics over all samples: batch sums added in the order of the data.
-
-    Raises:
-        TaskError: batches do not agree on which metrics there are.
-    """
-    ordered = sorted(results, key=lambda item: item["batch"])
-    if not ordered:
-        return {}
-    names = _agreed(ordered, "metrics", "sums")
-    total = sum(item["samples"] for item in ordered)
-    sums = dict.fromkeys(names, 0.0)
-    for item in ordered:
-        for name in names:
-            sums[name] += item["sums"][name]
-    return {name: value / total for name, value in sums.items()}
-
-
-def gather(results: Sequence[BatchSums]) -> Outputs:
-    """The outputs of all samples, in the order of the data.
-
-    Raises:
-        TaskError: batches do not agree on which outputs there are.
-    """
-    ordered = sorted(results, key=lambda item: item["batch"])
-    gathered: Outputs = {}
-    for name in _agreed(ordered, "outputs", "outputs") if ordered else []:
-        parts = [item["outputs"][name] for item in ordered]
-        values = [value for part in parts for value in part["values"]]
-        gathered[name] = {"kind": parts[0]["kind"], "values": values}
-    return gathered
-
-
-def _agreed(ordered: Sequence[BatchSums], method: str, key: str) -> list[str]:
-    """The names that every batch has, in the order of the first."""
-    names = list(ordered[0][key])
-    for item in ordered:
-        if set(item[key]) != set(names):
-            raise TaskError(
-                f"Task.{method} gave other {method} for batch {item['batch']} than for batch 0",
-                expected=", ".join(names),
-                found=", ".join(item[key]),
-                fix="return the same keys for every batch",
-            )
-    return names
 
 
 def score(task: Task, outputs: Outputs, seed: int) -> dict[str, float]:

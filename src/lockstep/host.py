@@ -7,7 +7,6 @@ import os
 import platform
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,20 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep import numerics
 from lockstep.base import Base
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Control, ControlShape
-from lockstep.errors import WorkerLostError, from_message
 from lockstep.exchange import SlotMap
 from lockstep.layout import Layout
-from lockstep.memory import Segment, set_allocator
+from lockstep.memory import Segment
+from lockstep.nurseries import (
+    END_SECONDS,
+    LOAD_SECONDS,
+    NurseryProcess,
+    describe_exit,
+    environment_for,
+    new_nursery,
+)
 from lockstep.planning import Plan
 from lockstep.source import Source
 
-LOAD_SECONDS = 600.0
-"""The longest that building the task and its data may take."""
-END_SECONDS = 5.0
 STACK_SECONDS = 0.5
 
 
@@ -98,23 +100,11 @@ def _search_path(shipped: str) -> list[str]:
     return [shipped, here, *path] if shipped else path
 
 
-def describe_exit(code: int) -> str:
-    """How a process ended, in words, from its exit code."""
-    return f"exited with code {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"  # a real-time signal has no name
-
-
 class Host:
     """Starts and ends the processes of one host. Use it as a context manager."""
 
-    def __init__(self, channel: Channel, process: subprocess.Popen[bytes] | None) -> None:
-        self._channel, self._process = channel, process
+    def __init__(self, nursery: NurseryProcess) -> None:
+        self._nursery = nursery
         self.name = platform.node() or "localhost"
         self.seats: dict[int, Seat] = {}
         self.facts: dict[str, Any] = {}
@@ -122,7 +112,6 @@ class Host:
         self.data: Segment | None = None
         """The data sets, if they are to be sent to other hosts."""
         self._segments: list[Segment] = []
-        self._exits: dict[int, int] = {}
         self.also_wake: int | None = None
         """A descriptor at which `events` returns, too, when it is readable."""
 
@@ -141,16 +130,7 @@ class Host:
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
         facts are to be compared with other hosts'. `data`: the data sets that the master has sent.
         """
-        ours, theirs = Channel.pair()
-        environment = dict(os.environ)
-        numerics.set_environment(settings.get("numerics", "native"), environment)
-        set_allocator(environment)
-        command = [sys.executable, "-m", "lockstep.nursery", str(theirs.fileno()), str(os.getpid())]
-        process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-        )
-        theirs.close()
-        host = cls(ours, process)
+        nursery = new_nursery(environment_for(settings.get("numerics", "native")))
         fds = []
         if source.payload is not None:
             fds.append(os.memfd_create("lockstep-task", os.MFD_CLOEXEC))
@@ -171,11 +151,11 @@ class Host:
             "offered": source.offered,
         }
         try:
-            ours.send(request, fds if data is None else [*fds, data.fd])
+            nursery.channel.send(request, fds if data is None else [*fds, data.fd])
         finally:
             for fd in fds:
                 os.close(fd)
-        return host
+        return cls(nursery)
 
     def __enter__(self) -> Host:
         return self
@@ -191,7 +171,7 @@ class Host:
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
-        message, fds = self._expect("loaded", LOAD_SECONDS)
+        message, fds = self._nursery.expect("loaded", LOAD_SECONDS)
         self.facts = message["facts"]
         if fds:
             self.data = Segment(fds[0], message["data"])
@@ -199,9 +179,7 @@ class Host:
 
     def clone(self) -> Host:
         """A second host with the same task, for a trial."""
-        self._channel.send({"op": "clone"})
-        _, fds = self._expect("cloned", END_SECONDS)
-        clone = Host(Channel.from_fd(fds[0]), None)
+        clone = Host(self._nursery.clone())
         clone.facts = self.facts
         return clone
 
@@ -210,8 +188,8 @@ class Host:
 
         `networked`: other hosts may take part.
         """
-        self._channel.send({"op": "setup", "plan": plan.to_message(), "networked": networked})
-        message, fds = self._expect("ready", LOAD_SECONDS)
+        request = {"op": "setup", "plan": plan.to_message(), "networked": networked}
+        message, fds = self._nursery.ask(request, "ready", LOAD_SECONDS)
         self._segments = [
             Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
         ]
@@ -225,8 +203,9 @@ class Host:
 
     def spawn(self, number: int) -> Seat:
         """Fork a worker into a seat."""
-        self._channel.send({"op": "spawn", "seat": number})
-        message, (channel_fd, pidfd) = self._expect("spawned", END_SECONDS)
+        message, (channel_fd, pidfd) = self._nursery.ask(
+            {"op": "spawn", "seat": number}, "spawned", END_SECONDS
+        )
         seat = Seat(
             number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
         )
@@ -252,14 +231,14 @@ class Host:
                 poll.register(seat.pidfd, select.POLLIN)
                 channels[seat.channel.fileno()] = seat
                 deaths[seat.pidfd] = seat
-        poll.register(self._channel, select.POLLIN)
+        poll.register(self._nursery.channel, select.POLLIN)
         if self.also_wake is not None:
             poll.register(self.also_wake, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(timeout * 1000)}
         for fd in ready & channels.keys():
             yield from self._heard(channels[fd])
-        if self._channel.fileno() in ready:
-            self._hear_nursery()
+        if self._nursery.channel.fileno() in ready:
+            self._nursery.hear()
         for fd in ready & deaths.keys():
             seat = deaths[fd]
             yield from self._heard(seat)
@@ -276,73 +255,17 @@ class Host:
         except Closed:
             return
 
-    def _hear_nursery(self) -> None:
-        try:
-            message, _ = self._channel.receive(0)
-        except (Closed, TimeoutError):
-            raise self._lost() from None
-        self._note(message)
-
-    def _note(self, message: Message) -> None:
-        if message["event"] == "exited":
-            self._exits[message["pid"]] = message["code"]
-
     def how_it_ended(self, seat: Seat) -> str:
         """Why a dead worker died, in words."""
-        limit = time.monotonic() + 1.0
-        while seat.pid not in self._exits and time.monotonic() < limit:
-            try:
-                message, _ = self._channel.receive(max(0.0, limit - time.monotonic()))
-            except (Closed, TimeoutError):
-                break
-            self._note(message)
-        code = self._exits.get(seat.pid)
+        code = self._nursery.exit_code(seat.pid, 1.0)
         return "ended" if code is None else describe_exit(code)
-
-    def _expect(self, event: str, seconds: float) -> tuple[Message, list[int]]:
-        limit = time.monotonic() + seconds
-        while True:
-            try:
-                message, fds = self._channel.receive(max(0.0, limit - time.monotonic()))
-            except Closed:
-                raise self._lost() from None
-            except TimeoutError:
-                raise WorkerLostError(
-                    f"the nursery was silent for {seconds:.0f} s",
-                    expected=f"{event!r}",
-                    fix="look at what the task does when it is built",
-                ) from None
-            if message["event"] == event:
-                return message, fds
-            if message["event"] == "failed":
-                raise from_message(message["error"])
-            self._note(message)
-
-    def _lost(self) -> WorkerLostError:
-        code = None
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(END_SECONDS)
-        return WorkerLostError(
-            "the nursery, the parent of all workers, has ended",
-            expected="a process that loads the task, and lives as long as the run",
-            found="" if code is None else f"it {describe_exit(code)}",
-            fix="look for os._exit or native code that crashes in what the task loads, and for "
-            "the out-of-memory killer in the system's log",
-        )
 
     def close(self) -> None:
         """End every process and let go of the shared memory."""
-        self._channel.close()
         for seat in self.seats.values():
             seat.close()
         self.seats.clear()
-        if self._process is not None:
-            try:
-                self._process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._nursery.close()
         if self.data is not None:
             self.data.close()
         if self._segments:

@@ -5,19 +5,23 @@ replaced at once. The nursery itself computes nothing and starts no thread: fork
 
 It serves one agent over a channel:
 
-    load   the task                       -> loaded  facts for the plan
-    clone  a nursery for a trial          -> cloned  with a channel
-    setup  the segments, by the plan      -> ready   with the layout and the descriptors
-    spawn  a worker into a seat           -> spawned with its channel and pidfd
-           (a worker has ended)           -> exited
+    preload  torch, and no task             -> preloaded
+    load     the task                       -> loaded    facts for the plan
+    clone    a nursery with what this has   -> cloned    with its channel and pidfd
+    setup    the segments, by the plan      -> ready     with the layout and the descriptors
+    spawn    a worker into a seat           -> spawned   with its channel and pidfd
+             (a child has ended)            -> exited
 
 and ends, with all its workers, when the agent's end of the channel closes.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import gc
+import importlib
 import os
 import select
 import signal
@@ -34,6 +38,25 @@ from lockstep.source import Source, code_digest, resolve
 
 if TYPE_CHECKING:
     from lockstep.worker import Session
+
+NEEDED = ("torch", "torch._dynamo", "lockstep.worker")
+"""What every run imports: an optimizer's first step needs the compiler to say that it is not meant.
+"""
+
+
+def import_needed() -> None:
+    """Import what every run needs, and keep it out of the collector's sight from then on.
+
+    To look through it again and again while it grows takes a quarter of the time, and what the
+    collector looks at in a fork is copied.
+    """
+    gc.disable()
+    try:
+        for name in NEEDED:
+            importlib.import_module(name)
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 def user_traceback(error: BaseException) -> str:
@@ -58,6 +81,10 @@ def describe_error(error: BaseException, doing: str) -> Message:
     return to_message(TaskError(f"the task raised an error while {doing}\n\n{text}\n"))
 
 
+class Cloned(BaseException):
+    """Leaves the loop of the process that was forked: this one serves another agent."""
+
+
 class Nursery:
     """The state of the process, and one method per request."""
 
@@ -66,6 +93,12 @@ class Nursery:
         self.children: dict[int, int] = {}
         """Process id to seat; -1 for a clone."""
         self.session: Session | None = None
+
+    def preload(self, request: Message, _: list[int]) -> None:
+        """Import what every run needs."""
+        import_needed()
+        numerics.configure(threads=1)
+        self.channel.send({"event": "preloaded"})
 
     def load(self, request: Message, fds: list[int]) -> None:
         """Import torch, build the task, its model and its data sets."""
@@ -77,6 +110,7 @@ class Nursery:
             with open(fds[0], "rb") as file:
                 file.seek(0)
                 payload = file.read()
+        import_needed()
         numerics.configure(threads=1)
         numerics.keep_to_one_thread()
         source = Source(
@@ -100,6 +134,7 @@ class Nursery:
         local_steps = request["settings"].get("local_steps", settings.get("local_steps", 1))
         way = request["settings"].get("data", settings.get("data", "build"))
         ship = request["networked"] and way == "ship" and not request["data"]
+        own = self.task
         if local_steps > 1:
             from lockstep.local_steps import LocalSteps
 
@@ -113,7 +148,7 @@ class Nursery:
             self.train, self.held_out = read_sets(shipped, request["data"])
             os.close(shipped)
         else:
-            self.train, self.held_out = build_sets(self.task, alone=ship)
+            self.train, self.held_out = build_sets(own, alone=ship)
         train = length_of(self.train, "train_data")
         held_out = 0 if self.held_out is None else length_of(self.held_out, "eval_data")
         parameters = list(self.model.parameters())
@@ -165,47 +200,43 @@ class Nursery:
     def spawn(self, request: Message, _: list[int]) -> None:
         """Fork a worker."""
         assert self.session is not None
+        channel = self._fork(request["seat"], {"event": "spawned", "seat": request["seat"]})
+        if channel is not None:
+            self._be_worker(request["seat"], channel)
+
+    def clone(self, request: Message, fds: list[int]) -> None:
+        """Fork a nursery with what this one has loaded, and with the given stderr, if any."""
+        channel = self._fork(-1, {"event": "cloned"})
+        if channel is not None:
+            self.channel, self.children = channel, {}
+            for number in (1, 2) if fds else ():
+                os.dup2(fds[0], number)
+            if "environment" in request:
+                os.environ.clear()
+                os.environ.update(request["environment"])
+        for fd in fds:
+            os.close(fd)
+        if channel is not None:
+            raise Cloned
+
+    def _fork(self, seat: int, answer: Message) -> Channel | None:
+        """Fork, and tell the agent of the child; in the child, return its end of its channel."""
         ours, theirs = Channel.pair()
         parent = os.getpid()
         _flush()
         pid = os.fork()
         if pid == 0:
             _in_child(parent, [self.channel, ours])
-            self._be_worker(request["seat"], theirs)
+            return theirs
         theirs.close()
-        self.children[pid] = request["seat"]
+        self.children[pid] = seat
         pidfd = os.pidfd_open(pid)
         try:
-            self.channel.send(
-                {"event": "spawned", "seat": request["seat"], "pid": pid}, [ours.fileno(), pidfd]
-            )
+            self.channel.send({**answer, "pid": pid}, [ours.fileno(), pidfd])
         finally:
             os.close(pidfd)
             ours.close()
-
-    def clone(self, request: Message, _: list[int]) -> None:
-        """Fork a nursery with the same task, for a trial that must not touch this one's state."""
-        ours, theirs = Channel.pair()
-        parent = os.getpid()
-        _flush()
-        pid = os.fork()
-        if pid == 0:
-            _in_child(parent, [self.channel, ours])
-            serve(Nursery._of(self, theirs))
-            os._exit(0)
-        theirs.close()
-        self.children[pid] = -1
-        try:
-            self.channel.send({"event": "cloned", "pid": pid}, [ours.fileno()])
-        finally:
-            ours.close()
-
-    @staticmethod
-    def _of(other: Nursery, channel: Channel) -> Nursery:
-        clone = Nursery(channel)
-        clone.task, clone.model = other.task, other.model
-        clone.train, clone.held_out = other.train, other.held_out
-        return clone
+        return None
 
     def _be_worker(self, seat: int, channel: Channel) -> None:
         """Run a worker to its end; never returns."""
@@ -282,8 +313,8 @@ def _restore_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def serve(nursery: Nursery) -> None:
-    """Answer requests until the agent closes the channel."""
+def serve(nursery: Nursery) -> bool:
+    """Answer requests until the agent closes the channel; true in a clone, that is to go on."""
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -300,16 +331,19 @@ def serve(nursery: Nursery) -> None:
                 request, fds = nursery.channel.receive()
                 _answer(nursery, request, fds)
     except Closed:
-        pass
-    finally:
         nursery.end()
+        return False
+    except Cloned:
+        return True
+    finally:
         os.close(wake_read)
         os.close(wake_write)
 
 
 def _answer(nursery: Nursery, request: Message, fds: list[int]) -> None:
     handlers = {
-        "load": nursery.load, "setup": nursery.setup, "spawn": nursery.spawn, "clone": nursery.clone
+        "preload": nursery.preload, "load": nursery.load, "setup": nursery.setup,
+        "spawn": nursery.spawn, "clone": nursery.clone,
     }  # fmt: skip
     try:
         handlers[request["op"]](request, fds)
@@ -318,6 +352,13 @@ def _answer(nursery: Nursery, request: Message, fds: list[int]) -> None:
     except (Exception, SystemExit) as error:  # a file may call sys.exit() when it is imported
         doing = {"load": "loading", "setup": "being set up"}.get(str(request["op"]), "at work")
         nursery.channel.send({"event": "failed", "error": describe_error(error, doing)})
+
+
+def _end_at_once(nursery: int) -> None:
+    """End without clearing torch's modules away one by one: half a second, and the master waits."""
+    if os.getpid() == nursery:
+        _flush()
+        os._exit(0)
 
 
 def main() -> None:
@@ -332,7 +373,16 @@ def main() -> None:
     _take_signals()
     os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
-    serve(Nursery(Channel.from_fd(fd)))
+    nursery = Nursery(Channel.from_fd(fd))
+    try:
+        while True:
+            # Comes after what the task registers later; in a clone, in place of what it had before.
+            atexit.register(_end_at_once, os.getpid())
+            if not serve(nursery):
+                break
+    except BaseException:
+        atexit.unregister(_end_at_once)  # it would hide the exit code
+        raise
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep.compression import groups_of
-from lockstep.exchange import Arrangement, SlotMap
+from lockstep.exchange import Arrangement, SlotMap, groups_of
 from lockstep.holdings import shard_ranges
 from lockstep.layout import Layout, Range, complement
 from lockstep.ownership import Duties, Ownership

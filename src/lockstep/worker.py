@@ -24,13 +24,13 @@ from lockstep.faults import FaultScript
 from lockstep.held_out import (
     Inference,
     baseline,
-    batch_range,
     evaluate_batches,
     predict_batches,
     score,
 )
 from lockstep.job import Task
 from lockstep.layout import Range, cut_evenly, own_blocks
+from lockstep.outcomes import batch_range
 from lockstep.owner import Owner
 from lockstep.planning import Plan
 from lockstep.records import Samples

@@ -9,7 +9,11 @@ admission    pure: which jobs a host takes
 agents       the processes that take part in jobs, one for each
 agent        what runs in such a process
 member       `lockstep join`: a host that waits for jobs
-launcher     `lockstep run --on up`: asks `up` for hosts
+launcher     `lockstep run --on`: asks `up`, or a driver of Ray, for hosts
+on_ray       `lockstep run --on ray`: starts such a driver
+ray_driver   what runs in it, the one module that imports Ray
+ray_agent    what Ray runs on each node
+seats        pure: which of Ray's nodes have an agent, and which get another one
 environment  pure: what torchrun and SLURM say of a process's place
 launched     a job whose processes torchrun or SLURM starts
 commands     the commands of all this

@@ -145,13 +145,52 @@ class Counter:
         self._put(caller, None)
 
 
-class CounterConnection:
-    """A caller's side; a `Connection`."""
+class LinesConnection:
+    """A connection over a socket of this machine: a `Connection`, but for `open`."""
+
+    def __init__(self, who: str, sock: socket.socket) -> None:
+        """`who` is at the other end, for errors."""
+        self._who, self._sock = who, sock
+        self._lines = Lines(sock)
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a message. Raises `PeerClosedError`."""
+        try:
+            self._lines.send(message)
+        except OSError as error:
+            raise closed(self._who, "a request", str(error)) from None
+
+    def hear(self, seconds: float = LOOK_SECONDS) -> Message | None:
+        """The next message; None if nothing has come for so long.
+
+        Raises:
+            PeerClosedError: it has ended.
+        """
+        try:
+            self._sock.settimeout(seconds)
+            message = self._lines.receive()
+        except TimeoutError:
+            return None
+        except OSError as error:
+            raise closed(self._who, "an answer", str(error)) from None
+        if message is None:
+            raise closed(self._who, "an answer", "it has ended")
+        return message
+
+    def interrupt(self) -> None:
+        """Let whoever waits in `hear` return. May be called from any thread."""
+        end(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class CounterConnection(LinesConnection):
+    """A caller's side of `up`'s counter; a `Connection`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._lines = Lines(self._sock)
+        super().__init__("`lockstep up`", socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
 
     def open(self, timeout: float) -> None:
         """Connect.
@@ -167,37 +206,6 @@ class CounterConnection:
             gone = closed("`lockstep up`", f"that it runs with --state {self._folder}", str(error))
             gone.fix = "start it on this machine: lockstep up"
             raise gone from None
-
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a message. Raises `PeerClosedError`."""
-        try:
-            self._lines.send(message)
-        except OSError as error:
-            raise closed("`lockstep up`", "a request", str(error)) from None
-
-    def hear(self, seconds: float = LOOK_SECONDS) -> Message | None:
-        """The next message; None if nothing has come for so long.
-
-        Raises:
-            PeerClosedError: it has ended.
-        """
-        try:
-            self._sock.settimeout(seconds)
-            message = self._lines.receive()
-        except TimeoutError:
-            return None
-        except OSError as error:
-            raise closed("`lockstep up`", "an answer", str(error)) from None
-        if message is None:
-            raise closed("`lockstep up`", "an answer", "it has ended")
-        return message
-
-    def interrupt(self) -> None:
-        """Let whoever waits in `hear` return. May be called from any thread."""
-        end(self._sock)
-
-    def close(self) -> None:
-        self._sock.close()
 
 
 def ask(folder: Path, message: Mapping[str, Any]) -> Message:

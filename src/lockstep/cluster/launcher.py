@@ -1,4 +1,4 @@
-"""`lockstep run --on up`: a `Launcher` that asks a cluster for hosts.
+"""`lockstep run --on ...`: a `Launcher` that asks a cluster for hosts.
 
 It asks over a line, so that a job which outlives a restart of `up` is offered again. Whatever
 ends the process ends the line, and with it the offer.
@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
@@ -170,15 +171,19 @@ class Cluster:
             self._changed.notify_all()
 
 
-def open_launcher(on: str, state: Path | None, show: Report) -> Cluster:
-    """The launcher that `--on` names: `up` for this machine's cluster, or a token file.
+def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextManager[Cluster]:
+    """The launcher that `--on` names: `up` for this machine's cluster, `ray`, or a token file.
 
     Raises:
         IdentityError: it names none.
         LockstepError: the cluster cannot be reached, or does not let this machine in.
     """
     from lockstep.cluster.commands import read_token
+    from lockstep.cluster.on_ray import address_in, on_ray
 
+    ray = address_in(on)
+    if ray is not None:
+        return on_ray(ray, show)
     folder = state or default_state()
     if on == "up":
         return Cluster.of_this_machine(folder, show)

@@ -44,8 +44,12 @@ def default_state() -> Path:
 
 def host_name() -> str:
     """This machine's name, in a form that a host may have."""
-    name = re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().lower())[:40]
-    return name.strip("._-") or "host"
+    return clean_name(socket.gethostname())
+
+
+def clean_name(name: str) -> str:
+    """A machine's name in a form that a host may have, of at most 40 characters."""
+    return re.sub(r"[^a-z0-9._-]", "-", name.lower())[:40].strip("._-") or "host"
 
 
 def is_loopback(host: str) -> bool:

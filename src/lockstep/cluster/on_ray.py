@@ -1,0 +1,155 @@
+"""`lockstep run --on ray`: the nodes of a Ray cluster become the hosts of a job.
+
+Ray starts an agent on every node and says which nodes there are. It carries no tensors: agents and
+master are connected by mutual TLS, with certificates of a CA that is made for the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lockstep.cluster.counter import LinesConnection
+from lockstep.cluster.launcher import Cluster
+from lockstep.errors import JobError, PeerTimeoutError, ResourceError, from_message
+from lockstep.net.transport import Report, ignore
+
+START_SECONDS = 60.0
+"""How long the driver may take to import Ray and to connect."""
+CLOSE_SECONDS = 14.0
+"""How long the driver may take to end."""
+MASTER = "master"
+CLIENT = "ray://"
+
+
+@contextlib.contextmanager
+def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[Cluster]:
+    """A launcher that has an agent on every node of a Ray cluster but this machine's own.
+
+    `address` is that of the cluster's head, `HOST:PORT`, or `auto`: what $RAY_ADDRESS says, or the
+    cluster that this machine is a node of. `show` is told of what becomes of agents.
+
+    Raises:
+        ResourceError: Ray is not installed.
+        JobError: the address is of a kind that cannot be used.
+        NetworkError: there is no such cluster, or this machine is no node of it.
+    """
+    check_ray()
+    check_address(address)
+    from lockstep.net.authority import Authority  # needs the extra `net`
+
+    with tempfile.TemporaryDirectory(prefix="lockstep-ray-") as folder:
+        authority = Authority.open(Path(folder) / "authority")
+        identity = authority.enrol(Path(folder) / "node", MASTER)
+        with contextlib.closing(DriverConnection(authority.folder, address)) as first:
+            first.open(START_SECONDS)
+            fresh = [first]
+
+            def dial() -> DriverConnection:
+                return fresh.pop() if fresh else DriverConnection(authority.folder, address)
+
+            with Cluster(identity, first.address, dial, show) as cluster:
+                yield cluster
+
+
+def address_in(on: str) -> str | None:
+    """The address of the Ray cluster that `--on` names: `ray` or `ray:ADDRESS`; None: it is none.
+
+    `ray://HOST:PORT`, Ray's own form for its client, is an address as a whole.
+    """
+    if on.startswith(CLIENT):
+        return on
+    name, colon, address = on.partition(":")
+    if name != "ray":
+        return None
+    return address if colon else "auto"
+
+
+def check_ray() -> None:
+    """Raise `ResourceError` if Ray is not installed. Does not import it."""
+    if importlib.util.find_spec("ray") is None:
+        raise ResourceError(
+            "a job on Ray needs the package ray",
+            expected="the extra `ray`",
+            found="no ray in this environment",
+            fix="pip install 'lockstep-dlp[ray]', on every node",
+        )
+
+
+def check_address(address: str) -> None:
+    """Raise `JobError` if an address leads nowhere, or to Ray's client server.
+
+    Through that the driver runs on the head node, not where the master is: actors would outlive a
+    master that dies, for a while, and nothing would say which node is the master's own.
+    """
+    meant = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if meant.startswith(CLIENT) or not address:
+        raise JobError(
+            "this is not an address of a Ray cluster that Lockstep can use",
+            expected="ray, or ray:HOST:PORT with the port of the head's GCS, such as 6379",
+            found=meant or "none",
+            fix="run the job on a node of the cluster, or send it there: ray job submit",
+        )
+
+
+class DriverConnection(LinesConnection):
+    """A connection to a driver's process of its own; a `Connection`."""
+
+    def __init__(self, authority: Path, address: str) -> None:
+        """The driver signs certificates with the CA in the folder `authority`."""
+        ours, self._theirs = socket.socketpair()
+        super().__init__("the driver of Ray", ours)
+        self._command = [str(self._theirs.fileno()), str(authority), address]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = ""
+        """The address of this machine that the other nodes reach it at, once it is open."""
+
+    def open(self, timeout: float) -> None:
+        """Start the driver, if it does not run yet, and wait until it is connected to Ray.
+
+        Raises:
+            NetworkError: Ray cannot be reached.
+        """
+        if self._process is not None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lockstep.cluster.ray_driver", *self._command],
+            pass_fds=[self._theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={"RAY_USAGE_STATS_ENABLED": "0", **os.environ},
+            start_new_session=True,  # a Ctrl-C is for the master, which hangs up
+        )
+        self._theirs.close()
+        limit = time.monotonic() + timeout
+        while time.monotonic() < limit:
+            match self.hear():
+                case {"op": "here", "address": str(address)}:
+                    self.address = address
+                    return
+                case {"op": "error", **rest}:
+                    raise from_message({str(name): str(value) for name, value in rest.items()})
+        raise PeerTimeoutError(
+            "the driver of Ray does not answer",
+            expected=f"that it is connected within {timeout:g} s",
+            fix="see whether Ray answers: ray status",
+        )
+
+    def close(self) -> None:
+        """Hang up, and wait until the driver has ended the agents, and itself."""
+        super().close()
+        self._theirs.close()
+        if self._process is None:
+            return
+        try:
+            self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

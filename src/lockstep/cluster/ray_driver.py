@@ -1,0 +1,322 @@
+"""The driver of a job on Ray: the process `python -m lockstep.cluster.ray_driver`.
+
+It is apart from the master because Ray leaves threads, descriptors and a signal handler in the
+process that it was used in, ends that process when the head node is lost, and unpickles what comes
+from the cluster. To the master it speaks, in lines of JSON on a socket, as `up` does:
+
+    here    the address of this node  ->
+    open    a job                    <-
+    opened  the hosts that there are  ->
+    agent   what became of a host     ->
+
+When the master hangs up, or dies, it ends everything. When it dies itself, Ray ends the actors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import select
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.cluster import agents, seats
+from lockstep.cluster.counter import Lines
+from lockstep.cluster.ray_agent import RayAgent
+from lockstep.cluster.seats import Forget, Node, Reserve, Seats, Start
+from lockstep.cluster.state import clean_name
+from lockstep.errors import (
+    IdentityError,
+    LockstepError,
+    NetworkError,
+    WorkerLostError,
+    from_message,
+    to_message,
+)
+from lockstep.net.authority import Authority, name_in
+from lockstep.offer import Offer
+
+LOOK_SECONDS = 1.0
+"""How often Ray is asked for nodes and for agents that have ended."""
+ROOM_SECONDS = 180.0
+"""When it is said that Ray has found no room for an agent."""
+LEAVE_SECONDS = 3.0
+"""How long agents may take to end by themselves, when their job has."""
+END_SECONDS = agents.END_SECONDS + 2.0
+"""How long they may take when they are told to, after which nobody clears up for them."""
+EXIT_SECONDS = 12.0
+"""When this process ends in any case, once the master has hung up."""
+NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass(kw_only=True)
+class Agent:
+    """An actor of ours, and what it was asked."""
+
+    host: str
+    """The name in its certificate."""
+    actor: Any
+    call: Any
+    """The answer that is waited for: a request for a certificate, then why the agent ended."""
+    serving: bool = False
+    asked_at: float
+    """In seconds of `time.monotonic`; infinite once it was said that there is no room."""
+
+
+class Driver:
+    """Keeps an agent on every node but this one. Used by one thread."""
+
+    def __init__(self, ray: Any, lines: Lines, authority: Authority) -> None:
+        self._ray, self._lines, self._authority = ray, lines, authority
+        self._own: str = ray.get_runtime_context().get_node_id()
+        self._offer: Offer | None = None
+        self._seats: Seats = {}
+        self._agents: dict[str, Agent] = {}
+        self._bundles: dict[str, tuple[Any, int]] = {}
+        """Both by the id of the node: a placement group, and the index of the node's bundle."""
+
+    def run(self) -> bool:
+        """Do as the master says, until it hangs up; returns whether it has said so before."""
+        (here,) = (each for each in self._ray.nodes() if each["NodeID"] == self._own)
+        self._say(op="here", address=here["NodeManagerAddress"])
+        try:
+            while True:
+                message = self._hear()
+                match message:
+                    case {"op": "open", "offer": dict(offer)}:
+                        self._open(Offer.from_message(offer))
+                    case None:
+                        return False
+                    case {"op": "close"}:
+                        return True
+                if self._offer is not None:
+                    self._look(self._offer)
+        finally:
+            self._end()
+
+    def _hear(self) -> Mapping[str, Any] | None:
+        """What the master says; nothing if that is nothing for a moment, None if it is gone."""
+        try:
+            return self._lines.receive()
+        except TimeoutError:
+            return {}
+        except OSError:
+            return None
+
+    def _say(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # that the master is gone is heard
+            self._lines.send(message)
+
+    def _open(self, offer: Offer) -> None:
+        self._offer = offer
+        self._look(offer)
+        hosts = [agent.host for agent in self._agents.values()]
+        self._say(op="opened", job=offer.job, hosts=hosts)
+
+    def _look(self, offer: Offer) -> None:
+        """Compare the agents that there are with the nodes, and see who has answered."""
+        self._seats, commands = seats.look(self._seats, self._nodes())
+        for command in commands:
+            match command:
+                case Reserve(nodes):
+                    self._reserve(nodes)
+                case Start(node):
+                    self._start(node)
+                case Forget(node):
+                    self._forget(node)
+        calls = {agent.call: node for node, agent in self._agents.items()}
+        if calls:
+            answered, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
+            for call in answered:
+                self._answered(calls[call], offer)
+        for agent in self._agents.values():
+            if not agent.serving and time.monotonic() - agent.asked_at > ROOM_SECONDS:
+                agent.asked_at = float("inf")
+                self._tell(
+                    agent.host,
+                    "failed",
+                    f"Ray has not started an actor there within {ROOM_SECONDS:.0f} s; it takes "
+                    "part as soon as that is so. See which CPUs are in use: ray status",
+                )
+
+    def _nodes(self) -> Iterator[Node]:
+        """The nodes that are there, without this one and those that have no CPU for Ray."""
+        for each in self._ray.nodes():
+            workers = int(each["Resources"].get("CPU", 0)) if each["Alive"] else 0
+            if workers and each["NodeID"] != self._own:
+                yield Node(
+                    id=each["NodeID"],
+                    name=each["NodeManagerHostname"],
+                    address=each["NodeManagerAddress"],
+                    workers=workers,
+                )
+
+    def _reserve(self, nodes: tuple[Node, ...]) -> None:
+        """A placement group with one bundle on each node: all of the CPUs that it has."""
+        group = self._ray.util.placement_group(
+            [{"CPU": node.workers} for node in nodes],
+            strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK",
+            bundle_label_selector=[{NODE_LABEL: node.id} for node in nodes],
+        )
+        self._bundles |= {node.id: (group, index) for index, node in enumerate(nodes)}
+
+    def _start(self, node: Node) -> None:
+        """Have Ray start an actor in a node's bundle, as soon as there is room."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group, index = self._bundles[node.id]
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        host = f"{clean_name(node.name)}-{secrets.token_hex(3)}"
+        actor = (
+            self._ray.remote(RayAgent)
+            .options(name=host, num_cpus=node.workers, max_concurrency=2, scheduling_strategy=place)
+            .remote()
+        )
+        self._agents[node.id] = Agent(
+            host=host, actor=actor, call=actor.request.remote(host), asked_at=time.monotonic()
+        )
+
+    def _forget(self, node: str) -> None:
+        agent = self._agents.pop(node, None)
+        if agent is not None:
+            self._tell(agent.host, "failed", "Ray has lost the node")
+            self._ray.kill(agent.actor)
+        group, _ = self._bundles.pop(node)
+        if all(group is not other for other, _ in self._bundles.values()):
+            self._ray.util.remove_placement_group(group)
+
+    def _answered(self, node: str, offer: Offer) -> None:
+        """An actor has answered, or is dead."""
+        agent = self._agents[node]
+        try:
+            answer = self._ray.get(agent.call, timeout=LOOK_SECONDS)
+            if not agent.serving:
+                self._enrol(agent, self._seats[node].node, answer, offer)
+                return
+            error = from_message(answer) if answer else None
+        except LockstepError as refused:
+            error = refused
+        except self._ray.exceptions.RayError as died:
+            error = WorkerLostError("its actor died", found=str(died).strip()[:500])
+        self._ended(node, error)
+
+    def _enrol(self, agent: Agent, node: Node, request: bytes, offer: Offer) -> None:
+        """Give an actor the certificate that it asks for, and its order.
+
+        Raises:
+            LockstepError: it asks for another one than it should.
+        """
+        certificate = self._authority.sign(request)
+        if (name := name_in(certificate)) != agent.host:
+            raise IdentityError(
+                "an actor has asked for another name", expected=agent.host, found=name
+            )
+        agent.call = agent.actor.serve.remote(
+            certificate, self._authority.certificate, offer.to_message(), node.workers, node.address
+        )
+        agent.serving = True
+        self._tell(agent.host, "taken", "")
+
+    def _ended(self, node: str, error: LockstepError | None) -> None:
+        agent = self._agents.pop(node)
+        self._ray.kill(agent.actor)
+        self._seats, follows = seats.end(self._seats, node, error)
+        if error is not None:
+            self._tell(agent.host, "failed", f"{error}\n  {follows}")
+
+    def _tell(self, host: str, state: str, why: str) -> None:
+        self._say(op="agent", host=host, state=state, why=why)
+
+    def _end(self) -> None:
+        """End the agents; a moment is theirs, to say goodbye, and another one to clear up."""
+        calls = [agent.call for agent in self._agents.values() if agent.serving]
+        self._await(calls, LEAVE_SECONDS)
+        self._await(
+            [*calls, *(agent.actor.end.remote() for agent in self._agents.values())], END_SECONDS
+        )
+        for agent in self._agents.values():
+            self._ray.kill(agent.actor)
+        for group in {id(group): group for group, _ in self._bundles.values()}.values():
+            self._ray.util.remove_placement_group(group)
+
+    def _await(self, calls: Sequence[Any], seconds: float) -> None:
+        """Wait for all of these answers, but no longer than that."""
+        if calls:
+            self._ray.wait(calls, num_returns=len(calls), timeout=seconds)
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected to a cluster that is there.
+
+    Raises:
+        NetworkError: it cannot be reached from here, or is lost later.
+    """
+    import ray
+    import ray.util
+
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise NetworkError(
+            f"the Ray cluster {address!a} cannot be reached",
+            expected="a cluster that runs, and that this machine is a node of",
+            found=str(error).strip()[:500],
+            fix="on this machine: ray start --address ADDRESS, or ray start --head; see ray status",
+        ) from error
+    try:
+        yield ray
+    except ray.exceptions.RayError as error:
+        raise NetworkError(
+            f"the Ray cluster {address!a} is lost", found=str(error).strip()[:500]
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+def end_with(master: socket.socket) -> None:
+    """End this process soon after the master has hung up, even if Ray does not answer."""
+    poll = select.poll()
+    poll.register(master, select.POLLRDHUP)
+    poll.poll()
+    timer = threading.Timer(EXIT_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def main() -> int:
+    """Serve the master at the other end of a socket; returns the process's exit code."""
+    descriptor, folder, address = sys.argv[1:]
+    os.dup2(2, 1)  # Ray prints
+    sock = socket.socket(fileno=int(descriptor))
+    sock.settimeout(LOOK_SECONDS)
+    threading.Thread(target=end_with, args=(sock,), daemon=True).start()
+    lines = Lines(sock)
+    try:
+        with connected(address) as ray:
+            closed = Driver(ray, lines, Authority(Path(folder))).run()
+        if not closed:  # it cannot clear up itself
+            shutil.rmtree(Path(folder).parent, ignore_errors=True)
+    except LockstepError as error:
+        with contextlib.suppress(OSError):
+            lines.send({"op": "error", **to_message(error)})
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
