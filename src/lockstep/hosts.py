@@ -208,10 +208,6 @@ class Hosts:
                 elif any(heard.peer == name for heard in self._kept) or self._is_silent(name):
                     self._asked[name] = set()
 
-    def _keep(self, seconds: float) -> None:
-        """Hear for so many seconds, and keep for later what cannot be dealt with now."""
-        self._kept += [heard for heard in self.roster.hear(seconds) if not self._is_answer(heard)]
-
     def _ending(self, name: str) -> list[fleet.Event]:
         """What has ended a host's part in the run, if anything has; raises the error if it has
         failed."""
@@ -237,6 +233,10 @@ class Hosts:
     @property
     def _holdings(self) -> Holdings:
         return self.own_plan.holdings
+
+    def _keep(self, seconds: float) -> None:
+        """Hear for so many seconds, and keep for later what cannot be dealt with now."""
+        self._kept += [heard for heard in self.roster.hear(seconds) if not self._is_answer(heard)]
 
     def _is_answer(self, heard: Heard) -> bool:
         """Take an answer to a held-out batch."""

@@ -138,8 +138,8 @@ class Job:
 
     What the numbers depend on: the task, `seed`, `batch_size`, `shards`, `threads`,
     `local_steps`, `compression`, `groups`, `clip_grad_norm`, `precision`, `numerics`, and with
-    `data` = `local` who has what. What they do not depend on: everything else, `workers` first of
-    all.
+    `data` = `local` who has what. What they do not depend on: everything else, `workers` first
+    of all.
     """
 
     task: Task | str
@@ -271,12 +271,12 @@ class Job:
                 found=self.ownership,
                 fix="leave one out",
             )
-        if self.data == "local" and (self.compression != "none" or self.servers):
+        if self.data == "local" and (self.ownership, self.compression) != ("replicated", "none"):
             raise JobError(
-                "with data: local every host computes shards of its own data",
-                expected="no compression, and no servers",
-                found=f"compression = {self.compression}, servers = {list(self.servers)}",
-                fix="leave them out",
+                "data = local goes with no other division of the work among hosts",
+                expected="ownership = replicated, compression = none",
+                found=f"ownership = {self.ownership}, compression = {self.compression}",
+                fix="leave one out",
             )
         names = self.servers
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -340,9 +340,9 @@ _MOST = {"audit": 1, "seed": 2**63 - 1, "threads": 1024, "loaders": 1024}
 _ALLOWED = {
     "precision": ("fp32", "bf16"),
     "numerics": ("native", "portable"),
+    "data": ("build", "ship", "local"),
     "ownership": ("replicated", "sharded", "servers"),
     "compression": ("none", "bf16", "int8", "topk"),
-    "data": ("build", "ship", "local"),
 }
 SETTINGS = tuple(
     f.name for f in dataclasses.fields(Job) if f.name not in ("task", "args", "faults")

@@ -86,20 +86,21 @@ def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
     Raises:
         JobError, DataError: the settings do not fit each other, the data or the hosts.
     """
+    capacities = hosts.roster.capacities
     workers = job.workers or hosts.capacity
     division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
     shares = hosts.roster.share_out(workers)
     listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
-    why = f"{division}: on {len(shares)} hosts, {listed}"
+    why = f"{division}: on {len(capacities)} hosts, {listed}"
     if job.data == "local":
         holdings = divide(hosts.roster.samples, division.shards)
         plan = decompose(job, _of_all(facts, holdings), division, why)
         return dataclasses.replace(plan, holdings=holdings)
     plan = decompose(job, facts, division, why)
-    if plan.groups and plan.groups < len(shares):
+    if plan.groups and plan.groups < len(capacities):
         raise JobError(
             "there are fewer groups than hosts",
-            expected=f"at least {len(shares)} groups",
+            expected=f"at least {len(capacities)} groups",
             found=f"{plan.groups}",
             fix="raise `groups`, and `shards` with it, or use fewer hosts",
         )

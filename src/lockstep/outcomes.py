@@ -7,7 +7,6 @@ take the coordinator a second to import.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +17,6 @@ BatchSums = dict[str, Any]
 ready for JSON."""
 Outputs = dict[str, dict[str, Any]]
 """`{name: {"kind": "tensor" or "list", "values": one entry per sample}}`, ready for JSON."""
-
-
-def batch_count(samples: int, batch_size: int) -> int:
-    """How many held-out batches there are; the last may be short, none is padded."""
-    return math.ceil(samples / batch_size)
 
 
 def batch_range(index: int, samples: int, batch_size: int) -> range:

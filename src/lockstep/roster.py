@@ -33,8 +33,7 @@ from lockstep.offer import Launcher, Offer
 from lockstep.ownership import Ownership
 from lockstep.planning import Plan, share
 
-MOST = 1 << 48
-"""Samples, of a host's data."""
+MOST_SAMPLES = 1 << 48
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
 
@@ -56,6 +55,7 @@ class Roster:
         self.master = launcher.identity.node
         self.capacities = {self.master: launcher.workers or numerics.cores()}
         """By host, how many workers it would run. The master's own is the first."""
+        self._samples = {self.master: samples}
         self.ready: dict[str, int] = {}
         """By host that has been set up, how many workers it runs."""
         self._samples = {self.master: samples}
@@ -70,6 +70,11 @@ class Roster:
     def capacity(self) -> int:
         """How many workers would compute on all hosts together."""
         return sum(self._computing().values())
+
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """By host, how many samples it has; in the order in which hosts share out shards."""
+        return {name: self._samples[name] for name in in_order(self._samples, self.master)}
 
     def _computing(self) -> dict[str, int]:
         names = self.ownership.computing(list(self.capacities))
@@ -139,7 +144,10 @@ class Roster:
             self.link.tell(name, "refused", error=to_message(error))
             raise
         train, held_out = message["samples"]
-        self._samples[name] = count_of(train, most=MOST), count_of(held_out, 0, MOST)
+        self._samples[name] = (
+            count_of(train, most=MOST_SAMPLES),
+            count_of(held_out, 0, MOST_SAMPLES),
+        )
         self.capacities[name] = count_of(message["workers"])
         if running:
             self._set_up(name, self.capacities[name])
@@ -154,6 +162,7 @@ class Roster:
         self.capacities.pop(name, None)
         self._samples.pop(name, None)
         self.ready.pop(name, None)
+        self._samples.pop(name, None)
 
     def reported(self) -> list[tuple[str, str]]:
         """The connections that were closed or refused since the last call: who, and why."""
@@ -197,10 +206,10 @@ class Roster:
 
 
 def count_of(value: object, least: int = 1, most: int = 1 << 16) -> int:
-    """A number of workers, or of something else, from a message.
+    """A number from a message.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or out of its bounds.
     """
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"not a number from {least} to {most}: {value!r}")

@@ -52,13 +52,13 @@ class RayAgent:
             try:
                 authority.store(self._identity, certificate, ca)
                 code = Path(self._folder.name) / "code"
-                code.mkdir(0o700)
+                code.mkdir()
                 agents.start(
                     Offer.from_message(offer),
                     identity=str(self._identity),
                     workers=workers,
                     host=host,
-                    folder=code,  # who may submit to a Ray cluster may run code on it
+                    folder=code,  # who may submit to Ray's cluster may run code here anyway
                 )
                 ended = self._events.get()
                 error = ended.error if ended else None
