@@ -80,11 +80,6 @@ class Roster:
         names = self.ownership.computing(list(self.capacities))
         return {name: count for name, count in self.capacities.items() if name in names}
 
-    @property
-    def samples(self) -> dict[str, Samples]:
-        """By host, how many samples it has; in the order in which hosts share out shards."""
-        return {name: self._samples[name] for name in in_order(self._samples, self.master)}
-
     def gather(self, offer: Offer) -> None:
         """Offer the job, and wait until the hosts that there are have loaded the task.
 
