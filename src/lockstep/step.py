@@ -209,7 +209,7 @@ class Stepper:
         reduced = clock()
         control.set_updating(self.part.seat, step)
         self.owner.update(step, presence, scale)
-        if self._buffers and self.part.rank == 0:
+        if self._buffers:
             self._combine_buffers(step)
         self._fault("update_done", step)
         if self.part.returns == "parameters":
@@ -421,9 +421,12 @@ class Stepper:
             self.barrier.await_exchange(exchange_of(step, Stage.NORMED))
 
     def _combine_buffers(self, step: int) -> None:
+        """Merge this worker's share of the buffers."""
         weights = self.sampling.weights(step)
-        for index, committed in enumerate(self.shared.committed):
-            combine_buffers(committed, [slot.buffers[index] for slot in self.shared.slots], weights)
+        part, committed = self.part, self.shared.committed
+        for index in range(part.rank, len(committed), part.workers):
+            homes = [slot.buffers[index] for slot in self.shared.slots]
+            combine_buffers(committed[index], homes, weights)
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""

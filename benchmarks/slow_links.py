@@ -1,7 +1,7 @@
-"""What local steps do to the accuracy: the same samples with 1, 8 and 32 updates to an exchange.
+"""What sending less does to the accuracy: the same samples, with each way of doing so.
 
-    python -m benchmarks.local_accuracy
-    python -m benchmarks.local_accuracy --samples 4096 --local-steps 1,32
+    python -m benchmarks.slow_links
+    python -m benchmarks.slow_links --samples 4096 --ways plain,topk
 
 A transformer of 10 million parameters, the one that benchmarks.hosts measures on a slow link but
 for what it reads, learns clothes (Fashion-MNIST): the 28 rows of an image are seven tokens of four.
@@ -31,7 +31,15 @@ BATCH = 16 * WORLD
 """Samples to an update, as in benchmarks.hosts."""
 SAMPLES = 24_576
 """24 rounds of 32 local steps."""
-LOCAL_STEPS = (1, 8, 32)
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"compression": "bf16"},
+    "int8": {"compression": "int8"},
+    "topk": {"compression": "topk"},
+    "8 local steps": {"local_steps": 8},
+    "32 local steps": {"local_steps": 32},
+}
+"""Settings of the job. The first is what the others are compared with."""
 TOKENS, VALUES, CLASSES = 7, 112, 10
 RATE = 3e-4
 
@@ -95,39 +103,40 @@ def _tensors(images: Any, labels: Any) -> TensorDataset:
     return TensorDataset(torch.tensor(images), torch.from_numpy(labels))
 
 
-def train(local_steps: int, samples: int, out: Path) -> lockstep.Result:
-    """Learn from so many samples, with so many updates between two exchanges."""
+def train(way: str, samples: int, out: Path) -> lockstep.Result:
+    """Learn from so many samples."""
+    settings = WAYS[way]
     return lockstep.run(
-        Clothes(), steps=samples // (BATCH * local_steps), local_steps=local_steps,
-        batch_size=BATCH, eval_batch_size=500, workers=WORLD, shards=WORLD, threads=1, seed=0,
-        quiet=True, out=str(out),
+        Clothes(), steps=samples // (BATCH * settings.get("local_steps", 1)), batch_size=BATCH,
+        eval_batch_size=500, workers=WORLD, shards=WORLD, threads=1, seed=0, quiet=True,
+        out=str(out), **settings,
     )  # fmt: skip
 
 
-def row(result: lockstep.Result, local_steps: int, plain: float) -> list[str]:
+def row(result: lockstep.Result, way: str, plain: float) -> list[str]:
     """A line of the table; `plain` is the accuracy of the first one."""
     accuracy = result.metrics["accuracy"]
     return [
-        str(local_steps), f"{result.steps:,}", f"{accuracy:.4f}",
+        way, f"{result.steps:,}", f"{accuracy:.4f}",
         f"{100 * (accuracy - plain):+.2f}", f"{result.metrics['loss']:.4f}", result.fingerprint,
     ]  # fmt: skip
 
 
 def main() -> int:
-    """Train with each number of local steps, and print the table."""
+    """Train in each way, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--local-steps", default=",".join(map(str, LOCAL_STEPS)))
+    parser.add_argument("--ways", default=",".join(WAYS))
     options = parser.parse_args()
     rows: list[list[str]] = []
     plain = None
-    for local_steps in map(int, options.local_steps.split(",")):
+    for way in options.ways.split(","):
         with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as folder:
-            result = train(local_steps, options.samples, Path(folder, "run"))
+            result = train(way, options.samples, Path(folder, "run"))
         plain = result.metrics["accuracy"] if plain is None else plain
-        rows.append(row(result, local_steps, plain))
-        print(f"{local_steps} local steps: {result.metrics}", file=sys.stderr, flush=True)
-    head = ("local steps", "exchanges", "accuracy", "points", "loss", "fingerprint")
+        rows.append(row(result, way, plain))
+        print(f"{way}: {result.metrics}", file=sys.stderr, flush=True)
+    head = ("way", "exchanges", "accuracy", "points", "loss", "fingerprint")
     print(table(head, rows))
     return 0
 
