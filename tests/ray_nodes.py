@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.conftest import MARK, describe, processes
+from tests.conftest import MARK, describe, environment_of, processes
 from tests.faulty import until
 
 ROOT = Path(__file__).parent.parent
@@ -81,9 +81,13 @@ class RayNodes:
         """Add a node."""
         assert self._ask("add") == "added"
 
+    def _all(self) -> list[int]:
+        """Ray's processes, and what they have started; not the tests' own children."""
+        return [pid for pid in sorted(processes(self.mark)) if self.mark in environment_of(pid)]
+
     def found(self, word: str) -> list[int]:
         """The processes whose command has this word."""
-        return [pid for pid in sorted(processes(self.mark)) if word in describe(pid)]
+        return [pid for pid in self._all() if word in describe(pid)]
 
     def ours(self) -> list[str]:
         """The processes there that are of Lockstep, in words."""
@@ -111,7 +115,7 @@ class RayNodes:
         finally:
             self._process.kill()
             self._process.stdout.close()
-            for pid in processes(self.mark):
+            for pid in self._all():
                 os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self.folder)
 

@@ -153,25 +153,29 @@ def _train(
         checkpoint_steps=job.checkpoint_steps,
         checkpoint_seconds=job.checkpoint_seconds,
     )
-    with desk, Recorder(folder, host, plan, job.keep_checkpoints, start, quiet=quiet) as recorder:
-        desk.take_signals()
-        desk.open(folder.path)
-        coordinator = Coordinator(
-            host,
-            plan if hosts is None else hosts.own_plan,
-            schedule,
-            recorder,
-            start.step,
-            requests=desk.take,
-            hosts=hosts,
-        )
-        try:
-            coordinator.run()
-        except StoppedError as error:
-            raise StoppedError(error.what, fix=f"lockstep resume {folder.path}") from None
-        except DataLostError as error:
-            raise _with_checkpoint(error, folder) from None
-        result = recorder.finish(coordinator.step, coordinator.clock.rate, begun, source)
+    try:
+        with (
+            desk,
+            Recorder(folder, host, plan, job.keep_checkpoints, start, quiet=quiet) as recorder,
+        ):
+            desk.take_signals()
+            desk.open(folder.path)
+            coordinator = Coordinator(
+                host,
+                plan if hosts is None else hosts.own_plan,
+                schedule,
+                recorder,
+                start.step,
+                requests=desk.take,
+                hosts=hosts,
+            )
+            try:
+                coordinator.run()
+            except StoppedError as error:
+                raise StoppedError(error.what, fix=f"lockstep resume {folder.path}") from None
+            result = recorder.finish(coordinator.step, coordinator.clock.rate, begun, source)
+    except DataLostError as error:  # by now every checkpoint is written
+        raise _with_checkpoint(error, folder) from None
     try:
         write_report(folder.path)
     except (LockstepError, OSError) as error:
