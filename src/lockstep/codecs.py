@@ -1,7 +1,7 @@
 """Codecs: what is left of a gradient on a slow link. Pure functions of float32 numbers.
 
     bf16   half the bytes: each number rounded to bfloat16, to nearest even
-    int8   a quarter: each run of 1,024 numbers has a scale of its own
+    int8   a quarter: each run of 128 numbers has a scale of its own
     topk   a fiftieth: of each block, the hundredth part that is largest, with its places
 
 A block's bytes are as many whatever is in it. What a codec leaves out is added to the next
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-RUN = 1024
+RUN = 128
 """Numbers that share a scale."""
 SHARE = 0.01
 """Of the numbers of a block, the part that `topk` keeps."""

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 AHEAD_STEPS = (4, RING - 16)
 """The least and the most steps that the lease runs ahead of what has been recorded."""
 
-PARTS_SECONDS = 10.0
-"""Between two times at which hosts give the master what each alone has of the state: the loss of a
-host costs the steps since."""
+PARTS_SECONDS, PARTS_SHARE = 10.0, 0.02
+"""Between two times at which hosts give the master what each alone has of the state; longer, where
+that would take more of a run's time than this share. The loss of a host costs the steps since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,8 @@ class Coordinator(Crew):
         self._requests = requests
         self._stop = schedule.next_stop(step)
         self._checkpointed = self._based = time.monotonic()
+        self._gathering = 0.0
+        """Seconds: how long the parts of the state were waited for, last."""
         self._checkpoint_asked = self._stop_asked = self._paused = False
 
     def run(self) -> None:
@@ -169,7 +171,8 @@ class Coordinator(Crew):
     def _parts_due(self, hosts: Hosts) -> bool:
         """Whether the base is to be brought up to date with what each host alone has: from time to
         time, and before other hosts are let in, which begin with it."""
-        late = self.roles.parted and time.monotonic() - self._based > PARTS_SECONDS
+        pause = max(PARTS_SECONDS, self._gathering / PARTS_SHARE)
+        late = self.roles.parted and time.monotonic() - self._based > pause
         return (late or bool(hosts.waiting)) and not self.sink.busy()
 
     def _at_stop(self) -> bool:
@@ -212,10 +215,12 @@ class Coordinator(Crew):
             return True
         self.clock.rest()
         self.sink.settle()
+        begun = time.monotonic()
         if self.roles.parted and not self.hosts.gather_parts():
             return False
         self.host.base.take(self.step)
         self._based = time.monotonic()
+        self._gathering = self._based - begun
         return True
 
     def _at_rest(self) -> None:
