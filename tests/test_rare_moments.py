@@ -136,7 +136,7 @@ def test_a_loader_process_is_killed(endless: Start, run_folder: str) -> None:
     run = endless(task=ZOO["augmented"].task, workers=2, shards=4, loaders=1, out=run_folder)
     until(lambda: lost_enough(run_folder), WAIT, "losses")
     until(lambda: events(run_folder, "recovered"), WAIT, "a recovery")
-    assert not loaders_of(live_workers(Path(run_folder)))
+    until(lambda: not loaders_of(live_workers(Path(run_folder))), WAIT, "workers that load alone")
     assert run.running
 
 
