@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import lockstep
+from lockstep.errors import StoppedError
 from tests.faulty import Event, Yard, assert_same, await_event, yard
 from tests.hosts import Cluster
 from tests.many import Agents
@@ -114,3 +116,26 @@ class Live:
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shard takes its time, on every host."""
     monkeypatch.setenv(PACE, "0.004")
+
+
+def check_joining_and_leaving(
+    site: Site, others: Mapping[str, int], joins: str, killed: str, **changes: Any
+) -> None:
+    """A host joins, another is killed, the run is stopped and resumed: the bits of one host. Called
+    with the fixture `slow`."""
+    changes = {"steps": 500, "checkpoint_steps": 150, **changes}
+    on = site.agents(others, 1)
+    live = Live(site, on, **changes)
+    live.await_step(40)
+    on.start(joins, 1)
+    live.await_host(joins)
+    on.signal(killed)
+    live.await_loss(killed)
+    live.await_step(200)
+    live.run.stop()
+    with pytest.raises(StoppedError):
+        live.run.result(WAIT)
+    ended_well(on, killed)
+    os.environ[PACE] = "0"
+    resumed = lockstep.resume(live.folder, quiet=True)
+    assert_same(resumed, site.yard.undisturbed(TASK, **PACED, **changes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,12 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.codecs import CODECS, RUN
-from lockstep.errors import JobError, StoppedError, TaskError
-from lockstep.exchange import Arrangement, groups_of
+from lockstep.errors import JobError, TaskError
+from lockstep.exchange import Arrangement
 from lockstep.faults import Fault
 from lockstep.seeds import derive, seed_everything
 from tests.faulty import assert_same, events
-from tests.paced import PACE
-from tests.sites import PACED, TASK, WAIT, Live, Site, ended_well, site, slow, yard
+from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
 from tests.zoo import By, Double
 
 __all__ = ["site", "slow", "yard"]  # fixtures
@@ -68,10 +66,10 @@ def test_zeros_stay_zeros(kind: str) -> None:
 
 def test_hosts_get_whole_groups() -> None:
     arrangement = Arrangement.of(12, {"a": 1, "b": 2, "c": 3}, 2)
-    assert arrangement.subtrees == groups_of(12, 6)
+    assert arrangement.subtrees == tuple(range(at, at + 2) for at in range(0, 12, 2))
     assert [len(part.subtrees) for part in arrangement.parts] == [1, 2, 3]
     crowded = Arrangement.of(4, {"a": 8, "b": 8, "c": 8}, 2)
-    assert crowded.subtrees == groups_of(4, 2), "with more hosts than groups some have none"
+    assert crowded.subtrees == (range(2), range(2, 4)), "with more hosts than groups some have none"
 
 
 # Runs on one host.
@@ -179,22 +177,7 @@ def test_a_host_dies_with_its_residuals(site: Site) -> None:
 
 @pytest.mark.long
 def test_hosts_join_and_leave(site: Site, slow: None) -> None:
-    on = site.agents({"b": 1}, 1)
-    changes = {"steps": 500, "checkpoint_steps": 150, "compression": "int8", "groups": 6}
-    live = Live(site, on, **changes)
-    live.await_step(40)
-    on.start("c", 1)
-    live.await_host("c")
-    on.signal("b")
-    live.await_loss("b")
-    live.await_step(200)
-    live.run.stop()
-    with pytest.raises(StoppedError):
-        live.run.result(WAIT)
-    ended_well(on, "b")
-    os.environ[PACE] = "0"
-    resumed = lockstep.resume(live.folder, quiet=True)
-    assert_same(resumed, site.yard.undisturbed(TASK, **PACED, **changes))
+    check_joining_and_leaving(site, {"b": 1}, "c", "b", compression="int8", groups=6)
 
 
 # What does not go.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.errors import StoppedError
 from lockstep.exchange import SlotMap
 from lockstep.faults import Fault
 from lockstep.fleet import Standing, settle_parts
 from lockstep.layout import ALIGN, Range
 from lockstep.ownership import Ownership, Replicated, Servers, Sharded
 from tests.faulty import assert_same, events
-from tests.paced import PACE
-from tests.sites import PACED, TASK, WAIT, Live, Site, ended_well, site, slow, yard
+from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
 
 __all__ = ["site", "slow", "yard"]  # fixtures
 
@@ -199,19 +196,4 @@ def test_a_part_of_the_state_is_lost(site: Site, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sharded", pytest.param("servers", marks=pytest.mark.long)])
 def test_hosts_join_and_leave(site: Site, slow: None, kind: str) -> None:
     """The base is brought up to date before anybody is let in; a checkpoint has all parts."""
-    on = site.agents({"b": 1, "c": 1}, 1)
-    changes = {"steps": 500, "checkpoint_steps": 150, **SETTINGS[kind]}
-    live = Live(site, on, **changes)
-    live.await_step(40)
-    on.start("d", 1)
-    live.await_host("d")
-    on.signal("c")
-    live.await_loss("c")
-    live.await_step(200)
-    live.run.stop()
-    with pytest.raises(StoppedError):
-        live.run.result(WAIT)
-    ended_well(on, "c")
-    os.environ[PACE] = "0"
-    resumed = lockstep.resume(live.folder, quiet=True)
-    assert_same(resumed, site.yard.undisturbed(TASK, **PACED, **changes))
+    check_joining_and_leaving(site, {"b": 1, "c": 1}, "d", "c", **SETTINGS[kind])

@@ -7,7 +7,6 @@ that nothing piles up on either side, and so that the master's loop has nothing 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from lockstep.errors import IntegrityError, NetworkError, PeerTimeoutError
+from lockstep.errors import IntegrityError, NetworkError
 from lockstep.link import Link
 from lockstep.net.frames import Kind
-from lockstep.net.transport import Key, Pending, Transport
+from lockstep.net.transport import Key, Pending, Transport, await_slip
 
 PIECE_BYTES = 4 << 20
 AHEAD = 8
@@ -101,7 +100,11 @@ def fetch(
             key = _key(hold, ahead)
             asked.append(link.transport.expect(master, key, pieces[ahead]))
             link.transport.tell(master, {"op": "fetch", "hold": hold, "piece": ahead})
-        _await(asked.popleft(), link, master, silent_seconds)
+        await_slip(
+            asked.popleft(),
+            PIECE_SECONDS,
+            lambda: link.silent_for(master) <= silent_seconds,
+        )
         digest.update(piece)
     if digest.hexdigest() != bill.digest:
         raise IntegrityError(
@@ -110,17 +113,6 @@ def fetch(
             found=f"digest {digest.hexdigest()[:16]}…",
             fix="run the job again; if it happens again, look at who is between the two hosts",
         )
-
-
-def _await(slip: Pending, link: Link, master: str, silent_seconds: float) -> None:
-    limit = time.monotonic() + PIECE_SECONDS
-    while True:
-        try:
-            slip.wait(0.5)
-            return
-        except PeerTimeoutError:
-            if link.silent_for(master) > silent_seconds or time.monotonic() > limit:
-                raise
 
 
 def _key(hold: str, number: int) -> Key:

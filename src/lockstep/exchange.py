@@ -35,12 +35,6 @@ def most_subtrees(shards: int) -> int:
     return min(shards // 2, 2 * max((shards - 1).bit_length() - 1, 1)) if shards > 1 else 0
 
 
-def groups_of(shards: int, groups: int) -> tuple[range, ...]:
-    """The groups of a job's shards, whose sums are made small: equal complete subtrees."""
-    size = shards // groups
-    return tuple(range(start, start + size) for start in range(0, shards, size))
-
-
 @dataclass(frozen=True, kw_only=True)
 class HostPart:
     """One host's part in an arrangement."""

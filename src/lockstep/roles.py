@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep.exchange import Arrangement, SlotMap, groups_of
+from lockstep.exchange import Arrangement, SlotMap
 from lockstep.holdings import shard_ranges
 from lockstep.layout import Layout, Range, complement
 from lockstep.ownership import Duties, Ownership
@@ -73,9 +73,7 @@ class Roles:
     def trees(self) -> tuple[range, ...]:
         """The subtrees that are summed by themselves: of all hosts, or the groups; none where this
         host is alone and nothing is made small."""
-        if self.several:
-            return self.arrangement.subtrees
-        return groups_of(self.plan.shards, self.plan.groups) if self.plan.groups else ()
+        return self.arrangement.subtrees if self.several or self.plan.groups else ()
 
     @property
     def sums(self) -> tuple[Range, ...]:

@@ -7,7 +7,6 @@ one can be taken for something else.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from blake3 import blake3
 
 from lockstep import numerics
 from lockstep.control import RING
-from lockstep.errors import IntegrityError, NetworkError, PeerTimeoutError
+from lockstep.errors import IntegrityError, NetworkError
 from lockstep.exchange import cut
 from lockstep.exchanger import Exchanger
 from lockstep.host import Host
@@ -24,15 +23,13 @@ from lockstep.layout import Range
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
-from lockstep.net.transport import Key, Pending, Report
+from lockstep.net.transport import Key, Pending, Report, await_slip
 from lockstep.parcels import Parcels
 from lockstep.roles import Roles
 
 CONNECT_SECONDS = 5.0
 STATE_SECONDS = 600.0
 """The longest that a copy of the state may take."""
-LOOK_SECONDS = 0.1
-"""Between two looks at whether a state is still wanted."""
 DIGEST_BYTES = 32
 PIECE_BYTES = 4 << 20
 """Pieces in which a state is sent: each is digested while the next is on its way."""
@@ -200,9 +197,9 @@ class Station:
         ]
         digest = blake3()
         for slip, (_, view) in zip(slips, items, strict=False):
-            _wait(slip, wanted)
+            await_slip(slip, STATE_SECONDS, wanted)
             digest.update(view)  # while more comes
-        _wait(slips[-1], wanted)
+        await_slip(slips[-1], STATE_SECONDS, wanted)
         found = digest.digest(DIGEST_BYTES)
         if found != told:
             raise IntegrityError(
@@ -211,17 +208,6 @@ class Station:
                 found=f"digest {found.hex()[:16]}…",
                 fix="look for faulty memory on both hosts",
             )
-
-
-def _wait(slip: Pending, wanted: Callable[[], bool]) -> None:
-    """Wait for a piece of a state, as long as it is wanted."""
-    limit = time.monotonic() + STATE_SECONDS
-    while not slip.done():
-        try:
-            slip.wait(LOOK_SECONDS)
-        except PeerTimeoutError:
-            if slip.ended or not wanted() or time.monotonic() > limit:
-                raise
 
 
 def _pieces(

@@ -16,11 +16,12 @@ What every transport promises, and `tests/test_transport.py` checks for each:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from lockstep.errors import NetworkError
+from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.frames import Kind, Message, describe
 
 Report = Callable[[str, str], None]
@@ -75,6 +76,22 @@ class Pending(Protocol):
             PeerTimeoutError: it is not complete within `timeout` seconds. The memory is still in
                 use until the peer is dropped.
         """
+
+
+LOOK_SECONDS = 0.1
+"""Between two looks at whether something under way is still wanted."""
+
+
+def await_slip(slip: Pending, seconds: float, wanted: Callable[[], bool]) -> None:
+    """Wait for something under way, for so many seconds, as long as it is wanted. Raises as
+    `Pending.wait` does."""
+    limit = time.monotonic() + seconds
+    while not slip.done():
+        try:
+            slip.wait(LOOK_SECONDS)
+        except PeerTimeoutError:
+            if slip.ended or not wanted() or time.monotonic() > limit:
+                raise
 
 
 class Transport(Protocol):
