@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from lockstep.control import RING, Phase, progress_of
+from lockstep.control import RING
 from lockstep.presence import Presence
 from lockstep.state import SharedState
 
@@ -31,15 +31,15 @@ class NormLimit:
     ) -> torch.Tensor:
         """The factor that the summed gradient is to be multiplied by, at most 1.
 
-        `mine` are the parameters whose norms this worker takes; `meet` returns when all norms have
-        been taken.
+        `mine` are the parameters whose norms this worker takes; `meet` returns when all norms of
+        the step have been taken.
         """
         control = self.shared.control
         for index in mine:
             if any(presence.of(index)):
                 norm = torch.linalg.vector_norm(self.reduced[index], 2.0)
                 control.norms[index] = norm.item()
-        meet(progress_of(step, Phase.NORMED))
+        meet(step)
         there = [i for i in range(len(self.shared.params)) if any(presence.of(i))]
         order, dtype = self._order(tuple(there))
         parts = torch.from_numpy(control.norms[order]).to(dtype)

@@ -12,15 +12,29 @@ was.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lockstep.codecs import Codec
-from lockstep.layout import Block
 from lockstep.presence import Presence
 from lockstep.slots import Slot
 from lockstep.state import SharedState, residual_name, storage_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A block of a group's sum, 1-D."""
+
+    group: range
+    param: int
+    numbers: torch.Tensor
+    residuals: tuple[torch.Tensor, torch.Tensor]
+    """Before even steps, and before odd ones."""
+    data: torch.Tensor
+    """Where its bytes lie."""
 
 
 class Compressor:
@@ -37,41 +51,45 @@ class Compressor:
     ) -> None:
         """`groups` are all hosts', `mine` the shards of this one; `leaves` has the sum of each of
         its groups, by first shard."""
-        self.shared, self.codec = shared, codec
+        self.codec = codec
         numbers = [n for n in blocks if shared.blocks[n].param not in shared.tables]
-        self._blocks = [(number, shared.blocks[number]) for number in numbers]
-        self._groups = list(enumerate(groups))
-        self._mine = [(place, group) for place, group in self._groups if group.start in mine]
-        self._leaves = leaves
-        largest = max((block.size for _, block in self._blocks), default=0)
-        self._sum, self._left = torch.empty(largest), torch.empty(largest)
+        self._mine: list[Piece] = []
+        self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """The bytes of all groups' blocks, and where the numbers go that are left of them."""
+        for (place, group), number in itertools.product(enumerate(groups), numbers):
+            block, data = shared.blocks[number], shared.packed(place, number)
+            home = shared.restored[place].grads[block.param]
+            self._left.append((data, storage_run(home, block)))
+            if group.start in mine:
+                names = [residual_name(place, odd, shared.names[block.param]) for odd in (0, 1)]
+                even, odd = (storage_run(shared.view(name), block) for name in names)
+                self._mine.append(
+                    Piece(
+                        group=group,
+                        param=block.param,
+                        numbers=storage_run(leaves[group.start].grads[block.param], block),
+                        residuals=(even, odd),
+                        data=data,
+                    )
+                )
+        largest = max((shared.blocks[number].size for number in numbers), default=0)
+        self._spare = torch.empty(largest), torch.empty(largest)
 
     def compress(self, step: int, presence: Presence) -> None:
         """Make this host's groups' sums small. Called when they are made."""
-        for place, group in self._mine:
-            for number, block in self._blocks:
-                before = self._residual(place, step, block)
-                after = self._residual(place, step + 1, block)
-                mask = presence.of(block.param)
-                if not any(mask[shard] for shard in group):
-                    after.copy_(before)
-                    continue
-                total, left = self._sum[: block.size], self._left[: block.size]
-                run = storage_run(self._leaves[group.start].grads[block.param], block)
-                torch.add(run, before, out=total)
-                data = self.shared.packed(place, number)
-                self.codec.encode(total, data)
-                self.codec.decode(data, left)
-                torch.sub(total, left, out=after)
+        for piece in self._mine:
+            before, after = piece.residuals[step % 2], piece.residuals[(step + 1) % 2]
+            mask = presence.of(piece.param)
+            if not any(mask[shard] for shard in piece.group):
+                after.copy_(before)
+                continue
+            total, left = (spare[: before.numel()] for spare in self._spare)
+            torch.add(piece.numbers, before, out=total)
+            self.codec.encode(total, piece.data)
+            self.codec.decode(piece.data, left)
+            torch.sub(total, left, out=after)
 
     def restore(self) -> None:
         """Make what all hosts' groups have left numbers again."""
-        for place, _ in self._groups:
-            slot = self.shared.restored[place]
-            for number, block in self._blocks:
-                run = storage_run(slot.grads[block.param], block)
-                self.codec.decode(self.shared.packed(place, number), run)
-
-    def _residual(self, group: int, step: int, block: Block) -> torch.Tensor:
-        name = residual_name(group, step % 2, self.shared.names[block.param])
-        return storage_run(self.shared.view(name), block)
+        for data, numbers in self._left:
+            self.codec.decode(data, numbers)

@@ -65,6 +65,7 @@ class Hosts:
         """What other hosts may fetch."""
         self.link = Link(self._transport, self.cargo.serve)
         self.roster = Roster(self.link, launcher, facts, samples, ownership)
+        launcher.report = report
         self.station = Station(
             launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
         )

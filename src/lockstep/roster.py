@@ -64,7 +64,6 @@ class Roster:
         self._plan: Plan | None = None
         self._expected: tuple[str, ...] = ()
         """The hosts that were there when the job was offered."""
-        launcher.report = lambda who, why: self.reports.append((who, why))
 
     @property
     def capacity(self) -> int:

@@ -115,8 +115,8 @@ class SharedState:
         used = self.layout.slots_bytes
         first = min(self.packed_offsets, default=used)
         packed = Range(offset=first, nbytes=used - first if self.codec else 0)
-        restored = len(self.slots) + len(self.sums) + (self.total is not None)
         total = len(self.slots) + len(self.sums)
+        restored = total + (self.total is not None)
         return map_slot(self.slots[0], self.tables, packed, total, restored)
 
     def buffer_ranges(self) -> list[Range]:

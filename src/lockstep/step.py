@@ -24,7 +24,6 @@ from lockstep.clipping import NormLimit
 from lockstep.compression import Compressor
 from lockstep.control import (
     DIGEST_BYTES,
-    PHASES_PER_STEP,
     RING,
     Phase,
     Stage,
@@ -205,7 +204,7 @@ class Stepper:
         presence = self._exchange(step, active)
         scale = None
         if self._limit is not None:
-            scale = self._limit.scale(step, presence, self.part.norms, self._meet_hosts)
+            scale = self._limit.scale(step, presence, self.part.norms, self._meet_norms)
         reduced = clock()
         control.set_updating(self.part.seat, step)
         self.owner.update(step, presence, scale)
@@ -413,11 +412,10 @@ class Stepper:
         self.barrier.arrive(progress)
         self.barrier.wait(progress)
 
-    def _meet_hosts(self, progress: int) -> None:
-        """Meet, and all other hosts' workers, if only they know what is theirs."""
-        self._meet(progress)
+    def _meet_norms(self, step: int) -> None:
+        """Meet when all norms are taken, also those that only other hosts can take."""
+        self._meet(progress_of(step, Phase.NORMED))
         if self.part.returns == "parameters":
-            step = progress // PHASES_PER_STEP
             self.barrier.await_exchange(exchange_of(step, Stage.NORMED))
 
     def _combine_buffers(self, step: int) -> None:
