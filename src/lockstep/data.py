@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lockstep.errors import TaskError
+from lockstep.handover import share_without_names
 from lockstep.job import Task
 from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.sampling import Indices, Sampling
@@ -399,3 +400,4 @@ def follow_worker(worker: int, _: int) -> None:
     """
     die_with_parent(worker)
     own_file_positions()
+    share_without_names()
