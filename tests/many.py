@@ -178,9 +178,14 @@ class Agents:
             self.start(name, workers)
         return tuple(self.names)
 
+    @property
+    def offered(self) -> Offer:
+        """The job. Asked once it is offered."""
+        assert self._offer is not None
+        return self._offer
+
     def start(self, name: str, workers: int, environment: Mapping[str, str] | None = None) -> None:
         """Start one host's agent."""
-        assert self._offer is not None
         identity = self.cluster.identity(name)
         self.code(name).mkdir(mode=0o700)
         with Path(self.cluster.folder / f"{name}.log").open("ab") as log:
@@ -203,7 +208,7 @@ class Agents:
             )
         assert process.stdin is not None
         with process.stdin as pipe:
-            pipe.write(json.dumps(self._offer.to_message()).encode())
+            pipe.write(json.dumps(self.offered.to_message()).encode())
         self.processes[name] = process
 
     def code(self, name: str) -> Path:
