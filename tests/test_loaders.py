@@ -65,13 +65,22 @@ class Traced(Vectors):
         if self.kind == "default":
             return super().collate(samples)
         columns = zip(*samples, strict=True)
-        return [torch.stack([torch.as_tensor(value) for value in column]) for column in columns]
+        batch = [torch.stack([torch.as_tensor(value) for value in column]) for column in columns]
+        if self.kind == "shared":
+            batch[0] = batch[0].zero_()[:]  # what is written into one view shows in the other
+            return [*batch, batch[0][:, 1:]]
+        return batch
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         if model.training:
             files = [file_of(tensor) for tensor in batch]
             if not all(f"/memfd:{NAME}" in file for file in files):
                 raise ValueError(f"batches lie in {files}")
+            if self.kind == "shared":
+                *batch, view = batch
+                view.add_(1.0)
+                if not batch[0][:, 1:].all():
+                    raise ValueError("a view has become a copy")
         return super().loss(model, batch)
 
 
@@ -85,7 +94,7 @@ def file_of(tensor: torch.Tensor) -> str:
     return ""
 
 
-@pytest.mark.parametrize("kind", ["default", "stacked"])
+@pytest.mark.parametrize("kind", ["default", "stacked", "shared"])
 def test_batches_have_no_name_on_their_way(kind: str, tmp_path: Path) -> None:
     """A loader that is killed at any moment leaves no file in /dev/shm."""
     task, args = f"{__file__}:Traced", {"kind": kind}
@@ -105,7 +114,7 @@ def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> Non
 def test_a_loader_whose_worker_has_died_already_ends() -> None:
     pid = os.fork()
     if pid == 0:
-        follow_worker(os.getpid(), 0)  # not its parent, as after the parent's death
+        follow_worker(os.getpid())  # not its parent, as after the parent's death
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
