@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,7 @@ class Agents:
     def start(self, name: str, workers: int, environment: Mapping[str, str] | None = None) -> None:
         """Start one host's agent."""
         identity = self.cluster.identity(name)
+        shutil.rmtree(self.code(name), ignore_errors=True)  # an earlier agent's
         self.code(name).mkdir(mode=0o700)
         with Path(self.cluster.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(

@@ -84,11 +84,16 @@ TASK = "tests.paced:Paced"
 class Live:
     """A run of the paced task in the background, to be steered by what happens in it."""
 
-    def __init__(self, site: Site, on: Agents, task: str = TASK, **changes: Any) -> None:
+    def __init__(self, site: Site, on: Agents, **changes: Any) -> None:
         self.folder = site.yard.path()
         workers = (on.workers or 1) + sum(on.names.values())
         self.run = lockstep.start(
-            task, on=on, workers=workers, out=self.folder, quiet=True, **{**PACED, **changes}
+            changes.pop("task", TASK),
+            on=on,
+            workers=workers,
+            out=self.folder,
+            quiet=True,
+            **{**PACED, **changes},
         )
 
     def wait_for(self, wanted: Callable[[Event], bool], what: str) -> Event:
