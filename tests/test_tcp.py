@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError
@@ -163,7 +163,7 @@ def old_tls(cluster: Cluster, strangers: Cluster) -> ssl.SSLContext:
     return context
 
 
-WRONG = {
+WRONG: dict[Callable[[Cluster, Cluster], ssl.SSLContext], str] = {
     no_certificate: "PEER_DID_NOT_RETURN_A_CERTIFICATE",
     of_another_authority: "self-signed certificate in certificate chain",
     expired: "certificate has expired",
@@ -255,6 +255,7 @@ def test_hosts_that_say_anything_first(job: Job, cluster: Cluster, junk: bytes) 
         st.integers(0, 2**40),
     ),
 )
+@example(tensor=60, junk=head(Kind.STATE, step=2, length=5))
 def test_hosts_that_send_anything_later(
     job: Job, cluster: Cluster, tensor: int, junk: bytes
 ) -> None:
