@@ -97,8 +97,7 @@ def lockstep_once(
         network, 0, "lockstep", model, "--steps", str(steps),
         "--local-steps", str(args.local_steps), "--ownership", args.ownership,
         "--compression", args.compression,
-        "--hosts", str(network.hosts), "--network", network.name,
-        "--folder", tempfile.mkdtemp(dir=folder),  # agents want folders that are new
+        "--hosts", str(network.hosts), "--network", network.name, "--folder", str(folder),
     )  # fmt: skip
     found = _answer(process)
     return {**found, "sent": [network.sent(host) - before for host, before in enumerate(sent)]}

@@ -193,14 +193,13 @@ def test_four_hosts_on_a_very_slow_link(start: Start, yard: Yard) -> None:
 @delayed
 def test_delays_are_real() -> None:
     with Network(2, delay=0.0) as network:
-        assert round_trip(network, 0, 1) < 0.1  # or the machine is too slow to tell
+        assert round_trip(network, 0, 1) < 0.2  # or the machine is too slow to tell
         network.delay(1, 0.2, 0.0)
-        assert 0.2 <= round_trip(network, 0, 1) < 0.3
+        assert round_trip(network, 0, 1) >= 0.2
         network.delay(1, 0.2, 0.1)
-        assert 0.3 <= round_trip(network, 0, 1) < 0.4
-        assert 0.3 <= round_trip(network, 1, 0) < 0.4
+        assert min(round_trip(network, 0, 1), round_trip(network, 1, 0)) >= 0.3
         network.delay(1, 0.0, 0.0)
-        assert round_trip(network, 0, 1) < 0.1
+        assert round_trip(network, 0, 1) < 0.2
 
 
 @delayed
