@@ -87,10 +87,9 @@ class SlurmNodes:
         )
         (self.folder / "state").mkdir()
         (self.folder / "t").mkdir()
-        mark = secrets.token_hex(16)
-        self.mark = f"{MARK}={mark}".encode()
+        self.mark = f"SLURM_CONF={configuration}".encode()  # the one that slurmstepd keeps
         self.environment = {
-            MARK: mark,
+            MARK: secrets.token_hex(16),
             "SLURM_CONF": str(configuration),
             "TMPDIR": str(self.folder / "t"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -175,7 +174,7 @@ class SlurmNodes:
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(LIMIT)
+                daemon.wait(10.0)  # one that still waits for a step is killed
             daemon.kill()
             daemon.wait()
         for pid in self._all():

@@ -122,14 +122,3 @@ def test_rank_0_is_killed(nodes: SlurmNodes, start: Start, tmp_path: Path) -> No
     assert process.returncode == 128 + signal.SIGKILL, errors
     assert "node1: task 0: Killed" in errors
     nodes.await_rest()
-
-
-def test_what_cannot_run(nodes: SlurmNodes, start: Start) -> None:
-    """A name that leads nowhere, and two ranks on a node: each rank says so, at once."""
-    both = [start(*on(2), environment={}), start("-N", "1", "--ntasks-per-node=2")]
-    nowhere, crowded = (process.communicate(timeout=LIMIT)[1] for process in both)
-    assert [process.returncode for process in both] == [1, 1]
-    assert nowhere.count("no interface leads to node1") == 2, nowhere
-    assert nowhere.count("SLURM: MASTER_ADDR=ADDRESS") == 2
-    assert crowded.count("several processes of the job are on this host") == 2, crowded
-    nodes.await_rest()
