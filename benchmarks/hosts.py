@@ -1,6 +1,7 @@
 """Hosts: Lockstep under TLS beside DistributedDataParallel on gloo, which is not encrypted.
 
     python -m benchmarks.hosts --rates none,1gbit,100mbit --write docs/hosts.md
+    python -m benchmarks.hosts --rates none --delay 0.025
 
 Hosts are network namespaces, with one worker of one thread each, and a core of its own where there
 are as many; else all share all. Repetitions are interleaved. Needs root and iproute2.
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import namespaces
+from benchmarks import delays, namespaces
 from benchmarks.namespaces import Network
 
 MODELS = ("softmax", "mlp", "cnn", "transformer", "embedding")
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--compression", default="none")
     parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--delay", type=float, help="seconds that packets between hosts take")
     parser.add_argument("--ownership", default="replicated")
     parser.add_argument("--write", type=Path)
     for name in ("folder", "network", "token"):
@@ -193,14 +195,14 @@ def main() -> int:
         member = member_lockstep if args.kind == "lockstep" else member_ddp
         print(json.dumps(member(args)), flush=True)
         return 0
-    why = namespaces.missing()
+    why = namespaces.missing() or (delays.missing() if args.delay is not None else "")
     if why:
         print(f"not measured: {why}", file=sys.stderr)
         return 1
     rows: list[tuple[str, dict[str, Any]]] = []
     with (
         tempfile.TemporaryDirectory(prefix="lockstep-bench-") as name,
-        Network(args.hosts) as network,
+        Network(args.hosts, delay=None if args.delay is None else args.delay / 2) as network,
     ):
         folder = Path(name)
         for rate in args.rates.split(","):

@@ -22,7 +22,7 @@ from lockstep.cluster.agents import why
 from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, Spoke, decide, parse
 from lockstep.cluster.description import on_ranks, place_in
 from lockstep.cluster.environment import Place, first_host, place_of
-from lockstep.cluster.launched import MASTER, Ranks, enter, shared_secret
+from lockstep.cluster.launched import MASTER, Ranks, enter, own_address, shared_secret
 from lockstep.cluster.line import LONGEST_PAUSE, pause
 from lockstep.errors import (
     IdentityError,
@@ -411,6 +411,13 @@ def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
             tmp_path / "n",
             0.0,
         )
+
+
+def test_a_name_of_rank_0_that_leads_nowhere() -> None:
+    """As SLURM's names of nodes may."""
+    with pytest.raises(IdentityError, match="no interface leads to node1.invalid") as caught:
+        own_address(Place(rank=1, size=2, host="node1.invalid", port=1, job="j"))
+    assert "SLURM: MASTER_ADDR=ADDRESS" in caught.value.fix
 
 
 def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
