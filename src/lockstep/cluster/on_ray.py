@@ -148,7 +148,7 @@ class DriverConnection(LinesConnection):
                 case {"op": "error", **rest}:
                     raise from_message({str(name): str(value) for name, value in rest.items()})
         raise PeerTimeoutError(
-            "the driver of Ray does not answer",
+            f"the Ray cluster {self._command[-1]!a} does not answer its driver",
             expected=f"that it is connected within {seconds:g} s",
             fix="see whether Ray answers: ray status",
         )
