@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 import lockstep
+from lockstep.channel import Channel, Message
 from lockstep.data import follow_worker
 from lockstep.errors import TaskError
 from lockstep.handover import NAME
 from lockstep.processes import own_file_positions
+from lockstep.worker import work
 from tests.zoo import SAMPLES, Noisy, Vectors
 
 SETTINGS: dict[str, Any] = {
@@ -109,6 +113,36 @@ def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> Non
     struck = lockstep.run(task, loaders=1, out=str(tmp_path / "struck"), **SETTINGS)
     assert [r["how"] for r in struck.recoveries] == ["lost a loader process"]
     assert struck.fingerprint == calm.fingerprint
+
+
+class Struck(Channel):
+    """As a loader's death is told by torch: by a signal, here just when something is said."""
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        super().send(message, fds)
+
+
+def test_a_second_death_does_not_cut_off_the_word_of_the_first() -> None:
+    """Else the worker's death would count against its shard, and three of them end the run."""
+
+    def torch_handler(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    ours, theirs = Channel.pair()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            signal.signal(signal.SIGCHLD, torch_handler)
+            code = work(None, 0, Struck(theirs.sock))  # type: ignore[arg-type]  # an error at once
+        finally:
+            os._exit(code)
+    theirs.close()
+    with contextlib.closing(ours):
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        message, _ = ours.receive(0.0)
+        assert message["event"] == "failed"
 
 
 def test_a_loader_whose_worker_has_died_already_ends() -> None:

@@ -7,6 +7,7 @@ at any moment, leaves both for ever. So tensors lie in memfds here, which go ove
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import queue
@@ -105,8 +106,9 @@ def _reduce(
 
 
 def _send(end: socket.socket, waiting: Waiting) -> None:
-    """Send descriptors as the worker takes them, while the loader goes on."""
-    while True:
-        storage = waiting.get()  # kept: the descriptor is its
-        fd, _ = storage._share_fd_cpu_()
-        socket.send_fds(end, [b"f"], [fd])
+    """Send descriptors as the worker takes them, while the loader goes on; until it is gone."""
+    with end, contextlib.suppress(ConnectionError):
+        while True:
+            storage = waiting.get()  # kept: the descriptor is its
+            fd, _ = storage._share_fd_cpu_()
+            socket.send_fds(end, [b"f"], [fd])
