@@ -328,31 +328,21 @@ class SparseSum:
     def _merge(self, node: Node) -> Part:
         if isinstance(node, int):
             return _some(self.leaves[node].part(self._first, self._first + self._rows))
-        return add_parts(self._merge(node[0]), self._merge(node[1]))
+        left, right = self._merge(node[0]), self._merge(node[1])
+        return add_parts(left, right, self._first + self._rows)
 
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Numbers of rows, ascending, and the rows."""
 
 
-def add_parts(left: Part, right: Part) -> Part:
+def add_parts(left: Part, right: Part, rows: int) -> Part:
     """The sum of two shards' rows: of those that both have, and the others as they are."""
-    both = np.concatenate([left[0].numpy(), right[0].numpy()])
-    both.sort(kind="stable")  # merges what is in order already
-    again = both[1:] == both[:-1]
-    shared = bool(again.any())
-    named = torch.from_numpy(both[np.append(True, ~again)] if shared else both)
-    rows = left[1].new_empty(len(named), left[1].shape[1])
-    for numbers, values in (left, right):
-        put_rows(rows, torch.searchsorted(named, numbers), values)
-    if shared:
-        common = torch.from_numpy(both[1:][again])
-        mine, other = (
-            values.index_select(0, torch.searchsorted(numbers, common))
-            for numbers, values in (left, right)
-        )
-        put_rows(rows, torch.searchsorted(named, common), mine.add_(other))
-    return named, rows
+    both = torch.sparse_coo_tensor(
+        torch.cat([left[0], right[0]])[None], torch.cat([left[1], right[1]]),
+        (rows, left[1].shape[1]), check_invariants=False,
+    ).coalesce()  # fmt: skip
+    return both._indices()[0], both._values()
 
 
 def _some(part: Part | None) -> Part:

@@ -16,7 +16,7 @@ from lockstep.embeddings import SparseSum, TableSum
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer, tree
 from lockstep.layout import Block, group_blocks
-from lockstep.optim import StateKey, bare_step, check_known
+from lockstep.optim import StateKey, check_known
 from lockstep.presence import Mask, Presence
 from lockstep.rows import step_rows
 from lockstep.slots import Slot
@@ -28,6 +28,7 @@ from lockstep.state import (
     storage_run,
     store_value,
 )
+from lockstep.stepping import bare_step
 
 Run = tuple[list[torch.Tensor], torch.Tensor] | TableSum
 """What is summed at once: the shards' runs, 1-D, and where their sum goes; or a table's rows."""

@@ -21,10 +21,9 @@ from lockstep.rows import step_rows
 _PROBE_SHAPE, _PROBE_CUTS, _PROBE_STEPS = (67, 64), (7, 1280), 3
 _PROBE_ROWS = (64 * 2, 64 * 20)
 """Where tensors with sparse gradients are cut: between rows, at even ones."""
-
-
-_PROBE_TABLE, _PROBE_ROW = (67, 61), 35
-"""A table that is stepped by its rows, and where it is cut: an odd number of rows above."""
+_PROBE_TABLE, _PROBE_ROW, _PROBE_EVERY = (67, 61), 35, (2, 3, 67)
+"""A table that is stepped by its rows, where it is cut, after an odd number of rows, and one of how
+many rows each gradient has: the last has none below the cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def may_step_rows(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
     generator = torch.Generator().manual_seed(0)
     first, *tensors = [
         torch.randn(_PROBE_TABLE, generator=generator).to(kind.dtype)
-        for _ in range(1 + _PROBE_STEPS)
+        for _ in range(1 + len(_PROBE_EVERY))
     ]
     whole = slice(0, len(first))
     upper, lower = slice(0, _PROBE_ROW), slice(_PROBE_ROW, len(first))
@@ -113,9 +112,9 @@ def _step_table(
     sample = _sample(optimizer)
     with borrowed(optimizer, {group: [table]}):
         state = _same_start(sample, table)
-        for number, tensor in enumerate(tensors[1:]):
-            gradient = _some_rows(tensor[part], 2 + number, part.start)
-            if by_rows and number:
+        for begun, (tensor, every) in enumerate(zip(tensors[1:], _PROBE_EVERY, strict=True)):
+            gradient = _some_rows(tensor[part], every, part.start)
+            if by_rows and begun:
                 like = {name for name, value in state.items() if _is_like(value, table)}
                 step_rows(table.detach(), gradient, state, like, step)
             else:
