@@ -88,7 +88,12 @@ class Live:
         self.folder = site.yard.path()
         workers = (on.workers or 1) + sum(on.names.values())
         self.run = lockstep.start(
-            TASK, on=on, workers=workers, out=self.folder, quiet=True, **{**PACED, **changes}
+            changes.pop("task", TASK),
+            on=on,
+            workers=workers,
+            out=self.folder,
+            quiet=True,
+            **{**PACED, **changes},
         )
 
     def wait_for(self, wanted: Callable[[Event], bool], what: str) -> Event:

@@ -254,3 +254,10 @@ def test_the_sum_over_hosts_has_the_bits_of_one() -> None:
         found = total(outer)
         leaves = kept
         assert torch.equal(found, total(whole))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_who_is_gone_is_not_dropped(closed: bool) -> None:
+    """Another agent may have connected under its name before its loss is decided on."""
+    _, said = run(fleet.Present("m", 1), fleet.Present("b", 1), fleet.Lost("b", "why", closed))
+    assert fleet.Abandon("b", "why", drop=not closed) in said

@@ -269,7 +269,7 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     except Closed:
         return 0
     except BaseException as error:  # the user's code may call sys.exit()
-        if worker is not None and worker.loader.has_lost_a_process():
+        if worker is not None and worker.loader.has_lost_a_process(error):
             return _tell(channel, {"event": "lost_loader"})
         doing, step = (worker.doing, worker.step) if worker is not None else ("starting", 0)
         message: Message = {"event": "failed", "error": describe_error(error, doing), "step": step}
