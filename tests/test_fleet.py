@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import fleet
+from lockstep.embeddings import Node
 from lockstep.errors import JobError
 from lockstep.exchange import Arrangement, fill_buckets, leaf_slots, most_subtrees, subtrees
 from lockstep.exchanger import Early
 from lockstep.fleet import Arrange, Fleet, Hold, Standing, decide, settle
-from lockstep.gradients import Node, tree
+from lockstep.gradients import tree
 from lockstep.layout import Range
 from lockstep.planning import share
 
