@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lockstep
-from lockstep.errors import JobError
+from lockstep.errors import JobError, OptimizerError
 from lockstep.faults import Fault
 from lockstep.local_steps import divide
 from lockstep.seeds import derive, seed_everything
@@ -153,6 +153,11 @@ def test_hosts_join_and_leave(site: Site, slow: None) -> None:
 def test_what_does_not_go_with_it(run_folders: Callable[[], str]) -> None:
     with pytest.raises(JobError, match="clip_grad_norm"):
         lockstep.run(By("SGD", lr=0.1), out=run_folders(), clip_grad_norm=1.0, **SETTINGS)
+    with pytest.raises(OptimizerError, match="sparse gradients"):
+        lockstep.run(
+            "tests.test_sparse:Sparse", args={"optimizer": "SparseAdam"}, workers=1,
+            out=run_folders(), **SETTINGS,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("count", "parts"), [(12, [4, 4, 4]), (7, [2, 2, 3]), (2, [1, 1])])

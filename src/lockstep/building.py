@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,8 @@ def build(
         )
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
-    _check_sparse(tables, [name for name, _ in trainable], clip=clip)
+    sparse = [trainable[index][0] for index, table in tables.items() if table.asked]
+    _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSteps))
     kinds = [
         Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
@@ -129,15 +130,22 @@ def _check_compressible(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
             )
 
 
-def _check_sparse(tables: Mapping[int, Table], names: Sequence[str], *, clip: bool) -> None:
-    """Refuse a limit of the norm beside sparse gradients, as PyTorch does."""
-    sparse = [names[index] for index, table in tables.items() if table.asked]
+def _check_sparse(sparse: Sequence[str], *, clip: bool, local: bool) -> None:
+    """Refuse what does not work with sparse gradients, of the parameters of these names."""
     if clip and sparse:
         raise OptimizerError(
-            "clip_grad_norm does not work with sparse gradients",
+            "clip_grad_norm does not work with sparse gradients",  # as in PyTorch
             expected="dense gradients, or no limit of their norm",
             found=f"sparse=True in the module of {', '.join(sparse)}",
             fix="leave out clip_grad_norm, or build the module with sparse=False",
+        )
+    if local and sparse:
+        raise OptimizerError(
+            "local_steps does not work with sparse gradients",
+            expected="dense gradients, or an exchange after every step",
+            found=f"sparse=True in the module of {', '.join(sparse)}",
+            fix="leave out local_steps, since only touched rows travel anyway, or build the module "
+            "with sparse=False",
         )
 
 
