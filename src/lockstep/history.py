@@ -34,7 +34,7 @@ class History:
         self.committed_at = 0.0
         """When the last recorded step was committed, by the monotonic clock."""
         self.owned: Container[int] = ()
-        """The parameters that some host alone updates: what it digests is told before the commit."""
+        """The parameters that some host alone updates: it tells its digests before the commit."""
         self.marks: dict[int, str] = {}
         """Digests of what was recorded of every 64th step, the newest ones: other hosts must have
         recorded the same."""
