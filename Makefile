@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
+.PHONY: help run test test-long fuzz check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -34,6 +34,9 @@ test: $(READY) ## Run the tests, without the long ones
 
 test-long: $(READY) ## Run the long tests only
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+fuzz: $(READY) ## Try 3,000 inputs in each fuzz test, and print how they ended
+	$(BIN)/python -m pytest --fuzz 3000 $(ARGS)
 
 check: $(READY) ## Check format, lint and types
 	$(BIN)/ruff format --check .

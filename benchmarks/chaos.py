@@ -40,6 +40,7 @@ from lockstep.errors import LockstepError, StoppedError, WorkerLostError
 from lockstep.faults import AROUND, PHASES
 
 STALL_SECONDS = 1.0
+GRACE_SECONDS = 5.0
 RUN_SECONDS = 180.0
 """A run that takes longer hangs."""
 MASTERS = "the master and the nursery"
@@ -69,8 +70,12 @@ class Tally:
         return sum(self.scripted.values()) + signals
 
     def left(self) -> set[int]:
-        """Processes below this one that were not there before."""
-        return set(descendants(os.getpid())) - self.others
+        """Processes below this one that were not there before, and do not end in a moment: loader
+        processes end just after their worker."""
+        limit = time.monotonic() + GRACE_SECONDS
+        while (found := set(descendants(os.getpid())) - self.others) and time.monotonic() < limit:
+            time.sleep(0.02)
+        return found
 
 
 def settings_of(scenario: Scenario, out: Path) -> dict[str, Any]:
@@ -180,9 +185,6 @@ def end_master(
     finished = (out / "result.json").exists()  # and signals mean again what they do elsewhere
     if code not in expected and not (finished and code == -signal.SIGTERM):
         tally.problems.append(f"{MASTERS}: exit code {code}")
-    limit = time.monotonic() + 5
-    while tally.left() and time.monotonic() < limit:
-        time.sleep(0.02)
 
 
 def compare(

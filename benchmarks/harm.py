@@ -98,6 +98,8 @@ class Meddler:
     most_workers: int
     done: Counter[tuple[str, str]] = field(default_factory=Counter)
     """What was done to whom, how often."""
+    stopped_loaders: list[int] = field(default_factory=list)
+    """By process id."""
 
     def meddle(self) -> None:
         """Go on until the run has ended; requests and short stops do no harm and are not counted
@@ -108,6 +110,8 @@ class Meddler:
             deed = self.rng.choice((*[self._signal] * 4, self._nap, self._ask))
             if deed is not self._signal or left > 0:
                 left -= deed()
+        for pid in self.stopped_loaders:
+            send(pid, signal.SIGCONT)  # it may not have come as far as to be tied to its worker
 
     def _signal(self) -> int:
         """Kill or stop one, two or all of the workers or one of their loader processes."""
@@ -127,6 +131,8 @@ class Meddler:
         sent = [pid for pid in pids if send(pid, number)]
         if sent:
             self.done[whom, number.name] += 1
+        if whom == "a loader process" and number == signal.SIGSTOP:
+            self.stopped_loaders += sent
         return len(sent)
 
     def _some(self, pids: Sequence[int], count: int) -> list[int]:

@@ -1,16 +1,16 @@
 """Hosts: Lockstep under TLS beside DistributedDataParallel on gloo, which is not encrypted.
 
     python -m benchmarks.hosts --rates none,1gbit,100mbit --write docs/hosts.md
+    python -m benchmarks.hosts --rates none --delay 0.025
 
-Hosts are network namespaces, with one worker of one thread each. Repetitions are interleaved. Needs
-root and iproute2.
+Hosts are network namespaces, with one worker of one thread each, and a core of its own where there
+are as many; else all share all. Repetitions are interleaved. Needs root and iproute2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import namespaces
+from benchmarks import delays, namespaces
 from benchmarks.namespaces import Network
 
 MODELS = ("softmax", "mlp", "cnn", "transformer", "embedding")
@@ -62,13 +62,13 @@ def member_lockstep(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def member_ddp(args: argparse.Namespace) -> dict[str, Any]:
-    """One of DDP's two processes."""
+    """One of DDP's processes, of which each host has one."""
     from benchmarks.peers import contend
 
     os.environ["BENCHMARK_MEET"] = f"{args.folder}/meet-{args.token}"
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
-    timed = contend("ddp", args.model, args.seconds, None, args.rank)
-    return {"rate": 2 * timed["samples"] / timed["seconds"], "steps": timed["steps"]}
+    timed = contend("ddp", args.model, args.seconds, None, args.rank, world=args.hosts)
+    return {"rate": args.hosts * timed["samples"] / timed["seconds"], "steps": timed["steps"]}
 
 
 def _member(network: Network, host: int, *arguments: str) -> subprocess.Popen[str]:
@@ -103,16 +103,16 @@ def lockstep_once(
 
 
 def ddp_once(network: Network, folder: Path, model: str, seconds: float) -> dict[str, Any]:
-    """Samples per second of DDP, of the slower of its two processes."""
+    """Samples per second of DDP, of the slowest of its processes."""
     token = str(time.monotonic_ns())
-    both = [
+    processes = [
         _member(
             network, rank, "ddp", model, "--rank", str(rank), "--seconds", str(seconds),
-            "--folder", str(folder), "--token", token,
+            "--hosts", str(network.hosts), "--folder", str(folder), "--token", token,
         )
-        for rank in range(2)
+        for rank in range(network.hosts)
     ]  # fmt: skip
-    found = [_answer(process) for process in both]
+    found = [_answer(process) for process in processes]
     return min(found, key=lambda each: each["rate"])
 
 
@@ -124,15 +124,11 @@ def gradient_bytes(model: str) -> int:
 
 
 def compare(network: Network, folder: Path, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Medians of interleaved repetitions. DDP has two processes: beside more hosts it is left
-    out."""
+    """Medians of interleaved repetitions."""
     from benchmarks.models import find
 
-    beside = network.hosts == 2
-    steps = 200
-    if beside:
-        first = ddp_once(network, folder, model, args.seconds / 2)
-        steps = max(20, int(args.seconds * first["rate"] / (2 * find(model).batch)))
+    first = ddp_once(network, folder, model, args.seconds / 2)
+    steps = max(20, int(args.seconds * first["rate"] / (network.hosts * find(model).batch)))
     if args.local_steps > 1:
         steps = FEW_STEPS + 2
     beginning = lockstep_once(network, folder, model, FEW_STEPS, args)["sent"]
@@ -143,8 +139,7 @@ def compare(network: Network, folder: Path, model: str, args: argparse.Namespace
         rates["lockstep"].append(found["rate"])
         most = max(now - then for now, then in zip(found["sent"], beginning, strict=True))
         wire.append(most / (steps - FEW_STEPS) / args.local_steps)
-        other = ddp_once(network, folder, model, args.seconds)["rate"] if beside else math.nan
-        rates["ddp"].append(other)
+        rates["ddp"].append(ddp_once(network, folder, model, args.seconds)["rate"])
     ratios = [ours / theirs for ours, theirs in zip(rates["lockstep"], rates["ddp"], strict=True)]
     return {
         "model": model,
@@ -166,10 +161,8 @@ def table(rows: list[tuple[str, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for rate, row in rows:
-        beside = "– | – | –"
-        if not math.isnan(row["ddp"]):
-            spread = f"{row['least']:.2f} to {row['most']:.2f}"
-            beside = f"{row['ddp']:,.0f} | {row['ratio']:.2f} | {spread}"
+        spread = f"{row['least']:.2f} to {row['most']:.2f}"
+        beside = f"{row['ddp']:,.0f} | {row['ratio']:.2f} | {spread}"
         lines.append(
             f"| {rate} | {row['model']} | {row['lockstep']:,.0f} | {beside} | "
             f"{row['bytes']:,.0f} | {row['bytes'] / row['ring']:.3f} |"
@@ -190,6 +183,7 @@ def main() -> int:
     parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--compression", default="none")
     parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--delay", type=float, help="seconds that packets between hosts take")
     parser.add_argument("--ownership", default="replicated")
     parser.add_argument("--write", type=Path)
     for name in ("folder", "network", "token"):
@@ -201,14 +195,14 @@ def main() -> int:
         member = member_lockstep if args.kind == "lockstep" else member_ddp
         print(json.dumps(member(args)), flush=True)
         return 0
-    why = namespaces.missing()
+    why = namespaces.missing() or (delays.missing() if args.delay is not None else "")
     if why:
         print(f"not measured: {why}", file=sys.stderr)
         return 1
     rows: list[tuple[str, dict[str, Any]]] = []
     with (
         tempfile.TemporaryDirectory(prefix="lockstep-bench-") as name,
-        Network(args.hosts) as network,
+        Network(args.hosts, delay=None if args.delay is None else args.delay / 2) as network,
     ):
         folder = Path(name)
         for rate in args.rates.split(","):

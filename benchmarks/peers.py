@@ -48,18 +48,25 @@ class Gate(Protocol):
 
 
 def contend(
-    contender: str, name: str, seconds: float, gate: Gate | None, rank: int, words: Any = None
+    contender: str,
+    name: str,
+    seconds: float,
+    gate: Gate | None,
+    rank: int,
+    words: Any = None,
+    world: int = 0,
 ) -> Timed:
-    """Train in this process and time it: any contender but `lockstep` and `auto`."""
+    """Train in this process and time it: any contender but `lockstep` and `auto`. `world`: how many
+    processes it has, if not `models.WORLD`."""
     import torch
 
     from benchmarks import models, recipes
 
-    alone = contender == "threads"
-    torch.set_num_threads(models.WORLD if alone else 1)
+    alone, world = contender == "threads", world or models.WORLD
+    torch.set_num_threads(world if alone else 1)
     case = recipes.find(name)
-    batch = case.batch * (models.WORLD if alone else 1)
-    world = 1 if alone else models.WORLD
+    batch = case.batch * (world if alone else 1)
+    world = 1 if alone else world
     model = case.model()
     named = list(model.named_parameters())  # outlives DDP's wrapper, whose end would hang else
     if contender in DDP:

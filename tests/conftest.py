@@ -24,6 +24,7 @@ from hypothesis import settings
 
 import lockstep
 from lockstep import processes as processes_module
+from tests import fuzzing
 
 settings.register_profile("lockstep", deadline=None, derandomize=True, database=None)
 settings.load_profile("lockstep")
@@ -33,6 +34,29 @@ GRACE_SECONDS = 5.0
 """The longest that a process which is on its way out is waited for."""
 CACHED = ("/dev/null", "/dev/urandom", "/proc/", "/sys/")
 """Files that libraries open at some time and keep open."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=0, help="run the fuzz tests, with so many inputs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fuzzing.asked = config.getoption("--fuzz")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--fuzz`, leave the other tests out."""
+    if fuzzing.asked:
+        others = [item for item in items if item.get_closest_marker("fuzz") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+        for item in items:
+            item.add_marker(pytest.mark.timeout(fuzzing.LIMIT_SECONDS))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if fuzzing.asked:
+        terminalreporter.write_line("\n".join(["", *fuzzing.table()]))
 
 
 def environment_of(pid: int) -> bytes:

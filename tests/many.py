@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,10 +179,16 @@ class Agents:
             self.start(name, workers)
         return tuple(self.names)
 
+    @property
+    def offered(self) -> Offer:
+        """The job. Asked once it is offered."""
+        assert self._offer is not None
+        return self._offer
+
     def start(self, name: str, workers: int, environment: Mapping[str, str] | None = None) -> None:
         """Start one host's agent."""
-        assert self._offer is not None
         identity = self.cluster.identity(name)
+        shutil.rmtree(self.code(name), ignore_errors=True)  # an earlier agent's
         self.code(name).mkdir(mode=0o700)
         with Path(self.cluster.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -203,7 +210,7 @@ class Agents:
             )
         assert process.stdin is not None
         with process.stdin as pipe:
-            pipe.write(json.dumps(self._offer.to_message()).encode())
+            pipe.write(json.dumps(self.offered.to_message()).encode())
         self.processes[name] = process
 
     def code(self, name: str) -> Path:

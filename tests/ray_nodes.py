@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.conftest import MARK, describe, environment_of, processes
+from tests.conftest import MARK, describe, environment_of, parent_of, processes
 from tests.faulty import until
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,28 @@ class RayNodes:
     def found(self, word: str) -> list[int]:
         """The processes whose command has this word."""
         return [pid for pid in self._all() if word in describe(pid)]
+
+    def kill_node(self, pid: int) -> None:
+        """Kill the node that a process runs on: its raylet, and everything that this has started.
+
+        All of it is stopped before any of it dies, as on a machine that loses its power.
+        """
+        while "raylet/raylet" not in describe(pid):
+            pid = parent_of(pid)
+            assert pid, "the process is on no node"
+        family = [pid]
+        for each in family:  # grows meanwhile
+            os.kill(each, signal.SIGSTOP)
+            family += [child for child in self._all() if parent_of(child) == each]
+        for each in family:
+            os.kill(each, signal.SIGKILL)
+
+    def kill_head(self) -> None:
+        """Kill the head: the GCS, which knows all, and the node that is on its machine."""
+        (gcs,) = self.found("gcs/gcs_server")
+        (head,) = self.found("node:__internal_head__")
+        os.kill(gcs, signal.SIGKILL)
+        self.kill_node(head)
 
     def ours(self) -> list[str]:
         """The processes there that are of Lockstep, in words."""

@@ -17,7 +17,7 @@ from tests.faulty import Event, Yard, assert_same, await_event, yard
 from tests.hosts import Cluster
 from tests.many import Agents
 from tests.paced import PACE
-from tests.zoo import MORE, ZOO
+from tests.zoo import FAILING, MORE, ZOO
 
 __all__ = ["yard"]  # a fixture
 
@@ -40,7 +40,7 @@ class Site:
         return self.opened[-1]
 
     def settings(self, name: str, **changes: Any) -> dict[str, Any]:
-        entry = {**ZOO, **MORE}[name]
+        entry = {**ZOO, **MORE, **FAILING}[name]
         shared = {"args": {"name": name}, "shards": SHARDS, "threads": 1}
         return {**entry.settings(), **shared, **changes}
 
@@ -88,7 +88,12 @@ class Live:
         self.folder = site.yard.path()
         workers = (on.workers or 1) + sum(on.names.values())
         self.run = lockstep.start(
-            TASK, on=on, workers=workers, out=self.folder, quiet=True, **{**PACED, **changes}
+            changes.pop("task", TASK),
+            on=on,
+            workers=workers,
+            out=self.folder,
+            quiet=True,
+            **{**PACED, **changes},
         )
 
     def wait_for(self, wanted: Callable[[Event], bool], what: str) -> Event:

@@ -17,11 +17,13 @@ import lockstep
 from lockstep.embeddings import (
     DENSE,
     LARGE,
+    SparseSum,
     SparseTables,
     Table,
     TableGradient,
     TableSum,
     find_tables,
+    keep_sparse,
 )
 from lockstep.gradients import tree, tree_sum
 from tests import reference
@@ -176,3 +178,52 @@ def test_sums_are_those_of_dense_gradients(
             add([leaf[first:last].reshape(-1) for leaf in dense], expected)
             assert total.numpy().tobytes() == expected.numpy().tobytes()
             assert all(leaf.numbers[0] != DENSE or len(leaf.home) < 40 for leaf in kept)
+
+
+@given(
+    rows=st.integers(1, 30),
+    width=st.integers(1, 3),
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_sparse_sums_are_those_of_rows_in_the_order_of_the_tree(
+    rows: int, width: int, counts: list[int], seed: int, data: st.DataObject
+) -> None:
+    """Rows that a shard has not are -0.0, which changes nothing that it is added to."""
+    generator = torch.Generator().manual_seed(seed)
+    kept, spread = [], []
+    for count in counts:
+        values = torch.randn(count, width, generator=generator)
+        values[values.abs() < 0.3] = -0.0
+        looked_up = torch.randint(rows, (1, count), generator=generator)
+        gradient = torch.sparse_coo_tensor(looked_up, values, (rows, width))
+        home, numbers = torch.full((rows, width), 7.0), torch.full((1 + rows,), 99)
+        keep_sparse("table", gradient, home, numbers)
+        kept.append(TableGradient(home, numbers))
+        whole = torch.full((rows, width), -0.0)
+        whole[gradient.coalesce()._indices()[0]] = gradient.coalesce()._values()
+        spread.append(whole)
+    first = data.draw(st.integers(0, rows - 1))
+    last = data.draw(st.integers(first + 1, rows))
+    node = tree(tuple(data.draw(st.booleans()) for _ in kept))
+    table = SparseSum(first, last - first, kept)
+    found = table.sum(node)
+    if node is None:
+        assert found is None
+        return
+    assert found is not None
+    out = torch.empty(rows * width)
+    leaves, spare = [leaf.view(-1) for leaf in spread], [torch.empty_like(out) for _ in spread]
+    expected = tree_sum(node, leaves, out, spare).view(rows, width)[first:last]
+    named = found._indices()[0]
+    assert named.tolist() == sorted(set(named.tolist()))
+    assert found._values().numpy().tobytes() == expected[named].numpy().tobytes()
+    nothing = torch.ones(last - first, dtype=torch.bool).index_fill_(0, named, 0)
+    assert torch.equal(expected[nothing], torch.full_like(expected[nothing], -0.0))
+
+    middle = data.draw(st.integers(0, last - first))
+    upper, lower = table.cut(found, [0, middle, last - first])
+    assert upper is not None
+    assert lower is not None
+    assert torch.equal(torch.cat([upper.to_dense(), lower.to_dense()]), found.to_dense())

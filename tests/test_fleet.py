@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import fleet
+from lockstep.embeddings import Node
 from lockstep.errors import JobError
 from lockstep.exchange import Arrangement, fill_buckets, leaf_slots, most_subtrees, subtrees
 from lockstep.exchanger import Early
 from lockstep.fleet import Arrange, Fleet, Hold, Standing, decide, settle
-from lockstep.gradients import Node, tree
+from lockstep.gradients import tree
 from lockstep.layout import Range
 from lockstep.planning import share
 
@@ -253,3 +254,10 @@ def test_the_sum_over_hosts_has_the_bits_of_one() -> None:
         found = total(outer)
         leaves = kept
         assert torch.equal(found, total(whole))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_who_is_gone_is_not_dropped(closed: bool) -> None:
+    """Another agent may have connected under its name before its loss is decided on."""
+    _, said = run(fleet.Present("m", 1), fleet.Present("b", 1), fleet.Lost("b", "why", closed))
+    assert fleet.Abandon("b", "why", drop=not closed) in said

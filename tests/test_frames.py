@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import IdentityError, ProtocolError, RefusedError
@@ -31,6 +31,7 @@ from lockstep.net.frames import (
 from lockstep.net.handshake import Hello, check_hello, differences, gather, parse_hello
 from lockstep.net.joining import Limiter
 from lockstep.net.tokens import PREFIX, Token, TokenBook, parse_token
+from tests.fuzzing import ended, fuzz
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=20),
@@ -69,7 +70,7 @@ def frames(draw: st.DrawFn) -> tuple[Header, bytes]:
     return Header(kind=kind, length=len(body)), body
 
 
-@settings(max_examples=200)
+@fuzz(200)
 @given(st.lists(frames(), max_size=5), st.lists(st.integers(0, 400), max_size=8))
 def test_what_is_sent_is_read(sent: list[tuple[Header, bytes]], cuts: list[int]) -> None:
     stream = b"".join(
@@ -77,20 +78,26 @@ def test_what_is_sent_is_read(sent: list[tuple[Header, bytes]], cuts: list[int])
         for header, body in sent
     )
     assert [(frame.header, bytes(frame.body)) for frame in read(stream, cuts)] == sent
+    ended("read as it was sent")
 
 
-@settings(max_examples=500)
-@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4))
+@fuzz(500)
+@given(
+    st.binary(max_size=27) | st.binary(min_size=28, max_size=300),
+    st.lists(st.integers(0, 300), max_size=4),
+)
 def test_random_bytes(stream: bytes, cuts: list[int]) -> None:
     """They are refused as soon as a header is there, wherever the stream is cut."""
     if len(stream) < HEADER.size:
         assert read(stream, cuts) == []
+        ended("too short for a header: waits for more")
     else:
-        with pytest.raises(ProtocolError, match="a frame breaks the protocol"):
+        with pytest.raises(ProtocolError, match="a frame breaks the protocol") as caught:
             read(stream, cuts)
+        ended(caught.value)
 
 
-@settings(max_examples=500)
+@fuzz(500)
 @given(frames(), st.integers(0, HEADER.size - 1), st.integers(1, 255))
 def test_an_altered_header(sent: tuple[Header, bytes], place: int, change: int) -> None:
     """Every change of it is refused, or is another header within all bounds."""
@@ -100,16 +107,19 @@ def test_an_altered_header(sent: tuple[Header, bytes], place: int, change: int) 
     )
     raw[place] ^= change
     if place < 5 or 6 <= place < 8:  # magic, version, flags
-        with pytest.raises(ProtocolError):
+        with pytest.raises(ProtocolError) as caught:
             parse_head(raw[: HEADER.size])
+        ended(caught.value)
         return
     try:
         changed = parse_head(raw[: HEADER.size])
-    except ProtocolError:
+    except ProtocolError as error:
+        ended(error)
         return
     assert changed != header
     assert changed.length <= LIMITS[changed.kind]
     assert changed.kind in TENSORS or changed.step == changed.tag == 0
+    ended("another header within all bounds")
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -179,15 +189,16 @@ def test_bodies_that_are_no_messages(body: bytes) -> None:
         parse_message(memoryview(body))
 
 
-@settings(max_examples=200)
+@fuzz(200)
 @given(JSON)
 def test_any_json_as_a_hello(value: object) -> None:
     message = value if isinstance(value, dict) else {"facts": value, "protocol": value}
-    with pytest.raises(ProtocolError, match="a hello breaks the protocol"):
+    with pytest.raises(ProtocolError, match="a hello breaks the protocol") as caught:
         parse_hello(message)
+    ended(caught.value)
 
 
-@settings(max_examples=200)
+@fuzz(200)
 @given(st.sampled_from(["protocol", "job", "node", "facts"]), JSON)
 def test_a_hello_with_an_altered_field(name: str, value: object) -> None:
     ours = Hello(job="j", node="a", facts={"torch": "1"})
@@ -196,10 +207,12 @@ def test_a_hello_with_an_altered_field(name: str, value: object) -> None:
     assert parse_hello(message) == theirs
     check_hello(ours, theirs, "b")
     if value == message[name] and type(value) is type(message[name]):
+        ended("the same hello")
         return
     message[name] = value
-    with pytest.raises((ProtocolError, RefusedError)):
+    with pytest.raises((ProtocolError, RefusedError)) as caught:
         check_hello(ours, parse_hello(message), "b")
+    ended(caught.value)
 
 
 def test_differences_are_named() -> None:
@@ -234,14 +247,15 @@ def test_the_facts_of_this_host() -> None:
     assert parse_hello(hello.to_message()) == hello
 
 
-@settings(max_examples=100)
+@fuzz(100)
 @given(TOKENS)
 def test_a_token_can_be_pasted(token: Token) -> None:
     assert parse_token(f"  {token.text()}\n") == token
     assert "secret" not in repr(token)
+    ended("read as it was pasted")
 
 
-@settings(max_examples=300)
+@fuzz(300)
 @given(TOKENS, st.data())
 def test_a_cut_or_altered_token(token: Token, data: st.DataObject) -> None:
     text = token.text()
@@ -253,13 +267,15 @@ def test_a_cut_or_altered_token(token: Token, data: st.DataObject) -> None:
                 parse_token(wrong)
             assert text[20:60] not in str(caught.value)
             assert caught.value.__cause__ is None
+            ended(caught.value)
 
 
-@settings(max_examples=300)
+@fuzz(300)
 @given(st.text(max_size=100), st.booleans())
 def test_any_text_as_a_token(text: str, prefixed: bool) -> None:
-    with pytest.raises(IdentityError, match="this is not a join token"):
+    with pytest.raises(IdentityError, match="this is not a join token") as caught:
         parse_token(PREFIX + text if prefixed else text)
+    ended(caught.value)
 
 
 def test_a_token_is_used_once_and_expires() -> None:

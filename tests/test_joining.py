@@ -20,7 +20,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import (
@@ -39,9 +39,8 @@ from lockstep.net.shared import RankInvitation, SharedSecret, make_secret, read_
 from lockstep.net.stream import TlsStream
 from lockstep.net.tokens import Token
 from lockstep.net.wire import Deadline, handshake, receive_message, wrap
+from tests.fuzzing import ended, fuzz
 from tests.hosts import LIMIT, Cluster, connect
-
-FUZZ = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Joinable:
@@ -344,7 +343,7 @@ def test_requests_that_are_not_signed(
     assert {each.name for each in (joinable.cluster.folder / "authority/issued").iterdir()} == {"a"}
 
 
-@FUZZ
+@fuzz(100)
 @given(junk=st.binary(max_size=200))
 def test_strangers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
     with socket.create_connection(joinable.server.address) as sock:
@@ -353,15 +352,16 @@ def test_strangers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
             sock.shutdown(socket.SHUT_WR)
         why = joinable.why()
         assert "TLS" in why or "closed" in why
+    ended(why)
 
 
-@FUZZ
+@fuzz(100)
 @given(
     junk=st.binary(max_size=200)
     | st.builds(
         lambda kind, length, body: HEADER.pack(MAGIC, VERSION, kind, 0, 0, 0, length) + body,
-        st.integers(0, 20),
-        st.integers(0, 2**64 - 1),
+        st.just(Kind.ENROL) | st.integers(0, 20),
+        st.integers(0, 50) | st.integers(0, 2**64 - 1),
         st.binary(max_size=50),
     )
     | st.builds(
@@ -380,9 +380,10 @@ def test_newcomers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
         why = joinable.why()
         assert "protocol" in why or "closed" in why or "token was refused" in why
     assert len(list((joinable.cluster.folder / "authority/issued").iterdir())) == 1
+    ended(why)
 
 
-@FUZZ
+@fuzz(100)
 @given(change=st.integers(1, 255), place=st.integers(0, 31), length=st.integers(0, 40))
 def test_guessed_secrets(joinable: Joinable, change: int, place: int, length: int) -> None:
     """Next to a right one, cut or prolonged. None is in the log, and the right one still works."""
@@ -396,9 +397,39 @@ def test_guessed_secrets(joinable: Joinable, change: int, place: int, length: in
             why = joinable.why()
             assert "token was refused" in why
             assert base64.b64encode(secret).decode() not in why or not secret
+            ended(why)
     kind, answer = joinable.ask(token.secret, b"")
     assert answer["what"] == "the certificate request was refused"
     joinable.why()
+
+
+@fuzz(60)
+@given(
+    way=st.sampled_from(["used", "expired", "cut"]),
+    age=st.integers(1, 10**6),
+    cut=st.integers(0, 100),
+)
+def test_tokens_that_come_too_late(joinable: Joinable, way: str, age: int, cut: int) -> None:
+    """Replayed or expired ones are refused; what was cut on its way has not used one up."""
+    token = joinable.server.token(seconds=-age if way == "expired" else LIMIT)
+    wanted = {"used": "it was used before", "expired": "it expired", "cut": "closed"}[way]
+    if way == "used":
+        joinable.ask(token.secret, b"")
+        joinable.why()
+    if way == "cut":
+        said = {"secret": base64.b64encode(token.secret).decode(), "request": ""}
+        with joinable.dial() as sock:
+            sock.sendall(message_frame(Kind.ENROL, said)[:-1][: cut or None])
+    else:
+        _, answer = joinable.ask(token.secret, b"")
+        assert wanted in str(answer["found"])
+    why = joinable.why()
+    assert wanted in why
+    if way == "cut":
+        _, answer = joinable.ask(token.secret, b"")
+        assert answer["what"] == "the certificate request was refused"
+        joinable.why()
+    ended(why)
 
 
 def test_answers_that_are_no_joining(joinable: Joinable, tmp_path: Path) -> None:

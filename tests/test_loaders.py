@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import Dataset, get_worker_info
 
 import lockstep
+from lockstep.channel import Channel, Message
 from lockstep.data import follow_worker
 from lockstep.errors import TaskError
+from lockstep.handover import NAME
 from lockstep.processes import own_file_positions
+from lockstep.worker import work
 from tests.zoo import SAMPLES, Noisy, Vectors
 
 SETTINGS: dict[str, Any] = {
@@ -50,6 +56,56 @@ class Unpicklable(Vectors):
         return [*super().collate(samples), lambda: None]
 
 
+class Traced(Vectors):
+    """Its loss sees in which files batches lie that come from a loader process."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def train_data(self) -> Dataset[Any]:
+        return Noisy(SAMPLES, seed=1)
+
+    def collate(self, samples: list[Any]) -> Any:
+        if self.kind == "default":
+            return super().collate(samples)
+        columns = zip(*samples, strict=True)
+        batch = [torch.stack([torch.as_tensor(value) for value in column]) for column in columns]
+        if self.kind == "shared":
+            batch[0] = batch[0].zero_()[:]  # what is written into one view shows in the other
+            return [*batch, batch[0][:, 1:]]
+        return batch
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if model.training:
+            files = [file_of(tensor) for tensor in batch]
+            if not all(f"/memfd:{NAME}" in file for file in files):
+                raise ValueError(f"batches lie in {files}")
+            if self.kind == "shared":
+                *batch, view = batch
+                view.add_(1.0)
+                if not batch[0][:, 1:].all():
+                    raise ValueError("a view has become a copy")
+        return super().loss(model, batch)
+
+
+def file_of(tensor: torch.Tensor) -> str:
+    """The file in which a tensor lies, as the kernel names it."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, *_, name = line.split(maxsplit=5)
+        first, last = (int(edge, 16) for edge in place.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return name
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["default", "stacked", "shared"])
+def test_batches_have_no_name_on_their_way(kind: str, tmp_path: Path) -> None:
+    """A loader that is killed at any moment leaves no file in /dev/shm."""
+    task, args = f"{__file__}:Traced", {"kind": kind}
+    found = lockstep.run(task, args=args, loaders=1, out=str(tmp_path / "1"), **SETTINGS)
+    assert found.steps == SETTINGS["steps"]
+
+
 def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> None:
     """The step is finished by the others, and the replacement has a loader of its own."""
     task = f"{__file__}:KillsALoader"
@@ -59,10 +115,40 @@ def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> Non
     assert struck.fingerprint == calm.fingerprint
 
 
+class Struck(Channel):
+    """As a loader's death is told by torch: by a signal, here just when something is said."""
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        super().send(message, fds)
+
+
+def test_a_second_death_does_not_cut_off_the_word_of_the_first() -> None:
+    """Else the worker's death would count against its shard, and three of them end the run."""
+
+    def torch_handler(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    ours, theirs = Channel.pair()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            signal.signal(signal.SIGCHLD, torch_handler)
+            code = work(None, 0, Struck(theirs.sock))  # type: ignore[arg-type]  # an error at once
+        finally:
+            os._exit(code)
+    theirs.close()
+    with contextlib.closing(ours):
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        message, _ = ours.receive(0.0)
+        assert message["event"] == "failed"
+
+
 def test_a_loader_whose_worker_has_died_already_ends() -> None:
     pid = os.fork()
     if pid == 0:
-        follow_worker(os.getpid(), 0)  # not its parent, as after the parent's death
+        follow_worker(os.getpid())  # not its parent, as after the parent's death
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 

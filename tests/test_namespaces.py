@@ -1,6 +1,7 @@
 """Several hosts on real networks: namespaces of this machine, joined by a bridge.
 
-They need root and iproute2. Where these are missing the tests are skipped, and say so.
+They need root and iproute2, and delays of packets a TUN device. Where these are missing the tests
+are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import namespaces
+from benchmarks import delays, namespaces
 from benchmarks.namespaces import Network
 from lockstep.result import Result
 from tests.faulty import Event, Yard, await_event, ledger, yard
@@ -26,6 +27,9 @@ __all__ = ["yard"]  # a fixture
 
 MISSING = namespaces.missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
+
+UNDELAYED = delays.missing()
+delayed = pytest.mark.skipif(bool(UNDELAYED), reason=UNDELAYED)
 
 WAIT = 90.0
 SETTINGS: dict[str, Any] = {"batch_size": 24, "shards": 4, "threads": 1, "seed": 5}
@@ -46,6 +50,18 @@ try:
 finally:
     print(json.dumps(on.wait()))
 """
+
+ROUND_TRIP = """
+import errno, socket, sys, time
+least = float("inf")
+for _ in range(3):
+    with socket.socket() as sock:
+        begun = time.monotonic()
+        assert sock.connect_ex((sys.argv[1], 9)) == errno.ECONNREFUSED
+        least = min(least, time.monotonic() - begun)
+print(least)
+"""
+"""Nobody listens at that port, and the host says so: a round trip, and nothing else."""
 
 
 class Run:
@@ -103,14 +119,21 @@ def start(yard: Yard, tmp_path: Path) -> Iterator[Start]:
             run.process.communicate()
 
 
-def assert_same_as(run: Run, wanted: Result) -> None:
+def assert_same_as(run: Run, wanted: Result) -> dict[str, Any]:
+    """Returns the run's result."""
     code, said, errors = run.end()
     assert code == 0, errors
     assert ledger(run.folder) == ledger(wanted.folder)
-    assert (
-        json.loads((Path(run.folder) / "result.json").read_text())["fingerprint"]
-        == wanted.fingerprint
-    ), said
+    result: dict[str, Any] = json.loads((Path(run.folder) / "result.json").read_text())
+    assert result["fingerprint"] == wanted.fingerprint, said
+    return result
+
+
+def round_trip(network: Network, host: int, peer: int) -> float:
+    """Seconds to a peer and back."""
+    command = network.within(host, [sys.executable, "-c", ROUND_TRIP, network.address(peer)])
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=WAIT)
+    return float(done.stdout)
 
 
 def test_a_host_is_cut_off(start: Start, yard: Yard) -> None:
@@ -162,3 +185,74 @@ def test_four_hosts_on_a_very_slow_link(start: Start, yard: Yard) -> None:
         network.limit("2mbit")
         run = start(network, pace=0.0, steps=40)
         assert_same_as(run, yard.undisturbed(TASK, **SETTINGS, steps=40))
+
+
+# Packets that take their time.
+
+
+@delayed
+def test_delays_are_real() -> None:
+    with Network(2, delay=0.0) as network:
+        assert round_trip(network, 0, 1) < 0.2  # or the machine is too slow to tell
+        network.delay(1, 0.2, 0.0)
+        assert round_trip(network, 0, 1) >= 0.2
+        network.delay(1, 0.2, 0.1)
+        assert min(round_trip(network, 0, 1), round_trip(network, 1, 0)) >= 0.3
+        network.delay(1, 0.0, 0.0)
+        assert round_trip(network, 0, 1) < 0.2
+
+
+@delayed
+@pytest.mark.parametrize(
+    ("sending", "receiving"),
+    [
+        (0.04, 0.04),
+        pytest.param(0.06, 0.0, marks=pytest.mark.long),
+        pytest.param(0.0, 0.06, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_two_hosts_far_apart(sending: float, receiving: float, start: Start, yard: Yard) -> None:
+    """Each step waits for a packet each way, which are on their way at the same time."""
+    steps = 40
+    with Network(2, delay=0.0) as network:
+        network.delay(1, sending, receiving)
+        run = start(network, pace=0.0, steps=steps)
+        result = assert_same_as(run, yard.undisturbed(TASK, **SETTINGS, steps=steps))
+    assert result["wall_seconds"] >= steps * (sending + receiving) / 2
+
+
+@pytest.mark.long
+@delayed
+def test_a_delay_rises_and_falls(start: Start, yard: Yard) -> None:
+    steps = 160
+    with Network(2, delay=0.0) as network:
+        run = start(network, steps=steps)
+        run.await_step(20)
+        network.delay(1, 0.04, 0.04)
+        run.await_step(60)
+        network.delay(1, 0.0, 0.01)
+        assert_same_as(run, yard.undisturbed(TASK, **SETTINGS, steps=steps))
+
+
+@pytest.mark.long
+@delayed
+def test_a_host_far_away_is_killed(start: Start, yard: Yard) -> None:
+    steps = 40
+    with Network(2, delay=0.02) as network:
+        run = start(network, steps=steps)
+        run.await_step(8)
+        network.kill(1)
+        assert run.await_loss()["host"] == "b"
+        assert_same_as(run, yard.undisturbed(TASK, **SETTINGS, steps=steps))
+
+
+@delayed
+def test_a_host_that_is_too_far_away_has_fallen_silent(start: Start, yard: Yard) -> None:
+    steps = 160
+    with Network(3, delay=0.0) as network:
+        run = start(network, steps=steps, host_seconds=1.0)
+        run.await_step(20)
+        network.delay(2, 1.5, 1.5)
+        assert run.await_loss()["host"] == "c"
+        assert_same_as(run, yard.undisturbed(TASK, **SETTINGS, steps=steps))

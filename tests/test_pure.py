@@ -35,11 +35,12 @@ from lockstep.checkpoint import (
 )
 from lockstep.control import Control, ControlShape
 from lockstep.data import FetchTimes, Order, Rows, wants_loaders
+from lockstep.embeddings import Node
 from lockstep.errors import KINDS, IntegrityError, LockstepError, ResourceError
 from lockstep.errors import from_message as error_from
 from lockstep.errors import to_message as message_of
 from lockstep.fingerprint import fingerprint, tensor_digests
-from lockstep.gradients import CHUNK, Node, Reducer, combine_buffers, depth, tree
+from lockstep.gradients import CHUNK, Reducer, combine_buffers, depth, tree
 from lockstep.layout import (
     ALIGN,
     BLOCK,

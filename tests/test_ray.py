@@ -1,4 +1,4 @@
-"""Jobs on the nodes of a real Ray cluster, with token authentication, on this machine."""
+"""Jobs on the nodes of a Ray cluster on this machine, with its TLS and token authentication."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import lockstep
-from lockstep.cluster.launcher import Cluster
 from lockstep.cluster.on_ray import address_in, check_address, on_ray
 from lockstep.cluster.ray_agent import RayAgent
 from lockstep.cluster.seats import MOST_AGENTS, Forget, Node, Reserve, Seats, Start, end, look
@@ -30,20 +27,12 @@ from lockstep.net.authority import Authority, name_in
 from lockstep.offer import Offer
 from tests.command import python
 from tests.daemons import Daemon
-from tests.faulty import Event, Yard, assert_same, await_event, events, until, yard
+from tests.faulty import Yard, assert_same, await_event, events, until, yard
 from tests.ray_nodes import LIMIT, ROOT, RayNodes
+from tests.ray_runs import SETTINGS, TASK, Watched, hosts_in, nodes, shared
+from tests.ray_tls import answer
 
-__all__ = ["yard"]  # a fixture
-
-TASK = "tests.gated:Gated"
-SETTINGS: dict[str, Any] = {
-    "batch_size": 24,
-    "steps": 200,
-    "shards": 6,
-    "threads": 1,
-    "seed": 5,
-    "evaluate": False,
-}
+__all__ = ["nodes", "shared", "yard"]  # fixtures
 
 
 # Pure decisions.
@@ -154,26 +143,11 @@ def test_no_secret_goes_through_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # A cluster of three nodes, the first of which is the master's.
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RayNodes]:
-    made = RayNodes(3, {})
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def nodes(shared: RayNodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayNodes]:
-    """The cluster, with what its clients need in the environment."""
-    for name, value in shared.environment.items():
-        monkeypatch.setenv(name, value)
-    shared.gate.touch()
-    yield shared
-    shared.gate.unlink(missing_ok=True)
-    shared.await_end(None)
-
-
-def hosts_in(event: Event) -> set[str]:
-    return set(event["hosts"]) if event["event"] == "hosts" and event["going_on"] else set()
+def test_ray_hangs_up_on_clients_without_a_certificate(nodes: RayNodes) -> None:
+    key = Path(nodes.environment["RAY_TLS_SERVER_KEY"])
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert answer(nodes.address, nodes.environment, certificate=True)
+    assert not answer(nodes.address, nodes.environment, certificate=False)
 
 
 def test_three_nodes_give_the_bits_of_one(nodes: RayNodes, yard: Yard) -> None:
@@ -187,63 +161,46 @@ def test_three_nodes_give_the_bits_of_one(nodes: RayNodes, yard: Yard) -> None:
     nodes.await_end([])
 
 
-class Watched:
-    """A run in the background, on a cluster, while its gate is closed."""
-
-    def __init__(self, on: Cluster, out: str, workers: int) -> None:
-        self.out = out
-        self.run = lockstep.start(TASK, on=on, workers=workers, out=out, quiet=True, **SETTINGS)
-
-    def event(self, wanted: Callable[[Event], bool], what: str) -> Event:
-        """The first event of a kind; the run has to go on until then."""
-
-        def alive() -> None:
-            if not self.run.running:
-                self.run.result()
-
-        return await_event(self.out, wanted, LIMIT, what, alive)
-
-    def hosts(self, wanted: int, without: set[str]) -> set[str]:
-        """The hosts, once there are so many, and none of some."""
-
-        def fits(event: Event) -> bool:
-            found = hosts_in(event)
-            return len(found) == wanted and not found & without
-
-        return hosts_in(self.event(fits, f"{wanted} hosts"))
-
-
-def test_an_actor_is_killed_and_a_node_is_added(nodes: RayNodes, yard: Yard) -> None:
-    """The host is named, another agent takes its place, and the new node takes part."""
+def test_a_node_dies_and_an_actor_and_a_node_comes(nodes: RayNodes, yard: Yard) -> None:
+    """Those that are lost are named; another agent takes the actor's place, though the node that
+    has died was of the same placement group; the new node takes part."""
     with on_ray(nodes.address) as on:
-        run = Watched(on, yard.path(), workers=4)
+        run = Watched(on, yard.path(), workers=3)
         before = run.hosts(3, set())
-        os.kill(nodes.found("ray::RayAgent")[0], signal.SIGKILL)
-        lost = run.event(lambda event: event["event"] == "host_lost", "a loss")["host"]
-        assert lost in before - {"master"}
-        run.hosts(3, {lost})
+        nodes.kill_node(nodes.found("ray::RayAgent")[0])
+        first = run.lost(set())
+        (actor,) = nodes.found("ray::RayAgent")
+        run.hosts(2, {first})
+        os.kill(actor, signal.SIGKILL)
+        second = run.lost({first})
+        assert {"master", first, second} == before
+        run.hosts(2, {first, second})
         nodes.add()
-        run.hosts(4, {lost})
+        run.hosts(3, {first, second})
         nodes.gate.unlink()
         found = run.run.result()
     assert_same(found, yard.undisturbed(TASK, **SETTINGS))
-    why = [event["why"] for event in events(run.out, "connection") if event["peer"] == lost]
+    why = [event["why"] for event in events(run.out, "connection") if event["peer"] == second]
     assert any("another one is started" in each for each in why), why
 
 
-def test_the_master_is_killed(nodes: RayNodes, tmp_path: Path) -> None:
+def test_the_master_is_killed_and_the_run_resumed(
+    nodes: RayNodes, tmp_path: Path, yard: Yard
+) -> None:
     """Nobody outlives it, and no key of the run stays on a disk."""
     (tmp_path / "tmp").mkdir()
-    (tmp_path / "job.yaml").write_text(json.dumps({"task": TASK, **SETTINGS}))
+    settings = {"task": TASK, **SETTINGS, "checkpoint_steps": 3}
+    (tmp_path / "job.yaml").write_text(json.dumps(settings))
     old = nodes.files()
+    environment = {
+        "RAY_ADDRESS": nodes.address,
+        "TMPDIR": str(tmp_path / "tmp"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     with Daemon(
         *("run", "job.yaml", "--on", "ray", "--workers", "6", "--out", "run", "-q"),
         cwd=tmp_path,
-        environment={
-            "RAY_ADDRESS": nodes.address,
-            "TMPDIR": str(tmp_path / "tmp"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        },
+        environment=environment,
     ) as master:
         is_whole = lambda event: len(hosts_in(event)) >= 3  # noqa: E731
 
@@ -252,11 +209,17 @@ def test_the_master_is_killed(nodes: RayNodes, tmp_path: Path) -> None:
                 raise AssertionError(master.wait()[1] + master.log)
 
         await_event(tmp_path / "run", is_whole, LIMIT, "all hosts", alive)
+        is_safe = lambda event: event["event"] == "checkpoint" and event["step"]  # noqa: E731
+        await_event(tmp_path / "run", is_safe, LIMIT, "a checkpoint", alive)
         assert nodes.ours()
         assert nodes.files() != old
         master.end(signal.SIGKILL)
     nodes.await_end(old)
     until(lambda: not list((tmp_path / "tmp").iterdir()), LIMIT, "that the CA's folder is gone")
+    nodes.gate.unlink()
+    with on_ray(nodes.address) as on:
+        found = lockstep.resume(tmp_path / "run", workers=3, on=on, quiet=True)
+    assert_same(found, yard.undisturbed(TASK, **SETTINGS))
 
 
 def test_a_wrong_token_is_refused(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import lockstep
 from lockstep.probing import Kind, may_step_rows
-from lockstep.rows import put_rows, step_rows
+from lockstep.rows import RowGradient, put_rows, step_rows
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
 from tests.test_sparse import SETTINGS, Sparse, run
@@ -41,6 +41,10 @@ KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, lr_decay=0.01),
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
 }
+
+
+def assert_same(left: torch.Tensor, right: torch.Tensor) -> None:
+    assert left.detach().numpy().tobytes() == right.detach().numpy().tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,9 +89,60 @@ def test_rows_get_what_they_get_in_the_table(kind: str, rows: int, width: int, s
         else:
             apart.grad = gradient
             step(apart, state)
-        assert apart.detach().numpy().tobytes() == whole.detach().numpy().tobytes()
+        assert_same(apart, whole)
         for name, value in optimizer.state[whole].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(state[name]))
+
+
+def test_sparse_arithmetic_is_done_densely_to_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state, values = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    values[values.abs() < 0.2] = -0.0
+    indices = torch.arange(7)[None]
+    plain = torch.sparse_coo_tensor(indices, values, values.shape, is_coalesced=True)
+    rows = RowGradient.of(values)
+    assert isinstance(rows.coalesce(), RowGradient)
+
+    taken = state.sparse_mask(rows)
+    assert isinstance(taken, RowGradient)
+    assert_same(taken._values(), state.sparse_mask(plain)._values())
+    assert taken._values().data_ptr() != state.data_ptr()  # what becomes of either is its own
+
+    added = rows.new(rows._indices(), values * 3, rows.size())
+    assert isinstance(added, RowGradient)
+    assert_same(
+        state.clone().add_(added), state.clone().add_(plain.new(indices, values * 3, (7, 5)))
+    )
+    assert_same(state.clone().add_(rows, alpha=-0.3), state.clone().add_(plain, alpha=-0.3))
+
+    some = rows.new(indices[:, ::2], values[::2], rows.size())
+    assert not isinstance(some, RowGradient)
+    assert_same((-rows).to_dense(), -values)
+
+
+class Counting(torch.optim.Optimizer):
+    """Plain steps, for which it counts which rows come together."""
+
+    def __init__(self, params: Any, how: str) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.how = how
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            gradient, state = parameter.grad.coalesce(), self.state[parameter]
+            count = gradient._nnz()
+            if self.how == "skips" and not count:
+                continue
+            state["step"] = state.get("step", 0) + 1
+            parameter.add_(gradient, alpha=-0.1 / count if self.how == "divides" else -0.1)
+
+
+@pytest.mark.parametrize(("how", "may"), [("adds", True), ("divides", False), ("skips", False)])
+def test_rows_that_are_stepped_together_must_not_count(how: str, may: bool) -> None:
+    table = nn.Parameter(torch.zeros(3, 2))
+    sparse = Kind(group=0, dtype=torch.float32, sparse=True)
+    assert may_step_rows(Counting([table], how), sparse) == may
 
 
 def test_an_optimizer_that_may_not_is_given_the_table(run_folders: Callable[[], str]) -> None:

@@ -27,8 +27,9 @@ from lockstep.source import Source, resolve
 from tests.command import TASKS, lockstep
 from tests.daemons import LIMIT
 from tests.hosts import Cluster
+from tests.loopback import Loopback, cluster
 from tests.many import Agents
-from tests.test_cluster import RUN, Loopback, alone, cluster, waiting_agent
+from tests.test_cluster import RUN, alone, waiting_agent
 
 __all__ = ["alone", "cluster"]  # fixtures
 
@@ -283,13 +284,18 @@ def test_code_goes_with_whoever_was_killed(cluster: Loopback) -> None:
             with cluster.launcher() as launcher:
                 assert launcher.offer(offer) == ("b",)
                 agent = waiting_agent(member, listener)
-                assert len(list(code.iterdir())) == 1
-                if job == "one":
-                    os.kill(agent, signal.SIGKILL)
-                    member.until("signal 9")
-                    assert not list(code.iterdir())
-                else:
+                (first,) = code.iterdir()
+                os.kill(agent, signal.SIGKILL)
+                agent = waiting_agent(member, listener)  # the next one
+                (second,) = code.iterdir()
+                assert second != first
+                if job == "two":
                     member.end(signal.SIGKILL)
+            if job == "one":
+                member.until("is not offered any more")
+                os.kill(agent, signal.SIGKILL)
+                member.until("its agent has ended")
+                assert not list(code.iterdir())
     assert len(list(code.iterdir())) == 1
     back = cluster.start("join", "--state", "b")
     back.until("waits for jobs")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError
@@ -30,9 +30,9 @@ from lockstep.net.stream import TlsStream
 from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key
 from lockstep.net.wire import Deadline, handshake, receive_message, wrap
+from tests.fuzzing import ended, fuzz
 from tests.hosts import FACTS, LIMIT, Cluster, connect
 
-FUZZ = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HELLO = Hello(job="job", node="m", facts=FACTS).to_message()
 
 
@@ -126,7 +126,7 @@ def test_listens_on_loopback_unless_told_otherwise(job: Job) -> None:
     assert job.a.address[1] != 0
 
 
-@FUZZ
+@fuzz(100)
 @given(junk=st.binary(max_size=200))
 def test_strangers_that_send_anything(job: Job, junk: bytes) -> None:
     with socket.create_connection(job.a.address) as sock:
@@ -138,6 +138,7 @@ def test_strangers_that_send_anything(job: Job, junk: bytes) -> None:
         assert "TLS" in why or "closed" in why
         rest(sock)
     job.check()
+    ended(why)
 
 
 def no_certificate(cluster: Cluster, strangers: Cluster) -> ssl.SSLContext:
@@ -162,30 +163,33 @@ def old_tls(cluster: Cluster, strangers: Cluster) -> ssl.SSLContext:
     return context
 
 
-@pytest.mark.parametrize(
-    ("client", "why"),
-    [
-        (no_certificate, "PEER_DID_NOT_RETURN_A_CERTIFICATE"),
-        (of_another_authority, "self-signed certificate in certificate chain"),
-        (expired, "certificate has expired"),
-        (old_tls, "UNSUPPORTED_PROTOCOL"),
-    ],
-)
+WRONG: dict[Callable[[Cluster, Cluster], ssl.SSLContext], str] = {
+    no_certificate: "PEER_DID_NOT_RETURN_A_CERTIFICATE",
+    of_another_authority: "self-signed certificate in certificate chain",
+    expired: "certificate has expired",
+    old_tls: "UNSUPPORTED_PROTOCOL",
+}
+JUNK = st.binary(max_size=200)
+
+
+@fuzz(60)
+@given(client=st.sampled_from(list(WRONG)), said=st.just(message_frame(Kind.HELLO, HELLO)) | JUNK)
 def test_wrong_certificates(
     job: Job,
     cluster: Cluster,
     strangers: Cluster,
     client: Callable[[Cluster, Cluster], ssl.SSLContext],
-    why: str,
+    said: bytes,
 ) -> None:
     with contextlib.suppress(ssl.SSLError, ConnectionError):
         sock = dial(job, client(cluster, strangers))  # the client learns it only when it reads
         with sock:
-            sock.sendall(message_frame(Kind.HELLO, HELLO))
+            sock.sendall(said)
             assert rest(sock) == b""
-    _, reason = job.log.next()
-    assert why in reason
+    _, why = job.log.next()
+    assert WRONG[client] in why
     job.check()
+    ended(why)
 
 
 def test_a_server_of_another_authority(job: Job, strangers: Cluster) -> None:
@@ -211,7 +215,7 @@ def test_a_host_that_answers_under_another_name(job: Job, cluster: Cluster) -> N
     job.check()
 
 
-@FUZZ
+@fuzz(100)
 @given(
     junk=st.binary(max_size=200)
     | st.builds(
@@ -221,8 +225,8 @@ def test_a_host_that_answers_under_another_name(job: Job, cluster: Cluster) -> N
     )
     | st.builds(
         lambda kind, length, body: HEADER.pack(MAGIC, VERSION, kind, 0, 0, 0, length) + body,
-        st.integers(0, 255),
-        st.integers(0, 2**64 - 1),
+        st.sampled_from(Kind) | st.integers(0, 255),
+        st.integers(0, 50) | st.integers(0, 2**64 - 1),
         st.binary(max_size=50),
     )
 )
@@ -236,11 +240,12 @@ def test_hosts_that_say_anything_first(job: Job, cluster: Cluster, junk: bytes) 
         assert "protocol" in why or "closed" in why
         rest(sock)
     job.check()
+    ended(why)
 
 
-@FUZZ
+@fuzz(100)
 @given(
-    tensor=st.integers(0, 60),
+    tensor=st.just(60) | st.integers(0, 60),
     junk=st.binary(max_size=100)
     | st.builds(
         lambda kind, flags, step, length: HEADER.pack(MAGIC, VERSION, kind, flags, step, 0, length),
@@ -250,6 +255,7 @@ def test_hosts_that_say_anything_first(job: Job, cluster: Cluster, junk: bytes) 
         st.integers(0, 2**40),
     ),
 )
+@example(tensor=60, junk=head(Kind.STATE, step=2, length=5))
 def test_hosts_that_send_anything_later(
     job: Job, cluster: Cluster, tensor: int, junk: bytes
 ) -> None:
@@ -272,6 +278,7 @@ def test_hosts_that_send_anything_later(
         rest(sock)
     assert memory[:20] == memory[80:] == bytes(20)
     job.check()
+    ended(why)
 
 
 def test_another_version(job: Job, cluster: Cluster) -> None:

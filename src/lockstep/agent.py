@@ -10,7 +10,7 @@ import contextlib
 import select
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def serve(
     host: str,
     report: Report,
     folder: Path | None = None,
+    moved: Callable[[], object] = lambda: None,
 ) -> None:
     """Take part in a job until it ends.
 
@@ -67,6 +68,7 @@ def serve(
         report: told of connections that are closed or refused.
         folder: a private and empty folder, the caller's to remove afterwards, for code that the
             master sends. The caller has seen that its digest is allowed. None: no code is taken.
+        moved: called once, when this host has taken part in a step.
 
     Raises:
         RefusedError: this host differs from the master's; says in what.
@@ -96,7 +98,7 @@ def serve(
             local.name = identity.node
             station = Station(identity, host, offer.job, report, link.wake, silence)
             stack.callback(station.close)
-            agent = Agent(local, link, station, offer.master, silence)
+            agent = Agent(local, link, station, offer.master, silence, moved)
             agent.run(workers)
         except NetworkError:
             raise
@@ -145,13 +147,20 @@ class Agent:
     """One host's part in a job, from the plan to its end."""
 
     def __init__(
-        self, host: Host, link: Link, station: Station, master: str, silent_seconds: float
+        self,
+        host: Host,
+        link: Link,
+        station: Station,
+        master: str,
+        silent_seconds: float,
+        moved: Callable[[], object],
     ) -> None:
         """The master is given up after so many seconds without a sign of life."""
         self.host, self.link, self.station, self.master = host, link, station, master
         self._silent_seconds = silent_seconds
         self.crew: Following | None = None
-        self._ready = self._ended = False
+        self._ready = self._ended = self._moved = False
+        self._tell_moved = moved
         self._asked: deque[Mapping[str, Any]] = deque()
         """What is to be done when all rest: held-out batches, or the state to be given."""
 
@@ -179,6 +188,9 @@ class Agent:
         """Lead the workers for a moment, and report."""
         crew.listen()
         crew.history.drain()
+        if not self._moved and crew.history.committed_at:
+            self._moved = True
+            self._tell_moved()
         for step, digest in crew.history.marks.items():
             self.link.tell(self.master, "recorded", step=step, digest=digest)
         crew.history.marks.clear()

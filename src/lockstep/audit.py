@@ -131,22 +131,26 @@ def _private_copy(slot: Slot) -> Slot:
         grads=[torch.empty_like(gradient) for gradient in slot.grads],
         buffers=[torch.empty_like(buffer) for buffer in slot.buffers],
         numbers={index: torch.empty_like(numbers) for index, numbers in slot.numbers.items()},
+        local=torch.empty_like(slot.local),
         flat=torch.empty(0, dtype=torch.uint8),
     )
 
 
 def _digest(slot: Slot, flags: Any, loss: float) -> bytes:
-    """A digest of what a shard's computation left: gradients where there are any, buffers, loss."""
+    """A digest of what a shard's computation left: gradients where there are any, buffers, loss,
+    and what its own optimizer keeps."""
     digest = blake3(np.float64(loss).tobytes() + flags.tobytes())
     grads = [slot.dense(index) for index, there in enumerate(flags) if there]
-    for tensor in (*grads, *slot.buffers):
+    for tensor in (*grads, *slot.buffers, slot.local):
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest(16)
 
 
 def _copy(source: Slot, target: Slot) -> None:
     for left, right in zip(
-        (*target.grads, *target.buffers), (*source.grads, *source.buffers), strict=True
+        (*target.grads, *target.buffers, target.local),
+        (*source.grads, *source.buffers, source.local),
+        strict=True,
     ):
         left.copy_(right)
     for index, numbers in target.numbers.items():

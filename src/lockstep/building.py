@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.exchange import most_subtrees
 from lockstep.job import Parameters, Task
-from lockstep.layout import Allocator, Block, Entry, Layout, cut_blocks
+from lockstep.layout import Allocator, Block, Entry, Layout, Range, cut_blocks
+from lockstep.local_steps import LocalSteps
 from lockstep.memory import Segment, check_available
 from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of
 from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
@@ -26,6 +27,8 @@ from lockstep.state import (
     PRESENT,
     SharedState,
     block_shape,
+    local_flags,
+    local_name,
     residual_name,
     state_name,
     store_value,
@@ -71,7 +74,8 @@ def build(
         )
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
-    _check_sparse(tables, [name for name, _ in trainable], clip=clip)
+    sparse = [trainable[index][0] for index, table in tables.items() if table.asked]
+    _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSteps))
     kinds = [
         Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
@@ -94,14 +98,25 @@ def build(
     codec = CODECS.get(compression)
     if codec is not None:
         _check_compressible(trainable)
-    layout, grad_offsets, packed = _lay_out(
-        model, named, trainable, buffers, tables, blocks, keys, codec, groups
+    local = _local_keys(task, trainable)
+    layout, grad_offsets, packed, kept = _lay_out(
+        model, named, trainable, buffers, tables, blocks, keys, codec, groups, shards, local
     )
     return _allocate(
         model, optimizer, layout, trainable, param_groups, blocks, keys, buffers, tables,
-        grad_offsets, packed, codec, shards=shards, seats=seats, clip=clip, networked=networked,
-        groups=groups,
+        grad_offsets, packed, codec, local, kept, shards=shards, seats=seats, clip=clip,
+        networked=networked, groups=groups,
     )  # fmt: skip
+
+
+def _local_keys(task: Task, trainable: list[tuple[str, nn.Parameter]]) -> list[list[StateKey]]:
+    """What a shard's own optimizer keeps per parameter; none where there are no local steps."""
+    if not isinstance(task, LocalSteps):
+        return []
+    optimizer = task.task.optimizer(Parameters(trainable))
+    groups = param_groups_of(optimizer, trainable)
+    whole = cut_blocks([p.numel() for _, p in trainable], [False] * len(trainable))
+    return _all_keys(optimizer, trainable, groups, {}, whole)
 
 
 def _check_compressible(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -115,15 +130,22 @@ def _check_compressible(trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
             )
 
 
-def _check_sparse(tables: Mapping[int, Table], names: Sequence[str], *, clip: bool) -> None:
-    """Refuse a limit of the norm beside sparse gradients, as PyTorch does."""
-    sparse = [names[index] for index, table in tables.items() if table.asked]
+def _check_sparse(sparse: Sequence[str], *, clip: bool, local: bool) -> None:
+    """Refuse what does not work with sparse gradients, of the parameters of these names."""
     if clip and sparse:
         raise OptimizerError(
-            "clip_grad_norm does not work with sparse gradients",
+            "clip_grad_norm does not work with sparse gradients",  # as in PyTorch
             expected="dense gradients, or no limit of their norm",
             found=f"sparse=True in the module of {', '.join(sparse)}",
             fix="leave out clip_grad_norm, or build the module with sparse=False",
+        )
+    if local and sparse:
+        raise OptimizerError(
+            "local_steps does not work with sparse gradients",
+            expected="dense gradients, or an exchange after every step",
+            found=f"sparse=True in the module of {', '.join(sparse)}",
+            fix="leave out local_steps, since only touched rows travel anyway, or build the module "
+            "with sparse=False",
         )
 
 
@@ -162,9 +184,11 @@ def _lay_out(
     keys: list[list[StateKey]],
     codec: Codec | None,
     groups: int,
-) -> tuple[Layout, list[int], list[int]]:
+    shards: int,
+    local: list[list[StateKey]],
+) -> tuple[Layout, list[int], list[int], Range]:
     """Give every tensor its place: in the state segment, and in a slot; where gradients lie in a
-    slot, and where blocks do that are made small."""
+    slot, where blocks do that are made small, and where what the shard's own optimizer keeps."""
     space = Allocator()
     entries: list[Entry] = []
 
@@ -190,10 +214,16 @@ def _lay_out(
         slot.take(8 * (1 + table.rows))
     for block, name, key in _in_state_order(trainable, blocks, keys):
         parameter = trainable[block.param][1]
-        shape = tuple(parameter.shape) if key.form == "like" else key.shape
-        stride = dense_stride(parameter) if key.form == "like" else contiguous_stride(shape)
-        add(name, "optim", key.dtype, shape, stride)
+        add(name, "optim", key.dtype, *_form(parameter, key))
     add(PRESENT, "flag", torch.uint8, (len(blocks),), (1,))
+    before = space.used
+    for shard in range(shards if local else 0):
+        add(local_flags(shard), "local", torch.uint8, (len(trainable),), (1,))
+        for (name, parameter), shard_keys in zip(trainable, local, strict=True):
+            for key in shard_keys:
+                add(local_name(shard, name, key), "local", key.dtype, *_form(parameter, key))
+    size = (space.used - before) // shards
+    kept = Range(offset=slot.take(size), nbytes=size)
     packed: list[int] = []
     if codec is not None:
         sizes = [0 if b.param in tables else codec.nbytes(b.size) for b in blocks]
@@ -211,7 +241,14 @@ def _lay_out(
         slots_bytes=slot.used,
         exported=_exported(model, [*named, *buffers]),
     )
-    return layout, offsets, packed
+    return layout, offsets, packed, kept
+
+
+def _form(parameter: nn.Parameter, key: StateKey) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and stride of what an optimizer keeps of a parameter."""
+    if key.form == "like":
+        return tuple(parameter.shape), dense_stride(parameter)
+    return key.shape, contiguous_stride(key.shape)
 
 
 def _in_state_order(
@@ -273,6 +310,8 @@ def _allocate(
     grad_offsets: list[int],
     packed: list[int],
     codec: Codec | None,
+    local_keys: list[list[StateKey]],
+    kept: Range,
     *,
     shards: int,
     seats: int,
@@ -328,6 +367,8 @@ def _allocate(
         codec=codec,
         packed_offsets=packed,
         restored=[],
+        local=_local_ranges(layout, shards if local_keys else 0, kept.nbytes),
+        local_keys=local_keys,
         total=None,
         state_bytes=state_flat,
         segments=segments,
@@ -343,7 +384,7 @@ def _allocate(
         for number, start in enumerate(starts):
             _store_start(shared, number, start)
     slots = [
-        make_slot(flat, shared.params, grad_offsets, shared.committed, tables)
+        make_slot(flat, shared.params, grad_offsets, shared.committed, tables, kept)
         for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)
     ]
     shared.slots, shared.sums = slots[:shards], slots[shards : shards + spare]
@@ -351,6 +392,12 @@ def _allocate(
     shared.restored = slots[shards + spare + totals :]
     shared.control.shard_done[:] = -1
     return shared
+
+
+def _local_ranges(layout: Layout, shards: int, nbytes: int) -> list[Range]:
+    """By shard: where what its own optimizer keeps begins, and how much that is."""
+    places = [layout.apart("local", [shard])[0] for shard in range(shards)]
+    return [Range(offset=place.offset, nbytes=nbytes) for place in places]
 
 
 def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class Crew:
         self.history = History(host, plan, sink, self.clock, step or 0)
         self.failures = Failures(host, self.history, sink)
         self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
-        ownership = ownership_of(plan.ownership, plan.servers, plan.compression)
+        ownership = ownership_of(plan.ownership, plan.servers, plan.compression, plan.local_steps)
         self.roles = Roles.alone(host.name, plan, ownership)
         self._has_state, self._stood = step is not None, False
         self.evaluation = Evaluation(self)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lockstep.errors import TaskError
+from lockstep.handover import Handover
 from lockstep.job import Task
 from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.sampling import Indices, Sampling
@@ -150,8 +151,9 @@ class FetchTimes:
 
 
 TRIAL_FETCHES = 8
-DYING_SECONDS = 0.5
-"""How long a loader process that has broken a connection may take to die."""
+DYING_SECONDS = 10.0
+"""How long a loader process that has broken a connection may take to die: it has died already, but
+on a busy machine the kernel may take its time to say so."""
 
 
 def wants_loaders(times: FetchTimes, compute_seconds: float, spare_cores: int) -> tuple[bool, str]:
@@ -202,6 +204,7 @@ class Loader:
         self._ahead: deque[Any] = deque()
         """The batches of the first of them."""
         self._stream: Iterator[Any] | None = None
+        self._handover = Handover(0)
         self._times = FetchTimes()
 
     def assign(self, shards: Sequence[int], step: int) -> None:
@@ -254,14 +257,17 @@ class Loader:
         if move and self._planned:
             self._start()
 
-    def has_lost_a_process(self) -> bool:
-        """Whether a loader process has died, or dies right now. PyTorch tells it by an error from
-        a signal's handler, wherever the worker is; a broken connection may come before that."""
+    def has_lost_a_process(self, error: BaseException) -> bool:
+        """Whether a loader process has died, or dies right now, where the worker has met this
+        error. PyTorch tells it by one from a signal's handler, wherever the worker is; a broken
+        connection may come before that."""
         processes = getattr(self._stream, "_workers", ())
         if not processes:
             return False
+        broken = isinstance(error, ConnectionError | EOFError)
         try:
-            return bool(wait([process.sentinel for process in processes], DYING_SECONDS))
+            sentinels = [process.sentinel for process in processes]
+            return bool(wait(sentinels, DYING_SECONDS if broken else 0.0))
         except RuntimeError:
             return True
 
@@ -272,6 +278,7 @@ class Loader:
     def close(self) -> None:
         """End the loader processes and drop what was fetched ahead."""
         self._stream = None
+        self._handover.close()
         self._ahead.clear()
 
     def _from_stream(self) -> _Loaded | None:
@@ -291,7 +298,8 @@ class Loader:
                 found=loaded.problem,
                 fix="set loaders to 0, or have Task.collate return plain tensors and containers",
             )
-        self.loaders, self._stream = 0, None
+        self.close()
+        self.loaders = 0
         self.decision = f"batches cannot be pickled: {loaded.problem}"
         return None
 
@@ -326,6 +334,7 @@ class Loader:
     def _start(self) -> None:
         """Move to loader processes, from the next assigned batch on."""
         self._ahead.clear()
+        self._handover = Handover(self.loaders or 1)
         self._stream = iter(
             DataLoader(
                 _Requests(self.fetch),
@@ -334,9 +343,10 @@ class Loader:
                 collate_fn=_as_it_is,
                 num_workers=self.loaders or 1,
                 multiprocessing_context="fork",
-                worker_init_fn=functools.partial(follow_worker, os.getpid()),
+                worker_init_fn=functools.partial(begin_loading, os.getpid(), self._handover),
             )
         )
+        self._handover.forked()
 
     def _requests(self) -> Iterator[tuple[int, list[int]]]:
         """What the loader processes are asked for: they run ahead of `_planned`."""
@@ -391,11 +401,17 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def follow_worker(worker: int, _: int) -> None:
-    """Called first in a loader process: end when the worker does, or now if it has already.
+def follow_worker(worker: int) -> None:
+    """In a loader process: end when the worker does, or now if it has already.
 
     Torch's own watchdog takes whatever the parent is by now for the worker, and so would stay for
     ever where the worker was killed just after the fork.
     """
     die_with_parent(worker)
     own_file_positions()
+
+
+def begin_loading(worker: int, handover: Handover, loader: int) -> None:
+    """Called first in a loader process: it is the worker's, by this number."""
+    follow_worker(worker)
+    handover.begin(loader)

@@ -15,9 +15,11 @@ the sum as a sparse tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,6 +35,10 @@ DENSE = -1
 
 Sum = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
 """`(leaves, out)`: the sum of 1-D leaves, in the order of the tree."""
+
+
+Node = int | tuple["Node", "Node"]
+"""The order of a sum: a shard, or two such orders (see `gradients.tree`)."""
 
 
 class Redo(Exception):
@@ -194,8 +200,7 @@ class TableGradient:
         if count == DENSE:
             return None
         numbers = self.numbers[1 : count + 1]
-        ends = torch.searchsorted(numbers, torch.tensor([first, last]))
-        mine = slice(int(ends[0]), int(ends[1]))
+        mine = slice(*np.searchsorted(numbers.numpy(), (first, last)).tolist())
         return numbers[mine], self.home[mine]
 
     def dense(self, first: int, last: int) -> torch.Tensor:
@@ -290,29 +295,54 @@ class SparseSum:
         self.leaves, self._first, self._rows = leaves, first, rows
         self._width = leaves[0].home.shape[1]
 
-    def sum(self, present: Sequence[bool], add: Sum) -> torch.Tensor | None:
-        """The sum of the present shards' gradients, sparse and coalesced; None: there are none.
+    def sum(self, node: Node | None) -> torch.Tensor | None:
+        """The sum of the shards' gradients along a tree, sparse and coalesced; None: there are
+        none. It may be a shard's own memory: it is not to be changed.
 
-        What a shard does not have is filled with -0.0, which changes nothing that it is added to.
+        A row that one side of a sum does not have is the other's, as if -0.0 were added, which
+        changes nothing.
         """
-        if not any(present):
+        if node is None:
             return None
-        parts = [
-            _some(leaf.part(self._first, self._first + self._rows)) if has else _nothing(leaf)
-            for leaf, has in zip(self.leaves, present, strict=True)
+        named, summed = self._merge(node)
+        return self._sparse(named - self._first, summed, self._rows)
+
+    def cut(self, gradient: torch.Tensor | None, edges: Sequence[int]) -> list[torch.Tensor | None]:
+        """The parts of a sum between rows, from the first one's on: `edges` ascend from 0."""
+        if gradient is None:
+            return [None] * (len(edges) - 1)
+        named, summed = gradient._indices()[0], gradient._values()
+        places = np.searchsorted(named.numpy(), edges).tolist()
+        return [
+            self._sparse(named[start:stop] - first, summed[start:stop], last - first)
+            for (first, last), (start, stop) in zip(
+                itertools.pairwise(edges), itertools.pairwise(places), strict=True
+            )
         ]
-        named = torch.unique(torch.cat([numbers for numbers, _ in parts]))
-        summed = parts[0][1].new_empty(len(named), self._width)
-        if len(named):
-            add([_spread(part, named, -0.0).view(-1) for part in parts], summed.view(-1))
+
+    def _sparse(self, named: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
         return torch.sparse_coo_tensor(
-            (named - self._first)[None], summed, (self._rows, self._width),
-            check_invariants=False, is_coalesced=True,
-        )  # fmt: skip
+            named[None], rows, (size, self._width), check_invariants=False, is_coalesced=True
+        )
+
+    def _merge(self, node: Node) -> Part:
+        if isinstance(node, int):
+            return _some(self.leaves[node].part(self._first, self._first + self._rows))
+        left, right = self._merge(node[0]), self._merge(node[1])
+        return add_parts(left, right, self._first + self._rows)
 
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Numbers of rows, ascending, and the rows."""
+
+
+def add_parts(left: Part, right: Part, rows: int) -> Part:
+    """The sum of two shards' rows: of those that both have, and the others as they are."""
+    both = torch.sparse_coo_tensor(
+        torch.cat([left[0], right[0]])[None], torch.cat([left[1], right[1]]),
+        (rows, left[1].shape[1]), check_invariants=False,
+    ).coalesce()  # fmt: skip
+    return both._indices()[0], both._values()
 
 
 def _some(part: Part | None) -> Part:

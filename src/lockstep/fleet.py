@@ -98,6 +98,8 @@ class Lost:
 
     name: str
     why: str
+    closed: bool = False
+    """Whether it is gone: another one may be connected under its name already."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Abandon:
 
     name: str
     why: str
+    drop: bool = True
+    """Whether it may be connected still."""
 
 
 Command = Hold | Arrange | Abandon
@@ -165,8 +169,8 @@ def decide(fleet: Fleet, event: Event) -> Decision:
             member = replace(fleet.members[name], standing=standing)
             fleet = replace(fleet, members={**fleet.members, name: member})
             return _arrange_if_all_stand(fleet, f"host {name} rests")
-        case Lost(name, why):
-            return _lost(fleet, name, why)
+        case Lost(name, why, closed):
+            return _lost(fleet, name, why, drop=not closed)
         case Trouble(name, generation, peer, why):
             if generation != fleet.generation or name not in fleet.members:
                 return fleet, (), f"host {name} speaks of another generation"
@@ -181,12 +185,12 @@ def _hold(fleet: Fleet, reason: str) -> Decision:
     return fleet, (Hold(fleet.generation),), reason
 
 
-def _lost(fleet: Fleet, name: str, why: str) -> Decision:
+def _lost(fleet: Fleet, name: str, why: str, *, drop: bool = True) -> Decision:
     if name not in fleet.members:
         return fleet, (), f"host {name} was given up before"
     members = {other: member for other, member in fleet.members.items() if other != name}
     fleet, commands, reason = _hold(replace(fleet, members=members), f"host {name} is lost: {why}")
-    return fleet, (Abandon(name, why), *commands), reason
+    return fleet, (Abandon(name, why, drop), *commands), reason
 
 
 def _trouble(fleet: Fleet, name: str, peer: str, why: str) -> Decision:

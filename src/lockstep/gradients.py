@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lockstep.embeddings import DENSE, SparseTables, keep_sparse
+from lockstep.embeddings import DENSE, Node, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.exchange import AGAIN
 from lockstep.modules import CONSTANT
@@ -128,9 +128,6 @@ class SlotWriter:
                 found=str(gradient.layout),
                 fix="make it dense",
             )
-
-
-Node = int | tuple["Node", "Node"]
 
 
 @lru_cache(maxsize=256)

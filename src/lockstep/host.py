@@ -21,7 +21,7 @@ from lockstep.exchange import SlotMap
 from lockstep.layout import Layout
 from lockstep.memory import Segment
 from lockstep.nurseries import (
-    END_SECONDS,
+    FORK_SECONDS,
     LOAD_SECONDS,
     NurseryProcess,
     describe_exit,
@@ -204,7 +204,7 @@ class Host:
     def spawn(self, number: int) -> Seat:
         """Fork a worker into a seat."""
         message, (channel_fd, pidfd) = self._nursery.ask(
-            {"op": "spawn", "seat": number}, "spawned", END_SECONDS
+            {"op": "spawn", "seat": number}, "spawned", FORK_SECONDS
         )
         seat = Seat(
             number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd

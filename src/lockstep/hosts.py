@@ -296,7 +296,7 @@ class Hosts:
             self.roster.lost(name)
             self.waiting.pop(name, None)
             why = heard.error.found or heard.error.what if heard.error else "it has gone"
-            return [fleet.Lost(name, why)] if name in self._fleet.members else []
+            return [fleet.Lost(name, why, closed=True)] if name in self._fleet.members else []
         try:
             return self._said(name, message)
         except (KeyError, TypeError, ValueError) as error:
@@ -355,7 +355,8 @@ class Hosts:
                     silent = self.link.silent_for(command.name)
                     self._crew.failures.host_died(command.name, command.why, silent)
                     check_whole(self._holdings, command.name, command.why)
-                    self._transport.drop(command.name, command.why)
+                    if command.drop:
+                        self._transport.drop(command.name, command.why)
                 else:
                     last = command
                     self._crew.sink.event(

@@ -30,7 +30,10 @@ SPARSE_BLOCKS = 8
 """A table whose optimizer takes sparse gradients is cut into so many at most: an update costs by
 the call and by the rows that it touches, whatever the size of the block."""
 
-Kind = Literal["param", "buffer", "optim", "flag", "residual"]
+Kind = Literal["param", "buffer", "optim", "flag", "residual", "local"]
+"""`residual` is what a group of shards has left out, `local` what a shard's own optimizer keeps."""
+APART: frozenset[Kind] = frozenset({"residual", "local"})
+"""What only the host has that computes the group or the shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +257,8 @@ def plan_audit(entries: Iterable[Entry], owners: Mapping[str, int]) -> Audit:
     params: list[Unit] = []
     others: list[Unit] = []
     for entry in entries:
-        if entry.kind == "residual":
-            continue  # one host alone has it, and losses would show that it has changed
+        if entry.kind in APART:
+            continue  # losses would show that it has changed
         param = owners.get(entry.name)
         mine = params if entry.kind == "param" and param is not None else others
         parts = max(1, math.ceil(entry.nbytes / length))
@@ -292,12 +295,13 @@ class Layout:
             if entry.kind in kinds and self._params.get(entry.name) in params
         )
 
-    def residuals_of(self, groups: Container[int]) -> list[Range]:
-        """The bytes of the state segment that hold what these groups have left out."""
+    def apart(self, kind: Kind, numbers: Container[int]) -> list[Range]:
+        """The bytes of the state segment that hold what these groups have left out, or what these
+        shards' optimizers keep."""
         return merge_ranges(
             Range(offset=entry.offset, nbytes=entry.nbytes)
             for entry in self.entries
-            if entry.kind == "residual" and int(entry.name.split("/")[1]) in groups
+            if entry.kind == kind and int(entry.name.split("/")[1]) in numbers
         )
 
     @functools.cached_property

@@ -24,6 +24,9 @@ from lockstep.memory import set_allocator
 
 LOAD_SECONDS = 600.0
 """The longest that importing torch, or building the task and its data, may take."""
+LOOK_SECONDS = 0.5
+FORK_SECONDS = 30.0
+"""How long it may take to fork, on a machine that has much else to do."""
 END_SECONDS = 5.0
 STDERR = 2
 READ_ONCE = (
@@ -73,7 +76,7 @@ class NurseryProcess:
         given = {} if environment is None else {"environment": dict(environment)}
         with self._cloning:
             request = {"op": "clone", **given}
-            message, fds = self.ask(request, "cloned", END_SECONDS, [STDERR] if given else ())
+            message, fds = self.ask(request, "cloned", FORK_SECONDS, [STDERR] if given else ())
         return NurseryProcess(Channel.from_fd(fds[0]), message["pid"], fds[1], parent=self)
 
     def ask(
@@ -92,19 +95,22 @@ class NurseryProcess:
         return self.expect(event, seconds)
 
     def expect(self, event: str, seconds: float) -> tuple[Message, list[int]]:
-        """Wait for an event; raises as `ask` does."""
-        limit = time.monotonic() + seconds
+        """Wait for an event; raises as `ask` does. Time in which this process itself was stopped
+        does not count."""
+        left = seconds
         while True:
+            while not self.channel.ready(min(left, LOOK_SECONDS)):
+                left -= LOOK_SECONDS
+                if left <= 0.0:
+                    raise WorkerLostError(
+                        f"the nursery was silent for {seconds:.0f} s",
+                        expected=f"{event!r}",
+                        fix="look at what the task does when it is built",
+                    )
             try:
-                message, fds = self.channel.receive(max(0.0, limit - time.monotonic()))
+                message, fds = self.channel.receive(0.0)
             except Closed:
                 raise self._lost() from None
-            except TimeoutError:
-                raise WorkerLostError(
-                    f"the nursery was silent for {seconds:.0f} s",
-                    expected=f"{event!r}",
-                    fix="look at what the task does when it is built",
-                ) from None
             if message["event"] == event:
                 return message, fds
             if message["event"] == "failed":

@@ -46,7 +46,7 @@ def open_hosts(
     host.name = launcher.identity.node
     name = f"{source.label}-{secrets.token_hex(8)}"
     samples = host.facts["train_samples"], host.facts["eval_samples"]
-    ownership = ownership_of(job.ownership, job.servers, job.compression)
+    ownership = ownership_of(job.ownership, job.servers, job.compression, job.local_steps)
     hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds, ownership)
     try:
         sets = None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]

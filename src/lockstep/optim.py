@@ -11,18 +11,18 @@ import contextlib
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.layout import Block
+from lockstep.together import Together
 
 NUMBER_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool}
 
@@ -84,22 +84,6 @@ def check_schedule(scheduler: object) -> None:
             found=repr(type(scheduler)),
             fix="return the scheduler itself; several in turn are a SequentialLR",
         )
-
-
-def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any]:
-    """The optimizer's own `step`, without the wrapper that PyTorch puts around it for profiling
-    and for hooks, where there are no hooks: it costs a quarter of a small model's update."""
-    step = type(optimizer).step
-    inner = getattr(step, "__wrapped__", None)
-    hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-    )
-    if inner is None or not getattr(step, "hooked", False) or any(hooks):
-        return lambda opt: opt.step()
-    return cast("Callable[[torch.optim.Optimizer], Any]", inner)
 
 
 @contextlib.contextmanager
@@ -230,7 +214,8 @@ def _try_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim.")
+    parts = optimizer.optimizers if type(optimizer) is Together else (optimizer,)
+    return all(type(part).__module__.startswith("torch.optim.") for part in parts)
 
 
 def _remembered(optimizer: torch.optim.Optimizer) -> dict[str, object]:

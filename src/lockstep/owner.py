@@ -14,13 +14,21 @@ from torch import nn
 
 from lockstep.embeddings import SparseSum, TableSum
 from lockstep.faults import FaultScript
-from lockstep.gradients import Reducer
+from lockstep.gradients import Reducer, tree
 from lockstep.layout import Block, group_blocks
-from lockstep.optim import StateKey, bare_step, check_known
+from lockstep.optim import StateKey, check_known
 from lockstep.presence import Mask, Presence
 from lockstep.rows import step_rows
 from lockstep.slots import Slot
-from lockstep.state import PRESENT, SharedState, load_value, storage_run, store_value
+from lockstep.state import (
+    PRESENT,
+    SharedState,
+    load_value,
+    state_name,
+    storage_run,
+    store_value,
+)
+from lockstep.stepping import bare_step
 
 Run = tuple[list[torch.Tensor], torch.Tensor] | TableSum
 """What is summed at once: the shards' runs, 1-D, and where their sum goes; or a table's rows."""
@@ -51,6 +59,21 @@ class OwnedBlock:
 
 
 @dataclass
+class SparseTable:
+    """The rows of a table that an owner updates by sparse gradients."""
+
+    sum: SparseSum
+    edges: list[int]
+    """Where its blocks begin and end, in rows from the first one's on."""
+    rows: torch.Tensor
+    """Rows x width, as `like`."""
+    like: dict[str, torch.Tensor]
+    """The state that is one value per element."""
+    by_rows: bool
+    """Whether the optimizer is run on touched rows alone."""
+
+
+@dataclass
 class UpdateGroup:
     """Consecutive blocks that are summed and updated together."""
 
@@ -61,8 +84,8 @@ class UpdateGroup:
     """The runs of large embeddings, each with its parameter."""
     dense: list[Run]
     """The runs between them."""
-    sparse: SparseSum | None
-    """The sum, where this is a block whose optimizer takes sparse gradients. It is alone then."""
+    sparse: SparseTable | None
+    """Where these are a table's blocks, and its optimizer takes sparse gradients."""
     grads: list[torch.Tensor]
     """Per block: its part of `total`, in the shape of its parameter."""
     only_grads: list[torch.Tensor]
@@ -102,8 +125,10 @@ class Owner:
         updated = [n for n in numbers if shared.groups[shared.blocks[n].param] is not None]
         self.groups = [
             self._make_group(part)
-            for _, run in itertools.groupby(updated, lambda n: (self._dtype(n), self._alone(n)))
-            for part in group_blocks(shared.blocks, list(run))
+            for (_, table), run in itertools.groupby(
+                updated, lambda n: (self._dtype(n), self._table(n))
+            )
+            for part in (group_blocks(shared.blocks, list(run)) if table is None else [list(run)])
         ]
         self._loaded: UpdateGroup | None = None
         self._step = bare_step(self.optimizer)
@@ -168,7 +193,7 @@ class Owner:
     def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
         if group.sparse is not None:
             present = presence.of(group.blocks[0].block.param)
-            return [group.sparse.sum(present, partial(self._reducer.sum, present))]
+            return [group.sparse.sum.sum(tree(present))]
         for param, table in group.tables:
             self._sum_run(table, presence.of(param))
         grads: Sequence[torch.Tensor | None]
@@ -202,12 +227,14 @@ class Owner:
         ]
 
     def _run_optimizer(self, group: UpdateGroup, grads: Sequence[torch.Tensor | None]) -> None:
-        if group.sparse is not None and group.blocks[0].begun:
-            (owned,), (gradient,) = group.blocks, grads
-            if self.shared.tables[owned.block.param].by_rows:
+        table = group.sparse
+        if table is not None:
+            (gradient,) = grads
+            if table.by_rows and all(owned.begun for owned in group.blocks):
                 if gradient is not None:
-                    self._update_rows(group, owned, gradient)
+                    self._update_rows(group, table, gradient)
                 return
+            grads = table.sum.cut(gradient, table.edges)
         if grads is not group.grads_in_place:
             for owned, gradient in zip(group.blocks, grads, strict=True):
                 owned.param.grad = gradient
@@ -223,20 +250,26 @@ class Owner:
                     self._share(owned)
             group.settled = all(owned.begun and not owned.rebound for owned in group.blocks)
 
-    def _update_rows(self, group: UpdateGroup, owned: OwnedBlock, gradient: torch.Tensor) -> None:
+    def _update_rows(self, group: UpdateGroup, table: SparseTable, gradient: torch.Tensor) -> None:
         """Run the optimizer on the rows of a table that the gradient has."""
 
         def step(rows: nn.Parameter, state: dict[str, Any]) -> None:
             for options, members in zip(self.optimizer.param_groups, group.members, strict=True):
-                options["params"] = [rows for _ in members]
+                options["params"] = [rows] if members else []
             self._loaded = None
             self.optimizer.state[rows] = state
             self._step(self.optimizer)
             del self.optimizer.state[rows]
 
-        like = {key.name for key in owned.homes if key.form == "like"}
-        step_rows(owned.param.detach(), gradient, self.optimizer.state[owned.param], like, step)
-        self._share(owned)
+        # What is not per element is the same in all blocks: they are always stepped together.
+        state = {**self.optimizer.state[group.blocks[0].param], **table.like}
+        step_rows(table.rows, gradient, state, table.like, step)
+        check_known(self.optimizer, state, group.blocks[0].homes)
+        for owned in group.blocks:
+            for key, home in owned.homes.items():
+                if key.form != "like":
+                    store_value(home, state[key.name])
+                    self.optimizer.state[owned.param][key.name] = load_value(home, key)
 
     def _share(self, owned: OwnedBlock) -> None:
         """Bring state that the optimizer has made or replaced to its place in shared memory.
@@ -253,10 +286,11 @@ class Owner:
         self._present[owned.number] = 1
         owned.begun = True
 
-    def _alone(self, number: int) -> int | None:
-        """The block itself, if its optimizer takes sparse gradients."""
-        table = self.shared.tables.get(self.shared.blocks[number].param)
-        return number if table is not None and table.asked else None
+    def _table(self, number: int) -> int | None:
+        """The block's parameter, if its optimizer takes sparse gradients."""
+        param = self.shared.blocks[number].param
+        table = self.shared.tables.get(param)
+        return param if table is not None and table.asked else None
 
     def _dtype(self, number: int) -> torch.dtype:
         return self.shared.params[self.shared.blocks[number].param].dtype
@@ -268,7 +302,9 @@ class Owner:
         start = shared.grad_offsets[first.param] + first.start * dtype.itemsize
         stop = shared.grad_offsets[last.param] + last.stop * dtype.itemsize
         leaves = [slot.flat[start:stop].view(dtype) for slot in self._dense]
-        total = torch.zeros((stop - start) // dtype.itemsize, dtype=dtype)
+        # The sum of a sparse table has memory of its own; this is never touched then.
+        room = torch.zeros if self._table(numbers[0]) is None else torch.empty
+        total = room((stop - start) // dtype.itemsize, dtype=dtype)
         owned = [self._own(number, start, leaves, total) for number in numbers]
         members: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
         for item in owned:
@@ -279,7 +315,7 @@ class Owner:
             total=total,
             tables=tables,
             dense=dense,
-            sparse=self._sparse(owned[0]),
+            sparse=self._sparse(owned),
             grads=[item.shaped(item.total) for item in owned],
             only_grads=[
                 item.shaped(item.total if item.block.param in shared.tables else item.leaves[0])
@@ -305,14 +341,26 @@ class Owner:
                 tables.append((table, run))
         return tables, dense
 
-    def _sparse(self, first: OwnedBlock) -> SparseSum | None:
-        """The sum, where the optimizer of this first block of a group takes sparse gradients."""
-        if self._alone(first.number) is None:
+    def _sparse(self, owned: list[OwnedBlock]) -> SparseTable | None:
+        """The rows of a group's blocks, where the optimizer takes sparse gradients."""
+        first, last = owned[0], owned[-1].block
+        if self._table(first.number) is None:
             return None
-        block = first.block
-        width = self.shared.tables[block.param].width
-        gradients = [slot.table(block.param) for slot in self.slots]
-        return SparseSum(block.start // width, block.size // width, gradients)
+        shared, start = self.shared, first.block.start
+        name, table = shared.names[first.block.param], shared.tables[first.block.param]
+        mine = slice(start // table.width, last.stop // table.width)
+        gradients = [slot.table(first.block.param) for slot in self.slots]
+        return SparseTable(
+            sum=SparseSum(mine.start, mine.stop - mine.start, gradients),
+            edges=[0, *((item.block.stop - start) // table.width for item in owned)],
+            rows=shared.params[first.block.param].detach()[mine],
+            like={
+                key.name: shared.view(state_name(name, first.block, key))[mine]
+                for key in first.homes
+                if key.form == "like"
+            },
+            by_rows=table.by_rows,
+        )
 
     def _own(
         self, number: int, start: int, leaves: list[torch.Tensor], total: torch.Tensor

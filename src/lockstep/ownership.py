@@ -64,9 +64,10 @@ a ring. More hosts would send more than a ring does: each sums a part, and retur
 
 @dataclass(frozen=True)
 class Replicated:
-    """Every host updates everything."""
+    """Every host updates everything. `whole` is False where its shards have something beside that
+    it alone keeps: what their own optimizers remember from one round of local steps to the next."""
 
-    whole = True
+    whole: bool = True
 
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(hosts)
@@ -116,19 +117,21 @@ class Compressed(Replicated):
     """Every host updates everything, from what a codec has left of everybody's gradients; but what
     it has left out stays where it was (see `compression`)."""
 
-    whole = False
+    whole: bool = False
 
     def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
         return Duties(shares={})  # sums would be as large again as what was made small
 
 
-def ownership_of(kind: str, servers: Sequence[str] = (), compression: str = "none") -> Ownership:
+def ownership_of(
+    kind: str, servers: Sequence[str] = (), compression: str = "none", local_steps: int = 1
+) -> Ownership:
     """The ownership of a job's settings. `servers` are hosts, by name."""
     if compression != "none":
         return Compressed()
     match kind:
         case "replicated":
-            return Replicated()
+            return Replicated(whole=local_steps == 1)
         case "sharded":
             return Sharded()
         case "servers":

@@ -21,6 +21,9 @@ from lockstep.rows import step_rows
 _PROBE_SHAPE, _PROBE_CUTS, _PROBE_STEPS = (67, 64), (7, 1280), 3
 _PROBE_ROWS = (64 * 2, 64 * 20)
 """Where tensors with sparse gradients are cut: between rows, at even ones."""
+_PROBE_TABLE, _PROBE_ROW, _PROBE_EVERY = (67, 61), 35, (2, 3, 67)
+"""A table that is stepped by its rows, where it is cut, after an odd number of rows, and one of how
+many rows each gradient has: the last has none below the cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,46 +62,68 @@ def may_cut(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
 def may_step_rows(optimizer: torch.optim.Optimizer, kind: Kind) -> bool:
     """Whether a step by a sparse gradient is one on the rows that it has, once there is state.
 
-    It is not where the other rows' state decays, for instance.
+    It is not where the other rows' state decays, for instance. The same rows in two runs, at an odd
+    place of an odd width, must get the same: how many rows are stepped together is the owner's.
     """
     if kind.group is None or not kind.sparse:
         return False
     generator = torch.Generator().manual_seed(0)
     first, *tensors = [
-        torch.randn(_PROBE_SHAPE, generator=generator).to(kind.dtype)
-        for _ in range(1 + _PROBE_STEPS)
+        torch.randn(_PROBE_TABLE, generator=generator).to(kind.dtype)
+        for _ in range(1 + len(_PROBE_EVERY))
     ]
-    gradients = [_some_rows(tensor, every) for every, tensor in enumerate(tensors, 2)]
-    sample = _sample(optimizer)
-    found = []
-    for by_rows in (False, True):
-        table = nn.Parameter(first.clone())
-
-        def step(parameter: nn.Parameter, state: dict[str, Any]) -> None:
-            optimizer.param_groups[kind.group or 0]["params"] = [parameter]
-            optimizer.state[parameter] = state
-            optimizer.step()
-
-        with borrowed(optimizer, {kind.group: [table]}):
-            state = _same_start(sample, table)
-            try:
-                for number, gradient in enumerate(gradients):
-                    if by_rows and number:
-                        like = {name for name, value in state.items() if _is_like(value, table)}
-                        step_rows(table.detach(), gradient, state, like, step)
-                    else:
-                        table.grad = gradient
-                        step(table, state)
-            except Exception:
-                return False
-        found.append((table, state))
-    (left, left_state), (right, right_state) = found
-    return _same_values(left, right) and all(
-        _same_values(value, right_state[name]) for name, value in left_state.items()
+    whole = slice(0, len(first))
+    upper, lower = slice(0, _PROBE_ROW), slice(_PROBE_ROW, len(first))
+    try:
+        expected, stepped, above, below = (
+            _step_table(optimizer, kind.group, (first, *tensors), part, by_rows=by_rows)
+            for part, by_rows in ((whole, False), (whole, True), (upper, True), (lower, True))
+        )
+    except Exception:
+        return False
+    return all(
+        _same_values(value, stepped[name])
+        and _same_values(value[upper] if _is_like(value, first) else value, above[name])
+        and _same_values(value[lower] if _is_like(value, first) else value, below[name])
+        for name, value in expected.items()
     )
 
 
-def _is_like(value: Any, parameter: nn.Parameter) -> bool:
+def _step_table(
+    optimizer: torch.optim.Optimizer,
+    group: int,
+    tensors: Sequence[torch.Tensor],
+    part: slice,
+    *,
+    by_rows: bool,
+) -> dict[str, Any]:
+    """What becomes of a part of the first tensor, a table, by sparse gradients of some rows of the
+    others, each time other ones: its state, and itself under the name of "".
+
+    `by_rows`: from the second step on.
+    """
+    table = nn.Parameter(tensors[0][part].clone())
+
+    def step(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        optimizer.param_groups[group]["params"] = [parameter]
+        optimizer.state[parameter] = state
+        optimizer.step()
+
+    sample = _sample(optimizer)
+    with borrowed(optimizer, {group: [table]}):
+        state = _same_start(sample, table)
+        for begun, (tensor, every) in enumerate(zip(tensors[1:], _PROBE_EVERY, strict=True)):
+            gradient = _some_rows(tensor[part], every, part.start)
+            if by_rows and begun:
+                like = {name for name, value in state.items() if _is_like(value, table)}
+                step_rows(table.detach(), gradient, state, like, step)
+            else:
+                table.grad = gradient
+                step(table, state)
+    return {**state, "": table.detach()}
+
+
+def _is_like(value: Any, parameter: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == parameter.shape
 
 
@@ -170,9 +195,9 @@ def _trial(
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def _some_rows(gradient: torch.Tensor, every: int = 2) -> torch.Tensor:
-    """One of so many rows of a gradient, as a sparse tensor."""
-    rows = torch.arange(0, len(gradient), every)
+def _some_rows(gradient: torch.Tensor, every: int = 2, start: int = 0) -> torch.Tensor:
+    """One of so many rows of a gradient, as a sparse tensor. `start`: the first row's number."""
+    rows = torch.arange(-start % every, len(gradient), every)
     return torch.sparse_coo_tensor(
         rows[None], gradient[rows], gradient.shape, check_invariants=False, is_coalesced=True
     )

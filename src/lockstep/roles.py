@@ -92,14 +92,16 @@ class Roles:
         return frozenset(param for share in self.duties.shares.values() for param in share.params)
 
     def part_of(self, name: str, layout: Layout) -> list[Range]:
-        """The bytes of the state that only the host of this name has: of the optimizer state, or
-        what its groups have left out."""
-        if self.plan.groups:
-            mine = self.arrangement.part(name).subtrees
-            return layout.residuals_of([self.trees.index(tree) for tree in mine])
-        if self.duties.returns == "parameters":
-            return layout.ranges_of(self.duties.shares[name].params, ("optim",))
-        return []
+        """The bytes of the state that only the host of this name has: of the optimizer state, what
+        its groups have left out, and what its shards' optimizers keep."""
+        mine = self.arrangement.part(name)
+        groups = [self.trees.index(tree) for tree in mine.subtrees] if self.plan.groups else []
+        owned = self.duties.returns == "parameters"
+        return [
+            *layout.ranges_of(self.duties.shares[name].params if owned else (), ("optim",)),
+            *layout.apart("residual", groups),
+            *layout.apart("local", mine.shards),
+        ]
 
     def needed_by(self, name: str, layout: Layout) -> list[Range] | None:
         """The bytes of the state that are not for some other host alone; None: all of them."""

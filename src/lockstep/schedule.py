@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lockstep.job import Task
 from lockstep.optim import check_schedule
-from lockstep.sampling import Sampling
 
 REMEMBERED = 1024
 """Steps: how far back the schedule goes without being run from its beginning."""
 
 Options = list[dict[str, Any]]
 """What each parameter group holds beside its parameters."""
+
+
+class Epochs(Protocol):
+    """Knows when data epochs end."""
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a step is the last of its data epoch."""
 
 
 class Schedule:
@@ -24,8 +30,8 @@ class Schedule:
         TaskError: what the task returned is no schedule.
     """
 
-    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, sampling: Sampling) -> None:
-        self._task, self._optimizer, self._sampling = task, optimizer, sampling
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, epochs: Epochs) -> None:
+        self._task, self._optimizer, self._epochs = task, optimizer, epochs
         self._initial = _options(optimizer)
         self._known: dict[int, Options] = {}
         self._begin()
@@ -54,7 +60,7 @@ class Schedule:
             self._set(self._known[self._at])
         every_step = self._task.scheduler_interval == "step"
         for step in range(self._at, committed):
-            if every_step or self._sampling.ends_epoch(step):
+            if every_step or self._epochs.ends_epoch(step):
                 self._scheduler.step()
         self._at = self._now = committed
         self._known[committed] = _options(self._optimizer)

@@ -22,6 +22,8 @@ class Slot:
     buffers: list[torch.Tensor]
     numbers: dict[int, torch.Tensor]
     """Of a gradient that is a large table's: which rows there are (see `embeddings`)."""
+    local: torch.Tensor
+    """Bytes: what the shard's own optimizer keeps (see `rounds`)."""
     flat: torch.Tensor
     """The slot's bytes."""
 
@@ -42,8 +44,10 @@ def make_slot(
     offsets: Sequence[int],
     buffers: Sequence[torch.Tensor],
     tables: Mapping[int, Table],
+    local: Range,
 ) -> Slot:
-    """The views of a slot's bytes. `offsets` says where each parameter's gradient lies."""
+    """The views of a slot's bytes. `offsets` says where each parameter's gradient lies, `local`
+    where what the shard's own optimizer keeps."""
     grads = []
     for parameter, offset in zip(params, offsets, strict=True):
         dtype = str(parameter.dtype).removeprefix("torch.")
@@ -60,7 +64,8 @@ def make_slot(
         count = 1 + table.rows
         numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
         offset += _aligned(8 * count)
-    return Slot(grads=grads, buffers=homes, numbers=numbers, flat=flat)
+    kept = flat[local.offset : local.offset + local.nbytes]
+    return Slot(grads=grads, buffers=homes, numbers=numbers, local=kept, flat=flat)
 
 
 def _aligned(nbytes: int) -> int:

@@ -62,6 +62,11 @@ class SharedState:
     """Bytes: where each block lies in a slot when it is made small."""
     restored: list[Slot]
     """By group: what the codec has left of its gradients."""
+    local: list[Range]
+    """By shard: the bytes of the state segment that its own optimizer keeps, where a step is a
+    round of local steps."""
+    local_keys: list[list[StateKey]]
+    """What that is, per trainable parameter."""
     total: Slot | None
     """Room for the sum of all shards: only where its norm is needed, or hosts may return sums."""
     state_bytes: torch.Tensor
@@ -119,6 +124,11 @@ class SharedState:
         restored = total + (self.total is not None)
         return map_slot(self.slots[0], self.tables, packed, total, restored)
 
+    def slot_offset(self, shard: int) -> int:
+        """Bytes: where in the segment of slots a shard's own optimizer leaves what it keeps."""
+        slot = self.slots[shard]
+        return shard * slot.flat.numel() + slot.local.data_ptr() - slot.flat.data_ptr()
+
     def buffer_ranges(self) -> list[Range]:
         """The bytes of the state segment that hold the committed buffers."""
         entries = [entry for entry in self.layout.entries if entry.kind == "buffer"]
@@ -152,6 +162,16 @@ def residual_name(group: int, parity: int, param: str) -> str:
     """The entry of what a group has left out of a parameter's gradients, before even steps
     (`parity` 0) or odd ones."""
     return f"lockstep.residual/{group}/{parity}/{param}"
+
+
+def local_name(shard: int, param: str, key: StateKey) -> str:
+    """The entry of one value that a shard's own optimizer keeps of a parameter."""
+    return f"lockstep.local/{shard}/{param}/{key.name}"
+
+
+def local_flags(shard: int) -> str:
+    """The entry that says, per trainable parameter, whether a shard's optimizer has begun."""
+    return f"lockstep.local/{shard}/{PRESENT}"
 
 
 def block_shape(block: Block, shape: Sequence[int], tables: Mapping[int, Table]) -> tuple[int, ...]:

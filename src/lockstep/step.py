@@ -38,10 +38,12 @@ from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import SlotWriter, combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, Range, own_blocks
+from lockstep.local_steps import LocalSteps
 from lockstep.modules import held_tensors
 from lockstep.owner import Owner
 from lockstep.ownership import Returns
 from lockstep.presence import Presence, Summed
+from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
 from lockstep.seeds import derive, seed_everything
@@ -152,6 +154,7 @@ class Stepper:
         self._state = memoryview(shared.segments["state"].map)
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
         self._limit = None if clip_grad_norm is None else NormLimit(shared, clip_grad_norm)
+        self._rounds = Rounds(task, shared, sampling) if isinstance(task, LocalSteps) else None
 
     def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""
@@ -169,10 +172,13 @@ class Stepper:
         self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
         ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
         buffers = self.shared.buffer_ranges() if part.rank == 0 else []
+        self._local = LocalUpdate(self.shared, part.mine, part.rank, part.workers)
         segments = self.shared.segments
         if self._audit_fraction:
             self._guard.close(step - 1)
-        self._base = BasePart(segments["state"], segments["base"], [*ranges, *buffers])
+        self._base = BasePart(
+            segments["state"], segments["base"], [*ranges, *buffers, *self._local.ranges]
+        )
 
     def run(self, step: int, todo: Sequence[int]) -> None:
         """Run one step to its commit.
@@ -211,6 +217,7 @@ class Stepper:
         self.owner.update(step, presence, scale)
         if self._buffers:
             self._combine_buffers(step)
+        self._local.run(active)
         self._fault("update_done", step)
         if self.part.returns == "parameters":
             self._await_parameters(step, presence)
@@ -334,7 +341,10 @@ class Stepper:
         self._writer.begin(slot, written, (step, shard) if early else None)
         self._fault("forward", step, shard)
         with self._precision():
-            loss = self.task.loss(self.shared.model, batch)
+            if self._rounds is None:
+                loss = self.task.loss(self.shared.model, batch)
+            else:
+                loss = self._rounds.loss(step, shard, slot, batch)
         value = check_loss(loss, step, shard, self.sampling)
         weight = self.sampling.weights(step)[shard]
         self._fault("backward", step, shard)

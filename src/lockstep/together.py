@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lockstep.stepping import bare_step
+
 
 class Together(torch.optim.Optimizer):
     """Optimizers over different parameters, stepped one after the other.
@@ -42,5 +44,5 @@ class Together(torch.optim.Optimizer):
         for optimizer in self.optimizers:
             if any(group["params"] for group in optimizer.param_groups):
                 optimizer.state = self.state
-                optimizer.step()
+                bare_step(optimizer)(optimizer)
         return loss

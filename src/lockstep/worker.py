@@ -259,8 +259,6 @@ class Worker:
 
 def work(session: Session, seat: int, channel: Channel) -> int:
     """Be the worker of a seat until the master says stop; returns the exit code."""
-    from lockstep.nursery import describe_error
-
     worker: Worker | None = None
     try:
         numerics.configure(session.plan["threads"])
@@ -270,15 +268,23 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     except Closed:
         return 0
     except BaseException as error:  # the user's code may call sys.exit()
-        if worker is not None and worker.loader.has_lost_a_process():
-            return _tell(channel, {"event": "lost_loader"})
+        try:
+            return _last_words(worker, channel, error)
+        except RuntimeError as again:  # torch's handler, a moment before it was taken out
+            return _last_words(worker, channel, again)
+
+
+def _last_words(worker: Worker | None, channel: Channel, error: BaseException) -> int:
+    """Say why a worker ends, if anybody is there to hear it; returns the exit code."""
+    from lockstep.nursery import describe_error
+
+    # Torch tells of a loader's death by an error from a signal's handler: not while that is told.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if worker is not None and worker.loader.has_lost_a_process(error):
+        message: Message = {"event": "lost_loader"}
+    else:
         doing, step = (worker.doing, worker.step) if worker is not None else ("starting", 0)
-        message: Message = {"event": "failed", "error": describe_error(error, doing), "step": step}
-        return _tell(channel, message)
-
-
-def _tell(channel: Channel, message: Message) -> int:
-    """Send the last words, if anybody is there to hear them."""
+        message = {"event": "failed", "error": describe_error(error, doing), "step": step}
     with contextlib.suppress(Closed):
         channel.send(message)
     return 1

@@ -12,6 +12,7 @@ member       `lockstep join`: a host that waits for jobs
 launcher     `lockstep run --on`: asks `up`, or a driver of Ray, for hosts
 on_ray       `lockstep run --on ray`: starts such a driver
 ray_driver   what runs in it, the one module that imports Ray
+ray_places   where Ray keeps room for agents
 ray_agent    what Ray runs on each node
 seats        pure: which of Ray's nodes have an agent, and which get another one
 environment  pure: what torchrun and SLURM say of a process's place

@@ -1,7 +1,7 @@
 """What runs in an agent's process: `python -m lockstep.cluster.agent`, with its order on stdin.
 
-An error goes to stdout as one JSON object, for whoever started the process. All else that is
-printed, by the user's code as well, goes to stderr.
+To whoever started the process stdout tells that the agent has taken part in a step (`MOVED`), and
+an error, as one JSON object. All else that is printed, by the user's code as well, goes to stderr.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lockstep.cluster.agents import MOVED
 from lockstep.errors import LockstepError, to_message
 from lockstep.net.identity import Identity
 from lockstep.offer import Offer
@@ -31,14 +33,14 @@ def main() -> int:
     order = json.loads(said)
     die_with_parent(order["parent"])
     try:
-        _serve(order)
+        _serve(order, lambda: os.write(answers, MOVED))
     except LockstepError as error:
         os.write(answers, json.dumps(to_message(error)).encode())
         return error.exit_code
     return 0
 
 
-def _serve(order: dict[str, Any]) -> None:
+def _serve(order: dict[str, Any], moved: Callable[[], object]) -> None:
     offer = Offer.from_message(order["offer"])
     identity = Identity.load(Path(order["identity"]))
     from lockstep.agent import serve
@@ -50,6 +52,7 @@ def _serve(order: dict[str, Any]) -> None:
         host=order["host"],
         report=report,
         folder=Path(order["folder"]) if order["folder"] else None,
+        moved=moved,
     )
 
 

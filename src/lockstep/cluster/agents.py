@@ -20,6 +20,8 @@ END_SECONDS = 5.0
 """How long an agent may take to end by itself."""
 MAX_ERROR = 64 << 10
 """Bytes: what fits into a pipe that nobody reads."""
+MOVED = b"moved\n"
+"""What an agent says first, once it has taken part in a step."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Ended:
     job: str
     error: LockstepError | None
     """Why, if not because the job has ended."""
+    moved: bool
+    """Whether it had taken part in a step."""
 
 
 class Agents:
@@ -116,7 +120,7 @@ class Agents:
             # Nobody is waited for who may have inherited the pipe.
             os.set_blocking(stdout.fileno(), False)
             said = stdout.read(MAX_ERROR) or b""
-        self._put(Ended(job, why(code, said)))
+        self._put(Ended(job, why(code, said.removeprefix(MOVED)), said.startswith(MOVED)))
 
 
 def why(code: int, said: bytes) -> LockstepError | None:

@@ -150,13 +150,18 @@ def own_address(place: Place) -> str:
         return place.own
     if is_loopback(place.host):
         return "127.0.0.1"
-    found = address_towards((place.host, place.port))
+    fix = "torchrun: --master-addr ADDRESS; SLURM: MASTER_ADDR=ADDRESS"
+    try:
+        found = address_towards((place.host, place.port))
+    except IdentityError as error:
+        error.fix = fix  # SLURM's names of nodes need not be names of hosts
+        raise
     if is_loopback(found):
         raise IdentityError(
             f"the name {place.host} leads from this host to itself alone",
             expected="a name or an address that other hosts reach it at",
             found=found,
-            fix="torchrun: --master-addr ADDRESS; SLURM: MASTER_ADDR=ADDRESS",
+            fix=fix,
         )
     return found
 
@@ -255,7 +260,7 @@ def _follow(
     from lockstep.agent import serve
     from lockstep.source import source_of
 
-    expected = source_of(job).name
+    expected, host = source_of(job).name, own_address(place)
     identity, offer = enter(place, shared, folder, wait)
     if offer.task != expected:
         raise JobError(
@@ -265,7 +270,7 @@ def _follow(
             fix="start all ranks with the same command",
         )
     workers = workers or numerics.cores()
-    serve(identity, offer, workers=workers, host=own_address(place), report=show)
+    serve(identity, offer, workers=workers, host=host, report=show)
 
 
 def read_job(name: str) -> Job:

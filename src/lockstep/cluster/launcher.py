@@ -153,22 +153,19 @@ class Cluster:
                     self.report(host, why)
                     self._show(host, f"{said}: {why}")
             case {"op": "error", **rest}:
-                error = from_message({"kind": "", **{k: str(v) for k, v in rest.items()}})
-                self._fail(error)
+                self._lost(from_message({"kind": "", **{k: str(v) for k, v in rest.items()}}))
 
     def _lost(self, error: LockstepError) -> None:
         with self._changed:
             begun = self._hosts is not None
-        if not begun:
-            self._fail(error)
-        elif not self._away:
+            if not begun:
+                self._error = error
+                self._changed.notify_all()
+        if begun and not self._away:
             self._away = True
-            self._show("cluster", f"{error}\n  the job goes on with the hosts that it has")
-
-    def _fail(self, error: LockstepError) -> None:
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
+            why = f"{error}\n  the job goes on with the hosts that it has"
+            self.report("cluster", why)
+            self._show("cluster", why)
 
 
 def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextManager[Cluster]:

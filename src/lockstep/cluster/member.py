@@ -1,4 +1,5 @@
-"""`lockstep join`: a host that waits for jobs, and has an agent for each.
+"""`lockstep join`: a host that waits for jobs, and has an agent for each: another one where one has
+died (see `restarts`).
 
 Its line to `up` comes back when `up` does. Agents do not depend on that: they talk to the master.
 """
@@ -8,13 +9,14 @@ from __future__ import annotations
 import queue
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 from lockstep.cluster.admission import Allowed, refusal
 from lockstep.cluster.agents import END_SECONDS, Agents, Ended
 from lockstep.cluster.line import HostConnection, Line, LineEvent, Lost, Met, Said
+from lockstep.cluster.restarts import Died, Done, Offered, Stint, Withdrawn, decide
 from lockstep.cluster.signals import stop_signals
 from lockstep.cluster.state import (
     CLUSTER,
@@ -49,11 +51,15 @@ class Stop:
 class Running:
     """A job that this host takes part in."""
 
+    offer: Offer
+    stint: Stint
     folder: Path | None = None
     """Where the code is that the master sends, if it does."""
+    starts_at: float | None = None
+    """When it gets another agent, if it has none; likewise."""
     ends_at: float | None = None
     """When its agent is ended, if it is to be; in seconds of `time.monotonic`."""
-    asked: bool = field(default=False)
+    asked: bool = False
     """Whether it was told so."""
 
 
@@ -136,7 +142,7 @@ class Member:
             self._line.start()
             try:
                 while self._handle():
-                    self._end_withdrawn(time.monotonic())
+                    self._tend(time.monotonic())
             finally:
                 self._line.close()
                 self._agents.close()
@@ -161,8 +167,8 @@ class Member:
                 if final:
                     raise error
                 self._lost(error)
-            case Ended(job, error):
-                self._ended(job, error)
+            case Ended():
+                self._ended(event)
         return True
 
     def _met(self) -> None:
@@ -191,7 +197,9 @@ class Member:
     def _offered(self, offer: Offer) -> None:
         job = offer.job
         if job in self._running:  # `up` has come back, and so has the job
-            self._running[job] = Running(folder=self._running[job].folder)
+            running = self._running[job]
+            running.stint, _ = decide(running.stint, Offered())
+            running.ends_at, running.asked = None, False
             self._say(job, "taken", "")
             return
         error = refusal(offer, self.allowed, self.identity.node)
@@ -199,7 +207,12 @@ class Member:
             self.report(f"job {job!a}", str(error))
             self._say(job, "refused", str(error))
             return
-        running = Running(folder=Path(mkdtemp(dir=self._code)) if offer.code else None)
+        self._running[job] = Running(offer=offer, stint=Stint())
+        self._start(self._running[job])
+
+    def _start(self, running: Running) -> None:
+        offer, running.starts_at = running.offer, None
+        running.folder = Path(mkdtemp(dir=self._code)) if offer.code else None
         self._agents.start(
             offer,
             identity=str(self.identity.folder),
@@ -207,30 +220,45 @@ class Member:
             host=self.host,
             folder=running.folder,
         )
-        self._running[job] = running
-        pid = self._agents.pid(job)
-        self.report(f"job {job!a}", f"{offer.task!a}: agent {pid}, {self.workers} workers")
-        self._say(job, "taken", "")
+        pid = self._agents.pid(offer.job)
+        self.report(f"job {offer.job!a}", f"{offer.task!a}: agent {pid}, {self.workers} workers")
+        self._say(offer.job, "taken", "")
 
     def _withdrawn(self, job: str) -> None:
         running = self._running.get(job)
-        if running is not None and running.ends_at is None:
+        if running is None or not running.stint.offered:
+            return
+        running.stint, why = decide(running.stint, Withdrawn())
+        self.report(f"job {job!a}", why)
+        if running.starts_at is None:
             running.ends_at = time.monotonic() + WITHDRAWN_SECONDS
+        else:
+            del self._running[job]
+            self._say(job, "ended", "")
 
-    def _end_withdrawn(self, now: float) -> None:
-        """End agents whose time is up; those who do not listen, at once."""
+    def _tend(self, now: float) -> None:
+        """Start agents whose time has come, and end those whose time is up; those who do not
+        listen, at once."""
         for job, running in self._running.items():
+            if running.starts_at is not None and now >= running.starts_at:
+                self._start(running)
             if running.ends_at is not None and now > running.ends_at:
                 self._agents.end(job, at_once=running.asked)
                 running.asked, running.ends_at = True, now + END_SECONDS
 
-    def _ended(self, job: str, error: LockstepError | None) -> None:
+    def _ended(self, ended: Ended) -> None:
+        job, error = ended.job, ended.error
         self._agents.reap(job)
-        running = self._running.pop(job)
+        running = self._running[job]
         if running.folder is not None:
             shutil.rmtree(running.folder, ignore_errors=True)
-        withdrawn = running.ends_at is not None
-        why = str(error) if error and not withdrawn else ""
+        event = Died(error, ended.moved) if error else Done()
+        running.stint, follows = decide(running.stint, event)
+        if running.stint.wait is None:
+            del self._running[job]
+        else:
+            running.starts_at = time.monotonic() + running.stint.wait
+        why = f"{error}\n  {follows}" if error and running.stint.offered else ""
         self.report(f"job {job!a}", why or "its agent has ended")
         self._say(job, "failed" if why else "ended", why)
 

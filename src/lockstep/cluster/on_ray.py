@@ -17,9 +17,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lockstep.cluster.counter import LinesConnection
+from lockstep.cluster.counter import LOOK_SECONDS, LinesConnection
 from lockstep.cluster.launcher import Cluster
-from lockstep.errors import JobError, PeerTimeoutError, ResourceError, from_message
+from lockstep.errors import (
+    JobError,
+    PeerClosedError,
+    PeerTimeoutError,
+    ResourceError,
+    from_message,
+)
+from lockstep.net.frames import Message
 from lockstep.net.transport import Report, ignore
 
 START_SECONDS = 60.0
@@ -115,6 +122,9 @@ class DriverConnection(LinesConnection):
     def open(self, timeout: float) -> None:
         """Start the driver, if it does not run yet, and wait until it is connected to Ray.
 
+        A line that comes back gives it less time than Ray needs on a busy machine; `interrupt`
+        ends the wait in any case.
+
         Raises:
             NetworkError: Ray cannot be reached.
         """
@@ -128,7 +138,8 @@ class DriverConnection(LinesConnection):
             start_new_session=True,  # a Ctrl-C is for the master, which hangs up
         )
         self._theirs.close()
-        limit = time.monotonic() + timeout
+        seconds = max(timeout, START_SECONDS)
+        limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             match self.hear():
                 case {"op": "here", "address": str(address)}:
@@ -137,10 +148,26 @@ class DriverConnection(LinesConnection):
                 case {"op": "error", **rest}:
                     raise from_message({str(name): str(value) for name, value in rest.items()})
         raise PeerTimeoutError(
-            "the driver of Ray does not answer",
-            expected=f"that it is connected within {timeout:g} s",
+            f"the Ray cluster {self._command[-1]!a} does not answer its driver",
+            expected=f"that it is connected within {seconds:g} s",
             fix="see whether Ray answers: ray status",
         )
+
+    def hear(self, seconds: float = LOOK_SECONDS) -> Message | None:
+        """The next message; None if nothing has come for so long.
+
+        Raises:
+            PeerClosedError: the driver has ended.
+        """
+        try:
+            return super().hear(seconds)
+        except PeerClosedError as closed:
+            # Ray ends the processes that it cannot connect, or has lost, without an exception.
+            lost = "is lost" if self.address else "cannot be reached"
+            closed.what = f"the Ray cluster {self._command[-1]!a} {lost}: its driver has ended"
+            closed.expected = "a cluster that runs, and that this machine is a node of"
+            closed.fix = "see what Ray has said on stderr, and whether it answers: ray status"
+            raise
 
     def close(self) -> None:
         """Hang up, and wait until the driver has ended the agents, and itself."""

@@ -32,6 +32,7 @@ from typing import Any
 from lockstep.cluster import agents, seats
 from lockstep.cluster.counter import Lines
 from lockstep.cluster.ray_agent import RayAgent
+from lockstep.cluster.ray_places import Places
 from lockstep.cluster.seats import Forget, Node, Reserve, Seats, Start
 from lockstep.cluster.state import clean_name
 from lockstep.errors import (
@@ -55,7 +56,6 @@ END_SECONDS = agents.END_SECONDS + 2.0
 """How long they may take when they are told to, after which nobody clears up for them."""
 EXIT_SECONDS = 12.0
 """When this process ends in any case, once the master has hung up."""
-NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(kw_only=True)
@@ -81,8 +81,8 @@ class Driver:
         self._offer: Offer | None = None
         self._seats: Seats = {}
         self._agents: dict[str, Agent] = {}
-        self._bundles: dict[str, tuple[Any, int]] = {}
-        """Both by the id of the node: a placement group, and the index of the node's bundle."""
+        """By the id of the node."""
+        self._places = Places(ray)
 
     def run(self) -> bool:
         """Do as the master says, until it hangs up; returns whether it has said so before."""
@@ -128,7 +128,7 @@ class Driver:
         for command in commands:
             match command:
                 case Reserve(nodes):
-                    self._reserve(nodes)
+                    self._places.reserve(nodes)
                 case Start(node):
                     self._start(node)
                 case Forget(node):
@@ -138,6 +138,10 @@ class Driver:
             answered, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
             for call in answered:
                 self._answered(calls[call], offer)
+        self._complain()
+
+    def _complain(self) -> None:
+        """Say, once, which agents Ray has found no room for."""
         for agent in self._agents.values():
             if not agent.serving and time.monotonic() - agent.asked_at > ROOM_SECONDS:
                 agent.asked_at = float("inf")
@@ -160,25 +164,17 @@ class Driver:
                     workers=workers,
                 )
 
-    def _reserve(self, nodes: tuple[Node, ...]) -> None:
-        """A placement group with one bundle on each node: all of the CPUs that it has."""
-        group = self._ray.util.placement_group(
-            [{"CPU": node.workers} for node in nodes],
-            strategy="STRICT_SPREAD" if len(nodes) > 1 else "STRICT_PACK",
-            bundle_label_selector=[{NODE_LABEL: node.id} for node in nodes],
-        )
-        self._bundles |= {node.id: (group, index) for index, node in enumerate(nodes)}
-
     def _start(self, node: Node) -> None:
         """Have Ray start an actor in a node's bundle, as soon as there is room."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        group, index = self._bundles[node.id]
-        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         host = f"{clean_name(node.name)}-{secrets.token_hex(3)}"
         actor = (
             self._ray.remote(RayAgent)
-            .options(name=host, num_cpus=node.workers, max_concurrency=2, scheduling_strategy=place)
+            .options(
+                name=host,
+                num_cpus=node.workers,
+                max_concurrency=2,
+                scheduling_strategy=self._places.strategy(node.id),
+            )
             .remote()
         )
         self._agents[node.id] = Agent(
@@ -190,9 +186,7 @@ class Driver:
         if agent is not None:
             self._tell(agent.host, "failed", "Ray has lost the node")
             self._ray.kill(agent.actor)
-        group, _ = self._bundles.pop(node)
-        if all(group is not other for other, _ in self._bundles.values()):
-            self._ray.util.remove_placement_group(group)
+        self._places.forget(node)
 
     def _answered(self, node: str, offer: Offer) -> None:
         """An actor has answered, or is dead."""
@@ -245,8 +239,7 @@ class Driver:
         )
         for agent in self._agents.values():
             self._ray.kill(agent.actor)
-        for group in {id(group): group for group, _ in self._bundles.values()}.values():
-            self._ray.util.remove_placement_group(group)
+        self._places.close()
 
     def _await(self, calls: Sequence[Any], seconds: float) -> None:
         """Wait for all of these answers, but no longer than that."""
@@ -262,7 +255,7 @@ def connected(address: str) -> Iterator[Any]:
         NetworkError: it cannot be reached from here, or is lost later.
     """
     import ray
-    import ray.util
+    import ray.util.scheduling_strategies
 
     try:
         ray.init(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lockstep.errors import LockstepError, PeerClosedError, PeerTimeoutError, WorkerLostError
+from lockstep.cluster.restarts import is_death
+from lockstep.errors import LockstepError
 
 MOST_AGENTS = 3
 """How many agents a node gets, one after the other."""
@@ -88,7 +89,7 @@ def end(seats: Seats, node: str, error: LockstepError | None) -> tuple[Seats, st
     One that was refused, or whose job failed, would fare no better a second time.
     """
     seat = seats[node]
-    if not isinstance(error, WorkerLostError | PeerClosedError | PeerTimeoutError):
+    if not is_death(error):
         return seats, "it is not started again"
     if seat.agents >= MOST_AGENTS:
         return seats, f"it is not started again: that was the last of {MOST_AGENTS} times"

@@ -11,6 +11,7 @@ from lockstep.errors import NetworkError, PeerTimeoutError, ProtocolError
 from lockstep.net.frames import TENSORS, Header
 from lockstep.net.transport import Heard, Key
 
+LOOK_SECONDS = 0.5
 MAX_HEARD = 1024
 """Messages that are kept until they are heard; peers that say more have to wait."""
 
@@ -128,14 +129,16 @@ class Mailbox:
             )
         return memory
 
-    def place(self, header: Header) -> memoryview:
-        """As `find`, but waits until somebody expects it. Ends by that, or by the peer's loss."""
+    def place(self, header: Header, check: Callable[[], None] = lambda: None) -> memoryview:
+        """As `find`, but waits until somebody expects it. Ends by that, or by the peer's loss;
+        `check` raises where nothing else would tell of that."""
         with self._changed:
             while self._error is None:
                 memory = self.find(header)
                 if memory is not None:
                     return memory
-                self._changed.wait()
+                check()
+                self._changed.wait(LOOK_SECONDS)
             raise self._error
 
     def arrived(self, header: Header) -> None:

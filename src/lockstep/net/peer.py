@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 
 from lockstep.errors import NetworkError, PeerClosedError
-from lockstep.net.frames import Frame, parse_message
+from lockstep.net.frames import Frame, Header, parse_message
 from lockstep.net.lanes import Incoming, Lane, Outgoing
 from lockstep.net.mailbox import Inbox, Mailbox
 from lockstep.net.transport import Heard
-from lockstep.net.wire import closed, end
+from lockstep.net.wire import closed, end, has_hung_up
 
 
 class Peer:
@@ -39,6 +39,20 @@ class Peer:
     @property
     def alive(self) -> bool:
         return self.complete and self.error is None
+
+    def place(self, header: Header) -> memoryview:
+        """Where a tensor belongs that has begun to come; waits until it is expected.
+
+        Meanwhile nobody reads on its lane. That a peer is gone is told by the lane for messages; of
+        one that has never opened all lanes, the end of this one is looked for.
+        """
+
+        def check() -> None:
+            if not self.complete and has_hung_up(self.incoming[Lane.DATA].sock):
+                found = f"the end of the stream, and nobody has expected {header}"
+                raise closed(f"host {self.name}", "a goodbye", found)
+
+        return self.mailbox.place(header, check)
 
     def receive(self, lane: Lane) -> None:
         """Receive on a lane until it ends. Run by the thread that has accepted it."""

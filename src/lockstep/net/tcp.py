@@ -306,7 +306,7 @@ class TcpTransport:
             with self._changed:
                 if peer is not self._current(name) or lane in peer.incoming:
                     raise PeerClosedError(f"host {name} connects twice at once")
-                place = peer.mailbox.place if lane is Lane.DATA else None
+                place = peer.place if lane is Lane.DATA else None
                 peer.incoming[lane] = Incoming(sock, name, lane, place)
                 self._changed.notify_all()
         except NetworkError as error:

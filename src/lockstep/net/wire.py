@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import time
@@ -161,6 +162,13 @@ def end(sock: socket.socket) -> None:
     """Wake whoever is blocked on the socket; the owner still has to close it."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the other side sends nothing more, though perhaps not all is read."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def listen(host: str, port: int) -> socket.socket:

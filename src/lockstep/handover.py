@@ -1,0 +1,114 @@
+"""How loader processes hand tensors to their worker: in memory that has no name.
+
+For each tensor torch makes a file in /dev/shm and unlinks it at once, and Python passes descriptors
+on at a socket in the folder for temporary files. A process that is killed, as all of a job may be
+at any moment, leaves both for ever. So tensors lie in memfds here, which go over a socket pair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import socket
+import threading
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef, rebuild_storage_fd, reduce_storage
+
+NAME = "lockstep-batch"
+Waiting = queue.SimpleQueue[torch.UntypedStorage]
+_ways: dict[int, socket.socket] = {}
+"""In a worker: by its own number, the end at which a loader process's descriptors come."""
+
+
+class Handover:
+    """The ways from so many loader processes to the worker that makes this before it forks them."""
+
+    def __init__(self, loaders: int) -> None:
+        self._pairs = [socket.socketpair() for _ in range(loaders)]
+        _ways.update({ours.fileno(): ours for ours, _ in self._pairs})
+
+    def begin(self, loader: int) -> None:
+        """In a loader process: share tensors in this way from here on."""
+        mine = self._pairs.pop(loader)
+        self.close()
+        way, waiting = mine[0].fileno(), Waiting()
+        mine[0].close()
+        threading.Thread(target=_send, args=(mine[1], waiting), daemon=True).start()
+        # Torch's `default_collate` makes its batches in shared memory, in a loader.
+        torch.UntypedStorage._new_using_fd_cpu = staticmethod(_new_storage)  # type: ignore[assignment, method-assign]
+        ForkingPickler.register(torch.UntypedStorage, functools.partial(_reduce, way, waiting, {}))
+
+    def forked(self) -> None:
+        """In the worker, once they are forked: an end that has no other end tells of a death."""
+        for _, theirs in self._pairs:
+            theirs.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for ours, theirs in self._pairs:
+            _ways.pop(ours.fileno(), None)
+            ours.close()
+            theirs.close()
+        self._pairs = []
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """Stands for a descriptor in a pickle; they come in the order in which they were pickled."""
+
+    way: int
+
+    def detach(self) -> int:
+        """The descriptor, which is the caller's to close."""
+        said, fds, _, _ = socket.recv_fds(_ways[self.way], 1, 1, socket.MSG_CMSG_CLOEXEC)
+        if not said:
+            raise ConnectionResetError("a loader process has ended")
+        return fds[0]
+
+
+def _new_storage(nbytes: int) -> torch.UntypedStorage:
+    """A storage that another process can map by its descriptor."""
+    fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, max(nbytes, 1))  # a shortage is an error here, not a SIGBUS later
+        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[attr-defined]
+        return storage
+    finally:
+        os.close(fd)  # the storage has one of its own
+
+
+def _reduce(
+    way: int,
+    waiting: Waiting,
+    copies: dict[StorageWeakRef, torch.UntypedStorage],
+    storage: torch.UntypedStorage,
+) -> Any:
+    """How a storage is pickled. Two tensors that share one share it in the worker, too."""
+    nbytes = storage.nbytes()
+    if not nbytes:
+        return reduce_storage(storage)
+    for each in [each for each in copies if each.expired()]:
+        del copies[each]
+    shared = storage
+    if not storage.is_shared():
+        known = StorageWeakRef(storage)
+        if known not in copies:
+            copies[known] = _new_storage(nbytes).copy_(storage, False)
+        shared = copies[known]
+    waiting.put(shared)
+    return rebuild_storage_fd, (torch.UntypedStorage, _Passed(way), nbytes)
+
+
+def _send(end: socket.socket, waiting: Waiting) -> None:
+    """Send descriptors as the worker takes them, while the loader goes on; until it is gone."""
+    with end, contextlib.suppress(ConnectionError):
+        while True:
+            storage = waiting.get()  # kept: the descriptor is its
+            fd, _ = storage._share_fd_cpu_()
+            socket.send_fds(end, [b"f"], [fd])

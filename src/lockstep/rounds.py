@@ -1,0 +1,180 @@
+"""Rounds: several optimizer steps of each shard on a copy of the model, between two exchanges.
+
+Each shard has an optimizer of its own, whose state (Adam's averages, momentum) goes on from round
+to round, as that of DiLoCo's inner optimizers does (Douillard et al., arXiv 2311.08105). It is a
+part of the run's state, so whoever computes the shard next goes on with it. What a round makes of
+it lies in the shard's slot, like its gradient, and gets to the state with the update: a round that
+is begun again finds what it had found.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lockstep.buffers import Modes, PrivateBuffers
+from lockstep.job import Parameters
+from lockstep.layout import Range, cut_evenly
+from lockstep.local_steps import LocalSteps, Samples, divide
+from lockstep.optim import StateKey, check_known
+from lockstep.sampling import Sampling
+from lockstep.schedule import Schedule
+from lockstep.slots import Slot, as_tensor
+from lockstep.state import SharedState, load_value, local_flags, local_name, store_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """Which of the updates within rounds end a data epoch, for the task's schedule."""
+
+    sampling: Sampling
+    steps: int
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an update is the last of a round that ends a data epoch."""
+        number, place = divmod(step, self.steps)
+        return place == self.steps - 1 and self.sampling.ends_epoch(number)
+
+
+class Rounds:
+    """One worker's: a copy of the model, and the task's optimizer and schedule on it."""
+
+    def __init__(self, task: LocalSteps, shared: SharedState, sampling: Sampling) -> None:
+        self.task, self.steps, self.shared = task.task, task.steps, shared
+        self._model = _copy(shared.model)
+        trainable = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
+        self._params = [parameter for _, parameter in trainable]
+        self._optimizer = self.task.optimizer(Parameters(trainable))
+        self._initial = {p: copy.deepcopy(s) for p, s in self._optimizer.state.items()}
+        updates = Updates(sampling=sampling, steps=task.steps)
+        self._schedule = Schedule(self.task, self._optimizer, updates)
+        self._modes = Modes(self._model)
+        self._buffers = PrivateBuffers(self._model, list(self._model.named_buffers()))
+
+    def loss(self, step: int, shard: int, slot: Slot, batch: Samples) -> torch.Tensor:
+        """The mean loss over a shard's steps; its gradient is how far these have come, and the slot
+        gets what the optimizer keeps."""
+        self._begin(shard, slot)
+        total = torch.zeros((), dtype=torch.float64)
+        for place, samples in enumerate(divide(batch.samples, self.steps)):
+            self._schedule.go_to(step * self.steps + place)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = self.task.loss(self._model, self.task.collate(samples))
+            loss.backward()
+            self._optimizer.step()
+            total += loss.detach().double() * len(samples)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._keep(slot)
+        params = self.shared.params
+        with torch.no_grad():
+            ways = [p - moved for p, moved in zip(params, self._params, strict=True)]
+        mean = (total / len(batch.samples)).float()
+        found: torch.Tensor = _Way.apply(mean, ways, *params)  # type: ignore[no-untyped-call]
+        return found
+
+    def _begin(self, shard: int, slot: Slot) -> None:
+        """Start from the committed parameters and buffers, and the shard's optimizer state."""
+        with torch.no_grad():
+            for local, committed in zip(self._params, self.shared.params, strict=True):
+                local.copy_(committed)
+        self._buffers.restore(self.shared.committed)
+        self._modes.restore()
+        run = self.shared.local[shard]
+        slot.local.copy_(self.shared.state_bytes[run.offset : run.offset + run.nbytes])
+        begun, homes = self._homes(slot)
+        self._optimizer.state.clear()
+        for index, parameter in enumerate(self._params):
+            if begun[index]:
+                self._optimizer.state[parameter] = {
+                    key.name: load_value(home, key) for key, home in homes[index]
+                }
+            elif parameter in self._initial:
+                self._optimizer.state[parameter] = copy.deepcopy(self._initial[parameter])
+
+    def _keep(self, slot: Slot) -> None:
+        """Leave in the slot what the optimizer keeps, and in the model what the buffers are."""
+        begun, homes = self._homes(slot)
+        for index, parameter in enumerate(self._params):
+            state = self._optimizer.state.get(parameter)
+            if not state:
+                continue
+            begun[index] = 1
+            check_known(self._optimizer, state, [key for key, _ in homes[index]])
+            for key, home in homes[index]:
+                store_value(home, state[key.name])
+        for (_, own), (_, moved) in zip(
+            self.shared.model.named_buffers(), self._model.named_buffers(), strict=True
+        ):
+            own.copy_(moved)
+
+    def _homes(self, slot: Slot) -> tuple[torch.Tensor, list[list[tuple[StateKey, torch.Tensor]]]]:
+        """Where a slot says which parameters have state, and where that is."""
+        first = self.shared.local[0].offset
+
+        def view(name: str) -> torch.Tensor:
+            entry = self.shared.entry(name)
+            place = entry.offset - first
+            return as_tensor(slot.local, place, entry.dtype, entry.shape, entry.stride)
+
+        homes = [
+            [(key, view(local_name(0, name, key))) for key in keys]
+            for name, keys in zip(self.shared.names, self.shared.local_keys, strict=True)
+        ]
+        return view(local_flags(0)), homes
+
+
+class LocalUpdate:
+    """One worker's part in the update of what shards' optimizers keep. Made anew when the
+    membership changes."""
+
+    def __init__(self, shared: SharedState, mine: range, rank: int, workers: int) -> None:
+        """`mine` are the shards that this host computes."""
+        state = memoryview(shared.segments["state"].map)
+        slots = memoryview(shared.segments["slots"].map)
+        self.ranges: list[Range] = []
+        """What it changes of the state segment."""
+        self._copies: dict[int, tuple[memoryview, memoryview]] = {}
+        for shard in mine if shared.local else ():
+            whole = shared.local[shard]
+            part = cut_evenly(whole, workers)[rank]
+            start = shared.slot_offset(shard) + part.offset - whole.offset
+            self.ranges.append(part)
+            self._copies[shard] = (
+                state[part.offset : part.offset + part.nbytes],
+                slots[start : start + part.nbytes],
+            )
+
+    def run(self, active: Iterable[int]) -> None:
+        """Make the state what the step's shards have left in their slots."""
+        for shard in active:
+            if shard in self._copies:
+                kept, found = self._copies[shard]
+                kept[:] = found
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy in memory of its own, with gradients that its own optimizer takes."""
+    local = copy.deepcopy(model)
+    for module in local.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = False  # as it may be run for the exchange (see `embeddings`)
+    return local
+
+
+class _Way(torch.autograd.Function):
+    """A number whose gradient, with regard to each parameter, is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, ways: list[torch.Tensor], *_: Any) -> torch.Tensor:
+        ctx.ways = ways
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (grad,) = grads
+        return None, None, *(way * grad.to(way.dtype) for way in ctx.ways)
