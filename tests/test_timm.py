@@ -78,7 +78,9 @@ class Plain(Task):
         return schedule
 
 
-@pytest.mark.parametrize(("name", "options"), [("test_resnet", {}), pytest.param("test_vit", {"img_size": 32}, marks=pytest.mark.long)],
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("test_resnet", {}), pytest.param("test_vit", {"img_size": 32}, marks=pytest.mark.long)],
 )
 def test_a_model_of_timm(
     name: str, options: dict[str, Any], run_folders: Callable[[], str]
