@@ -227,6 +227,57 @@ def test_a_classifier(run_folders: Callable[[], str]) -> None:
     assert_same(make, PlainBert(), run_folders)
 
 
+def test_columns_that_the_model_does_not_take() -> None:
+    """As transformers' Trainer does: they are left out, unless the collator is the user's."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra transformers")
+    row = {"input_ids": [1, 2, 3], "label": 1, "idx": 7, "text": "a b c"}
+
+    def collate(**options: Any) -> Any:
+        task = lockstep.from_transformers(
+            bert(), [row], auto_class="AutoModelForSequenceClassification", **options
+        )
+        return task.model(), task.collate([row, row])
+
+    model, batch = collate()
+    assert set(batch) == {"input_ids", "labels"}
+    assert model(**batch).loss.isfinite()
+    assert collate(collate=transformers.DefaultDataCollator())[1].keys() == {"input_ids", "labels"}
+    assert collate(collate=list)[1] == [row, row]
+
+    def open_forward(**batch: Any) -> None: ...
+
+    anything = nn.Identity()
+    anything.forward = open_forward  # type: ignore[method-assign]
+    task = lockstep.from_transformers(anything, [row])
+    task.model()
+    assert set(task.collate([row])) == {"input_ids", "labels", "idx"}
+
+
+def test_gradient_checkpointing(run_folders: Callable[[], str]) -> None:
+    """What is computed twice, with dropout in it, is computed as if it were computed once."""
+
+    def make(checkpointing: bool) -> Task:
+        def model() -> Any:
+            import transformers
+
+            built = transformers.BertForSequenceClassification(bert())
+            if checkpointing:
+                built.gradient_checkpointing_enable()
+            return built
+
+        return lockstep.from_transformers(model, Sentences(40, 1), collate=pad, lr=1e-3)
+
+    bert()  # skips before anything has run
+    results = [
+        lockstep.run(
+            make(checkpointing), workers=workers, shards=2, threads=1, steps=3, batch_size=16,
+            quiet=True, out=run_folders(),
+        )
+        for checkpointing, workers in ((False, 2), (True, 1), (True, 2))
+    ]  # fmt: skip
+    assert len({result.fingerprint for result in results}) == 1
+
+
 def test_held_out_tokens_count_once(run_folders: Callable[[], str]) -> None:
     """Loss and perplexity of a language model are over tokens, however batches are padded."""
     transformers = pytest.importorskip("transformers", reason="needs the extra transformers")
@@ -534,6 +585,70 @@ def test_what_cannot_be_averaged_is_not_logged(value: Any, options: dict[str, An
     with pytest.raises(TaskError, match="'odd' is not a number that can be averaged"):
         lockstep.from_lightning(net, data_class()).metrics(net, None)
     assert "log" not in vars(net)
+
+
+def test_what_is_logged_in_training_is_dropped() -> None:
+    """Whatever it is: torchmetrics' objects, too."""
+    net_class, data_class = lightning_classes()
+    import torchmetrics
+
+    class Net(net_class):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            scores = self.layers(batch[0])
+            self.accuracy(scores, batch[1])
+            self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+            return functional.cross_entropy(scores, batch[1])
+
+    net = Net()
+    task = lockstep.from_lightning(net, data_class())
+    batch = torch.utils.data.default_collate([blobs(8, seed=1)[index] for index in range(8)])
+    assert task.loss(task.model(), batch).requires_grad
+    assert "log" not in vars(net)
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [
+        (lambda net, batch: (batch,), ("b",)),
+        (lambda net, batch, batch_idx: (batch, batch_idx), ("b", 0)),
+        (lambda net, data, _: (data, _), ("b", 0)),
+        (lambda net, batch, i, dataloader_idx: (batch, i, dataloader_idx), ("b", 0, 0)),
+        (lambda net, batch, i, stage="val": (batch, i, stage), ("b", 0, "val")),
+        (lambda net, *args: args, ("b", 0)),
+    ],
+)
+def test_steps_by_whatever_names(step: Callable[..., Any], wanted: tuple[Any, ...]) -> None:
+    """Lightning gives a step its arguments by place."""
+    from lockstep.adapters.lightning import _call
+
+    net_class, _ = lightning_classes()
+    net = type("Net", (net_class,), {"training_step": step})()
+    assert _call(net.training_step, "b") == wanted
+
+
+def test_a_data_module_of_data_sets() -> None:
+    """LightningDataModule.from_datasets puts its loaders into the object, not into a class."""
+    net_class, _ = lightning_classes()
+    import lightning.pytorch as pl
+
+    train, held_out = blobs(56, seed=1), blobs(30, seed=2)
+    data = pl.LightningDataModule.from_datasets(train, held_out, batch_size=4)
+    task = lockstep.from_lightning(net_class(), data)
+    assert task.train_data() is train
+    assert task.eval_data() is held_out
+    task = lockstep.from_lightning(net_class(), pl.LightningDataModule.from_datasets(train))
+    task.train_data()
+    assert task.eval_data() is None
+
+
+def test_a_loader_is_no_data_module() -> None:
+    net_class, _ = lightning_classes()
+    with pytest.raises(JobError, match=r"(?s)not Lightning's.*LightningDataModule\.from_datasets"):
+        lockstep.from_lightning(net_class(), DataLoader(blobs(8, seed=1)))
 
 
 def test_a_loader_with_an_order_of_its_own() -> None:

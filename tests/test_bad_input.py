@@ -234,6 +234,20 @@ def test_more_workers_than_shards() -> None:
     assert is_whole(caught.value)
 
 
+class _BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"run"
+
+
+def test_a_path_for_a_run_folder(tmp_path: Path) -> None:
+    result = lockstep.run(
+        Blobs(), steps=1, workers=1, batch_size=8, evaluate=False, quiet=True, out=tmp_path / "run"
+    )
+    assert result.folder == tmp_path / "run"
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["job"]["out"] == str(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "says"),
     [
@@ -249,6 +263,7 @@ def test_more_workers_than_shards() -> None:
         ("data_epochs", math.inf, "data_epochs is out of range"),
         ("audit", 1.5, "audit is out of range"),
         ("out", 3, "out has the wrong type"),
+        ("out", _BytesPath(), "out has the wrong type"),
         ("evaluate", "no", "evaluate has the wrong type"),
         ("seed", 2**63, "seed is out of range"),
         ("threads", 10**9, "threads is out of range"),

@@ -154,6 +154,7 @@ class Crew:
                     "returns": roles.duties.returns,
                     "sums": [dataclasses.asdict(run) for run in roles.sums],
                     "theirs": roles.theirs,
+                    "owned": sorted(roles.owned),
                     "refresh": resumption.back is None
                     and not roles.parted
                     and not self.sink.busy(),
@@ -209,7 +210,7 @@ class Crew:
         station, name = self.station, self.station.name if self.station else ""
         assert station is not None
         self.roles = self.roles.among(orders.workers, self.host.slot_map)
-        self.history.elsewhere = self.roles.owned
+        self.history.owned = self.roles.owned
         peer = ""
         try:
             if self.roles.several:

@@ -25,7 +25,7 @@ class History:
     def __init__(self, host: Host, plan: Plan, sink: Sink, clock: Clock, step: int) -> None:
         assert host.layout is not None
         self.host, self.plan, self.sink, self.clock = host, plan, sink, clock
-        self.control, self.layout, self.audit = host.control, host.layout, host.layout.audit()
+        self.control, self.audit = host.control, host.layout.audit()
         self.step = step
         """How many steps are committed and recorded."""
         self.seats: tuple[int, ...] = ()
@@ -33,8 +33,8 @@ class History:
         self.loss = float("nan")
         self.committed_at = 0.0
         """When the last recorded step was committed, by the monotonic clock."""
-        self.elsewhere: Container[int | None] = ()
-        """The parameters of which one host alone has the optimizer state: it digests it."""
+        self.owned: Container[int] = ()
+        """The parameters that some host alone updates: it tells its digests before the commit."""
         self.marks: dict[int, str] = {}
         """Digests of what was recorded of every 64th step, the newest ones: other hosts must have
         recorded the same."""
@@ -61,9 +61,8 @@ class History:
         if self.step < step:
             self._drain_to(progress_of(step - 1, Phase.STARTED))
             state = memoryview(self.host.state.map)
-            for index, unit in enumerate(self.audit.units(step - 1)):
-                if self.layout.param_of(unit.entry) in self.elsewhere:
-                    continue  # was told before the commit
+            _, everybodys = self.audit.split(step - 1, self.owned)
+            for index, unit in everybodys.items():
                 digest = blake3(state[unit.offset : unit.offset + unit.nbytes]).digest(DIGEST_BYTES)
                 self.control.set_digest(step - 1, index, digest)
             self.control.times[(step - 1) % RING] = time.perf_counter()

@@ -214,8 +214,8 @@ class Job:
     """Write a checkpoint when so many seconds have passed since the last."""
     keep_checkpoints: int = 5
     """How many checkpoints are kept, the newest ones."""
-    out: str | None = None
-    """The run folder (default `runs/NAME-NUMBER`). It must not exist."""
+    out: str | os.PathLike[str] | None = None
+    """The run folder (default `runs/NAME-NUMBER`). It must not exist. Kept as a string."""
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
@@ -223,8 +223,7 @@ class Job:
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
                 expected = " or ".join(_KIND_NAMES[kind] for kind in kinds)
                 raise JobError(f"{name} has the wrong type", expected=expected, found=repr(value))
-        if self.out is not None and not isinstance(self.out, str | os.PathLike):
-            raise JobError("out has the wrong type", expected="a path", found=repr(self.out))
+        object.__setattr__(self, "out", _path(self.out))  # settings are written as JSON
         for name in ("evaluate", "ship_code"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -315,6 +314,16 @@ class Job:
     def replace_args(self, args: Mapping[str, Any]) -> Job:
         """A copy with other arguments for the named task."""
         return dataclasses.replace(self, args=args)
+
+
+def _path(out: object) -> str | None:
+    """Raises: JobError: it is no path."""
+    path = os.fspath(out) if isinstance(out, str | os.PathLike) else None
+    if (path is None and out is not None) or isinstance(path, bytes):
+        raise JobError(
+            "out has the wrong type", expected="a str or a pathlib.Path", found=repr(out)
+        )
+    return path
 
 
 _KIND_NAMES: dict[type, str] = {int: "a whole number", float: "a number"}

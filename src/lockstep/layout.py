@@ -196,9 +196,10 @@ class Unit:
     """A run of bytes of the state segment that is digested as one."""
 
     name: str
-    entry: str
     offset: int
     nbytes: int
+    param: int | None
+    """The trainable parameter that it is of, or of whose optimizer state."""
 
 
 PARTS = 256
@@ -228,31 +229,45 @@ class Audit:
             return ()
         return tuple(group[turn % len(group)] for group in (self.params, self.others) if group)
 
+    def split(self, step: int, params: Container[int]) -> tuple[dict[int, Unit], dict[int, Unit]]:
+        """The units of `step`, by their places in it: those of these parameters, and all others.
+
+        Whoever alone updates some parameters, alone has their optimizer state: it digests the
+        units of theirs, and every host digests those that nobody has alone.
+        """
+        apart: dict[int, Unit] = {}
+        others: dict[int, Unit] = {}
+        for place, unit in enumerate(self.units(step)):
+            mine = unit.param is not None and unit.param in params
+            (apart if mine else others)[place] = unit
+        return apart, others
+
 
 SMALL_STATE, SMALL_EVERY = 1 << 20, 8
 PER_STEP = 2
 """The largest number of units that a step records."""
 
 
-def plan_audit(entries: Iterable[Entry], trainable: Iterable[str]) -> Audit:
-    """Cut the state into digest units."""
+def plan_audit(entries: Iterable[Entry], owners: Mapping[str, int]) -> Audit:
+    """Cut the state into digest units. `owners` are the trainable parameters of the entries."""
     entries = list(entries)
     total = sum(entry.nbytes for entry in entries)
     least, most = UNIT_BYTES
     length = min(max(math.ceil(total / PARTS / ALIGN) * ALIGN, least), most)
-    names = set(trainable)
     params: list[Unit] = []
     others: list[Unit] = []
     for entry in entries:
         if entry.kind in APART:
             continue  # losses would show that it has changed
-        mine = params if entry.kind == "param" and entry.name in names else others
+        param = owners.get(entry.name)
+        mine = params if entry.kind == "param" and param is not None else others
         parts = max(1, math.ceil(entry.nbytes / length))
         for part in range(parts):
             start, stop = part * length, min((part + 1) * length, entry.nbytes)
             label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
             offset = entry.offset + start
-            mine.append(Unit(name=label, entry=entry.name, offset=offset, nbytes=stop - start))
+            nbytes = stop - start
+            mine.append(Unit(name=label, offset=offset, nbytes=nbytes, param=param))
     every = 1 if total >= SMALL_STATE else SMALL_EVERY
     return Audit(params=tuple(params), others=tuple(others), every=every)
 
@@ -270,11 +285,7 @@ class Layout:
     """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
 
     def audit(self) -> Audit:
-        return plan_audit(self.entries, self.trainable)
-
-    def param_of(self, entry: str) -> int | None:
-        """The trainable parameter that an entry is, or whose optimizer state it is."""
-        return self._params.get(entry)
+        return plan_audit(self.entries, self._params)
 
     def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[Range]:
         """The bytes of the state segment that are these trainable parameters', of such kinds."""
@@ -295,6 +306,7 @@ class Layout:
 
     @functools.cached_property
     def _params(self) -> dict[str, int]:
+        """By entry, the trainable parameter that it is, or whose optimizer state it is."""
         numbers = {name: number for number, name in enumerate(self.trainable)}
         found = {}
         for entry in self.entries:

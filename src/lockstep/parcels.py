@@ -70,7 +70,7 @@ class Parcels:
         duties: Duties,
         node: str,
     ) -> None:
-        self.control, self.places, self.layout, self.duties = control, places, layout, duties
+        self.control, self.places, self.duties = control, places, duties
         self.mine = arrangement.part(node)
         self.others = arrangement.others(node)
         self._slots, self._state = slots, state
@@ -194,11 +194,10 @@ class Parcels:
 
     def audited(self, step: int, owner: str) -> list[tuple[int, memoryview]]:
         """What of the units that the ledger records of a step only this owner has, by index."""
-        params = self.duties.shares[owner].params
+        alone, _ = self._audit.split(step, self.duties.shares[owner].params)
         return [
             (index, self._state[unit.offset : unit.offset + unit.nbytes])
-            for index, unit in enumerate(self._audit.units(step))
-            if self.layout.param_of(unit.entry) in params
+            for index, unit in alone.items()
         ]
 
     # Where it lies.

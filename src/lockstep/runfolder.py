@@ -36,7 +36,7 @@ class RunFolder:
         self.result_path = path / "result.json"
 
     @classmethod
-    def create(cls, out: str | None, label: str) -> RunFolder:
+    def create(cls, out: str | os.PathLike[str] | None, label: str) -> RunFolder:
         """Make a new run folder: `out`, or the next free `runs/LABEL-NUMBER`.
 
         Raises:
@@ -66,10 +66,10 @@ class RunFolder:
             ) from error
 
     @staticmethod
-    def check_free(out: str | None) -> None:
+    def check_free(out: str | os.PathLike[str] | None) -> None:
         """Raise `RunFolderError` if `out` exists, before anything is started."""
         if out is not None and Path(out).exists():
-            raise _exists(out)
+            raise _exists(str(out))
 
     def __enter__(self) -> RunFolder:
         """Be the one master of this run until the end of the block.

@@ -77,6 +77,8 @@ class Part:
     """What of a slot it sums for all hosts, where they return sums."""
     theirs: frozenset[int]
     """The parameters that other hosts alone update."""
+    owned: frozenset[int]
+    """The parameters that some host alone updates."""
 
 
 def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
@@ -146,7 +148,6 @@ class Stepper:
         self._gradient_audit: GradientAudit | None = None
         self._claims = Claims(shared.control)
         self._writer = SlotWriter(shared)
-        self._everywhere = {None, *shared.tables}
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._modes = Modes(shared.model)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
@@ -438,10 +439,8 @@ class Stepper:
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""
-        owned = self.part.returns == "parameters"  # then the exchanger does what has an owner
-        for index, unit in enumerate(self.audit.units(step)):
-            if owned and self.shared.layout.param_of(unit.entry) not in self._everywhere:
-                continue
+        _, everybodys = self.audit.split(step, self.part.owned)  # the exchanger does the others
+        for index, unit in everybodys.items():
             if (step + index) % self.part.workers == self.part.rank:
                 view = self._state[unit.offset : unit.offset + unit.nbytes]
                 self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))

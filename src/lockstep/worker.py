@@ -170,6 +170,7 @@ class Worker:
             returns=message["returns"],
             sums=tuple(share),
             theirs=theirs,
+            owned=frozenset(message["owned"]),
         )
         threads = self.session.plan["threads"]
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +49,8 @@ def from_lightning(module: Any, datamodule: Any) -> Task:
                 f"the {name} is not Lightning's",
                 expected=f"a {kinds[0].__name__}",
                 found=repr(type(value)),
-                fix="for a plain nn.Module or data set there is lockstep.from_module",
+                fix="loaders alone become one by LightningDataModule.from_datasets(train_set, "
+                "val_set); for a plain nn.Module there is lockstep.from_module",
             )
     check_module(module, next(kind for kind in modules if isinstance(module, kind)))
     check_data(datamodule, next(kind for kind in datamodules if isinstance(datamodule, kind)))
@@ -113,7 +115,7 @@ class LightningTask(Task):
         return dataset
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        with _logging(model):
+        with _logging(model, _drop):
             found = _call(model.training_step, batch)
         loss: torch.Tensor | None = found.get("loss") if isinstance(found, Mapping) else found
         if loss is None:
@@ -137,15 +139,18 @@ class LightningTask(Task):
 
     def metrics(self, model: Any, batch: Any) -> Mapping[str, torch.Tensor | float]:
         """What validation_step logs: each value weighted by the samples of its batch."""
-        with _logging(model) as logged:
+        logged: dict[str, Any] = {}
+        with _logging(model, functools.partial(_keep, logged)):
             _call(model.validation_step, batch)
         return logged
 
 
 def _overrides(owner: Any, name: str) -> bool:
-    """Whether the class has a method of its own and not Lightning's."""
+    """Whether it has a method of its own and not Lightning's, by its class or put into the object
+    as `LightningDataModule.from_datasets` does."""
     method = getattr(type(owner), name, None)
-    return method is not None and not method.__module__.startswith(OURS)
+    of_class = method is not None and not method.__module__.startswith(OURS)
+    return of_class or name in vars(owner)
 
 
 OURS = ("lightning.", "pytorch_lightning.")
@@ -153,11 +158,19 @@ OURS = ("lightning.", "pytorch_lightning.")
 
 
 def _call(step: Callable[..., Any], batch: Any) -> Any:
-    """`training_step(batch)` or `training_step(batch, batch_idx)`; the index is always 0."""
-    names = inspect.signature(step).parameters
-    arguments = {"batch": batch, "batch_idx": 0, "dataloader_idx": 0}
-    given = {name: value for name, value in arguments.items() if name in names}
-    return step(**given) if "batch" in given else step(batch, *([0] if len(names) > 1 else []))
+    """`training_step(batch)` or `training_step(batch, batch_idx)`, whatever they are called there;
+    the index is always 0, and so is dataloader_idx where it is wanted."""
+    places = [p for p in inspect.signature(step).parameters.values() if p.kind in BY_PLACE]
+    wanted = [p for p in places if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    indices = len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in places)
+    return step(batch, *[0] * max(len(wanted) - 1, indices))
+
+
+BY_PLACE = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 
 
 def _one(loader: Any, name: str) -> Any:
@@ -202,31 +215,49 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _logging(module: Any) -> Iterator[dict[str, Any]]:
-    """Take what the module logs, while this lasts: `self.log` and `self.log_dict`."""
-    logged: dict[str, Any] = {}
-
-    def log(name: str, value: Any, *args: Any, reduce_fx: Any = "mean", **options: Any) -> None:
-        if reduce_fx != "mean" or not _is_number(value):
-            raise TaskError(
-                f"the logged value {name!r} is not a number that can be averaged over samples",
-                expected="a number or a tensor of one element, with reduce_fx='mean'",
-                found=f"a {type(value).__name__}, reduce_fx={reduce_fx!r}",
-                fix="log the mean over the batch; for what is no mean write a lockstep.Task "
-                "with outputs and score",
-            )
-        logged[name] = value
+def _logging(module: Any, log: Callable[..., None]) -> Iterator[None]:
+    """Have the module log by this function, while this lasts: `self.log` and `self.log_dict`."""
 
     def log_dict(values: Mapping[str, Any], *args: Any, **options: Any) -> None:
         for name, value in values.items():
-            log(name, value, **options)
+            log(name, value, *args, **options)
 
     # In the instance, past nn.Module's own way of setting attributes.
     vars(module).update(log=log, log_dict=log_dict)
     try:
-        yield logged
+        yield
     finally:
         del vars(module)["log"], vars(module)["log_dict"]
+
+
+def _drop(name: str, value: Any, *args: Any, **options: Any) -> None:
+    """What is logged in training is not looked at."""
+
+
+def _keep(
+    logged: dict[str, Any],
+    name: str,
+    value: Any,
+    *args: Any,
+    reduce_fx: Any = "mean",
+    **options: Any,
+) -> None:
+    """Keep what is logged in validation.
+
+    Raises:
+        TaskError: it is no mean over the batch.
+    """
+    import torch
+
+    if reduce_fx not in ("mean", torch.mean) or not _is_number(value):
+        raise TaskError(
+            f"the logged value {name!r} is not a number that can be averaged over samples",
+            expected="a number or a tensor of one element, with reduce_fx='mean'",
+            found=f"a {type(value).__name__}, reduce_fx={reduce_fx!r}",
+            fix="log the mean over the batch, for an accuracy (scores.argmax(1) == labels)"
+            ".float().mean(); for what is no mean write a lockstep.Task with outputs and score",
+        )
+    logged[name] = value
 
 
 def _is_number(value: Any) -> bool:

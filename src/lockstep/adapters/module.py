@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep.adapters.parts import build_data, build_model, check_callable
 from lockstep.errors import TaskError
 from lockstep.job import Parameters, Task
+from lockstep.optim import check_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,8 @@ def from_module(
         loss: the mean over a batch from `(outputs, targets)`, a scalar.
         optimizer: from the parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         eval_dataset: the held-out data, of the same form.
-        scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`.
+        scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`; one of
+            timm's counts updates (`t_in_epochs=False`), or data epochs with that interval.
         scheduler_interval: when it is stepped.
         metrics: held-out metrics beside the loss, from `(outputs, targets)`: one number per
             sample, `[n]`, or the mean over the batch.
@@ -102,13 +104,36 @@ class ModuleTask(Task):
         return self._make_optimizer(params)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        return None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        schedule = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        if hasattr(schedule, "step_update"):
+            return _Told(schedule, self.scheduler_interval)  # type: ignore[return-value]
+        return schedule
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
         inputs, targets = _pair(batch)
         outputs = model(inputs)
         named = {"loss": self._criterion, **self._metrics}
         return {name: metric(outputs, targets) for name, metric in named.items()}
+
+
+class _Told:
+    """A schedule of timm, which has to be told how far it is, stepped as one of PyTorch."""
+
+    def __init__(self, schedule: Any, interval: Literal["step", "data_epoch"]) -> None:
+        check_schedule(getattr(schedule, "lr_scheduler", schedule))  # a plateau is wrapped
+        if schedule.t_in_epochs != (interval == "data_epoch"):
+            raise TaskError(
+                "timm's schedule would never be stepped",
+                expected='t_in_epochs=False with scheduler_interval "step", True with "data_epoch"',
+                found=f"t_in_epochs={schedule.t_in_epochs}, scheduler_interval={interval!r}",
+                fix="change one of them; t_initial and warmup_t count the same",
+            )
+        self._tell = schedule.step if schedule.t_in_epochs else schedule.step_update
+        self._count = 0
+
+    def step(self) -> None:
+        self._count += 1
+        self._tell(self._count)
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

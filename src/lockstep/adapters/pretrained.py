@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ IGNORED = -100
 SHIFTED = ("ForCausalLM", "LMHeadModel")
 """Models of these names predict the next token: label `t` belongs to the scores at `t - 1`."""
 PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+LABELS = frozenset({"label", "label_ids", "labels"})
+"""Columns that collators make labels of."""
 
 
 def from_transformers(
@@ -49,6 +52,8 @@ def from_transformers(
         auto_class: for a configuration, `"AutoModelForSequenceClassification"` or the class.
         collate: a data collator; default: `transformers.default_data_collator`, which does not
             pad. `DataCollatorWithPadding(tokenizer)` pads each shard to its own longest sample.
+            To collators of transformers columns that the model does not take are not given, as
+            by its Trainer; a function of one's own gets the samples whole.
         lr: AdamW's learning rate.
         weight_decay: of what has two dimensions or more: not of biases and norms.
         warmup_steps: over so many steps the rate rises from 0 to `lr`.
@@ -82,10 +87,9 @@ def from_transformers(
             found=f"decay_steps = {decay_steps}",
             fix="give decay_steps the steps of the run",
         )
-    task = TransformersTask(model, dataset, eval_dataset, lr, weight_decay)
-    task.warmup_steps, task.decay_steps = warmup_steps, decay_steps
     collator = collate or transformers.default_data_collator
-    task.collate = collator  # type: ignore[method-assign, assignment]
+    task = TransformersTask(model, dataset, eval_dataset, collator, lr, weight_decay)
+    task.warmup_steps, task.decay_steps = warmup_steps, decay_steps
     return task
 
 
@@ -119,14 +123,26 @@ class TransformersTask(Task):
     decay_steps: int | None = None
 
     def __init__(
-        self, model: Any, dataset: Any, eval_dataset: Any, lr: float, weight_decay: float
+        self,
+        model: Any,
+        dataset: Any,
+        eval_dataset: Any,
+        collator: Callable[[list[Any]], Any],
+        lr: float,
+        weight_decay: float,
     ) -> None:
         self._model, self._dataset, self._eval_dataset = model, dataset, eval_dataset
+        self._collator = collator
+        self._columns: frozenset[str] | None = None
+        """Those that the collator gets; None: all."""
         self.lr, self.weight_decay = lr, weight_decay
         self.made_from = (model,)
 
     def model(self) -> nn.Module:
-        return build_model(self._model).train()  # from_pretrained leaves it in evaluation mode
+        model = build_model(self._model)
+        if _of_transformers(self._collator):
+            self._columns = _columns(model)
+        return model.train()  # from_pretrained leaves it in evaluation mode
 
     def train_data(self) -> Dataset[Any]:
         data: Dataset[Any] = build_data(self._dataset)
@@ -135,6 +151,14 @@ class TransformersTask(Task):
     def eval_data(self) -> Dataset[Any] | None:
         data: Dataset[Any] | None = build_data(self._eval_dataset)
         return data
+
+    def collate(self, samples: list[Any]) -> Any:
+        if self._columns is not None:
+            samples = [
+                {name: value for name, value in sample.items() if name in self._columns}
+                for sample in samples
+            ]
+        return self._collator(samples)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         return _loss(model(**batch), batch)
@@ -198,6 +222,22 @@ class TransformersTask(Task):
         perplexity = math.exp(loss) if loss < MOST_EXPONENT else math.inf
         accuracy = int(outputs["hits"].sum()) / tokens
         return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
+
+
+def _of_transformers(collator: Callable[[list[Any]], Any]) -> bool:
+    """Whether it is a collator of transformers, not one of the user's."""
+    kind = collator if inspect.isfunction(collator) else type(collator)
+    return kind.__module__.partition(".")[0] == "transformers"
+
+
+def _columns(model: nn.Module) -> frozenset[str] | None:
+    """The columns that a model takes; None: it may take any."""
+    transformers = need("transformers", "transformers")
+    parameters = inspect.signature(model.forward).parameters.values()
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if anything and not isinstance(model, transformers.PreTrainedModel):
+        return None  # what transformers' own models have there are options of attention
+    return frozenset(parameter.name for parameter in parameters) | LABELS
 
 
 MOST_EXPONENT = 700.0
