@@ -495,6 +495,26 @@ def test_a_lightning_module(run_folders: Callable[[], str]) -> None:
     assert_same(lambda: lockstep.from_lightning(net, data_class()), plain, run_folders)
 
 
+def test_hooks_that_most_modules_have() -> None:
+    """`setup` of the module is called, before its configure_model; `teardown` may be there."""
+    net_class, data_class = lightning_classes()
+
+    class Net(net_class):  # type: ignore[misc, valid-type]
+        def setup(self, stage: str) -> None:
+            self.classes = {"fit": 3}[stage]
+
+        def configure_model(self) -> None:
+            self.layers = nn.Linear(2, self.classes)
+
+        def teardown(self, stage: str) -> None: ...
+
+    class Data(data_class):  # type: ignore[misc, valid-type]
+        def teardown(self, stage: str) -> None: ...
+
+    weights = lockstep.from_lightning(Net(), Data()).model().state_dict()
+    assert weights["layers.weight"].shape == (3, 2)
+
+
 def by_steps(optimizer: Any) -> dict[str, Any]:
     return {"scheduler": StepLR(optimizer, 2), "interval": "step"}
 

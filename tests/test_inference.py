@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 import lockstep
 from lockstep.errors import DataError, JobError, RunFolderError, TaskError
-from lockstep.records import open_records
+from lockstep.records import open_records, samples_of
 from lockstep.rowfile import RowFile, write_parquet
 from tests import command
 from tests.tasks import BATCH, Blobs, Fails, Predicts, blobs
@@ -82,7 +82,7 @@ def test_what_was_cut_short_is_gone_on_with(run_folder: str, tmp_path: Path) -> 
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     settings: dict[str, Any] = {"batch_size": 4, "workers": 1}
     lockstep.predict(run.folder, data, out=whole, task=Predicts(), **settings)
-    with pytest.raises(TaskError, match="not this one"):
+    with pytest.raises(TaskError, match=r"not this one\n.*points\.jsonl, line 151"):
         lockstep.predict(run.folder, data, out=out, task=Fails(), **settings)
     assert not out.exists()
     (tmp_path / "out.jsonl.part").open("ab").write(b'{"torn')
@@ -150,6 +150,38 @@ def test_records_that_cannot_be_used(lines: str, says: str, tmp_path: Path) -> N
     path.write_text(lines)
     with pytest.raises(DataError, match=says):
         list(map(open_records(path).__getitem__, range(2)))
+
+
+def test_a_record_that_the_task_refuses(tmp_path: Path) -> None:
+    """The task says what is wrong with it, and Lockstep which it is."""
+
+    class Strict(Predicts):
+        def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+            if "point" not in record:
+                raise DataError("there is no point", fix="give one")
+            return super().from_record(record)
+
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"point": [1.0]}\n\n{"id": 2}\n')
+    samples = samples_of(Strict(), {"path": path, "keep": []})
+    assert samples[0].tolist() == [1.0]
+    with pytest.raises(DataError, match=r"records\.jsonl, line 3: there is no point\n.*give one"):
+        samples[1]
+
+
+def test_begun_but_nothing_written(tmp_path: Path) -> None:
+    """Then other data may have the name; with a row written they may not."""
+    out = tmp_path / "out.jsonl"
+    with RowFile(out, {"data": 1}):
+        pass
+    with RowFile(out, {"data": 2}) as rows:
+        rows.add([{"a": 1}])
+    with pytest.raises(RunFolderError, match="was begun with another model"):
+        RowFile(out, {"data": 3})
+    with RowFile(out, {"data": 2}) as rows:
+        assert rows.rows == 1
+        rows.finish()
+    assert lines_of(out) == [{"a": 1}]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ class Records(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def where(self, index: int) -> str:
+        """The file, and which of its lines or rows this is, counted from 1."""
+        ...
+
 
 class JsonLines:
     """A file with a JSON object per line. Empty lines do not count."""
@@ -57,9 +61,12 @@ class JsonLines:
     def _read(self, start: int, end: int) -> bytes:
         return os.pread(self._fd, int(end - start), int(start))  # forks share a file's position
 
+    def where(self, index: int) -> str:
+        return f"{self.path}, line {self._lines[index]}"
+
     def _unusable(self, index: int, found: str) -> DataError:
         return DataError(
-            f"{self.path}, line {self._lines[index]} cannot be used",
+            f"{self.where(index)} cannot be used",
             expected='a JSON object, such as {"text": "good"}',
             found=found,
             fix="mend the line, or leave it out",
@@ -87,6 +94,9 @@ class ParquetRows:
                 table = file.read_row_group(group, use_threads=False)
             self._group, self._rows = group, table.to_pylist()
         return self._rows[index - int(self._ends[group]) + len(self._rows)]
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, row {index + 1}"
 
 
 def open_records(path: str | Path) -> Records:
@@ -124,7 +134,20 @@ class Samples:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Any:
-        return self.task.from_record(self.records[index])
+        """The sample of a record; what `from_record` raises says of which."""
+        record = self.records[index]
+        try:
+            return self.task.from_record(record)
+        except DataError as error:
+            raise DataError(
+                f"{self.records.where(index)}: {error.what}",
+                expected=error.expected,
+                found=error.found,
+                fix=error.fix,
+            ) from None
+        except Exception as error:
+            error.add_note(f"The record is {self.records.where(index)}")
+            raise
 
     def beside(self, indices: Sequence[int], rows: Sequence[Record]) -> list[Record]:
         """Rows of predictions, with the columns of the records that are kept before them.

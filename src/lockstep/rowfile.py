@@ -101,7 +101,8 @@ class RowFile:
         size = 0
         if self._journal.exists():
             known = self._read_journal()
-            if known.get("identity") != self.identity:
+            # Where nothing is written yet, nothing is mixed: a first record may just be mended.
+            if known.get("rows") != 0 and known.get("identity") != self.identity:
                 raise RunFolderError(
                     f"{self._part} was begun with another model, other data or settings",
                     expected=json.dumps(self.identity),

@@ -6,10 +6,12 @@ from typing import Any
 
 from lockstep.errors import TaskError
 
-PARTS = ("on_test_", "on_predict_", "test_", "predict_")
-"""Hooks of testing and predicting have no part in training."""
-HONOURED = ("configure_model", "prepare_data", "setup", "train_dataloader", "val_dataloader")
-"""Hooks that are called. A module's own data hooks are not: the data module has them."""
+PARTS = ("on_test_", "on_predict_", "test_", "predict_", "teardown")
+"""Hooks of testing and predicting have no part in training; what ends with the run frees itself."""
+OF_MODULE = {"configure_model", "setup"}
+"""Hooks of a module that are called. Its own loaders are not: the data module has them."""
+OF_DATA = {"prepare_data", "setup", "train_dataloader", "val_dataloader"}
+"""Hooks of a data module that are called."""
 TRAINING = (
     "backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step",
     "configure_gradient_clipping", "configure_callbacks",
@@ -31,7 +33,7 @@ def check_module(module: Any, kind: type) -> None:
             found="automatic_optimization = False",
             fix="return the loss from training_step; clipping is the setting clip_grad_norm",
         )
-    _refuse(name, _overridden(module, kind, TRAINING) - {"configure_model"})
+    _refuse(name, _overridden(module, kind, TRAINING) - OF_MODULE)
 
 
 def check_data(datamodule: Any, kind: type) -> None:
@@ -40,7 +42,7 @@ def check_data(datamodule: Any, kind: type) -> None:
     Raises:
         TaskError: it has one.
     """
-    _refuse(type(datamodule).__name__, _overridden(datamodule, kind, ()) - set(HONOURED))
+    _refuse(type(datamodule).__name__, _overridden(datamodule, kind, ()) - OF_DATA)
 
 
 def _overridden(owner: Any, kind: type, more: tuple[str, ...]) -> set[str]:
@@ -60,8 +62,8 @@ def _refuse(name: str, hooks: set[str]) -> None:
     if hooks:
         raise TaskError(
             f"{name} has hooks that only Lightning's Trainer calls",
-            expected="training_step, validation_step, configure_optimizers and configure_model of "
-            "the module; prepare_data, setup and the loaders of the data module",
+            expected="training_step, validation_step, configure_optimizers, configure_model and "
+            "setup of the module; prepare_data, setup and the loaders of the data module",
             found=", ".join(sorted(hooks)),
             fix="move what they do into these; what changes weights or gradients cannot be kept, "
             "clipping is the setting clip_grad_norm",

@@ -84,6 +84,7 @@ class LightningTask(Task):
         return self._datamodule
 
     def model(self) -> nn.Module:
+        self._module.setup("fit")
         self._module.configure_model()
         module: nn.Module = self._module.train()
         return module

@@ -167,6 +167,7 @@ class Clicks(Task):
                 "a record is not a row of the table",
                 expected=f"the columns {', '.join(self.ranges)}",
                 found=f"none of {', '.join(missing)}" if missing else str(error),
+                fix="give each record all of them, as the table has them; others may be there too",
             ) from None
 
     def predict(self, model: nn.Module, features: torch.Tensor) -> list[dict[str, Any]]:
