@@ -244,11 +244,10 @@ def test_columns_that_the_model_does_not_take() -> None:
     assert collate(collate=transformers.DefaultDataCollator())[1].keys() == {"input_ids", "labels"}
     assert collate(collate=list)[1] == [row, row]
 
-    def open_forward(**batch: Any) -> None: ...
+    class Anything(nn.Module):
+        def forward(self, **batch: Any) -> None: ...
 
-    anything = nn.Identity()
-    anything.forward = open_forward  # type: ignore[method-assign]
-    task = lockstep.from_transformers(anything, [row])
+    task = lockstep.from_transformers(Anything(), [row])
     task.model()
     assert set(task.collate([row])) == {"input_ids", "labels", "idx"}
 
