@@ -227,6 +227,9 @@ def test_the_commands(tmp_path: Path) -> None:
     evaluated = command.lockstep("evaluate", "run", "--json", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["samples"] == 30
+    nowhere = command.lockstep("predict", "run", "points.jsonl", "--out=-", cwd=tmp_path)
+    assert nowhere.returncode != 0
+    assert "predict writes to a file" in nowhere.stderr
     refused = command.lockstep("predict", "run", "points.jsonl", "--out=rows.jsonl", cwd=tmp_path)
     assert refused.returncode == RunFolderError.exit_code
     assert "exists" in refused.stderr

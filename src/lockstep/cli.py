@@ -296,6 +296,12 @@ def predict(
     """Predict from a file of records. What was cut short is gone on with by the same command."""
     from lockstep.inference import predict as predict_run
 
+    if str(out) == "-":
+        raise JobError(
+            "predict writes to a file, which can be gone on with",
+            expected="a name, such as rows.jsonl or rows.parquet",
+            found="--out -",
+        )
     columns = [name for name in keep.split(",") if name]
     found = predict_run(
         run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet
