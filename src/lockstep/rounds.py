@@ -27,6 +27,9 @@ from lockstep.schedule import Schedule
 from lockstep.slots import Slot, as_tensor
 from lockstep.state import SharedState, load_value, local_flags, local_name, store_value
 
+Homes = list[list[tuple[StateKey, torch.Tensor]]]
+"""By trainable parameter: where each value of its optimizer state lies in a slot."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
@@ -59,7 +62,8 @@ class Rounds:
     def loss(self, step: int, shard: int, slot: Slot, batch: Samples) -> torch.Tensor:
         """The mean loss over a shard's steps; its gradient is how far these have come, and the slot
         gets what the optimizer keeps."""
-        self._begin(shard, slot)
+        begun, homes = self._homes(slot)
+        self._begin(shard, slot, begun, homes)
         total = torch.zeros((), dtype=torch.float64)
         for place, samples in enumerate(divide(batch.samples, self.steps)):
             self._schedule.go_to(step * self.steps + place)
@@ -69,7 +73,7 @@ class Rounds:
             self._optimizer.step()
             total += loss.detach().double() * len(samples)
         self._optimizer.zero_grad(set_to_none=True)
-        self._keep(slot)
+        self._keep(begun, homes)
         params = self.shared.params
         with torch.no_grad():
             ways = [p - moved for p, moved in zip(params, self._params, strict=True)]
@@ -77,7 +81,7 @@ class Rounds:
         found: torch.Tensor = _Way.apply(mean, ways, *params)  # type: ignore[no-untyped-call]
         return found
 
-    def _begin(self, shard: int, slot: Slot) -> None:
+    def _begin(self, shard: int, slot: Slot, begun: torch.Tensor, homes: Homes) -> None:
         """Start from the committed parameters and buffers, and the shard's optimizer state."""
         with torch.no_grad():
             for local, committed in zip(self._params, self.shared.params, strict=True):
@@ -86,7 +90,6 @@ class Rounds:
         self._modes.restore()
         run = self.shared.local[shard]
         slot.local.copy_(self.shared.state_bytes[run.offset : run.offset + run.nbytes])
-        begun, homes = self._homes(slot)
         self._optimizer.state.clear()
         for index, parameter in enumerate(self._params):
             if begun[index]:
@@ -96,9 +99,8 @@ class Rounds:
             elif parameter in self._initial:
                 self._optimizer.state[parameter] = copy.deepcopy(self._initial[parameter])
 
-    def _keep(self, slot: Slot) -> None:
+    def _keep(self, begun: torch.Tensor, homes: Homes) -> None:
         """Leave in the slot what the optimizer keeps, and in the model what the buffers are."""
-        begun, homes = self._homes(slot)
         for index, parameter in enumerate(self._params):
             state = self._optimizer.state.get(parameter)
             if not state:
@@ -112,7 +114,7 @@ class Rounds:
         ):
             own.copy_(moved)
 
-    def _homes(self, slot: Slot) -> tuple[torch.Tensor, list[list[tuple[StateKey, torch.Tensor]]]]:
+    def _homes(self, slot: Slot) -> tuple[torch.Tensor, Homes]:
         """Where a slot says which parameters have state, and where that is."""
         first = self.shared.local[0].offset
 
