@@ -203,6 +203,13 @@ class TableGradient:
         mine = slice(*np.searchsorted(numbers.numpy(), (first, last)).tolist())
         return numbers[mine], self.home[mine]
 
+    def keep(self, part: Part) -> None:
+        """Make this the gradient that has these rows."""
+        named, rows = part
+        self.home[: len(named)] = rows
+        self.numbers[1 : len(named) + 1] = named
+        self.numbers[0] = len(named)
+
     def dense(self, first: int, last: int) -> torch.Tensor:
         """The rows from `first` to before `last`, with their zeros."""
         part = self.part(first, last)
@@ -260,17 +267,11 @@ def sum_tables(
     present: Sequence[bool],
     target: TableGradient,
     add: Sum,
-    *,
-    asked: bool,
 ) -> None:
-    """Put the sum of the present gradients of a whole table into `target`.
-
-    `asked`: the optimizer is to get it sparse.
-    """
+    """Put the sum of the present gradients of a whole table into `target`."""
     if not any(present):
         return
     rows, width = target.home.shape
-    fill = -0.0 if asked else 0.0
     parts = [
         leaf.part(0, rows) if has else _nothing(leaf)
         for leaf, has in zip(leaves, present, strict=True)
@@ -282,10 +283,8 @@ def sum_tables(
         return
     named = torch.unique(torch.cat([numbers for numbers, _ in sparse]))
     summed = target.home.new_empty(len(named), width)
-    add([_spread(part, named, fill).view(-1) for part in sparse], summed.view(-1))
-    target.home[: len(named)] = summed
-    target.numbers[1 : len(named) + 1] = named
-    target.numbers[0] = len(named)
+    add([_spread(part, named).view(-1) for part in sparse], summed.view(-1))
+    target.keep((named, summed))
 
 
 class SparseSum:
@@ -304,7 +303,7 @@ class SparseSum:
         """
         if node is None:
             return None
-        named, summed = self._merge(node)
+        named, summed = self.merge(node)
         return self._sparse(named - self._first, summed, self._rows)
 
     def cut(self, gradient: torch.Tensor | None, edges: Sequence[int]) -> list[torch.Tensor | None]:
@@ -325,10 +324,11 @@ class SparseSum:
             named[None], rows, (size, self._width), check_invariants=False, is_coalesced=True
         )
 
-    def _merge(self, node: Node) -> Part:
+    def merge(self, node: Node) -> Part:
+        """The same sum, as numbers of the whole table's rows, and the rows."""
         if isinstance(node, int):
             return _some(self.leaves[node].part(self._first, self._first + self._rows))
-        left, right = self._merge(node[0]), self._merge(node[1])
+        left, right = self.merge(node[0]), self.merge(node[1])
         return add_parts(left, right, self._first + self._rows)
 
 
@@ -355,11 +355,11 @@ def _nothing(leaf: TableGradient) -> tuple[torch.Tensor, torch.Tensor]:
     return leaf.numbers[:0], leaf.home[:0]
 
 
-def _spread(part: Part, named: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+def _spread(part: Part, named: torch.Tensor) -> torch.Tensor:
     """A shard's rows among all that are named, zeros between them."""
     numbers, values = part
     if len(numbers) == len(named):
         return values
-    spread = values.new_full((len(named), values.shape[1]), fill)
+    spread = values.new_zeros(len(named), values.shape[1])
     put_rows(spread, torch.searchsorted(named, numbers), values)
     return spread

@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from lockstep.embeddings import sum_tables
+from lockstep.embeddings import SparseSum, sum_tables
 from lockstep.exchange import leaf_slots
-from lockstep.gradients import Reducer
+from lockstep.gradients import Reducer, tree
 from lockstep.layout import Block, Range, overlap, own_blocks
 from lockstep.presence import Mask, Presence
 from lockstep.slots import Slot
@@ -41,8 +41,8 @@ def dense_leaves(
     if shared.codec is None:
         return None
     leaves = list(shared.slots)
-    for place, tree in enumerate(subtrees):
-        leaves[tree.start] = shared.restored[place]
+    for place, subtree in enumerate(subtrees):
+        leaves[subtree.start] = shared.restored[place]
     return leaves
 
 
@@ -73,17 +73,17 @@ class SubtreeSums:
 
     def sum(self, presence: Presence) -> None:
         """Make the sums. Called when all shards of the host are computed."""
-        for tree, target in self._sums:
+        for subtree, target in self._sums:
             if presence.uniform is not None:
-                mask = _within(presence.uniform, tree)
+                mask = _within(presence.uniform, subtree)
                 for start, stop, dtype in self._runs:
                     pieces = [slot.flat[start:stop].view(dtype) for slot in self.shared.slots]
                     self._reducer.sum(mask, pieces, target.flat[start:stop].view(dtype))
             else:
                 for block in self._blocks:
-                    self._sum_block(block, _within(presence.of(block.param), tree), target)
+                    self._sum_block(block, _within(presence.of(block.param), subtree), target)
             for index in self._tables:
-                self._sum_table(index, _within(presence.of(index), tree), target)
+                self._sum_table(index, _within(presence.of(index), subtree), target)
 
     def _sum_block(self, block: Block, mask: Mask, target: Slot) -> None:
         pieces = [storage_run(slot.grads[block.param], block) for slot in self.shared.slots]
@@ -91,8 +91,11 @@ class SubtreeSums:
 
     def _sum_table(self, index: int, mask: Mask, target: Slot) -> None:
         leaves = [slot.table(index) for slot in self.shared.slots]
-        add = partial(self._reducer.sum, mask)
-        sum_tables(leaves, mask, target.table(index), add, asked=self.shared.tables[index].asked)
+        table = self.shared.tables[index]
+        if not table.asked:
+            sum_tables(leaves, mask, target.table(index), partial(self._reducer.sum, mask))
+        elif (node := tree(mask)) is not None:
+            target.table(index).keep(SparseSum(0, table.rows, leaves).merge(node))
 
 
 class ShareSum:
