@@ -103,6 +103,19 @@ def test_plan_json(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_for_people(tmp_path: Path) -> None:
+    """What most jobs have none of is shown where there is some."""
+    ended = command.lockstep("plan", *MNIST, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    settings, reasons = ended.stdout.split("\nbecause\n")
+    shown = dict(line.split(maxsplit=1) for line in settings.splitlines())
+    assert shown["steps"] == str(MNIST_STEPS)
+    assert shown["seed"] == "0"
+    assert shown["clip_grad_norm"] == "-"
+    assert not shown.keys() & {"groups", "servers", "faults", "holdings", "part"}
+    assert "workers, threads, shards as asked" in reasons
+
+
 def test_doctor_json(tmp_path: Path) -> None:
     ended = command.lockstep("doctor", "--json", cwd=tmp_path)
     checks = json.loads(ended.stdout)

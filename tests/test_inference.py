@@ -219,11 +219,14 @@ def test_the_commands(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     points(tmp_path / "points.jsonl")
     predicted = command.lockstep(
-        "predict", "run", "points.jsonl", "--out=rows.jsonl", "--keep=id", cwd=tmp_path
-    )
+        "predict", "run", "points.jsonl", "--out=rows.jsonl", "--keep=id", "--keep", "point",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert predicted.returncode == 0, predicted.stderr
     assert "203 records" in predicted.stdout
-    assert len(lines_of(tmp_path / "rows.jsonl")) == RECORDS
+    rows = lines_of(tmp_path / "rows.jsonl")
+    assert len(rows) == RECORDS
+    assert rows[0].keys() > {"id", "point"}
     evaluated = command.lockstep("evaluate", "run", "--json", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["samples"] == 30

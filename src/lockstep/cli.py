@@ -30,6 +30,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Data sets of the recipes.")
 app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
+SAID_IF_ANY = {"groups", "servers", "faults", "holdings", "part"}
+"""Of a plan, what most jobs have none of."""
 WITH_ARGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 JobArgument = Annotated[
     str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
@@ -198,7 +200,8 @@ def plan(
         return
     reasons = message.pop("reasons")
     for name, value in message.items():
-        print(f"{name:<16} {'-' if value is None else value}")
+        if value or name not in SAID_IF_ANY:
+            print(f"{name:<16} {'-' if value is None else value}")
     print("\nbecause")
     for reason in reasons:
         print(f"  {reason}")
@@ -287,7 +290,9 @@ def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     data: Annotated[Path, typer.Argument(help="Records: JSON lines, or *.parquet.")],
     out: Annotated[Path, typer.Option(help="The file to make, in the order of the records.")],
-    keep: Annotated[str, typer.Option(help="Columns to copy, such as id,text.")] = "",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Columns to copy, such as id,text. May be repeated.")
+    ] = None,
     workers: Workers = None,
     batch_size: Annotated[int | None, typer.Option(help="Records at a time.")] = None,
     quiet: Quiet = False,
@@ -302,7 +307,7 @@ def predict(
             expected="a name, such as rows.jsonl or rows.parquet",
             found="--out -",
         )
-    columns = [name for name in keep.split(",") if name]
+    columns = [name for names in keep or () for name in names.split(",") if name]
     found = predict_run(
         run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet
     )
