@@ -15,74 +15,79 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks import process, report, run
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from benchmarks import models, process, report, run
+from lockstep import recipes
+from lockstep.data import make_fetch
+from lockstep.job import Job, Parameters, Task
 
-    from benchmarks.models import Case, Named
-    from lockstep.job import Job
+COMPARED = ("vision", "recommend", "clicks", "translate", "summarise", "game", "cartpole")
+"""All but `mnist`, whose models `benchmarks.run` has."""
 
-COMPARED = ("vision", "recommend", "clicks", "translate", "summarise")
-"""Those that train on a fixed data set."""
+
+class Whole(nn.Module):
+    """A task's model and its loss as one module.
+
+    So DistributedDataParallel wraps tasks whose loss does more with the model than to call it once.
+    """
+
+    def __init__(self, task: Task, half: bool) -> None:
+        super().__init__()
+        self.model, self._task, self._half = task.model(), task, half
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch, in the job's precision."""
+        half = torch.autocast("cpu", torch.bfloat16) if self._half else contextlib.nullcontext()
+        with half:
+            return self._task.loss(self.model, batch)
 
 
 class Recipe:
     """A job as a contender trains it: what `models.Case` is to the benchmark's own models."""
 
     def __init__(self, job: Job) -> None:
-        from benchmarks.models import WORLD
-        from lockstep.job import Task
-
         assert isinstance(job.task, Task)
         assert job.batch_size
-        self.task, self.batch = job.task, job.batch_size // WORLD
+        self.task, self.batch = job.task, job.batch_size // models.WORLD
         self.half, self.limit = job.precision == "bf16", job.clip_grad_norm
         self._schedule: Any = None
 
     def model(self) -> nn.Module:
-        """The model, freshly initialised, the same one each time."""
-        import torch
-
+        """The model with its loss, freshly initialised, the same one each time."""
         torch.manual_seed(0)
-        return self.task.model()
+        return Whole(self.task, self.half)
 
-    def optimizer(self, named: Named) -> torch.optim.Optimizer:
+    def optimizer(self, named: models.Named) -> torch.optim.Optimizer:
         """The task's own, with its schedule."""
-        from lockstep.job import Parameters
-
-        optimizer = self.task.optimizer(Parameters(named))
+        own = [(name.removeprefix("model."), parameter) for name, parameter in named]
+        optimizer = self.task.optimizer(Parameters(own))
         self._schedule = self.task.scheduler(optimizer)
         return optimizer
 
     def draw(self, batch: int, rank: int = 0, world: int = 1) -> Callable[[], Any]:
-        """Batches as Lockstep fetches them, by slices of a permutation as `models.Draw` has it."""
-        import torch
+        """Batches as Lockstep fetches them, by slices of a permutation as `models.Draw` has it.
 
-        from benchmarks.models import Draw
-        from lockstep.data import make_fetch
-
+        From here on, what a loss draws at random differs by rank.
+        """
         data = self.task.train_data()
         fetch = make_fetch(self.task, data, seed=0)
         numbers = torch.arange(len(data))  # type: ignore[arg-type]
-        chosen = Draw((numbers, numbers), batch, rank, world)
+        chosen = models.Draw((numbers, numbers), batch, rank, world)
+        torch.manual_seed(rank)
         return lambda: fetch(0, chosen()[0].numpy())
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """The task's, in its precision."""
-        import torch
-
-        half = torch.autocast("cpu", torch.bfloat16) if self.half else contextlib.nullcontext()
-        with half:
-            return self.task.loss(model, batch)
+        """The task's; `model` is what `model` gave, or a wrapper of it."""
+        loss: torch.Tensor = model(batch)
+        return loss
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Use the gradients, their norm limited if the job says so, and step the schedule."""
-        from torch.nn.utils import clip_grad_norm_
-
         if self.limit is not None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             clip_grad_norm_(params, self.limit)
@@ -91,12 +96,9 @@ class Recipe:
             self._schedule.step()
 
 
-def find(name: str) -> Case | Recipe:
+def find(name: str) -> models.Case | Recipe:
     """A model of the benchmark, or a recipe."""
-    from benchmarks.models import BESIDE, CASES
-    from lockstep import recipes
-
-    known = {**CASES, **BESIDE}
+    known = {**models.CASES, **models.BESIDE}
     return known[name] if name in known else Recipe(recipes.find(name)())
 
 
