@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,36 @@ class Listed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
+
+
+class Answers(Vectors):
+    """Predicts; each host leaves its name in a folder. One whose end is wanted there is killed, as
+    a whole, when it has answered once; while one is awaited that has not answered, all are slow."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
+        return torch.tensor(record["point"])
+
+    def predict(self, model: torch.nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
+        host = os.environ.get("LOCKSTEP_TEST_HOST", "master")
+        if (self.folder / f"end-{host}").exists() and (self.folder / host).exists():
+            os.kill(_parent_of(os.getppid()), signal.SIGKILL)  # the agent; its children follow
+        (self.folder / host).touch()
+        awaited = [path.name.removeprefix("await-") for path in self.folder.glob("await-*")]
+        if not all((self.folder / name).exists() for name in awaited):
+            time.sleep(0.05)
+        drawn = torch.rand(len(batch)).tolist()
+        return [
+            {"scores": scores, "drawn": value}
+            for scores, value in zip(model(batch).tolist(), drawn, strict=True)
+        ]
+
+
+def _parent_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("PPid")).split()[1])
 
 
 def need_the_master() -> None:

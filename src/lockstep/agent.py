@@ -29,6 +29,7 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
+from lockstep.evaluation import Inferred
 from lockstep.host import Host
 from lockstep.link import Link
 from lockstep.memory import Segment
@@ -92,8 +93,9 @@ def serve(
                 folder=_fetch_code(link, offer, folder, silence),
                 offered=True,
             )
+            settings, records = dict(offer.settings), offer.records
             with _fetched_data(link, offer, silence) as data:
-                local = Host.start(source, dict(offer.settings), networked=True, data=data)
+                local = Host.start(source, settings, records, networked=True, data=data)
             stack.enter_context(local)
             local.name = identity.node
             station = Station(identity, host, offer.job, report, link.wake, silence)
@@ -128,7 +130,7 @@ def _fetch_code(link: Link, offer: Offer, folder: Path | None, silence: float) -
 
 @contextlib.contextmanager
 def _fetched_data(link: Link, offer: Offer, silence: float) -> Iterator[Segment | None]:
-    """The data sets that the master sends, in memory, if it does."""
+    """The data sets or the records that the master sends, in memory, if it does."""
     if offer.data is None:
         yield None
         return
@@ -222,15 +224,15 @@ class Agent:
             self._asked.popleft()
         while self._asked and crew.rests_at(self._asked[0]["step"]):
             asked = self._asked.popleft()
-            if asked["op"] == "evaluate":
-                self._evaluate(crew, asked)
-            else:
+            if asked["op"] == "give":
                 crew.give(self.master)
+            else:
+                self._infer(crew, asked["op"], asked)
 
-    def _evaluate(self, crew: Following, asked: Mapping[str, Any]) -> None:
+    def _infer(self, crew: Following, what: Inferred, asked: Mapping[str, Any]) -> None:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
         batches = [int(batch) for batch in asked["batches"]]
-        for batch, result in zip(batches, crew.evaluation.divide("evaluate", batches), strict=True):
+        for batch, result in zip(batches, crew.evaluation.divide(what, batches), strict=True):
             answer = {"round": asked["round"], "batch": batch}
             try:
                 self.link.transport.tell(self.master, {"op": "batch", **answer, "result": result})
@@ -273,7 +275,7 @@ class Agent:
             case "refused":
                 error = from_message(message["error"])
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
-            case "evaluate" | "give":
+            case "evaluate" | "predict" | "give":
                 self._asked.append(message)
             case "end":
                 self._ended = True

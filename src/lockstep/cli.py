@@ -270,13 +270,16 @@ def evaluate(
     ctx: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     workers: Workers = None,
+    on: On = None,
+    state: commands.StateOption = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
     from lockstep.inference import evaluate as evaluate_run
     from lockstep.runfolder import plain
 
-    found = evaluate_run(run, workers=workers, args=_arguments(ctx.args))
+    with _launcher(on, state) as launcher:
+        found = evaluate_run(run, workers=workers, args=_arguments(ctx.args), on=launcher)
     _note(found.notes)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(found))))
@@ -295,6 +298,8 @@ def predict(
     ] = None,
     workers: Workers = None,
     batch_size: Annotated[int | None, typer.Option(help="Records at a time.")] = None,
+    on: On = None,
+    state: commands.StateOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -308,9 +313,11 @@ def predict(
             found="--out -",
         )
     columns = [name for names in keep or () for name in names.split(",") if name]
-    found = predict_run(
-        run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet
-    )
+    with _launcher(on, state) as launcher:
+        found = predict_run(
+            run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet,
+            on=launcher,
+        )  # fmt: skip
     _note(found.notes)
     if as_json:
         print(json.dumps({**dataclasses.asdict(found), "out": str(found.out)}))

@@ -8,7 +8,7 @@ coordinator evaluates, copies the state or ends the run. Its own host's workers 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from lockstep.control import RING
 from lockstep.crew import Crew
 from lockstep.desk import Request
 from lockstep.errors import StoppedError
+from lockstep.evaluation import Inferred
 from lockstep.host import Host
 from lockstep.planning import Plan
 from lockstep.sink import Sink
@@ -119,15 +120,26 @@ class Coordinator(Crew):
             self.grant()
         self._end()
 
-    def run_at_rest(self, work: Callable[[], None]) -> None:
-        """Gather the workers, do something while they rest, and send them home.
+    def run_at_rest(self, rounds: Iterable[object]) -> None:
+        """Gather the workers, do so many rounds of something while they rest, and send them home.
+        Between two rounds hosts and workers may come and go.
 
         Raises:
+            StoppedError: somebody asked to stop.
             LockstepError: it cannot be done.
         """
         self._begin()
         self._run_to_stop()
-        work()
+        for _ in rounds:
+            self._take_requests()
+            if self._stop_asked:
+                self._end()
+                raise StoppedError("stopped, as asked")
+            if self.hosts is not None:
+                self.hosts.look()
+                self.hosts.let_in()
+                if self.members.regrouping:
+                    self._run_to_stop()
         self._end()
 
     def _begin(self) -> None:
@@ -198,10 +210,10 @@ class Coordinator(Crew):
         assert self.hosts is not None
         self.hosts.torn(why)
 
-    def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
+    def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
         if self.hosts is None:
             return list(batches)
-        return self.hosts.share_out(number, batches)
+        return self.hosts.share_out(what, number, batches)
 
     def gather(self) -> None:
         if self.hosts is not None:
@@ -258,13 +270,6 @@ class Coordinator(Crew):
         return limit is not None and self.clock.seconds >= limit
 
     # Requests.
-
-    def check_stop(self) -> None:
-        """Take what was asked for since; raise `StoppedError` if that was to stop."""
-        self._take_requests()
-        if self._stop_asked:
-            self._end()
-            raise StoppedError("stopped, as asked")
 
     def _take_requests(self) -> None:
         for name, number in self._requests():

@@ -18,7 +18,7 @@ from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, Stage, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
-from lockstep.evaluation import Evaluation
+from lockstep.evaluation import Evaluation, Inferred
 from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
 from lockstep.history import History
@@ -370,7 +370,7 @@ class Crew:
 
     # Held-out data. With other hosts, the master shares the batches out.
 
-    def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
+    def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
         """Give other hosts their part of the batches, under the number of a round; the rest."""
         return list(batches)
 

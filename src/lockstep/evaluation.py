@@ -19,6 +19,9 @@ from lockstep.outcomes import Outputs, combine, gather
 if TYPE_CHECKING:
     from lockstep.crew import Crew
 
+Inferred = Literal["evaluate", "predict"]
+"""What is made of a held-out batch: its metrics, or its predictions."""
+
 SCORE_SECONDS = 300.0
 """The longest that `Task.score` and `Task.baseline` may take together."""
 
@@ -51,7 +54,7 @@ class Evaluation:
                 return {**combine(results), **scored}
             shell.await_rest()
 
-    def divide(self, what: Literal["evaluate", "predict"], batches: Sequence[int]) -> list[Any]:
+    def divide(self, what: Inferred, batches: Sequence[int]) -> list[Any]:
         """What the workers make of each batch, in order; each batch is done by one of them."""
         shell = self.crew
         self._results.clear()
@@ -59,7 +62,7 @@ class Evaluation:
         while missing := [batch for batch in batches if batch not in self._results]:
             shell.await_rest()
             self._round += 1
-            self._ask(what, shell.share_out(self._round, missing) if others else missing)
+            self._ask(what, shell.share_out(what, self._round, missing) if others else missing)
             shell.await_rest()
             shell.failures.evaluating = False
             shell.gather()
@@ -67,7 +70,7 @@ class Evaluation:
         shell.failures.evaluated()
         return [self._results[batch] for batch in batches]
 
-    def _ask(self, what: str, batches: Sequence[int]) -> None:
+    def _ask(self, what: Inferred, batches: Sequence[int]) -> None:
         """Divide batches among those who rest, and wait until they have done them, or one died."""
         shell = self.crew
         seats, epoch = shell.members.formed, shell.control.epoch

@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Host:
         cls,
         source: Source,
         settings: dict[str, Any],
-        records: dict[str, Any] | None = None,
+        records: Mapping[str, Any] | None = None,
         *,
         networked: bool = False,
         data: Segment | None = None,
@@ -128,7 +128,8 @@ class Host:
         """Start a nursery and have it load the task.
 
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
-        facts are to be compared with other hosts'. `data`: the data sets that the master has sent.
+        facts are to be compared with other hosts'. `data`: what the master has sent, the data sets
+        or that file.
         """
         nursery = new_nursery(environment_for(settings.get("numerics", "native")))
         fds = []
@@ -142,7 +143,7 @@ class Host:
             "args": dict(source.args),
             "code": source.code,
             "settings": settings,
-            "records": records,
+            "records": None if records is None else dict(records),
             "data": 0 if data is None else data.nbytes,
             "networked": networked,
             "folder": os.getcwd(),

@@ -14,6 +14,7 @@ from lockstep import fleet
 from lockstep.agreement import Agreement
 from lockstep.cargo import Store
 from lockstep.errors import ProtocolError, RefusedError, TaskError
+from lockstep.evaluation import Inferred
 from lockstep.fleet import Fleet, Standing
 from lockstep.holdings import Holdings, Samples, check_whole, held_out_batches
 from lockstep.host import Host
@@ -181,7 +182,7 @@ class Hosts:
 
     # Held-out batches, while all rest.
 
-    def share_out(self, number: int, batches: Sequence[int]) -> list[int]:
+    def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
         """Give the other hosts their part of a round of held-out batches, by their numbers of
         workers; returns that of the master's own."""
         assert self._crew is not None
@@ -195,7 +196,7 @@ class Hosts:
         self._asked = {name: set(mine) for name, mine in shares.items()}
         for name, mine in shares.items():
             message = {"round": number, "step": self._crew.step, "batches": mine}
-            self.link.tell(name, "evaluate", **message)
+            self.link.tell(name, what, **message)
         return rest
 
     def gather_batches(self) -> None:

@@ -133,7 +133,8 @@ class Nursery:
         seed_everything(seed)
         local_steps = request["settings"].get("local_steps", settings.get("local_steps", 1))
         way = request["settings"].get("data", settings.get("data", "build"))
-        ship = request["networked"] and way == "ship" and not request["data"]
+        records = request["records"]
+        ship = request["networked"] and way == "ship" and not request["data"] and records is None
         own = self.task
         if local_steps > 1:
             from lockstep.local_steps import LocalSteps
@@ -141,8 +142,10 @@ class Nursery:
             self.task = LocalSteps(self.task, local_steps)
         self.model = self.task.model()
         check_model(self.model)
-        if request["records"] is not None:
-            samples: Any = samples_of(self.task, request["records"])  # indexed like any Dataset
+        if records is not None:
+            if request["data"]:
+                os.ftruncate(shipped, request["data"])  # a segment has a page at least
+            samples: Any = samples_of(self.task, records, shipped)  # indexed like any Dataset
             self.train = self.held_out = samples
         elif request["data"]:
             self.train, self.held_out = read_sets(shipped, request["data"])
@@ -162,7 +165,7 @@ class Nursery:
             "parameter_bytes": sum(p.numel() * p.dtype.itemsize for p in parameters),
             "probe": numerics.probe(),
         }
-        if request["networked"] and way == "local":
+        if request["networked"] and way == "local" and records is None:
             facts["data"] = "local"  # another one on every host
         elif request["networked"]:
             facts["data"] = digest_of(make_fetch(self.task, self.train, seed), train)

@@ -34,7 +34,9 @@ class Offer:
     code: Bill | None = None
     """The archive of the task's code, if hosts have to fetch it from the master."""
     data: Bill | None = None
-    """The data sets, likewise."""
+    """The data sets, likewise; or the file of `records`."""
+    records: Mapping[str, Any] | None = None
+    """Where there are predictions to be made: `{"path", "keep"}`, as `Host.start` takes them."""
 
     def to_message(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -47,6 +49,7 @@ class Offer:
             "settings": dict(self.settings),
             "code": None if self.code is None else asdict(self.code),
             "data": None if self.data is None else asdict(self.data),
+            "records": None if self.records is None else dict(self.records),
         }
 
     @staticmethod
@@ -70,13 +73,24 @@ class Offer:
                 settings=dict(message["settings"]),
                 code=Bill.from_message(message["code"]),
                 data=Bill.from_message(message["data"]),
+                records=_records(message["records"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(
                 "an offer breaks the protocol",
-                expected="job, master, address, task, args, settings, code and data",
+                expected="job, master, address, task, args, settings, code, data and records",
                 found=ascii(error)[:200],
             ) from None
+
+
+def _records(message: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a message says of records, if it does. Raises TypeError, KeyError."""
+    if message is None:
+        return None
+    path, keep = message["path"], message["keep"]
+    if not all(isinstance(text, str) for text in (path, *keep)):
+        raise TypeError("a name is not a text")
+    return {"path": path, "keep": list(keep)}
 
 
 class Launcher(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep.agent import facts_of
@@ -22,11 +23,17 @@ from lockstep.source import Source
 
 
 def open_hosts(
-    launcher: Launcher, source: Source, job: Job, settings: Mapping[str, Any], host: Host
+    launcher: Launcher,
+    source: Source,
+    job: Job,
+    settings: Mapping[str, Any],
+    host: Host,
+    records: RecordFile | None = None,
 ) -> Hosts:
     """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
 
-    `settings` are those that were given, and that hosts need to load the task.
+    `settings` are those that were given, and that hosts need to load the task. `records` are sent
+    to them, if there are predictions to be made.
 
     Raises:
         JobError: the task was handed over as an object, which does not travel.
@@ -49,9 +56,9 @@ def open_hosts(
     ownership = ownership_of(job.ownership, job.servers, job.compression, job.local_steps)
     hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds, ownership)
     try:
-        sets = None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
-        if sets is not None:
-            hosts.cargo.put("data", sets)
+        data = _data_of(host) if records is None else records.content
+        if data is not None:
+            hosts.cargo.put("data", data)
         if archive is not None:
             hosts.cargo.put("code", archive.data)
         hosts.gather(
@@ -59,13 +66,29 @@ def open_hosts(
             args=dict(source.args),
             settings={**settings, "host_seconds": job.host_seconds},
             code=None if archive is None else Bill.of(archive.data),
-            data=None if sets is None else Bill.of(sets),
+            data=None if data is None else Bill.of(data),
+            records=None if records is None else records.request,
         )
         hosts.roster.check_servers(job.servers)
     except BaseException:
         hosts.close()
         raise
     return hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordFile:
+    """A file of records that other hosts are to have as well."""
+
+    request: Mapping[str, Any]
+    """`{"path", "keep"}`, as `Host.start` takes it."""
+    content: memoryview
+    """The bytes of the file."""
+
+
+def _data_of(host: Host) -> memoryview | None:
+    """The data sets, if they are to be sent."""
+    return None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
 
 
 def _shippable(task: str) -> str:

@@ -35,9 +35,9 @@ class Records(Protocol):
 class JsonLines:
     """A file with a JSON object per line. Empty lines do not count."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: Path | None = None) -> None:
         self.path = path
-        with path.open("rb") as file:
+        with (content or path).open("rb") as file:
             self._fd = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._fd)
             ends = np.cumsum([len(line) for line in file], dtype=np.int64)
@@ -76,10 +76,10 @@ class JsonLines:
 class ParquetRows:
     """A Parquet file's rows, read a row group at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: Path | None = None) -> None:
         parquet = pyarrow("parquet")
-        self.path = path
-        metadata = parquet.read_metadata(path)
+        self.path, self._content = path, content or path
+        metadata = parquet.read_metadata(self._content)
         counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._group, self._rows = -1, []  # type: tuple[int, list[Record]]
@@ -90,7 +90,7 @@ class ParquetRows:
     def __getitem__(self, index: int) -> Record:
         group = int(np.searchsorted(self._ends, index, side="right"))
         if group != self._group:
-            with pyarrow("parquet").ParquetFile(self.path) as file:
+            with pyarrow("parquet").ParquetFile(self._content) as file:
                 table = file.read_row_group(group, use_threads=False)
             self._group, self._rows = group, table.to_pylist()
         return self._rows[index - int(self._ends[group]) + len(self._rows)]
@@ -99,15 +99,15 @@ class ParquetRows:
         return f"{self.path}, row {index + 1}"
 
 
-def open_records(path: str | Path) -> Records:
-    """The records of a file, by its name's ending.
+def open_records(path: str | Path, content: Path | None = None) -> Records:
+    """The records of a file, by its name's ending. `content`: where its bytes are, if elsewhere.
 
     Raises:
         DataError: it cannot be read, or has no rows.
     """
     path = Path(path)
     try:
-        records = ParquetRows(path) if path.suffix in PARQUET else JsonLines(path)
+        records = (ParquetRows if path.suffix in PARQUET else JsonLines)(path, content)
     except (OSError, ValueError) as error:  # what pyarrow raises is one of these
         raise DataError(
             f"{path} cannot be read",
@@ -119,9 +119,13 @@ def open_records(path: str | Path) -> Records:
     return records
 
 
-def samples_of(task: Task, request: Mapping[str, Any]) -> Samples:
-    """The samples of a file of records, `{"path", "keep"}`."""
-    return Samples(task, open_records(request["path"]), request["keep"])
+def samples_of(task: Task, request: Mapping[str, Any], fd: int = -1) -> Samples:
+    """The samples of a file of records, `{"path", "keep"}`.
+
+    `fd`: where another host's file is here. It has to stay open in this process and its forks.
+    """
+    content = None if fd < 0 else Path(f"/proc/self/fd/{fd}")
+    return Samples(task, open_records(request["path"], content), request["keep"])
 
 
 class Samples:
