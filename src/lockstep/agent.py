@@ -243,7 +243,7 @@ class Agent:
         self.link.tell(self.master, "trouble", generation=generation, other=peer, why=why)
 
     def _heard(self, heard: Heard) -> None:
-        if heard.peer != self.master:
+        if heard.peer != self.master or self._ended:  # what follows the end is a goodbye
             return
         if heard.message is None:
             assert heard.error is not None
