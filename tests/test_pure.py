@@ -22,7 +22,6 @@ from torch import nn
 from lockstep import layout as layouts
 from lockstep import memory, seeds
 from lockstep.base import Base, BasePart, steps_between
-from lockstep.building import contiguous_stride, dense_stride
 from lockstep.channel import INLINE, Channel, Closed
 from lockstep.checkpoint import (
     MANIFEST,
@@ -57,6 +56,7 @@ from lockstep.layout import (
 )
 from lockstep.ledger import Ledger, StepRecord, read_ledger
 from lockstep.memory import Segment
+from lockstep.placing import contiguous_stride, dense_stride
 from lockstep.probing import Kind, may_cut
 from lockstep.sampling import Sampling, home_shards
 from tests import reference
