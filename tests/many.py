@@ -21,7 +21,8 @@ from benchmarks.namespaces import Network
 from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 from tests.hosts import Cluster
-from tests.zoo import CLASSES, FEATURES, HELD_OUT, SAMPLES, Noisy, Vectors, normal, whole
+from tests.zoo.samples import Noisy
+from tests.zoo.vectors import CLASSES, FEATURES, HELD_OUT, SAMPLES, Vectors, normal, whole
 
 AGENT = """
 # the numerics of a host come from its environment, which the nursery inherits

@@ -19,7 +19,8 @@ from lockstep.faults import Fault
 from lockstep.seeds import derive, seed_everything
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
-from tests.zoo import By, Double
+from tests.zoo.parameters import Double
+from tests.zoo.vectors import By
 
 __all__ = ["site", "slow", "yard"]  # fixtures
 

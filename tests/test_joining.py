@@ -1,109 +1,39 @@
-"""Certificates, and joining with a token: what is right works, and everything else is refused."""
+"""Joining with a token or a shared secret: what is right works, and everything else is refused."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import queue
 import socket
 import ssl
-import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import (
-    IdentityError,
     NetworkError,
     PeerClosedError,
     PeerTimeoutError,
     RefusedError,
     ResourceError,
 )
-from lockstep.net.authority import Authority, make_request, store
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
-from lockstep.net.identity import Identity, check_name, fingerprint, newcomer_context
+from lockstep.net.identity import Identity
 from lockstep.net.joining import JoinServer, Limiter, join
-from lockstep.net.shared import RankInvitation, SharedSecret, make_secret, read_secret
-from lockstep.net.stream import TlsStream
+from lockstep.net.shared import RankInvitation, SharedSecret
 from lockstep.net.tokens import Token
-from lockstep.net.wire import Deadline, handshake, receive_message, wrap
 from tests.fuzzing import ended, fuzz
 from tests.hosts import LIMIT, Cluster, connect
+from tests.joinable import Joinable, joinable
 
-
-class Joinable:
-    """A cluster whose host `a` enrols newcomers, and says why it refuses some."""
-
-    def __init__(self, folder: Path) -> None:
-        self.cluster = Cluster(folder)
-        self.reports: queue.Queue[tuple[str, str]] = queue.Queue()
-        self.server = self.serve()
-
-    def serve(
-        self, *, limiter: Limiter | None = None, seconds: float = LIMIT, proof: str = ""
-    ) -> JoinServer:
-        return JoinServer(
-            self.cluster.identity("a"),
-            self.cluster.authority.sign,
-            greeting={"agent": ["127.0.0.1", 7]},
-            proof=proof,
-            limiter=limiter or Limiter(burst=100_000),
-            report=lambda who, why: self.reports.put((who, why)),
-            serve_seconds=seconds,
-        )
-
-    def why(self) -> str:
-        return self.reports.get(timeout=LIMIT)[1]
-
-    def dial(self, server: JoinServer | None = None) -> TlsStream:
-        """A newcomer that has done everything right so far."""
-        sock = socket.create_connection((server or self.server).address)
-        context = newcomer_context(self.cluster.authority.certificate)
-        secured = wrap(sock, context, server=False)
-        handshake(secured, Deadline(LIMIT))
-        receive_message(secured, (Kind.AUTHORITY,), Deadline(LIMIT))
-        return secured
-
-    def ask(self, secret: bytes, request: bytes) -> tuple[Kind, dict[str, object]]:
-        with self.dial() as sock:
-            said = {"secret": base64.b64encode(secret).decode(), "request": request.decode()}
-            sock.sendall(message_frame(Kind.ENROL, said))
-            return receive_message(sock, (Kind.ENROLLED, Kind.REFUSED), Deadline(LIMIT))
-
-
-@pytest.fixture
-def joinable(tmp_path: Path) -> Iterator[Joinable]:
-    made = Joinable(tmp_path / "cluster")
-    with contextlib.closing(made.server):
-        yield made
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def test_files_are_private(joinable: Joinable, tmp_path: Path) -> None:
-    folder = tmp_path / "state" / "node"
-    join(joinable.server.token(), folder, "b", timeout=LIMIT)
-    root = joinable.cluster.folder
-    for each in (folder, root / "authority", root / "authority" / "issued", root / "a"):
-        assert mode(each) == 0o700, each
-    files = [*folder.iterdir(), *(root / "authority").rglob("*")]
-    for file in files:
-        assert file.is_dir() or mode(file) == 0o600, file
-    assert {file.name for file in files} >= {"node.key", "node.pem", "authority.key", "b"}
+__all__ = ["joinable"]  # fixtures
 
 
 def test_a_newcomer_becomes_a_host(joinable: Joinable, tmp_path: Path) -> None:
@@ -245,102 +175,10 @@ def test_who_lacks_the_shared_secret_is_told_nothing(
             assert joinable.reports.empty()
 
 
-def test_secret_files(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    make_secret(path)
-    assert mode(path) == 0o600
-    assert len(read_secret(path)) == 64
-    with pytest.raises(IdentityError, match="cannot be written"):
-        make_secret(path)
-    path.chmod(0o640)
-    with pytest.raises(IdentityError, match="is open to other users"):
-        read_secret(path)
-    path.chmod(0o600)
-    path.write_bytes(b"short\n")
-    with pytest.raises(IdentityError, match="too short"):
-        read_secret(path)
-    with pytest.raises(IdentityError, match="cannot be read"):
-        read_secret(tmp_path / "none")
-
-
 def test_another_host_of_the_cluster_answers(joinable: Joinable, tmp_path: Path) -> None:
     token = replace(joinable.server.token(), node="z")
     with pytest.raises(RefusedError, match="another host answers"):
         join(token, tmp_path / "b", "b", timeout=LIMIT)
-
-
-def test_names(joinable: Joinable, tmp_path: Path) -> None:
-    for name in ("a" * 63, "node-1.example_x", "7"):
-        assert check_name(name) == name
-    for name in ("", "A", "-a", "a-", "a" * 64, "a/b", "../a", "a b", "ä", "a\n"):
-        with pytest.raises(IdentityError, match="not a name for a host"):
-            check_name(name)
-    join(joinable.server.token(), tmp_path / "b", "b", timeout=LIMIT)
-    with pytest.raises(RefusedError, match="the name b has a certificate already"):
-        join(joinable.server.token(), tmp_path / "b2", "b", timeout=LIMIT)
-    with pytest.raises(IdentityError, match="holds an identity already"):
-        join(joinable.server.token(), tmp_path / "b", "c", timeout=LIMIT)
-
-
-def name_of(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
-
-
-Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
-
-
-def request_of(subject: x509.Name, key: Key) -> bytes:
-    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
-    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    return builder.sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
-
-
-def of_path(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return request_of(name_of("../../etc"), key)
-
-
-def of_nobody(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return request_of(x509.Name([]), key)
-
-
-def of_two(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return request_of(x509.Name([*name_of("x"), *name_of("y")]), key)
-
-
-def of_another_curve(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return request_of(name_of("x"), ec.generate_private_key(ec.SECP384R1()))
-
-
-def of_another_kind(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return request_of(name_of("x"), ed25519.Ed25519PrivateKey.generate())
-
-
-def of_another_key(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Somebody else's public key, with a signature of ours."""
-    lines = request_of(name_of("x"), key).decode().splitlines()
-    raw = bytearray(base64.b64decode("".join(lines[1:-1])))
-    raw[-5] ^= 1
-    body = base64.b64encode(raw).decode()
-    return f"{lines[0]}\n{body}\n{lines[-1]}\n".encode()
-
-
-def of_nothing(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"
-
-
-@pytest.mark.parametrize(
-    "make",
-    [of_path, of_nobody, of_two, of_another_curve, of_another_kind, of_another_key, of_nothing],
-)
-def test_requests_that_are_not_signed(
-    joinable: Joinable, make: Callable[[ec.EllipticCurvePrivateKey], bytes]
-) -> None:
-    request = make(ec.generate_private_key(ec.SECP256R1()))
-    kind, answer = joinable.ask(joinable.server.token().secret, request)
-    assert kind is Kind.REFUSED
-    assert answer["what"] == "the certificate request was refused"
-    assert "the certificate request was refused" in joinable.why()
-    assert {each.name for each in (joinable.cluster.folder / "authority/issued").iterdir()} == {"a"}
 
 
 @fuzz(100)
@@ -503,40 +341,6 @@ def test_no_secret_in_a_report(joinable: Joinable, tmp_path: Path) -> None:
     assert "it was used before" in reasons
     for form in (token.secret.hex(), base64.b64encode(token.secret).decode(), token.text()):
         assert form not in reasons
-
-
-def test_one_authority_is_made(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: Authority.open(tmp_path / "state" / "ca"), range(4)))
-    assert len({fingerprint(each.certificate) for each in made}) == 1
-    assert [each.name for each in (tmp_path / "state").iterdir()] == ["ca"]
-
-
-def test_identities_that_cannot_be_used(tmp_path: Path) -> None:
-    cluster, other = Cluster(tmp_path / "one"), Cluster(tmp_path / "two")
-    folder = cluster.identity("b").folder
-    assert cluster.authority.enrol(folder, "b") == cluster.identity("b")
-    with pytest.raises(IdentityError, match="holds no identity"):
-        Identity.load(tmp_path / "nothing")
-    with pytest.raises(IdentityError, match="holds no CA"):
-        Authority(tmp_path)
-    request = make_request(tmp_path / "c", "c")
-    signed = other.authority.sign(request)
-    with pytest.raises(IdentityError, match="the new certificate does not fit"):
-        store(tmp_path / "c", signed, cluster.authority.certificate)
-    make_request(tmp_path / "c", "c")  # another key
-    with pytest.raises(IdentityError, match="the new certificate does not fit") as caught:
-        store(tmp_path / "c", signed, other.authority.certificate)
-    assert caught.value.found == "it is for another key"
-    (folder / "node.key").write_bytes((other.identity("b").folder / "node.key").read_bytes())
-    with pytest.raises(IdentityError, match="cannot be used"):
-        Identity.load(folder).server_context()
-    (cluster.folder / "authority" / "authority.key").write_text("nonsense")
-    with pytest.raises(IdentityError, match="cannot be read"):
-        Authority(cluster.folder / "authority")
-    (cluster.folder / "authority" / "authority.key").chmod(0o644)
-    with pytest.raises(IdentityError, match="is open to other users"):
-        Authority(cluster.folder / "authority")
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from lockstep.errors import TaskError
 from lockstep.handover import NAME
 from lockstep.processes import own_file_positions
 from lockstep.worker import work
-from tests.zoo import SAMPLES, Noisy, Vectors
+from tests.zoo.samples import Noisy
+from tests.zoo.vectors import SAMPLES, Vectors
 
 SETTINGS: dict[str, Any] = {
     "workers": 2, "shards": 2, "threads": 1, "batch_size": 26, "steps": 6, "evaluate": False,

@@ -17,7 +17,8 @@ from lockstep.local_steps import divide
 from lockstep.seeds import derive, seed_everything
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
-from tests.zoo import By, ByEpoch, Images, Scheduled
+from tests.zoo.buffers import Images
+from tests.zoo.vectors import By, ByEpoch, Scheduled
 
 __all__ = ["site", "slow", "yard"]  # fixtures
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 import lockstep
 from lockstep.errors import WorkerLostError
-from tests.zoo import Vectors
+from tests.zoo.vectors import Vectors
 
 Run = Callable[..., lockstep.Result]
 

@@ -28,7 +28,8 @@ from lockstep.job import Parameters
 from lockstep.layout import cut_blocks, own_blocks
 from lockstep.recovery import POISON_DEATHS
 from tests.faulty import Yard, events, until, yard
-from tests.zoo import CLASSES, FEATURES, ZOO, Vectors
+from tests.zoo import ZOO
+from tests.zoo.vectors import CLASSES, FEATURES, Vectors
 
 __all__ = ["yard"]  # a fixture
 

@@ -16,7 +16,8 @@ from lockstep.faults import PHASES, Fault
 from lockstep.recovery import POISON_DEATHS
 from lockstep.sampling import Sampling
 from tests.faulty import HOW, Yard, assert_same, assert_struck, events, yard
-from tests.zoo import SAMPLES, ZOO, Entry
+from tests.zoo import ZOO, Entry
+from tests.zoo.vectors import SAMPLES
 
 __all__ = ["yard"]  # a fixture
 

@@ -27,7 +27,10 @@ from lockstep.errors import TaskError
 from lockstep.job import Task
 from lockstep.ledger import read_ledger
 from tests import reference
-from tests.zoo import BATCH, HELD_OUT, MORE, ZOO, Entry, MaxNorm, Teacher
+from tests.zoo import MORE, ZOO, Entry
+from tests.zoo.parameters import Teacher
+from tests.zoo.sequences import MaxNorm
+from tests.zoo.vectors import BATCH, HELD_OUT
 
 SHARDS = 6
 TASKS = {**ZOO, **MORE}

@@ -26,7 +26,7 @@ from tests.many import Agents, Listed
 from tests.paced import PACE
 from tests.sites import PACED, TASK, WAIT, Live, Site, ended_well, site
 from tests.tasks import Blobs
-from tests.zoo import SAMPLES
+from tests.zoo.vectors import SAMPLES
 
 __all__ = ["site", "yard"]  # fixtures
 

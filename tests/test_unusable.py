@@ -23,7 +23,9 @@ from lockstep.modules import check_model, held_tensors
 from lockstep.optim import check_known, discover_state
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
-from tests.zoo import Complex, Counted, Lookahead, Odd, Vectors, Viewed
+from tests.zoo.buffers import Counted, Viewed
+from tests.zoo.parameters import Complex, Lookahead, Odd
+from tests.zoo.vectors import Vectors
 
 
 def message(error: pytest.ExceptionInfo[LockstepError]) -> str:
