@@ -151,7 +151,10 @@ class Listed(Dataset[Any]):
 
 class Answers(Vectors):
     """Predicts; each host leaves its name in a folder. One whose end is wanted there is killed, as
-    a whole, when it has answered once; while one is awaited that has not answered, all are slow."""
+    a whole, when it has answered once; while one is awaited that has not answered, all are slow.
+
+    Some answers are longer than a message may be.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -169,7 +172,7 @@ class Answers(Vectors):
             time.sleep(0.05)
         drawn = torch.rand(len(batch)).tolist()
         return [
-            {"scores": scores, "drawn": value}
+            {"scores": scores, "drawn": value, "long": 'é"' * 60_000 * (scores[0] > 1.5)}
             for scores, value in zip(model(batch).tolist(), drawn, strict=True)
         ]
 

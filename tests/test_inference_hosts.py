@@ -19,7 +19,7 @@ from lockstep.rowfile import write_parquet
 from tests import test_local_data as local
 from tests.many import Agents, Answers
 from tests.sites import Site, ended_well, site, yard
-from tests.zoo import FEATURES, normal
+from tests.zoo.vectors import FEATURES, normal
 
 __all__ = ["site", "yard"]  # fixtures
 

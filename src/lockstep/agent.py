@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import membership
+from lockstep.answers import in_pieces
 from lockstep.archive import unpack
 from lockstep.cargo import fetch
 from lockstep.crew import Crew
@@ -233,11 +234,8 @@ class Agent:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
         batches = [int(batch) for batch in asked["batches"]]
         for batch, result in zip(batches, crew.evaluation.divide(what, batches), strict=True):
-            answer = {"round": asked["round"], "batch": batch}
-            try:
-                self.link.transport.tell(self.master, {"op": "batch", **answer, "result": result})
-            except ProtocolError:  # too long: the master computes it itself
-                self.link.tell(self.master, "batch", **answer, result=None)
+            for piece in in_pieces(batch, result):
+                self.link.tell(self.master, "batch", round=asked["round"], **piece)
 
     def _trouble(self, generation: int, peer: str, why: str) -> None:
         self.link.tell(self.master, "trouble", generation=generation, other=peer, why=why)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
 from lockstep.agreement import Agreement
+from lockstep.answers import Answers
 from lockstep.cargo import Store
-from lockstep.errors import ProtocolError, RefusedError, TaskError
+from lockstep.errors import ProtocolError, RefusedError
 from lockstep.evaluation import Inferred
 from lockstep.fleet import Fleet, Standing
 from lockstep.holdings import Holdings, Samples, check_whole, held_out_batches
@@ -79,6 +80,7 @@ class Hosts:
         self._leased = -1
         self._fleet = Fleet(master=self._master, whole=ownership.whole)
         self._standings: dict[str, Standing] = {}
+        self._answers = Answers()
         self._asked: dict[str, set[int]] = {}
         """Held-out batches that other hosts have not answered yet."""
         self._agreement = Agreement()
@@ -193,6 +195,7 @@ class Hosts:
             workers = {name: member.workers for name, member in self._fleet.members.items()}
             shares = share_batches(batches, workers, self._master)
         rest = shares.pop(self._master)
+        self._answers.begin(number)
         self._asked = {name: set(mine) for name, mine in shares.items()}
         for name, mine in shares.items():
             message = {"round": number, "step": self._crew.step, "batches": mine}
@@ -248,15 +251,14 @@ class Hosts:
             return bool(message.get("op") in ("event", "recovered")) and not self._said(
                 heard.peer, message
             )
-        self._asked.get(heard.peer, set()).discard(message["batch"])
-        if message["result"] is not None:
-            self._crew.evaluation.heard({**message, "event": "batch"})
-        elif self._holdings:
-            raise TaskError(
-                f"host {heard.peer} cannot send what Task.outputs returned: it is too long",
-                expected="at most 1 MiB for a held-out batch",
-                fix="lower eval_batch_size, or return less",
-            )
+        try:
+            answer = self._answers.add(heard.peer, message)
+        except (KeyError, TypeError, ValueError) as error:
+            self._transport.drop(heard.peer, f"it has sent no answer: {ascii(error)[:200]}")
+            return True
+        if answer is not None:
+            self._asked.get(heard.peer, set()).discard(answer["batch"])
+            self._crew.evaluation.heard({**answer, "event": "batch"})
         return True
 
     # The parts of the state that each host alone has, while all rest.
