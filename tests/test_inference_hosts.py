@@ -124,8 +124,8 @@ def await_file(path: Path, seconds: float = 60.0) -> None:
     "changes",
     [
         {"ownership": "sharded"},
-        {"compression": "topk", "groups": 3},
-        {"local_steps": 2},
+        pytest.param({"compression": "topk", "groups": 3}, marks=pytest.mark.long),
+        pytest.param({"local_steps": 2}, marks=pytest.mark.long),
     ],
     ids=lambda changes: next(iter(changes)),
 )
