@@ -143,6 +143,18 @@ class StepsByTheBatch(Blobs):
     scheduler_interval = "batch"  # type: ignore[assignment]
 
 
+class PenaltyWithoutMetrics(Blobs):
+    """Its loss needs gradients, and is what held-out data go through."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> Any:
+        return lockstep.Task.metrics(self, model, batch)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        points = batch[0].clone().requires_grad_()
+        slopes = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        return torch.cat(slopes).square().mean()
+
+
 class MetricsOfNoNames(Blobs):
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
         return torch.zeros(3)  # type: ignore[return-value]

@@ -74,6 +74,11 @@ CASES = {
         says=("did not return a loss", "with a graph", "requires_grad=False"),
         starts=True,
     ),
+    "PenaltyWithoutMetrics": Case(
+        kind=errors.TaskError,
+        says=("error while evaluating", "Task.metrics is not defined", "without gradients"),
+        starts=True,
+    ),
     "MetricsOfAnotherShape": Case(
         kind=errors.TaskError,
         says=("the metric 'scores' has a shape", "one per sample: shape (1", ", 3)", "their mean"),

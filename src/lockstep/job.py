@@ -65,7 +65,13 @@ class Task:
         one number: the mean over the batch. Both are averaged over samples, in float64, in
         the order of the data. The default is the loss.
         """
-        return {"loss": self.loss(model, batch)}
+        try:
+            return {"loss": self.loss(model, batch)}
+        except Exception as error:
+            error.add_note(
+                "Task.metrics is not defined: held-out data go through loss(), without gradients"
+            )
+            raise
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | Sequence[Any]]:
         """What `score` needs to know of one held-out batch; default: nothing.
