@@ -83,6 +83,7 @@ class Station:
             host=self.address,
             silence=self._silence,
             report=self._report,
+            reports_ends=False,  # an exchange that fails tells of one; others are a regrouping's
         )
         return self._mesh.address
 
