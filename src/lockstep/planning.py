@@ -73,6 +73,11 @@ class Plan:
         )
 
     @property
+    def sum_limit(self) -> float | None:
+        """The limit of the norm of the shards' summed gradient, if it is that which is limited."""
+        return self.clip_grad_norm if self.local_steps == 1 else None
+
+    @property
     def eval_batches(self) -> int:
         """How many held-out batches there are; the last of a set may be short, none is padded."""
         sizes = [each.held_out for each in self.holdings] or [self.eval_samples]

@@ -131,7 +131,7 @@ class Station:
             self._mesh,
             seats,
             failed,
-            clip=plan.clip_grad_norm is not None,
+            clip=plan.sum_limit is not None,
             spare=numerics.cores() > plan.workers * plan.threads,
         )
         self._exchanger.start(step)

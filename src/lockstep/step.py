@@ -153,8 +153,12 @@ class Stepper:
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._state = memoryview(shared.segments["state"].map)
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
-        self._limit = None if clip_grad_norm is None else NormLimit(shared, clip_grad_norm)
-        self._rounds = Rounds(task, shared, sampling) if isinstance(task, LocalSteps) else None
+        self._limit: NormLimit | None = None
+        self._rounds: Rounds | None = None
+        if isinstance(task, LocalSteps):
+            self._rounds = Rounds(task, shared, sampling, clip_grad_norm)
+        elif clip_grad_norm is not None:
+            self._limit = NormLimit(shared, clip_grad_norm)
 
     def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""

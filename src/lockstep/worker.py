@@ -65,17 +65,18 @@ class Session:
     ) -> Session:
         """Move the model to shared memory. Called once, in the nursery."""
         model.train()
+        planned = Plan.from_message(plan)
         shared = build(
             task,
             model,
             shards=plan["shards"],
             seats=plan["seats"],
-            clip=plan["clip_grad_norm"] is not None,
+            clip=planned.sum_limit is not None,
             networked=networked,
             compression=plan["compression"],
             groups=plan["groups"],
         )
-        schedule = Schedule(task, shared.optimizer, Plan.from_message(plan).sampling)
+        schedule = Schedule(task, shared.optimizer, planned.sampling)
         return Session(
             task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
         )
