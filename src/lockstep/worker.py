@@ -19,7 +19,7 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.building import build
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
-from lockstep.data import Loader, make_fetch
+from lockstep.data import make_fetch
 from lockstep.faults import FaultScript
 from lockstep.held_out import (
     Inference,
@@ -30,6 +30,7 @@ from lockstep.held_out import (
 )
 from lockstep.job import Task
 from lockstep.layout import Range, cut_evenly, own_blocks
+from lockstep.loading import Loader
 from lockstep.outcomes import batch_range
 from lockstep.owner import Owner
 from lockstep.planning import Plan
