@@ -22,8 +22,6 @@ class Facts:
 
     train_samples: int
     eval_samples: int
-    parameters: int
-    parameter_bytes: int
     cores: int
 
 

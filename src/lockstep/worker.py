@@ -40,6 +40,7 @@ from lockstep.schedule import Schedule
 from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
 from lockstep.sums import dense_leaves, leaves_of
+from lockstep.tracebacks import describe_error
 
 
 @dataclass
@@ -278,8 +279,6 @@ def work(session: Session, seat: int, channel: Channel) -> int:
 
 def _last_words(worker: Worker | None, channel: Channel, error: BaseException) -> int:
     """Say why a worker ends, if anybody is there to hear it; returns the exit code."""
-    from lockstep.nursery import describe_error
-
     # Torch tells of a loader's death by an error from a signal's handler: not while that is told.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if worker is not None and worker.loader.has_lost_a_process(error):
