@@ -120,8 +120,10 @@ class RayNodes:
         return sorted((self.folder / "t").glob("lockstep*"))
 
     def await_end(self, files: list[Path] | None) -> None:
-        """Wait until nothing is there but these files; with None, files do not matter."""
-        gone = lambda: not self.ours() and files in (None, self.files())  # noqa: E731
+        """Wait until nothing is there but these files; with None, files do not matter. What others
+        have left, whose actors were killed, may have been removed meanwhile."""
+        left = lambda: [] if files is None else set(self.files()).difference(files)  # noqa: E731
+        gone = lambda: not self.ours() and not left()  # noqa: E731
         try:
             until(gone, LIMIT, "that agents and actors are gone")
         except AssertionError as error:

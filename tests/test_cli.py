@@ -338,13 +338,21 @@ def test_an_interruption_is_said(
     ],
 )
 def test_arguments(given: list[str], read: dict[str, Any]) -> None:
-    from lockstep.cli import _arguments
+    from lockstep.options import arguments
 
-    assert _arguments(given) == read
+    assert arguments(given) == read
+
+
+def test_every_setting_that_an_option_can_give_has_one() -> None:
+    from lockstep.job import SETTINGS
+    from lockstep.options import SETTINGS as OPTIONS
+
+    assert set(SETTINGS) - set(OPTIONS) == {"evaluate", "keep_checkpoints", "cluster"}
+    assert set(OPTIONS) <= set(SETTINGS)
 
 
 def test_a_stray_word_is_refused() -> None:
-    from lockstep.cli import _arguments
+    from lockstep.options import arguments
 
     with pytest.raises(JobError, match="unexpected argument 'cnn'"):
-        _arguments(["cnn"])
+        arguments(["cnn"])

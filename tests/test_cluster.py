@@ -439,6 +439,7 @@ def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
             ranks.append(stack.enter_context(daemon))
         (code, out), (other, _) = ranks[0].wait(), ranks[1].wait()
     assert (code, other) == (0, 0), ranks[0].log + ranks[1].log
+    assert "closed the connection" not in ranks[0].log + ranks[1].log, "they have said goodbye"
     assert json.loads(out)["fingerprint"] == alone
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 import lockstep
 from lockstep.channel import Channel, Message
-from lockstep.data import follow_worker
 from lockstep.errors import TaskError
 from lockstep.handover import NAME
+from lockstep.loading import follow_worker
 from lockstep.processes import own_file_positions
 from lockstep.worker import work
 from tests.zoo.samples import Noisy
@@ -58,12 +59,14 @@ class Unpicklable(Vectors):
 
 
 class Traced(Vectors):
-    """Its loss sees in which files batches lie that come from a loader process."""
+    """Its loss sees in which files batches lie that come from a loader process. Where it is, nobody
+    can make one of Python's locks between processes, which have a name for a moment."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def train_data(self) -> Dataset[Any]:
+        SemLock.__init__ = _refuse  # type: ignore[assignment, method-assign]
         return Noisy(SAMPLES, seed=1)
 
     def collate(self, samples: list[Any]) -> Any:
@@ -87,6 +90,10 @@ class Traced(Vectors):
                 if not batch[0][:, 1:].all():
                     raise ValueError("a view has become a copy")
         return super().loss(model, batch)
+
+
+def _refuse(*_: object) -> None:
+    raise AssertionError("a lock with a name is made")
 
 
 def file_of(tensor: torch.Tensor) -> str:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import seeds
-from lockstep.data import FetchTimes, Order, Rows, wants_loaders
+from lockstep.data import Order, Rows
+from lockstep.loading import FetchTimes, wants_loaders
 from lockstep.sampling import Sampling, home_shards
 from tests import reference
 

@@ -232,6 +232,19 @@ def test_names_that_lead_nowhere(
         resolve(Source(name=name.format(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["mine:Blobs", "mine.py:Blobs", f"{TASKS}:Blobs"])
+def test_a_working_folder_that_is_gone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(JobError, match="the folder that this process works in is gone"):
+            lockstep.run(name, out=str(tmp_path / "run"), quiet=True, **SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
 # Imports.
 
 

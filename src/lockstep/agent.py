@@ -67,7 +67,7 @@ def serve(
         offer: the job.
         workers: how many workers this host would run.
         host: the address that other hosts reach this one at.
-        report: told of connections that are closed or refused.
+        report: told of connections that are refused, or lost without a goodbye.
         folder: a private and empty folder, the caller's to remove afterwards, for code that the
             master sends. The caller has seen that its digest is allowed. None: no code is taken.
         moved: called once, when this host has taken part in a step.

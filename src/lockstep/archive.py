@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, JobError
+from lockstep.source import working_folder
 
 MAX_FILES, MAX_SOURCE = 2000, 4 << 20
 """How many files an archive may have, and how many bytes they may have together."""
@@ -88,11 +89,12 @@ def unpack(data: bytes, folder: Path) -> None:
 
 def _files_of(module: str) -> Iterator[tuple[str, Path]]:
     """The files of a module or package that is not inside another, by their paths in an archive."""
-    spec = PathFinder.find_spec(module, [os.getcwd(), *sys.path])
+    here = working_folder()
+    spec = PathFinder.find_spec(module, [here, *sys.path])
     if spec is None:
         raise JobError(
             f"there is no module {module}",
-            found=f"looked in {os.getcwd()} and the Python path",
+            found=f"looked in {here} and the Python path",
             fix="run from the folder that holds it, or give file.py:Task",
         )
     if spec.submodule_search_locations is None:

@@ -33,9 +33,6 @@ class PrivateBuffers:
             if value is None
         ]
 
-    def __bool__(self) -> bool:
-        return bool(self._places)
-
     def restore(self, committed: Sequence[torch.Tensor]) -> None:
         """Set every buffer to its committed value."""
         for (module, leaf, own), value in zip(self._places, committed, strict=True):

@@ -14,6 +14,7 @@ import typer
 
 from lockstep.cluster import commands
 from lockstep.errors import JobError, LockstepError
+from lockstep.options import Workers, arguments, given, takes_settings
 
 if TYPE_CHECKING:
     from lockstep.offer import Launcher
@@ -36,91 +37,31 @@ WITH_ARGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 JobArgument = Annotated[
     str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
 ]
-Workers = Annotated[int | None, typer.Option("--workers", "-w", help="Worker processes.")]
-Shards = Annotated[int | None, typer.Option(help="V: slices of each batch; the numbers' grain.")]
-Threads = Annotated[int | None, typer.Option(help="Intra-op threads per worker.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer updates, instead of --data-epochs.")]
-Batch = Annotated[int | None, typer.Option(help="Samples per step, over all workers.")]
-LocalSteps = Annotated[int | None, typer.Option(help="Updates between two exchanges.")]
-Compression = Annotated[
-    str | None, typer.Option(help="Of gradients between hosts: none, bf16, int8 or topk.")
-]
-Groups = Annotated[int | None, typer.Option(help="With --compression: how many groups of shards.")]
-Ownership = Annotated[
-    str | None, typer.Option(help="Between hosts: replicated, sharded or servers.")
-]
-Servers = Annotated[
-    list[str] | None, typer.Option("--server", help="A host that is a server; give it again.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything.")]
-EvalBatch = Annotated[int | None, typer.Option(help="Samples per held-out batch.")]
-MaxWorkers = Annotated[int | None, typer.Option(help="How far `scale` may go.")]
-Clip = Annotated[float | None, typer.Option(help="Limit of the gradient's norm.")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
-Numerics = Annotated[str | None, typer.Option(help="native or portable.")]
-Loaders = Annotated[int | None, typer.Option(help="Loader processes per worker.")]
-EverySteps = Annotated[int | None, typer.Option(help="Checkpoint every N steps.")]
-EverySeconds = Annotated[float | None, typer.Option(help="... or seconds.")]
-Audit = Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")]
-Stall = Annotated[float | None, typer.Option(help="Replace a silent worker.")]
 On = Annotated[
     str | None,
     typer.Option("--on", help="Other hosts: up, ray, ray:ADDRESS, or a file with a join token."),
 ]
-HostSeconds = Annotated[float | None, typer.Option(help="Give a silent host up.")]
-HostData = Annotated[
-    str | None, typer.Option("--host-data", help="Data on other hosts: build, ship or local.")
-]
-ShipCode = Annotated[
-    bool | None, typer.Option("--ship-code", help="Send the task's code to the other hosts.")
-]
-Out = Annotated[str | None, typer.Option(help="The run folder; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
 @app.command(context_settings=WITH_ARGS)
+@takes_settings
 def run(
     ctx: typer.Context,
     job: JobArgument,
-    workers: Workers = None,
-    shards: Shards = None,
-    threads: Threads = None,
-    data_epochs: Epochs = None,
-    steps: Steps = None,
-    batch_size: Batch = None,
-    local_steps: LocalSteps = None,
-    compression: Compression = None,
-    groups: Groups = None,
-    ownership: Ownership = None,
-    servers: Servers = None,
-    seed: Seed = None,
-    eval_batch_size: EvalBatch = None,
-    max_workers: MaxWorkers = None,
-    clip_grad_norm: Clip = None,
-    precision: Precision = None,
-    numerics: Numerics = None,
-    loaders: Loaders = None,
-    checkpoint_steps: EverySteps = None,
-    checkpoint_seconds: EverySeconds = None,
-    audit: Audit = None,
-    stall_seconds: Stall = None,
-    host_seconds: HostSeconds = None,
-    data: HostData = None,
-    ship_code: ShipCode = None,
-    out: Out = None,
+    *,
     on: On = None,
     state: commands.StateOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Train a job. Further --options are arguments of the recipe or task: --model cnn."""
     from lockstep.api import run as run_job
 
-    settings = _given(ctx, skip=("job", "on", "state", "quiet", "as_json"))
     with _launcher(on, state) as launcher:
-        result = run_job(*_job(job, ctx.args), quiet=quiet, on=launcher, **settings)
+        result = run_job(*_job(job, ctx.args), quiet=quiet, on=launcher, **given(settings))
     _show(result, as_json)
 
 
@@ -159,41 +100,18 @@ def _note(notes: Iterable[str]) -> None:
 
 
 @app.command(context_settings=WITH_ARGS)
+@takes_settings
 def plan(
     ctx: typer.Context,
     job: JobArgument,
-    workers: Workers = None,
-    shards: Shards = None,
-    threads: Threads = None,
-    data_epochs: Epochs = None,
-    steps: Steps = None,
-    batch_size: Batch = None,
-    local_steps: LocalSteps = None,
-    compression: Compression = None,
-    groups: Groups = None,
-    ownership: Ownership = None,
-    servers: Servers = None,
-    seed: Seed = None,
-    eval_batch_size: EvalBatch = None,
-    max_workers: MaxWorkers = None,
-    clip_grad_norm: Clip = None,
-    precision: Precision = None,
-    numerics: Numerics = None,
-    loaders: Loaders = None,
-    checkpoint_steps: EverySteps = None,
-    checkpoint_seconds: EverySeconds = None,
-    audit: Audit = None,
-    stall_seconds: Stall = None,
-    host_seconds: HostSeconds = None,
-    data: HostData = None,
-    ship_code: ShipCode = None,
-    out: Out = None,
+    *,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Show what `run` would do with the same options, and why. Nothing is trained or written."""
     from lockstep.api import plan as plan_job
 
-    found = plan_job(*_job(job, ctx.args), **_given(ctx, skip=("job", "as_json")))
+    found = plan_job(*_job(job, ctx.args), **given(settings))
     message = found.to_message()
     if as_json:
         print(json.dumps(message))
@@ -279,7 +197,7 @@ def evaluate(
     from lockstep.runfolder import plain
 
     with _launcher(on, state) as launcher:
-        found = evaluate_run(run, workers=workers, args=_arguments(ctx.args), on=launcher)
+        found = evaluate_run(run, workers=workers, args=arguments(ctx.args), on=launcher)
     _note(found.notes)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(found))))
@@ -393,53 +311,13 @@ def list_data(as_json: Json = False) -> None:
 commands.add_to(app)
 
 
-def _given(ctx: typer.Context, skip: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    return {
-        name: value for name, value in ctx.params.items() if value is not None and name not in skip
-    }
-
-
 def _job(name: str, extra: list[str]) -> tuple[Any]:
     """The job that the command line names, with the recipe's arguments."""
     from lockstep.job import Job
     from lockstep.jobfile import SUFFIXES, read_job_file
 
     job = read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
-    return (job.replace_args({**job.args, **_arguments(extra)}),)
-
-
-def _arguments(extra: list[str]) -> dict[str, Any]:
-    """`--model cnn --wide` as `{"model": "cnn", "wide": True}`."""
-    arguments: dict[str, Any] = {}
-    pending: str | None = None
-    for item in extra:
-        if item.startswith("--"):
-            name, equals, value = item[2:].partition("=")
-            pending = name.replace("-", "_")
-            arguments[pending] = _value(value) if equals else True
-            pending = None if equals else pending
-        elif pending is not None:
-            arguments[pending] = _value(item)
-            pending = None
-        else:
-            raise JobError(f"unexpected argument {item!r}", expected="--name value")
-    return arguments
-
-
-def _value(text: str) -> Any:
-    """A number, a YAML value such as `[1, 2]` or `true`, or else the text itself."""
-    import yaml
-
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return (job.replace_args({**job.args, **arguments(extra)}),)
 
 
 def main() -> None:

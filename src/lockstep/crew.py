@@ -207,8 +207,8 @@ class Crew:
         Raises:
             IntegrityError: the state that was copied is not what was sent.
         """
-        station, name = self.station, self.station.name if self.station else ""
-        assert station is not None
+        assert self.station is not None
+        station, name = self.station, self.station.name
         self.roles = self.roles.among(orders.workers, self.host.slot_map)
         self.history.owned = self.roles.owned
         peer = ""

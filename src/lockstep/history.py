@@ -96,7 +96,7 @@ class History:
             unit.name: control.digest(step, index)
             for index, unit in enumerate(self.audit.units(step))
         }
-        norm = None if self.plan.clip_grad_norm is None else float(control.total_norms[place])
+        norm = None if self.plan.sum_limit is None else float(control.total_norms[place])
         if step == 0:
             self.sink.event("first_step")
         record = StepRecord(

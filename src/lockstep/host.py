@@ -29,7 +29,7 @@ from lockstep.nurseries import (
     new_nursery,
 )
 from lockstep.planning import Plan
-from lockstep.source import Source
+from lockstep.source import Source, working_folder
 
 STACK_SECONDS = 0.5
 
@@ -93,9 +93,9 @@ class Event:
     message: Message | None
 
 
-def _search_path(shipped: str) -> list[str]:
-    """Where a nursery looks for modules; first in the folder of code that was sent, if any was."""
-    here = os.getcwd()
+def _search_path(here: str, shipped: str) -> list[str]:
+    """Where a nursery that works `here` looks for modules; first in the folder of code that was
+    sent, if any was."""
     path = [entry or here for entry in sys.path]
     return [shipped, here, *path] if shipped else path
 
@@ -130,7 +130,11 @@ class Host:
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
         facts are to be compared with other hosts'. `data`: what the master has sent, the data sets
         or that file.
+
+        Raises:
+            JobError: the folder that this process works in is gone.
         """
+        here = working_folder()
         nursery = new_nursery(environment_for(settings.get("numerics", "native")))
         fds = []
         if source.payload is not None:
@@ -146,8 +150,8 @@ class Host:
             "records": None if records is None else dict(records),
             "data": 0 if data is None else data.nbytes,
             "networked": networked,
-            "folder": os.getcwd(),
-            "path": _search_path(source.folder),
+            "folder": here,
+            "path": _search_path(here, source.folder),
             "shipped": source.folder,
             "offered": source.offered,
         }

@@ -184,7 +184,8 @@ class Job:
     by `python -m lockstep.cluster.launched --task worker:0 JOB` (see `cluster.description`)."""
     seed: int = 0
     clip_grad_norm: float | None = None
-    """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it."""
+    """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it; with
+    `local_steps`, of the norm of each shard's own gradient, in each of its steps."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: loss and metrics run under `torch.autocast("cpu", torch.bfloat16)`."""
     numerics: Literal["native", "portable"] = "native"
@@ -294,13 +295,6 @@ class Job:
                 expected="names of servers with ownership = servers, and with no other",
                 found=f"ownership = {self.ownership}, servers = {list(names)}",
                 fix="set both, or neither",
-            )
-        if self.local_steps > 1 and self.clip_grad_norm is not None:
-            raise JobError(
-                "clip_grad_norm does not go with local_steps: no gradient of all shards is made",
-                expected="one of them",
-                found=f"local_steps = {self.local_steps}, clip_grad_norm = {self.clip_grad_norm}",
-                fix="leave one out",
             )
         if self.workers and self.shards and self.shards < self.workers:
             raise JobError(

@@ -27,16 +27,16 @@ import select
 import signal
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockstep import numerics
 from lockstep.channel import Channel, Closed, Message
-from lockstep.errors import LockstepError, TaskError, to_message
 from lockstep.processes import die_with_parent, own_file_positions
-from lockstep.records import samples_of
-from lockstep.source import Source, code_digest, resolve
+from lockstep.source import Source
+from lockstep.tracebacks import describe_error
 
 if TYPE_CHECKING:
+    from lockstep.loaded import Loaded
     from lockstep.worker import Session
 
 NEEDED = ("torch", "torch._dynamo", "lockstep.worker")
@@ -59,28 +59,6 @@ def import_needed() -> None:
     gc.freeze()
 
 
-def user_traceback(error: BaseException) -> str:
-    """The traceback without the frames above the user's code."""
-    here = os.path.dirname(__file__) + os.sep
-    recipes = os.path.join(here, "recipes")
-    frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None:
-        file = frames.tb_frame.f_code.co_filename
-        ours = file.startswith(here) and not file.startswith(recipes)
-        if not ours and not file.startswith("<frozen importlib"):
-            break
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-
-
-def describe_error(error: BaseException, doing: str) -> Message:
-    """An error as a message: Lockstep's own as it is, the user's with its traceback."""
-    if isinstance(error, LockstepError):
-        return to_message(error)
-    text = user_traceback(error)
-    return to_message(TaskError(f"the task raised an error while {doing}\n\n{text}\n"))
-
-
 class Cloned(BaseException):
     """Leaves the loop of the process that was forked: this one serves another agent."""
 
@@ -92,6 +70,8 @@ class Nursery:
         self.channel = channel
         self.children: dict[int, int] = {}
         """Process id to seat; -1 for a clone."""
+        self.loaded: Loaded
+        """By `load`."""
         self.session: Session | None = None
 
     def preload(self, request: Message, _: list[int]) -> None:
@@ -104,7 +84,7 @@ class Nursery:
         """Import torch, build the task, its model and its data sets."""
         os.chdir(request["folder"])
         sys.path[:] = request["path"]
-        shipped = fds.pop() if request["data"] else -1
+        sent = fds.pop() if request["data"] else -1
         payload = None
         if fds:
             with open(fds[0], "rb") as file:
@@ -113,78 +93,35 @@ class Nursery:
         import_needed()
         numerics.configure(threads=1)
         numerics.keep_to_one_thread()
+        from lockstep.loaded import load
+        from lockstep.samplefile import write_sets
+
         source = Source(
             name=request["name"],
             args=request["args"],
             payload=payload,
+            code=request["code"],
             folder=request["shipped"],
             offered=request["offered"],
         )
-        self.task, job = resolve(source)
-        from lockstep.data import make_fetch
-        from lockstep.datadigest import digest_of
-        from lockstep.datasource import build_sets, length_of
-        from lockstep.modules import check_model
-        from lockstep.samplefile import read_sets, write_sets
-        from lockstep.seeds import seed_everything
-
-        settings = {} if job is None else _settings_of(job)
-        seed = request["settings"].get("seed", settings.get("seed", 0))
-        seed_everything(seed)
-        local_steps = request["settings"].get("local_steps", settings.get("local_steps", 1))
-        way = request["settings"].get("data", settings.get("data", "build"))
-        records = request["records"]
-        ship = request["networked"] and way == "ship" and not request["data"] and records is None
-        own = self.task
-        if local_steps > 1:
-            from lockstep.local_steps import LocalSteps
-
-            self.task = LocalSteps(self.task, local_steps)
-        self.model = self.task.model()
-        check_model(self.model)
-        if records is not None:
-            if request["data"]:
-                os.ftruncate(shipped, request["data"])  # a segment has a page at least
-            samples: Any = samples_of(self.task, records, shipped)  # indexed like any Dataset
-            self.train = self.held_out = samples
-        elif request["data"]:
-            self.train, self.held_out = read_sets(shipped, request["data"])
-            os.close(shipped)
+        self.loaded = load(source, request, sent)
+        message = {"event": "loaded", "facts": self.loaded.facts}
+        if self.loaded.ships:
+            sets = write_sets(self.loaded.train, self.loaded.held_out)
+            with contextlib.closing(sets):
+                self.channel.send({**message, "data": sets.nbytes}, [sets.fd])
         else:
-            self.train, self.held_out = build_sets(own, alone=ship)
-        train = length_of(self.train, "train_data")
-        held_out = 0 if self.held_out is None else length_of(self.held_out, "eval_data")
-        parameters = list(self.model.parameters())
-        facts = {
-            "settings": settings,
-            "task": type(self.task).__name__,
-            "code": code_digest(self.task) if payload is None else request["code"],
-            "train_samples": train,
-            "eval_samples": held_out,
-            "parameters": sum(p.numel() for p in parameters),
-            "parameter_bytes": sum(p.numel() * p.dtype.itemsize for p in parameters),
-            "probe": numerics.probe(),
-        }
-        if request["networked"] and way == "local" and records is None:
-            facts["data"] = "local"  # another one on every host
-        elif request["networked"]:
-            facts["data"] = digest_of(make_fetch(self.task, self.train, seed), train)
-        if ship:
-            with contextlib.closing(write_sets(self.train, self.held_out)) as sets:
-                message = {"event": "loaded", "facts": facts, "data": sets.nbytes}
-                self.channel.send(message, [sets.fd])
-        else:
-            self.channel.send({"event": "loaded", "facts": facts})
+            self.channel.send(message)
 
     def setup(self, request: Message, _: list[int]) -> None:
         """Build the shared state and tell the agent where everything lies."""
         from lockstep.worker import Session
 
         self.session = Session.build(
-            self.task,
-            self.model,
-            self.train,
-            self.held_out,
+            self.loaded.task,
+            self.loaded.model,
+            self.loaded.train,
+            self.loaded.held_out,
             request["plan"],
             networked=request["networked"],
         )
@@ -272,15 +209,6 @@ class Nursery:
             os.kill(pid, signal.SIGKILL)
         for pid in self.children:
             os.waitpid(pid, 0)
-
-
-def _settings_of(job: Any) -> dict[str, Any]:
-    from lockstep.job import SETTINGS, Job
-
-    plain = Job(task="")
-    return {
-        name: getattr(job, name) for name in SETTINGS if getattr(job, name) != getattr(plain, name)
-    }
 
 
 def _flush() -> None:

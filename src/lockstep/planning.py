@@ -22,8 +22,6 @@ class Facts:
 
     train_samples: int
     eval_samples: int
-    parameters: int
-    parameter_bytes: int
     cores: int
 
 
@@ -71,6 +69,11 @@ class Plan:
             seed=self.seed,
             parts=parts(self.holdings),
         )
+
+    @property
+    def sum_limit(self) -> float | None:
+        """The limit of the norm of the shards' summed gradient, if it is that which is limited."""
+        return self.clip_grad_norm if self.local_steps == 1 else None
 
     @property
     def eval_batches(self) -> int:

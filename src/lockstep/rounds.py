@@ -47,8 +47,16 @@ class Updates:
 class Rounds:
     """One worker's: a copy of the model, and the task's optimizer and schedule on it."""
 
-    def __init__(self, task: LocalSteps, shared: SharedState, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        task: LocalSteps,
+        shared: SharedState,
+        sampling: Sampling,
+        clip_grad_norm: float | None,
+    ) -> None:
+        """`clip_grad_norm`: limit of the norm of the gradient that a step within a round takes."""
         self.task, self.steps, self.shared = task.task, task.steps, shared
+        self._most = clip_grad_norm
         self._model = _copy(shared.model)
         trainable = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
         self._params = [parameter for _, parameter in trainable]
@@ -70,6 +78,8 @@ class Rounds:
             self._optimizer.zero_grad(set_to_none=True)
             loss = self.task.loss(self._model, self.task.collate(samples))
             loss.backward()
+            if self._most is not None:
+                nn.utils.clip_grad_norm_(self._params, self._most)
             self._optimizer.step()
             total += loss.detach().double() * len(samples)
         self._optimizer.zero_grad(set_to_none=True)

@@ -119,8 +119,25 @@ def _absolute(name: str) -> str:
     """A name that means the same from another folder."""
     place, colon, attribute = name.rpartition(":")
     if colon and place.endswith(".py"):
-        return f"{Path(place).resolve()}:{attribute}"
+        return f"{Path(working_folder(), place).resolve()}:{attribute}"
     return name
+
+
+def working_folder() -> str:
+    """The folder that this process works in, from where tasks are found.
+
+    Raises:
+        JobError: it is gone.
+    """
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise JobError(
+            "the folder that this process works in is gone",
+            expected="a folder that is there: tasks are found from it, and workers work in it",
+            found="it was deleted, or another one has taken its place",
+            fix="cd to a folder that is there, and start again",
+        ) from None
 
 
 def resolve(source: Source) -> tuple[Task, Job | None]:
@@ -258,15 +275,16 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = working_folder()
+    if here not in sys.path:
+        sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise JobError(
                 f"there is no module {error.name}",
-                found=f"looked in {os.getcwd()} and the Python path",
+                found=f"looked in {here} and the Python path",
                 fix="run from the folder that holds it, or give file.py:Task",
             ) from None
         raise

@@ -83,6 +83,7 @@ class Station:
             host=self.address,
             silence=self._silence,
             report=self._report,
+            reports_ends=False,  # an exchange that fails tells of one; others are a regrouping's
         )
         return self._mesh.address
 
@@ -130,7 +131,7 @@ class Station:
             self._mesh,
             seats,
             failed,
-            clip=plan.clip_grad_norm is not None,
+            clip=plan.sum_limit is not None,
             spare=numerics.cores() > plan.workers * plan.threads,
         )
         self._exchanger.start(step)

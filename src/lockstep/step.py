@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import blake3
-import numpy as np
-import numpy.typing as npt
-import torch
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
 from lockstep.barrier import Barrier, Regroup
 from lockstep.base import BasePart
-from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
 from lockstep.compression import Compressor
@@ -31,23 +24,19 @@ from lockstep.control import (
     exchange_of,
     progress_of,
 )
-from lockstep.data import Loader
-from lockstep.embeddings import Redo
-from lockstep.errors import NonFiniteError, TaskError
 from lockstep.faults import Fault, FaultScript
-from lockstep.gradients import SlotWriter, combine_buffers
+from lockstep.gradients import combine_buffers
 from lockstep.job import Task
 from lockstep.layout import Audit, Block, Range, own_blocks
+from lockstep.loading import Loader
 from lockstep.local_steps import LocalSteps
-from lockstep.modules import held_tensors
 from lockstep.owner import Owner
 from lockstep.ownership import Returns
 from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
-from lockstep.seeds import derive, seed_everything
-from lockstep.slots import Slot
+from lockstep.shard_gradients import ShardGradients
 from lockstep.state import SharedState
 from lockstep.sums import ShareSum, SubtreeSums
 
@@ -87,38 +76,6 @@ def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
     return own_blocks(whole, workers)
 
 
-def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float:
-    """The loss as a number.
-
-    Raises:
-        TaskError: it is not a scalar tensor with a graph.
-        NonFiniteError: it is NaN or infinite.
-    """
-    usable = isinstance(loss, torch.Tensor) and loss.requires_grad and loss.is_floating_point()
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not usable:
-        found = (
-            f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}, "
-            f"requires_grad={loss.requires_grad}"
-            if isinstance(loss, torch.Tensor)
-            else repr(type(loss))
-        )
-        raise TaskError(
-            "Task.loss did not return a loss",
-            expected="a real tensor of one element, with a graph: the mean over the batch",
-            found=found,
-            fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
-        )
-    value = loss.item()
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
-            expected="a finite loss",
-            found=f"{value}, data epoch {sampling.data_epoch(step)}",
-            fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
-        )
-    return value
-
-
 class Stepper:
     """Runs steps for one worker."""
 
@@ -138,29 +95,29 @@ class Stepper:
         audit_fraction: float,
         report: Report,
     ) -> None:
-        self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
-        self.audit, self.seed = audit, seed
-        self.autocast, self.faults = autocast, faults or None
+        self.shared, self.sampling, self.loader = shared, sampling, loader
+        self.audit, self.seed, self.faults = audit, seed, faults or None
         self.control = shared.control
         self.schedule = schedule
-        self._fetching = 0.0
         self._audit_fraction, self._report = audit_fraction, report
         self._gradient_audit: GradientAudit | None = None
         self._claims = Claims(shared.control)
-        self._writer = SlotWriter(shared)
-        self._buffers = PrivateBuffers(shared.model, shared.buffers)
-        self._modes = Modes(shared.model)
-        self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._state = memoryview(shared.segments["state"].map)
-        self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
-        self._limit = None if clip_grad_norm is None else NormLimit(shared, clip_grad_norm)
-        self._rounds = Rounds(task, shared, sampling) if isinstance(task, LocalSteps) else None
+        rounds: Rounds | None = None
+        self._limit: NormLimit | None = None
+        if isinstance(task, LocalSteps):
+            rounds = Rounds(task, shared, sampling, clip_grad_norm)
+        elif clip_grad_norm is not None:
+            self._limit = NormLimit(shared, clip_grad_norm)
+        self._gradients = ShardGradients(
+            task, shared, sampling, loader, rounds, seed=seed, autocast=autocast, faults=faults
+        )
 
     def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
-        self._early = part.several and not self._audit_fraction
+        self._gradients.early = part.several and not self._audit_fraction
         self._sums = SubtreeSums(self.shared, part.subtrees, part.mine, part.rank, part.workers)
         self._not_begun = set(part.theirs)
         self._compressor = None
@@ -194,7 +151,7 @@ class Stepper:
         begun = clock()
         self._compute_all(step, todo)
         computed = clock()
-        fetching, self._fetching = self._fetching, 0.0
+        fetching = self._gradients.take_fetching()
         seconds[Stat.COMPUTE] += computed - begun - fetching
         self.loader.consider(seconds[Stat.COMPUTE])
         barrier.arrive(progress_of(step, Phase.COMPUTED))
@@ -215,7 +172,7 @@ class Stepper:
         reduced = clock()
         control.set_updating(self.part.seat, step)
         self.owner.update(step, presence, scale)
-        if self._buffers:
+        if self.shared.committed:
             self._combine_buffers(step)
         self._local.run(active)
         self._fault("update_done", step)
@@ -308,7 +265,7 @@ class Stepper:
         if shard in self.sampling.active(step):
             control.beat(self.part.seat, shard)
             slot = self.shared.slots[shard]
-            loss = self._gradient(step, shard, slot, control.has_grad[shard])
+            loss = self._gradients.make(step, shard, slot, control.has_grad[shard])
             struck = self._fault("slot", step, shard)
             if struck is not None:
                 flip_gradient_bit(slot)
@@ -316,87 +273,16 @@ class Stepper:
         control.shard_by[shard] = self.part.seat
         control.shard_done[shard] = step
 
-    def _gradient(self, step: int, shard: int, slot: Slot, written: npt.NDArray[np.uint8]) -> float:
-        """Forward and backward of one shard, into a slot; returns the loss."""
-        begun = time.perf_counter()
-        self._fault("load", step, shard)
-        batch = self.loader.get(step, shard)
-        self._fetching += time.perf_counter() - begun
-        while True:
-            try:
-                return self._differentiate(step, shard, batch, slot, written)
-            except Redo:  # an embedding was found to need its dense form
-                self._writer.abandon()
-                batch = self.loader.get(step, shard)  # the loss may have changed it
-
-    def _differentiate(
-        self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
-    ) -> float:
-        """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
-        seed_everything(derive(self.seed, "shard", step, shard))
-        self._buffers.restore(self.shared.committed)
-        self._modes.restore()
-        versions = [tensor._version for _, tensor in self._kept]
-        early = self._early and slot is self.shared.slots[shard]
-        self._writer.begin(slot, written, (step, shard) if early else None)
-        self._fault("forward", step, shard)
-        with self._precision():
-            if self._rounds is None:
-                loss = self.task.loss(self.shared.model, batch)
-            else:
-                loss = self._rounds.loss(step, shard, slot, batch)
-        value = check_loss(loss, step, shard, self.sampling)
-        weight = self.sampling.weights(step)[shard]
-        self._fault("backward", step, shard)
-        loss.backward(self._weight(weight, loss))
-        self._writer.finish()
-        self._buffers.save(slot.buffers)
-        if versions != [tensor._version for _, tensor in self._kept]:
-            raise self._changed(versions)
-        return value
-
-    def _changed(self, versions: list[int]) -> TaskError:
-        changed = [
-            name
-            for (name, tensor), version in zip(self._kept, versions, strict=True)
-            if tensor._version != version
-        ]
-        return TaskError(
-            "the loss changed tensors that outlive it: who computes which shard would count",
-            expected="parameters that only the optimizer changes, and a task that stays as it is",
-            found=", ".join(changed[:5]),
-            fix="keep what the loss changes in a buffer of the model, leave out max_norm of "
-            "embeddings, and put a module that the task holds in eval mode",
-        )
-
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
         """Let a scripted fault strike here; one that flips a bit is returned."""
         return None if self.faults is None else self.faults.at(phase, step, shard)
-
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if self.autocast:
-            return torch.autocast("cpu", torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def _weight(self, weight: float, loss: torch.Tensor) -> torch.Tensor | None:
-        """The shard's share of the step, as the gradient at the root of the graph.
-
-        Weighting here and not after the sum costs nothing, and one shard alone has weight 1:
-        then this is `loss.backward()`.
-        """
-        if weight == 1:
-            return None
-        key = (weight, loss.dtype, loss.shape)
-        if key not in self._roots:
-            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype)
-        return self._roots[key]
 
     def _check_all(self, step: int, active: Sequence[int]) -> None:
         """Audit the step before its gradients are used."""
         part = self.part
         if self._gradient_audit is None:
             self._gradient_audit = GradientAudit(
-                self.shared, self._gradient, self._report, self.seed, self._audit_fraction
+                self.shared, self._gradients.make, self._report, self.seed, self._audit_fraction
             )
         changed = self._guard.open()
         if changed is not None:

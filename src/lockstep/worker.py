@@ -19,7 +19,7 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.building import build
 from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
-from lockstep.data import Loader, make_fetch
+from lockstep.data import make_fetch
 from lockstep.faults import FaultScript
 from lockstep.held_out import (
     Inference,
@@ -30,6 +30,7 @@ from lockstep.held_out import (
 )
 from lockstep.job import Task
 from lockstep.layout import Range, cut_evenly, own_blocks
+from lockstep.loading import Loader
 from lockstep.outcomes import batch_range
 from lockstep.owner import Owner
 from lockstep.planning import Plan
@@ -39,6 +40,7 @@ from lockstep.schedule import Schedule
 from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
 from lockstep.sums import dense_leaves, leaves_of
+from lockstep.tracebacks import describe_error
 
 
 @dataclass
@@ -65,17 +67,18 @@ class Session:
     ) -> Session:
         """Move the model to shared memory. Called once, in the nursery."""
         model.train()
+        planned = Plan.from_message(plan)
         shared = build(
             task,
             model,
             shards=plan["shards"],
             seats=plan["seats"],
-            clip=plan["clip_grad_norm"] is not None,
+            clip=planned.sum_limit is not None,
             networked=networked,
             compression=plan["compression"],
             groups=plan["groups"],
         )
-        schedule = Schedule(task, shared.optimizer, Plan.from_message(plan).sampling)
+        schedule = Schedule(task, shared.optimizer, planned.sampling)
         return Session(
             task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
         )
@@ -276,8 +279,6 @@ def work(session: Session, seat: int, channel: Channel) -> int:
 
 def _last_words(worker: Worker | None, channel: Channel, error: BaseException) -> int:
     """Say why a worker ends, if anybody is there to hear it; returns the exit code."""
-    from lockstep.nursery import describe_error
-
     # Torch tells of a loader's death by an error from a signal's handler: not while that is told.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if worker is not None and worker.loader.has_lost_a_process(error):

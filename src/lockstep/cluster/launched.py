@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from lockstep.cluster.state import (
     default_state,
     is_loopback,
 )
+from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import (
     IdentityError,
     JobError,
@@ -216,11 +216,11 @@ def main(
     if port is not None:
         place = replace(place, port=port)
     shared = shared_secret(place, secret)
-    with tempfile.TemporaryDirectory(prefix="lockstep-rank-") as folder:
+    with TemporaryFolder("lockstep-rank-") as folder:
         if place.rank == 0:
-            _lead(place, shared, Path(folder), wanted, workers, out, wait)
+            _lead(place, shared, folder.path, wanted, workers, out, wait)
         else:
-            _follow(place, shared, Path(folder), wanted, workers, wait)
+            _follow(place, shared, folder.path, wanted, workers, wait)
 
 
 def _place(job: Job, task: str | None) -> Place:

@@ -12,13 +12,13 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.cluster.counter import LOOK_SECONDS, LinesConnection
 from lockstep.cluster.launcher import Cluster
+from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import (
     JobError,
     PeerClosedError,
@@ -53,9 +53,9 @@ def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[Cluster]:
     check_address(address)
     from lockstep.net.authority import Authority  # needs the extra `net`
 
-    with tempfile.TemporaryDirectory(prefix="lockstep-ray-") as folder:
-        authority = Authority.open(Path(folder) / "authority")
-        identity = authority.enrol(Path(folder) / "node", MASTER)
+    with TemporaryFolder("lockstep-ray-") as folder:
+        authority = Authority.open(folder.path / "authority")
+        identity = authority.enrol(folder.path / "node", MASTER)
         with contextlib.closing(DriverConnection(authority.folder, address)) as first:
             first.open(START_SECONDS)
             fresh = [first]

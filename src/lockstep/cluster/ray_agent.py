@@ -8,11 +8,10 @@ signals and forks are not those of Ray's worker; it dies with the actor.
 from __future__ import annotations
 
 import queue
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.agents import Agents, Ended
+from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import LockstepError, to_message
 from lockstep.net import authority
 from lockstep.offer import Offer
@@ -23,8 +22,8 @@ class RayAgent:
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Ended | None] = queue.SimpleQueue()
-        self._folder = tempfile.TemporaryDirectory(prefix="lockstep-ray-")
-        self._identity = Path(self._folder.name) / "node"
+        self._folder = TemporaryFolder("lockstep-ray-")
+        self._identity = self._folder.path / "node"
         self._serves = False
 
     def request(self, name: str) -> bytes:
@@ -51,7 +50,7 @@ class RayAgent:
         with self._folder:
             try:
                 authority.store(self._identity, certificate, ca)
-                code = Path(self._folder.name) / "code"
+                code = self._folder.path / "code"
                 code.mkdir()
                 agents.start(
                     Offer.from_message(offer),
@@ -73,4 +72,4 @@ class RayAgent:
         if self._serves:
             self._events.put(None)
         else:
-            self._folder.cleanup()
+            self._folder.close()

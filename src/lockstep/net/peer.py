@@ -40,6 +40,12 @@ class Peer:
     def alive(self) -> bool:
         return self.complete and self.error is None
 
+    @property
+    def has_left(self) -> bool:
+        """Whether it has said goodbye."""
+        lane = self.incoming.get(Lane.CONTROL)
+        return lane is not None and lane.ended_well
+
     def place(self, header: Header) -> memoryview:
         """Where a tensor belongs that has begun to come; waits until it is expected.
 

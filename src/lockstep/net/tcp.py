@@ -67,6 +67,7 @@ class TcpTransport:
         answer: bool = False,
         silence: float = SILENCE_SECONDS,
         report: Report = ignore,
+        reports_ends: bool = True,
     ) -> None:
         """Listen, by default on loopback only and on a port that the kernel chooses.
 
@@ -74,7 +75,9 @@ class TcpTransport:
         it comes from and the port that its hello names. A host that cannot be reached there
         within ten seconds is dropped. Who shall `connect` whom otherwise is for the hosts to know.
 
-        A machine that has acknowledged nothing for `silence` seconds is lost.
+        A machine that has acknowledged nothing for `silence` seconds is lost. With
+        `reports_ends` false, connections that merely end are not reported: that they have is told
+        to those who wait for something.
 
         Raises:
             IdentityError: the identity cannot be used.
@@ -82,6 +85,7 @@ class TcpTransport:
         """
         self.node = identity.node
         self._answers, self._report, self._silence = answer, report, silence
+        self._reports_ends = reports_ends
         self._server, self._client = identity.server_context(), identity.client_context()
         self._peers: dict[str, Peer] = {}
         self._lost: list[Peer] = []
@@ -355,7 +359,9 @@ class TcpTransport:
         return found
 
     def _on_loss(self, peer: Peer, error: NetworkError) -> None:
-        if not self._closing.is_set():
+        merely_ended = isinstance(error, PeerClosedError)
+        in_order = merely_ended and (peer.has_left or not self._reports_ends)
+        if not in_order and not self._closing.is_set():
             self._report(peer.name, str(error))
         with self._changed:
             self._changed.notify_all()

@@ -25,8 +25,8 @@ from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.frames import Kind, Message, describe
 
 Report = Callable[[str, str], None]
-"""Told of every connection that is closed or refused: who (a host's name, or an address) and why.
-Called from several threads."""
+"""Told of every connection that is refused, or lost without a goodbye: who (a host's name, or an
+address) and why. Called from several threads."""
 
 
 def ignore(who: str, why: str) -> None:

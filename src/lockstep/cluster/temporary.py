@@ -1,0 +1,65 @@
+"""Folders for what lasts as long as a process: keys above all. They go with their owner, and where
+that was killed, with the next one of their kind that starts on the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Self
+
+LOCK, UNLOCKED = "lock", "lock.new"
+"""The owner holds a lock on the first, which has that from the beginning: it is made as the second.
+The kernel lets go of it when the owner has died, which no process id tells where containers share
+a folder."""
+
+
+class TemporaryFolder:
+    """A private folder among the temporary files. Use it as a context manager, or `close` it."""
+
+    def __init__(self, prefix: str) -> None:
+        """Make one with this prefix, and remove those whose owners have died."""
+        remove_abandoned(prefix)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        lock = os.open(self.path / UNLOCKED, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self.close = weakref.finalize(self, _remove, self.path, lock)
+        """Removes it with all that is in it, once; done at the process's end, too."""
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(self.path / UNLOCKED, self.path / LOCK)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def remove_abandoned(prefix: str) -> None:
+    """Remove this user's folders of a kind whose owners have died. Others are left alone, and so is
+    what cannot be removed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                _remove_if_abandoned(path)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    """Raises OSError: it has no lock."""
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+    else:
+        _remove(path, lock)
+
+
+def _remove(path: Path, lock: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)

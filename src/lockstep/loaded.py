@@ -1,0 +1,100 @@
+"""What a nursery loads: the task, its model and its data sets, and the facts for the plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from lockstep import numerics
+from lockstep.data import make_fetch
+from lockstep.datadigest import digest_of
+from lockstep.datasource import build_sets, length_of
+from lockstep.job import SETTINGS, Job, Task
+from lockstep.local_steps import LocalSteps
+from lockstep.modules import check_model
+from lockstep.records import samples_of
+from lockstep.samplefile import Sets, read_sets
+from lockstep.seeds import seed_everything
+from lockstep.source import Source, code_digest, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A task that is ready to be set up."""
+
+    task: Task
+    """With local steps, that of the rounds."""
+    model: nn.Module
+    train: Dataset[Any]
+    held_out: Dataset[Any] | None
+    facts: dict[str, Any]
+    """JSON-ready."""
+    ships: bool
+    """Whether the data sets are to be sent to other hosts."""
+
+
+def load(source: Source, request: Mapping[str, Any], sent: int) -> Loaded:
+    """Build everything, in the order in which random numbers are drawn.
+
+    `request` is that of `Host.start`; `sent` is the descriptor of what the master has sent, if
+    anything: the data sets, or a file of records, which stays open.
+
+    Raises:
+        LockstepError: it cannot be used.
+    """
+    own, job = resolve(source)
+    recipe = {} if job is None else _settings_of(job)
+
+    def setting(name: str) -> Any:
+        """What was asked for last counts."""
+        return request["settings"].get(name, recipe.get(name, getattr(_PLAIN, name)))
+
+    seed, way = setting("seed"), setting("data")
+    seed_everything(seed)
+    task = own if setting("local_steps") == 1 else LocalSteps(own, setting("local_steps"))
+    model = task.model()
+    check_model(model)
+    ships = request["networked"] and way == "ship" and not request["data"]
+    train, held_out = _sets(own, task, request, sent, alone=ships)
+    samples = length_of(train, "train_data")
+    facts = {
+        "settings": recipe,
+        "task": type(task).__name__,
+        "code": code_digest(task) if source.payload is None else source.code,
+        "train_samples": samples,
+        "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
+        "probe": numerics.probe(),
+    }
+    if request["networked"]:  # with local data there is another one on every host
+        local = way == "local"
+        facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
+    return Loaded(task=task, model=model, train=train, held_out=held_out, facts=facts, ships=ships)
+
+
+def _sets(own: Task, task: Task, request: Mapping[str, Any], sent: int, *, alone: bool) -> Sets:
+    """The records of a file, what the master has sent, or what the task builds."""
+    if request["records"] is not None:
+        if request["data"]:
+            os.ftruncate(sent, request["data"])  # a segment has a page at least
+        samples: Any = samples_of(task, request["records"], sent)  # indexed like any Dataset
+        return samples, samples
+    if request["data"]:
+        try:
+            return read_sets(sent, request["data"])
+        finally:
+            os.close(sent)
+    return build_sets(own, alone=alone)
+
+
+_PLAIN = Job(task="")
+
+
+def _settings_of(job: Job) -> dict[str, Any]:
+    return {
+        name: getattr(job, name) for name in SETTINGS if getattr(job, name) != getattr(_PLAIN, name)
+    }

@@ -1,0 +1,169 @@
+"""What a worker makes of one shard: its gradient, in a slot, and its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lockstep.buffers import Modes, PrivateBuffers
+from lockstep.embeddings import Redo
+from lockstep.errors import NonFiniteError, TaskError
+from lockstep.faults import FaultScript
+from lockstep.gradients import SlotWriter
+from lockstep.job import Task
+from lockstep.loading import Loader
+from lockstep.modules import held_tensors
+from lockstep.rounds import Rounds
+from lockstep.sampling import Sampling
+from lockstep.seeds import derive, seed_everything
+from lockstep.slots import Slot
+from lockstep.state import SharedState
+
+
+class ShardGradients:
+    """One worker's. Nothing that it makes depends on what it has made before."""
+
+    early = False
+    """Whether other hosts get gradients of this worker's own slots as they come."""
+
+    def __init__(
+        self,
+        task: Task,
+        shared: SharedState,
+        sampling: Sampling,
+        loader: Loader,
+        rounds: Rounds | None,
+        *,
+        seed: int,
+        autocast: bool,
+        faults: FaultScript,
+    ) -> None:
+        """`rounds` takes the place of the task's loss, where a step is a round of local ones."""
+        self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
+        self.seed, self.autocast, self.faults = seed, autocast, faults or None
+        self._rounds = rounds
+        self._fetching = 0.0
+        self._writer = SlotWriter(shared)
+        self._buffers = PrivateBuffers(shared.model, shared.buffers)
+        self._modes = Modes(shared.model)
+        self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
+        self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
+
+    def take_fetching(self) -> float:
+        """For how many seconds batches were waited for since the last call."""
+        fetching, self._fetching = self._fetching, 0.0
+        return fetching
+
+    def make(self, step: int, shard: int, slot: Slot, written: npt.NDArray[np.uint8]) -> float:
+        """Forward and backward of one shard, into a slot; returns the loss."""
+        begun = time.perf_counter()
+        self._fault("load", step, shard)
+        batch = self.loader.get(step, shard)
+        self._fetching += time.perf_counter() - begun
+        while True:
+            try:
+                return self._differentiate(step, shard, batch, slot, written)
+            except Redo:  # an embedding was found to need its dense form
+                self._writer.abandon()
+                batch = self.loader.get(step, shard)  # the loss may have changed it
+
+    def _differentiate(
+        self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
+    ) -> float:
+        """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
+        seed_everything(derive(self.seed, "shard", step, shard))
+        self._buffers.restore(self.shared.committed)
+        self._modes.restore()
+        versions = [tensor._version for _, tensor in self._kept]
+        early = self.early and slot is self.shared.slots[shard]
+        self._writer.begin(slot, written, (step, shard) if early else None)
+        self._fault("forward", step, shard)
+        with self._precision():
+            if self._rounds is None:
+                loss = self.task.loss(self.shared.model, batch)
+            else:
+                loss = self._rounds.loss(step, shard, slot, batch)
+        value = check_loss(loss, step, shard, self.sampling)
+        weight = self.sampling.weights(step)[shard]
+        self._fault("backward", step, shard)
+        loss.backward(self._weight(weight, loss))
+        self._writer.finish()
+        self._buffers.save(slot.buffers)
+        if versions != [tensor._version for _, tensor in self._kept]:
+            raise self._changed(versions)
+        return value
+
+    def _changed(self, versions: list[int]) -> TaskError:
+        changed = [
+            name
+            for (name, tensor), version in zip(self._kept, versions, strict=True)
+            if tensor._version != version
+        ]
+        return TaskError(
+            "the loss changed tensors that outlive it: who computes which shard would count",
+            expected="parameters that only the optimizer changes, and a task that stays as it is",
+            found=", ".join(changed[:5]),
+            fix="keep what the loss changes in a buffer of the model, leave out max_norm of "
+            "embeddings, and put a module that the task holds in eval mode",
+        )
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self.autocast:
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _weight(self, weight: float, loss: torch.Tensor) -> torch.Tensor | None:
+        """The shard's share of the step, as the gradient at the root of the graph.
+
+        Weighting here and not after the sum costs nothing, and one shard alone has weight 1:
+        then this is `loss.backward()`.
+        """
+        if weight == 1:
+            return None
+        key = (weight, loss.dtype, loss.shape)
+        if key not in self._roots:
+            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype)
+        return self._roots[key]
+
+    def _fault(self, phase: str, step: int, shard: int) -> None:
+        """Let a scripted fault strike here."""
+        if self.faults is not None:
+            self.faults.at(phase, step, shard)
+
+
+def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float:
+    """The loss as a number.
+
+    Raises:
+        TaskError: it is not a scalar tensor with a graph.
+        NonFiniteError: it is NaN or infinite.
+    """
+    usable = isinstance(loss, torch.Tensor) and loss.requires_grad and loss.is_floating_point()
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not usable:
+        found = (
+            f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}, "
+            f"requires_grad={loss.requires_grad}"
+            if isinstance(loss, torch.Tensor)
+            else repr(type(loss))
+        )
+        raise TaskError(
+            "Task.loss did not return a loss",
+            expected="a real tensor of one element, with a graph: the mean over the batch",
+            found=found,
+            fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
+        )
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
+            expected="a finite loss",
+            found=f"{value}, data epoch {sampling.data_epoch(step)}",
+            fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
+        )
+    return value

@@ -1,0 +1,31 @@
+"""What a process tells of an error: Lockstep's own as it is, the user's from the user's code on."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+from lockstep.channel import Message
+from lockstep.errors import LockstepError, TaskError, to_message
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback without the frames above the user's code."""
+    here = os.path.dirname(__file__) + os.sep
+    recipes = os.path.join(here, "recipes")
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        file = frames.tb_frame.f_code.co_filename
+        ours = file.startswith(here) and not file.startswith(recipes)
+        if not ours and not file.startswith("<frozen importlib"):
+            break
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
+def describe_error(error: BaseException, doing: str) -> Message:
+    """An error as a message: Lockstep's own as it is, the user's with its traceback."""
+    if isinstance(error, LockstepError):
+        return to_message(error)
+    text = user_traceback(error)
+    return to_message(TaskError(f"the task raised an error while {doing}\n\n{text}\n"))
