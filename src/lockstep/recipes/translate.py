@@ -57,7 +57,8 @@ class Translate(Rewriting):
         """The pairs whose sources are short enough."""
         pairs = load_translations() if self.data is None else read_pairs(self.data)
         short = (pair for pair in pairs if len(pair[0].split()) <= self.words)
-        return split_pairs(short, self.data or "translations")
+        name = self.data or "translations"
+        return split_pairs(short, f"the sources of at most {self.words} words of {name}")
 
     def score(self, outputs: dict[str, Any]) -> dict[str, float]:
         """BLEU and chrF of all held-out translations together, 0 to 100."""

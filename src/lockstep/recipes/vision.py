@@ -154,13 +154,14 @@ class Vision(Task):
         """An image, from `image`: the path of a file that Pillow reads. uint8, `[channels, height,
         width]`; it is scaled, and made grey, as the images of the training set are."""
         channels, _, size = self.images.train_images.shape[1:]
-        if "image" not in record:
+        path = record.get("image")
+        if not isinstance(path, str):
             raise DataError(
                 "a record is not an image",
                 expected='{"image": "path/of/a/file.png"}',
-                found=f"the columns {', '.join(record)}",
+                found=f"the columns {', '.join(record)}" if path is None else f"{path!r:.60}",
             )
-        return torch.tensor(read_image(Path(record["image"]), size, channels == 3))
+        return torch.tensor(read_image(Path(path), size, channels == 3))
 
     def predict(self, model: nn.Module, images: torch.Tensor) -> list[dict[str, Any]]:
         """For each of the images (uint8, `[n, channels, height, width]`), the likeliest class."""
