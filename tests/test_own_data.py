@@ -109,9 +109,8 @@ def test_equal_values_are_one_category(values: list[Any], wanted: str) -> None:
 
 
 def test_numbers_are_finite_or_missing() -> None:
-    assert [number_of(text) for text in ("1e3", " 2 ", "x", "inf", "nan", "1e999", "1_0", "\u0661")] == [
-        1000.0, 2.0, None, None, None, None, None, None,
-    ]  # fmt: skip
+    assert [number_of(text) for text in ("1e3", " 2 ")] == [1000.0, 2.0]
+    assert {number_of(text) for text in ("x", "inf", "nan", "1e999", "1_0", "\u0661")} == {None}
     assert numbers_of(["1", "x"]) is None
     found = numbers_of(["1", "", "NA"])
     assert found is not None
