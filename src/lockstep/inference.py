@@ -22,8 +22,8 @@ from lockstep.desk import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
 from lockstep.holdings import check_together
 from lockstep.host import Host
-from lockstep.job import Task
-from lockstep.manifest import differences, recorded_source
+from lockstep.job import Job, Task
+from lockstep.manifest import check_fitted, differences, recorded_source
 from lockstep.planning import Plan
 from lockstep.progress import Progress
 from lockstep.rowfile import RowFile
@@ -146,6 +146,7 @@ def evaluate(
         RunFolderError: there is no model.
         LockstepError: the task cannot be evaluated.
     """
+    Job(task="", workers=workers)  # refuses what is out of range
     model = _newest(run)
     check_together(model.manifest["job"].get("data", "build"), alone=True)
     source = recorded_source(model.manifest, task, Path(run))
@@ -153,6 +154,7 @@ def evaluate(
     heard, desk = _Heard(), Desk()
     with desk, Host.start(source, {**model.manifest["job"]}) as host:
         facts = host.loaded()
+        check_fitted(run, model.manifest, facts)
         if not facts["eval_samples"]:
             raise RunFolderError(
                 f"the task of {run} has no held-out data",
@@ -200,11 +202,12 @@ def predict(
         quiet: no progress on stderr.
 
     Raises:
-        RunFolderError: there is no model, or `out` exists.
-        DataError: a record cannot be used.
+        RunFolderError: there is no model, or `out` exists or cannot be made.
+        DataError: a record cannot be used, or the model was fitted to other data.
         StoppedError: somebody asked to stop; the same call goes on.
     """
     begun = time.monotonic()
+    Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = _newest(run)
     source = recorded_source(model.manifest, task, Path(run))
     heard, desk = _Heard(), Desk()
@@ -212,6 +215,7 @@ def predict(
     settings = {**model.manifest["job"]}
     with desk, Host.start(source, settings, records=records) as host:
         facts = host.loaded()
+        check_fitted(run, model.manifest, facts)
         size = batch_size or model.manifest["plan"]["eval_batch_size"]
         plan = model.plan(workers, eval_samples=facts["eval_samples"], eval_batch_size=size)
         host.set_up(plan)

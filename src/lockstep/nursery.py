@@ -122,7 +122,7 @@ class Nursery:
         )
         self.task, job = resolve(source)
         from lockstep.data import make_fetch
-        from lockstep.datadigest import digest_of
+        from lockstep.datadigest import digest_of, text_digest
         from lockstep.datasource import build_sets, length_of
         from lockstep.modules import check_model
         from lockstep.samplefile import read_sets, write_sets
@@ -156,6 +156,7 @@ class Nursery:
             "settings": settings,
             "task": type(self.task).__name__,
             "code": code_digest(self.task) if payload is None else request["code"],
+            "fitted": text_digest(self.task.fitted()),
             "train_samples": train,
             "eval_samples": held_out,
             "parameters": sum(p.numel() for p in parameters),

@@ -25,7 +25,7 @@ def read_content(path: str | Path) -> bytes:
         raise DataError(
             f"{path} cannot be read",
             expected="a file that may be read, packed by gzip or not",
-            found=str(error),
+            found=f"{type(error).__name__}: {error}; it is {Path(path).absolute()}",
             fix="look at the path, and at who may read it",
         ) from error
 

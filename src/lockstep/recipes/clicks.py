@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from lockstep.datasets.tables import (
 )
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 
 BATCH_SIZE = 256
 BUCKETS = 1 << 14
@@ -54,6 +56,7 @@ def clicks(
         epochs: Passes over the data.
         width: The length of embeddings.
     """
+    at_least(1, width=width)
     task = Clicks(data, label, width)
     return Job(task=task, batch_size=BATCH_SIZE, eval_batch_size=1024, data_epochs=epochs)
 
@@ -87,11 +90,19 @@ class Clicks(Task):
 
     def __init__(self, data: str | None = None, label: str = "income", width: int = 16) -> None:
         self.data, self.label, self.width = data, label, width
-        self.ranges: Ranges = {}
+
+    @property
+    def rows(self) -> Rows:
+        """The table, read when first asked for."""
+        return self._read[0]
+
+    @property
+    def ranges(self) -> Ranges:
+        """Those of the rows to learn from."""
+        return self._read[1]
 
     @functools.cached_property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Buckets `[n, fields]`, yes or no `[n]` (float), and `[n]`: which rows are held out."""
+    def _read(self) -> tuple[Rows, Ranges]:
         table = load_adult() if self.data is None else read_table(self.data)
         yes = answers_of(table, self.label)
         # The legacy generator is the one whose stream NumPy promises never to change (NEP 19).
@@ -100,9 +111,9 @@ class Clicks(Task):
         if len(parts) < 4:
             raise _unusable(table, self.label, f"{yes.sum()} yes and {(~yes).sum()} no")
         features = {name: each for name, each in table.columns.items() if name != self.label}
-        self.ranges = ranges_of(features, ~held_out)
-        buckets = torch.from_numpy(hashed(features, self.ranges))
-        return buckets, torch.from_numpy(yes).float(), torch.from_numpy(held_out)
+        ranges = ranges_of(features, ~held_out)
+        buckets = torch.from_numpy(hashed(features, ranges))
+        return (buckets, torch.from_numpy(yes).float(), torch.from_numpy(held_out)), ranges
 
     def model(self) -> nn.Module:
         """A fresh DeepFM."""
@@ -160,9 +171,12 @@ class Clicks(Task):
         right = ((odds > 0) == (answers > 0)).double().mean().item()
         return {"auc": auc(odds, answers > 0), "accuracy": right}
 
+    def fitted(self) -> str:
+        """The columns, and the ranges of those with many numbers."""
+        return json.dumps(self.ranges)
+
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """A row, from the columns of the table but the label: its buckets, `[fields]`."""
-        assert self.rows is not None  # the ranges are those of the rows to learn from
         missing = [name for name in self.ranges if name not in record]
         try:
             row = {name: [record[name]] for name in self.ranges}
@@ -211,6 +225,8 @@ def _unusable(table: Table, label: str, found: str) -> DataError:
     )
 
 
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Buckets `[n, fields]`, yes or no `[n]` (float), and `[n]`: which rows are held out."""
 Ranges = dict[str, list[float] | None]
 """By column: where its ranges end, ascending; None: its values are categories."""
 

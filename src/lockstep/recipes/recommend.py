@@ -10,6 +10,7 @@ every user (leave one out), and its rank is among all films that the user has no
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from lockstep.datasets import load_ratings
 from lockstep.datasets.movielens import Ratings
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 
 BATCH_SIZE = 512
 LENGTH = 20
@@ -43,6 +45,7 @@ def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> J
         epochs: Passes over the data.
         width: The length of embeddings.
     """
+    at_least(1, width=width)
     task = Recommend(data, width)
     return Job(task=task, batch_size=BATCH_SIZE, data_epochs=epochs)
 
@@ -155,6 +158,10 @@ class Recommend(Task):
         taken = torch.bincount(known, minlength=len(self.ratings.item_names) + 1).double()
         values = ranking(unseen(taken.repeat(len(items), 1), seen), items)
         return {name: value.double().mean().item() for name, value in values.items()}
+
+    def fitted(self) -> str:
+        """Which user and which item each number stands for."""
+        return json.dumps([self.ratings.user_names, self.ratings.item_names])
 
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """A user, from `user`: one of the ratings' `user_id`."""
