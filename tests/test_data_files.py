@@ -22,7 +22,7 @@ from lockstep.datasets import (
 from lockstep.datasets.idx import from_idx, to_idx
 from lockstep.datasets.images import IDX_NAMES, read_images
 from lockstep.datasets.packages import DebianPackage, Wheel
-from lockstep.datasets.tables import numbers_of, parse_table, read_table
+from lockstep.datasets.tables import parse_table, read_table
 from lockstep.errors import DataError
 from tests import command
 
@@ -125,7 +125,7 @@ def test_real_data_sets_are_the_known_ones() -> None:
     assert "Toy Story (1995)" in ratings.item_names
     pytest.importorskip("pyarrow")
     fetch("adult")
-    assert load_adult()["income"].count(">50K") == 11_687
+    assert load_adult().columns["income"].count(">50K") == 11_687
 
 
 def test_adult_is_unpacked_once() -> None:
@@ -212,16 +212,15 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 
 
 def test_tables() -> None:
-    assert parse_table(b"a,b\n1,x\n\n2,y\n", "t") == {"a": ["1", "2"], "b": ["x", "y"]}
-    assert parse_table(b'a:token\tb:float\n"1\tx\n', "t") == {"a": ['"1'], "b": ["x"]}
-    assert parse_table(b'a, b\n"1,5", x\n', "t") == {"a": ["1,5"], "b": ["x"]}
-    assert numbers_of(["1", "2.5"]) == [1.0, 2.5]
-    assert numbers_of(["1", "x"]) is None
+    def columns(content: bytes) -> object:
+        return parse_table(content, "t").columns
+
+    assert columns(b"a,b\n1,x\n\n2,y\n") == {"a": ["1", "2"], "b": ["x", "y"]}
+    assert columns(b'a:token\tb:float\n"1\tx\n') == {"a": ['"1'], "b": ["x"]}
+    assert columns(b'a, b\n"1,5", x\n') == {"a": ["1,5"], "b": ["x"]}
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"a,b\n", b"a,b\n1\n", b"a,a\n1,2\n", b"\xff\xfe\n", b"a\0b\n1\0\n,"]
-)
+@pytest.mark.parametrize("content", [b"", b"a,b\n", b"a,b\n1\n", b"a,a\n1,2\n", b'a,b\n"\n,'])
 def test_files_that_are_no_tables(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"mine\.csv is not a table"):
@@ -248,5 +247,5 @@ def test_ratings_are_sorted_by_user_and_time(tmp_path: Path) -> None:
 def test_tables_that_are_no_ratings(header: str, tmp_path: Path) -> None:
     row = ",".join("x" for _ in header.split(","))
     (tmp_path / "mine.csv").write_text(f"{header}\n{row}\n")
-    with pytest.raises(DataError, match=r"mine\.csv is not a table of ratings"):
+    with pytest.raises(DataError, match=r"mine\.csv(, line 2)? is not a (table of ratings|rating)"):
         load_ratings(tmp_path / "mine.csv")

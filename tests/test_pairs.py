@@ -224,13 +224,17 @@ def test_files_of_pairs(ending: str, tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("mine.tsv", b"english\tgerman\na\tb\n", "columns english, german"),
-        ("mine.tsv", b"source\ttarget\na\n", "1 of 2 columns in row 2"),
-        ("mine.tsv", b"source\ttarget\n\xff\tb\n", "not a table"),
-        ("mine.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"}\n', "in line 2: KeyError"),
+        ("mine.tsv", b"source\ttarget\na\n", "1 of 2 columns in line 2"),
+        ("mine.tsv", b"source\ttarget\n\xff\tb\n", "0xff in line 2"),
+        (
+            "mine.jsonl",
+            b'{"source": "a", "target": "b"}\n{"source": "a"}\n',
+            "no 'target' in line 2",
+        ),
         ("mine.jsonl", b'["a", "b"]\n', "in line 1"),
         ("mine.jsonl", b'{"source": "a", "target": 3}\n', "in line 1"),
         ("mine.jsonl", b"a\tb\n", "in line 1"),
-        ("mine.jsonl", b"\xff\n", "mine.jsonl is not a file of pairs"),
+        ("mine.jsonl", b"\xff\n", "mine.jsonl is not a text in UTF-8"),
     ],
 )
 def test_files_that_hold_no_pairs(name: str, content: bytes, said: str, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_buckets_do_not_depend_on_what_is_held_out() -> None:
 
 def test_a_row_as_a_record(tmp_path: Path) -> None:
     path = rows(tmp_path)
-    task, table = Clicks(str(path), "clicked", width=4), read_table(path)
+    task, table = Clicks(str(path), "clicked", width=4), read_table(path).columns
     for row in range(3):
         record = {name: values[row] for name, values in table.items() if name != "clicked"}
         assert task.from_record(record).equal(task.rows[0][row])

@@ -26,6 +26,11 @@ def digest_of(fetch: Fetch, samples: int) -> str:
     return digest.hexdigest()[:32]
 
 
+def text_digest(text: str) -> str:
+    """A digest of a text."""
+    return blake3(text.encode()).hexdigest()[:32]
+
+
 def _add(digest: Any, value: Any) -> None:
     """What a batch holds; of objects of unknown types, that they are there."""
     if isinstance(value, torch.Tensor):

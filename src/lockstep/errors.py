@@ -147,13 +147,16 @@ class StoppedError(LockstepError):
 
 
 @contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an error of the disk into a `ResourceError` that names what was to be written."""
+def disk_errors(what: str, then: str = "resume the run") -> Iterator[None]:
+    """Turn an error of the disk into a `ResourceError` that names what was to be written.
+
+    `then`: what is to be done when there is space again.
+    """
     try:
         yield
     except OSError as error:
         raise ResourceError(
-            f"{what} cannot be written: {error}", fix="free disk space, then resume the run"
+            f"{what} cannot be written: {error}", fix=f"free disk space, then {then}"
         ) from error
 
 

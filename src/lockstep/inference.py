@@ -26,7 +26,7 @@ from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job import Job, Task
-from lockstep.manifest import differences, recorded_source
+from lockstep.manifest import check_fitted, differences, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import RecordFile, open_hosts
 from lockstep.planning import Plan
@@ -162,6 +162,7 @@ def evaluate(
         RunFolderError: there is no model.
         LockstepError: the task cannot be evaluated.
     """
+    Job(task="", workers=workers)  # refuses what is out of range
     model = _newest(run)
     settings = model.manifest["job"]
     check_together(settings.get("data", "build"), alone=on is None)
@@ -170,6 +171,7 @@ def evaluate(
     heard, desk = _Heard(), Desk()
     with desk, _loaded(source, settings, on) as (host, hosts):
         facts = host.facts
+        check_fitted(run, model.manifest, facts)
         plan = model.plan(workers, hosts)
         if plan.holdings and hosts is not None:
             check_same(plan.holdings, hosts.roster.samples)
@@ -220,11 +222,12 @@ def predict(
         on: what brings agents to other hosts, which are sent the records; None: this host alone.
 
     Raises:
-        RunFolderError: there is no model, or `out` exists.
-        DataError: a record cannot be used.
+        RunFolderError: there is no model, or `out` exists or cannot be made.
+        DataError: a record cannot be used, or the model was fitted to other data.
         StoppedError: somebody asked to stop; the same call goes on.
     """
     begun = time.monotonic()
+    Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = _newest(run)
     source = recorded_source(model.manifest, task, Path(run))
     heard, desk = _Heard(), Desk()
@@ -232,6 +235,7 @@ def predict(
     settings = {**model.manifest["job"], "data": "build"}  # the records take the place of its data
     with desk, _loaded(source, settings, on, records) as (host, hosts):
         facts = host.facts
+        check_fitted(run, model.manifest, facts)
         size = batch_size or model.manifest["plan"]["eval_batch_size"]
         samples = facts["eval_samples"]
         plan = model.plan(workers, hosts, eval_samples=samples, eval_batch_size=size, holdings=())

@@ -29,6 +29,8 @@ class Task:
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
     """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
+    planned_batch_size: int | None = None
+    """Samples of an optimizer update in this run. Set by Lockstep before it calls `scheduler`."""
 
     def model(self) -> nn.Module:
         """Build the model, on the CPU, freshly initialised."""
@@ -96,6 +98,15 @@ class Task:
         Called in one worker after the last step; shown beside the metrics. Default: nothing.
         """
         return {}
+
+    def fitted(self) -> str:
+        """What the training data decide besides the parameters, as a text: a vocabulary, ranges,
+        the names of classes. Default: nothing.
+
+        Called after `model`. A run records its digest, and where the data give another one, the
+        run's model is neither evaluated nor asked for predictions.
+        """
+        return ""
 
     def from_record(self, record: Mapping[str, Any]) -> Any:
         """A record of a file to predict from, as a sample: what `collate` takes.

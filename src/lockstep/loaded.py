@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lockstep import numerics
 from lockstep.data import make_fetch
-from lockstep.datadigest import digest_of
+from lockstep.datadigest import digest_of, text_digest
 from lockstep.datasource import build_sets, length_of
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.local_steps import LocalSteps
@@ -66,6 +66,7 @@ def load(source: Source, request: Mapping[str, Any], sent: int) -> Loaded:
         "settings": recipe,
         "task": type(task).__name__,
         "code": code_digest(task) if source.payload is None else source.code,
+        "fitted": text_digest(task.fitted()),
         "train_samples": samples,
         "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
         "probe": numerics.probe(),

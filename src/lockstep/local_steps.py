@@ -70,6 +70,9 @@ class LocalSteps(Task):
     def baseline(self) -> Mapping[str, float]:
         return self.task.baseline()
 
+    def fitted(self) -> str:
+        return self.task.fitted()
+
     def from_record(self, record: Mapping[str, Any]) -> Any:
         return self.task.from_record(record)
 

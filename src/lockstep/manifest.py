@@ -9,7 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lockstep.errors import IntegrityError, JobError
+from lockstep.errors import DataError, IntegrityError, JobError
 from lockstep.job import SETTINGS, Job, Task
 from lockstep.planning import Plan
 from lockstep.source import Source, source_of
@@ -50,6 +50,7 @@ def make_manifest(
         "profile": profile,
         "probe": facts["probe"],
         "code": facts["code"],
+        "fitted": facts["fitted"],
         "identity": identity,
         "digest": _digest(identity),
         "versions": {"python": platform.python_version(), "torch": profile["torch"]},
@@ -94,6 +95,23 @@ def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> S
             fix=f"from Python, pass it: task={recorded['name'].rpartition(':')[2]}(...)",
         )
     return Source(name=recorded["name"], args=recorded["args"])
+
+
+def check_fitted(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
+    """What a run's model was fitted to has to be there again, lest its numbers mean other things.
+
+    Raises:
+        DataError: it is not.
+    """
+    had = manifest.get("fitted", facts["fitted"])  # runs of earlier versions do not say
+    if facts["fitted"] != had:
+        raise DataError(
+            f"the model of {run} does not know what is in these data",
+            expected=f"the data that it has learned from, or others that give the same vocabulary, "
+            f"ranges and names (digest {had[:16]})",
+            found=f"others (digest {facts['fitted'][:16]})",
+            fix="bring back the files as they were, or train anew",
+        )
 
 
 def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:

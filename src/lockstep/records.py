@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lockstep.datasets.contents import GZIP
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def open_records(path: str | Path, content: Path | None = None) -> Records:
     """
     path = Path(path)
     try:
+        with (content or path).open("rb") as file:
+            if file.read(2) == GZIP:
+                raise ValueError("a file packed by gzip: unpack it first")
         records = (ParquetRows if path.suffix in PARQUET else JsonLines)(path, content)
     except (OSError, ValueError) as error:  # what pyarrow raises is one of these
         raise DataError(
@@ -168,7 +172,7 @@ class Samples:
         wrong = [name for name in self.keep if name not in record or name in row]
         if wrong:
             raise DataError(
-                f"record {index} cannot be kept beside its predictions",
+                f"{self.records.where(index)} cannot be kept beside its predictions",
                 expected="columns that it has, and that are not predicted",
                 found=", ".join(wrong),
             )

@@ -38,6 +38,11 @@ class Updates:
     sampling: Sampling
     steps: int
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of an update."""
+        return self.sampling.batch_size // self.steps
+
     def ends_epoch(self, step: int) -> bool:
         """Whether an update is the last of a round that ends a data epoch."""
         number, place = divmod(step, self.steps)

@@ -22,6 +22,7 @@ from lockstep.runfolder import plain
 
 JOURNAL_SECONDS = 1.0
 """At most so much work is lost with the process."""
+AGAIN = "give the same command again: it goes on from there"
 CHUNK = 1 << 14
 """Rows that are turned into a Parquet row group at a time."""
 
@@ -44,8 +45,15 @@ class RowFile:
             raise RunFolderError(
                 f"{path} exists", expected="a name that is not taken", fix="choose another"
             )
-        with disk_errors("the predictions"):
+        try:
             self._file = self._part.open("ab")
+        except OSError as error:
+            raise RunFolderError(
+                f"{path} cannot be written",
+                expected="a name in a folder that is there and may be written to",
+                found=str(error),
+                fix="make the folder, or choose another",
+            ) from None
         try:
             self._go_on()
         except BaseException:
@@ -70,7 +78,7 @@ class RowFile:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows."""
-        with disk_errors("the predictions"):
+        with disk_errors("the predictions", AGAIN):
             self._file.write(b"".join(json.dumps(plain(row)).encode() + b"\n" for row in rows))
         self.rows += len(rows)
         if time.monotonic() - self._journalled >= JOURNAL_SECONDS:
@@ -80,7 +88,7 @@ class RowFile:
         """All rows are there: give the file its name."""
         self._write_journal()
         self._file.close()
-        with disk_errors("the predictions"):
+        with disk_errors("the predictions", AGAIN):
             if self.path.suffix in PARQUET:
                 made = self._part.with_suffix(".made")
                 write_parquet(self._part, made)
@@ -123,7 +131,7 @@ class RowFile:
         return known
 
     def _write_journal(self) -> None:
-        with disk_errors("the predictions"):
+        with disk_errors("the predictions", AGAIN):
             self._file.flush()
             os.fsync(self._file.fileno())
             done = {"rows": self.rows, "bytes": self._file.tell(), "identity": self.identity}

@@ -19,6 +19,10 @@ Options = list[dict[str, Any]]
 class Epochs(Protocol):
     """Knows when data epochs end."""
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a step."""
+
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is the last of its data epoch."""
 
@@ -32,6 +36,7 @@ class Schedule:
 
     def __init__(self, task: Task, optimizer: torch.optim.Optimizer, epochs: Epochs) -> None:
         self._task, self._optimizer, self._epochs = task, optimizer, epochs
+        task.planned_batch_size = epochs.batch_size
         self._initial = _options(optimizer)
         self._known: dict[int, Options] = {}
         self._begin()

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lockstep.datasets.contents import GZIP
 from lockstep.errors import DataError
 
 UNSIGNED_BYTES = 0x08
-PACKED = b"\x1f\x8b"
-"""What a gzip file begins with."""
 
 
 def to_idx(array: NDArray[np.uint8]) -> bytes:
@@ -36,7 +35,7 @@ def from_idx(content: bytes, source: str | Path) -> NDArray[np.uint8]:
         DataError: it is no such file.
     """
     try:
-        if content.startswith(PACKED):
+        if content.startswith(GZIP):
             content = gzip.decompress(content)
         zero, kind, axes = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{axes}I", content, 4)

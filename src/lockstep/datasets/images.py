@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lockstep.datasets.contents import read_content
 from lockstep.datasets.idx import from_idx
 from lockstep.errors import DataError
 
@@ -73,27 +74,31 @@ def read_images(folder: str | Path, *, size: int = 28, color: bool = False) -> I
         size: images of an image folder are scaled to `size` x `size`.
         color: keep an image folder's colours (3 channels), or make the images grey (1).
 
+    Hidden files and folders do not count, whose names begin with a dot.
+
     Raises:
-        DataError: the folder holds neither, or an image cannot be read.
+        DataError: the folder holds neither, an image cannot be read, or a class has none.
     """
     folder = Path(folder)
     names = [name for pair in IDX_NAMES.values() for name in pair]
     found = {name: _either(folder, name) for name in names}
     if all(found.values()):
-        contents = {name: path.read_bytes() for name, path in found.items() if path}
+        contents = {name: read_content(path) for name, path in found.items() if path}
         return images_of(contents, source=folder)
-    classes = tuple(sorted(path.name for path in folder.glob("train/*") if path.is_dir()))
-    if not classes:
+    classes = tuple(path.name for path in _seen(folder / "train") if path.is_dir())
+    if len(classes) < 2:
         raise DataError(
             f"{folder} holds no images that can be read",
             expected=f"the files {', '.join(names)} (or .gz), or train/CLASS/ and test/CLASS/ "
-            "with an image in each file",
-            found=", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing",
+            "of two classes or more, with an image in each file",
+            found=_listed(folder),
             fix="put them there, or leave the path out",
         )
     arrays: dict[str, Any] = {}
     for split in IDX_NAMES:
-        images, labels = _read_split(folder / split, classes, size, color)
+        files = _files(folder, split, classes)
+        images = np.stack([read_image(path, size, color) for path, _ in files])
+        labels = np.array([label for _, label in files], np.int64)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels
     return _checked(arrays, classes, folder)
 
@@ -105,32 +110,48 @@ def _either(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _read_split(
-    folder: Path, classes: tuple[str, ...], size: int, color: bool
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).glob("*")):
-            images.append(read_image(path, size, color))
-            labels.append(label)
-    if not images:
+def _seen(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, by name; nothing if it is no folder."""
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _listed(folder: Path) -> str:
+    """What is in a folder, for messages."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    inside = [path for name in (".", "train") for path in _seen(folder / name)]
+    return ", ".join(str(path.relative_to(folder)) for path in inside[:8]) or "an empty folder"
+
+
+def _files(folder: Path, split: str, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """The image files of a split, with the number of the class of each.
+
+    Raises:
+        DataError: a class has no images to learn from, or the split has none at all.
+    """
+    found = {name: _seen(folder / split / name) for name in classes}
+    strange = {path.name for path in _seen(folder / split) if path.is_dir()} - found.keys()
+    empty = [name for name, files in found.items() if not files]
+    if strange or len(empty) == len(classes) or (empty and split == "train"):
         raise DataError(
-            f"{folder} holds no images",
-            expected=f"one or more in {', '.join(classes)}",
-            found="none",
-            fix="train/ and test/ need folders of the same names",
+            f"the classes in {folder / split} are not those to be learned",
+            expected=f"images in {', '.join(classes)}",
+            found=f"other folders: {', '.join(sorted(strange))}"
+            if strange
+            else f"none in {', '.join(empty)}",
+            fix="train/ and test/ need folders of the same names, with images in train/",
         )
-    return np.stack(images), np.array(labels, np.int64)
+    return [(path, label) for label, name in enumerate(classes) for path in found[name]]
 
 
 def read_image(path: Path, size: int, color: bool) -> NDArray[np.uint8]:
-    """An image file, scaled to `[3 or 1, size, size]`.
+    """An image file, upright, scaled to `[3 or 1, size, size]`; what is transparent is white.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or has more than 8 bits for a channel.
     """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise DataError(
             "image files need Pillow",
@@ -139,14 +160,20 @@ def read_image(path: Path, size: int, color: bool) -> NDArray[np.uint8]:
             fix="pip install 'lockstep-dlp[images]'",
         ) from None
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):  # whose conversion cuts off what is above 255
+                raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode})")
+            if image.has_transparency_data:
+                shown = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
             scaled = image.convert("RGB" if color else "L").resize((size, size))
-    except OSError as error:
+    except Exception as error:  # its readers raise whatever a damaged file makes them stumble over
         raise DataError(
-            f"{path} is not an image",
-            expected="a format that Pillow reads",
-            found=str(error),
-            fix="leave it out",
+            f"{path} is not an image that can be used",
+            expected="a format that Pillow reads, with 8 bits for a channel",
+            found=str(error) or type(error).__name__,
+            fix="convert it, or leave it out",
         ) from error
     pixels = np.asarray(scaled, np.uint8)
     return pixels.transpose(2, 0, 1) if color else pixels[None]
@@ -155,6 +182,15 @@ def read_image(path: Path, size: int, color: bool) -> NDArray[np.uint8]:
 def _checked(arrays: dict[str, Any], classes: tuple[str, ...], source: str | Path) -> Images:
     most = max(int(arrays["train_labels"].max()), int(arrays["test_labels"].max()))
     classes = classes or tuple(str(label) for label in range(most + 1))
+    learned = np.unique(arrays["train_labels"])
+    unknown = np.setdiff1d(arrays["test_labels"], learned).tolist()
+    if len(learned) < 2 or unknown:
+        raise DataError(
+            f"the classes of {source} cannot be learned",
+            expected="two or more to learn from, and no others held out",
+            found=f"labels {learned.tolist()} to learn from, and others held out: {unknown}",
+            fix="look at where the files come from",
+        )
     train, test = arrays["train_images"].shape[1:], arrays["test_images"].shape[1:]
     if most >= len(classes) or train != test:
         raise DataError(

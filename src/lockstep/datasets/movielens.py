@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lockstep.datasets.fetching import DataSet
 from lockstep.datasets.packages import Wheel
-from lockstep.datasets.tables import Table, numbers_of, parse_table, read_table
+from lockstep.datasets.tables import Table, is_missing, number_of, parse_table, read_table
 from lockstep.errors import DataError
 
 _FOLDER = "recbole/dataset_example/ml-100k"
@@ -52,42 +52,73 @@ def load_ratings(path: str | Path | None = None) -> Ratings:
     Args:
         path: A table with the columns `user_id` (or `user`) and `item_id` (or `item`), and
             perhaps `timestamp` (a number; without it, the order of the rows is that of time).
-            None: MovieLens 100k.
+            Where a user has an item more than once, the first time counts. None: MovieLens 100k.
 
     Raises:
         DataError: the data are not there, or are no ratings.
         IntegrityError: the fetched data have been altered.
     """
     if path is not None:
-        return _ratings(read_table(path), path)
+        return _ratings(read_table(path))
     files = MOVIELENS_100K.read()
-    films = parse_table(files["ml-100k.item"], "ml-100k.item")
+    films = parse_table(files["ml-100k.item"], "ml-100k.item").columns
     titles = {
         number: f"{title} ({year})"
         for number, title, year in zip(
             films["item_id"], films["movie_title"], films["release_year"], strict=True
         )
     }
-    return _ratings(parse_table(files["ml-100k.inter"], "ml-100k.inter"), "ml-100k.inter", titles)
+    return _ratings(parse_table(files["ml-100k.inter"], "ml-100k.inter"), titles)
 
 
-def _ratings(table: Table, source: str | Path, titles: dict[str, str] | None = None) -> Ratings:
-    users = table.get("user_id") or table.get("user")
-    items = table.get("item_id") or table.get("item")
-    times = numbers_of(table["timestamp"]) if "timestamp" in table else [0.0] * len(users or ())
-    if users is None or items is None or times is None:
-        raise DataError(
-            f"{source} is not a table of ratings",
-            expected="columns user_id and item_id, and perhaps timestamp, a number",
-            found=f"columns {', '.join(table)}" + (" (no numbers)" if times is None else ""),
-            fix="rename the columns, or leave the path out",
-        )
+def _ratings(table: Table, titles: dict[str, str] | None = None) -> Ratings:
+    users, items = _names(table, "user_id", "user"), _names(table, "item_id", "item")
     user_names, user_numbers = np.unique(users, return_inverse=True)
     item_names, item_numbers = np.unique(items, return_inverse=True)
-    order = np.lexsort((np.arange(len(users)), np.array(times), user_numbers))
+    order = np.lexsort((np.arange(len(users)), _times(table), user_numbers))
+    pairs = user_numbers[order] * len(item_names) + item_numbers[order]
+    order = order[np.sort(np.unique(pairs, return_index=True)[1])]
     return Ratings(
         users=user_numbers[order].astype(np.int64),
         items=item_numbers[order].astype(np.int64),
         user_names=tuple(map(str, user_names)),
         item_names=tuple((titles or {}).get(name, name) for name in map(str, item_names)),
+    )
+
+
+def _names(table: Table, *columns: str) -> list[str]:
+    """The users or the items of all rows, from the first of these columns that is there."""
+    for column in columns:
+        names = table.columns.get(column, [])
+        for row, name in enumerate(names):
+            if not name:
+                raise _unusable(table, f"no {column}", table.where(row))
+        if names:
+            return names
+    raise _unusable(table, f"the columns {', '.join(table.columns)}")
+
+
+def _times(table: Table) -> NDArray[np.float64]:
+    """When each rating was made, `[n]`; zeros where the table does not say it."""
+    texts = table.columns.get("timestamp", ["0"] * len(table.lines))
+    times = [number_of(text) for text in texts]
+    if None in times:
+        row = times.index(None)
+        raise _unusable(
+            table,
+            "no timestamp" if is_missing(texts[row]) else f"the timestamp {texts[row]!r:.40}",
+            table.where(row),
+        )
+    return np.array(times, np.float64)
+
+
+def _unusable(table: Table, found: str, where: str = "") -> DataError:
+    return DataError(
+        f"{where or table.source} is not a {'rating' if where else 'table of ratings'}",
+        expected="columns user_id and item_id, and perhaps timestamp, a number",
+        found=found,
+        fix="mend or leave out the row; without the column timestamp the order of rows is that "
+        "of time"
+        if where
+        else "rename the columns, or leave the path out",
     )

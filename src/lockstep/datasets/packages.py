@@ -20,6 +20,8 @@ from lockstep.errors import DataError
 
 DOWNLOAD_SECONDS = 600
 """The longest that a download may take."""
+ANY_ERROR = ("-o", "APT::Update::Error-Mode=any")
+"""Else apt calls it no error that it reaches nothing."""
 
 
 class Package(Protocol):
@@ -124,8 +126,10 @@ class DebianPackage:
             lists = folder / "lists"
             (lists / "partial").mkdir(parents=True)
             own = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={folder}"]
-            _run(["apt-get", "update", "--quiet", *own], folder)
+            updating = _run(["apt-get", "update", "--quiet", *ANY_ERROR, *own], folder)
             problem = _run([*download, *own], folder)
+            if problem and updating:
+                problem = f"{updating}; {problem}"
         if problem:
             raise _failed(self.project, "a package archive that apt can reach", problem, download)
         for archive in folder.glob("*.deb"):
@@ -185,7 +189,12 @@ class DebianLists:
             f"Acquire::Languages={','.join(self.languages)}", "Acquire::GzipIndexes=false",
             "Acquire::IndexTargets::deb::Packages::DefaultEnabled=false",
         ]  # fmt: skip
-        command = ["apt-get", "update", *(part for option in options for part in ("-o", option))]
+        command = [
+            "apt-get",
+            "update",
+            *ANY_ERROR,
+            *(part for option in options for part in ("-o", option)),
+        ]
         problem = _run(command, folder)
         # What apt calls a failure may be a hook of the machine's that wants root.
         for member in members:
@@ -231,7 +240,9 @@ def _run(command: Sequence[str], folder: Path) -> str:
         return f"no answer within {DOWNLOAD_SECONDS} seconds"
     if done.returncode == 0:
         return ""
-    return (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    # The first line has the cause, such as no network, and the last one what came of it.
+    return "; ".join(dict.fromkeys([*said[:1], *said[-1:]])) or f"exit status {done.returncode}"
 
 
 def _failed(what: str, expected: str, problem: str, command: Sequence[str]) -> DataError:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.datasets.tables import parse_table, read_table
+from lockstep.datasets.contents import read_content, text_of
+from lockstep.datasets.tables import Table, parse_table, read_table
 from lockstep.errors import DataError
 
 Pair = tuple[str, str]
@@ -37,7 +38,7 @@ def parse_pairs(content: bytes, source: str | Path) -> list[Pair]:
     Raises:
         DataError: it is no such table.
     """
-    return _pairs(parse_table(content, source), source)
+    return _pairs(parse_table(content, source))
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -45,22 +46,23 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Args:
         path: `.jsonl` with an object in each line that has the texts `source` and `target`; any
-            other name: a table (TSV or CSV) with columns of these names.
+            other name: a table (TSV or CSV) with columns of these names. `.gz` may follow.
 
     Raises:
         DataError: it cannot be read, or is not of that form.
     """
-    if Path(path).suffix == ".jsonl":
+    if str(path).removesuffix(".gz").endswith(".jsonl"):
         return _from_lines(path)
-    return _pairs(read_table(path), path)
+    return _pairs(read_table(path))
 
 
 def split_pairs(pairs: Iterable[Pair], name: str | Path, held_out: int = HELD_OUT) -> Split:
     """The pairs without repetitions, some held out: those whose sources have the least hashes.
 
     Sources that differ in case and space alone are the same; of the targets of one source the one
-    that sorts first is kept. Pairs to learn from are in the order of their hashes, held-out ones
-    from the shortest target to the longest, so that a batch has texts of like length.
+    that sorts first is kept. Pairs without a source or a target are left out. Pairs to learn from
+    are in the order of their hashes, held-out ones from the shortest target to the longest, so that
+    a batch has texts of like length.
 
     Raises:
         DataError: there are too few.
@@ -90,26 +92,27 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _pairs(table: dict[str, list[str]], name: str | Path) -> list[Pair]:
-    if not set(COLUMNS) <= table.keys():
-        raise _unusable(name, f"columns {', '.join(table)}")
-    return list(zip(*(table[column] for column in COLUMNS), strict=True))
+def _pairs(table: Table) -> list[Pair]:
+    if not set(COLUMNS) <= table.columns.keys():
+        raise _unusable(table.source, f"the columns {', '.join(table.columns)}")
+    return list(zip(*(table.columns[column] for column in COLUMNS), strict=True))
 
 
 def _from_lines(path: str | Path) -> list[Pair]:
     pairs = []
-    try:
-        lines = Path(path).read_bytes().decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unusable(path, str(error)) from error
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines, which also splits at characters that JSON leaves as they are.
+    for number, line in enumerate(text_of(read_content(path), path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             pair = (entry["source"], entry["target"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise _unusable(path, f"in line {number}: {error!r}") from error
-        if not all(isinstance(text, str) for text in pair):
-            raise _unusable(path, f"in line {number}: {pair!r:.200}")
+            for text in pair:
+                text.encode()  # halves of a surrogate pair are no text
+        except KeyError as error:
+            raise _unusable(path, f"no {error} in line {number}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise _unusable(path, f"in line {number}: {error}: {line:.60}") from error
         pairs.append(pair)
     return pairs
 
@@ -118,7 +121,7 @@ def _unusable(name: str | Path, found: str) -> DataError:
     return DataError(
         f"{name} is not a file of pairs",
         expected="a table (TSV or CSV) with the columns source and target, or .jsonl with an "
-        "object in each line that has them, in UTF-8",
+        "object in each line that has them",
         found=found,
         fix="convert it, or leave the path out",
     )

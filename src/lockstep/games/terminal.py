@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ Ask = Callable[[str], str]
 """Shows a prompt and gives a line; raises EOFError where there is none."""
 
 STONES = {".": "·", "x": "[bold red]●[/]", "o": "[bold yellow]○[/]"}
+PLAIN = {".": ".", "x": "x", "o": "o"}
+"""For where the terminal's encoding has nothing else."""
 NUMBERS = " ".join(str(column + 1) for column in range(COLUMNS))
 GUESSES = 20
 """So many answers in a row that are no moves end the game: nobody is there who reads."""
@@ -34,10 +37,16 @@ def start(run: str | Path, *, second: bool, itself: bool, simulations: int) -> N
     from rich.console import Console
 
     console, network = Console(), network_of(run)
+
+    def ask(prompt: str) -> str:
+        if sys.stdin is None:  # closed before this process began
+            raise EOFError
+        return console.input(prompt)
+
     if itself:
         against_itself(network, console, simulations=simulations)
     else:
-        against_person(network, console, console.input, second=second, simulations=simulations)
+        against_person(network, console, ask, second=second, simulations=simulations)
 
 
 def network_of(run: str | Path) -> Evaluate:
@@ -69,10 +78,16 @@ def best(state: State, network: Evaluate, simulations: int) -> tuple[int, float]
     return found.action, found.value
 
 
+def stones_of(console: Console) -> dict[str, str]:
+    """How this console shows a free place, and either side's stones."""
+    return STONES if console.encoding.startswith("utf") else PLAIN
+
+
 def show(state: State, console: Console) -> None:
     """Print the board, and under it the numbers of its columns."""
+    stones = stones_of(console)
     for row in str(state).split():
-        console.print(" ".join(STONES[stone] for stone in row))
+        console.print(" ".join(stones[stone] for stone in row), highlight=False)
     console.print(NUMBERS, highlight=False)
 
 
@@ -99,7 +114,9 @@ def against_person(
 ) -> float | None:
     """One game against a person; what it is worth to them (1, 0, -1), or None if they left."""
     state, person = new_game(), 1 if second else 0
-    console.print(f"You are {STONES['xo'[person]]}, and {'second' if second else 'begin'}.")
+    console.print(
+        f"You are {stones_of(console)['xo'[person]]}, and {'second' if second else 'begin'}."
+    )
     show(state, console)
     while not state.is_terminal():
         if state.current_player() == person:

@@ -15,6 +15,21 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
+def at_least(least: int, **given: object) -> None:
+    """Check whole numbers that a recipe was given.
+
+    Raises:
+        JobError: one is none, or is less than `least`.
+    """
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise JobError(
+                f"{name} is out of range",
+                expected=f"a whole number, at least {least}",
+                found=repr(value),
+            )
+
+
 def find(name: str) -> Callable[..., Job]:
     """The recipe `name`: a function that returns a job.
 

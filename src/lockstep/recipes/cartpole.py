@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 
 CARTS, LENGTH = 8, 512
 """A rollout: so many carts side by side for so many moves. An episode ends after 500."""
@@ -50,6 +51,7 @@ def cartpole(iterations: int = 25) -> Job:
     Raises:
         DataError: Gymnasium is not installed.
     """
+    at_least(0, iterations=iterations)
     carts(1)  # so that a run does not begin without them
     return Job(
         task=CartPole(iterations), data_epochs=iterations, batch_size=MINIBATCH,

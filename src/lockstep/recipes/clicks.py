@@ -7,9 +7,11 @@ of the rows is held out. `docs/applications.md` says what it reaches and in what
 
 from __future__ import annotations
 
+import bisect
 import functools
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,18 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
 from lockstep.datasets import load_adult
-from lockstep.datasets.tables import Table, numbers_of, read_table
+from lockstep.datasets.tables import (
+    MISSING,
+    Table,
+    category,
+    is_missing,
+    number_of,
+    numbers_of,
+    read_table,
+)
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 
 BATCH_SIZE = 256
 BUCKETS = 1 << 14
@@ -40,10 +51,12 @@ def clicks(
 
     Args:
         data: A table (CSV or TSV) with named columns. None: the data set `adult`.
-        label: The column to predict. It has two values; the one that sorts last means yes.
+        label: The column to predict. It has two values, and one in each row; the one that sorts
+            last means yes.
         epochs: Passes over the data.
         width: The length of embeddings.
     """
+    at_least(1, width=width)
     task = Clicks(data, label, width)
     return Job(task=task, batch_size=BATCH_SIZE, eval_batch_size=1024, data_epochs=epochs)
 
@@ -77,27 +90,30 @@ class Clicks(Task):
 
     def __init__(self, data: str | None = None, label: str = "income", width: int = 16) -> None:
         self.data, self.label, self.width = data, label, width
-        self.ranges: Ranges = {}
+
+    @property
+    def rows(self) -> Rows:
+        """The table, read when first asked for."""
+        return self._read[0]
+
+    @property
+    def ranges(self) -> Ranges:
+        """Those of the rows to learn from."""
+        return self._read[1]
 
     @functools.cached_property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Buckets `[n, fields]`, yes or no `[n]` (float), and `[n]`: which rows are held out."""
-        table = dict(load_adult() if self.data is None else read_table(self.data))
-        found = np.array(table.pop(self.label, []))
-        values = np.unique(found)
-        if len(values) != 2 or not table or len(found) < 2 * HELD_OUT:
-            raise DataError(
-                f"the column {self.label} of {self.data or 'adult'} cannot be learned",
-                expected=f"{2 * HELD_OUT} rows or more, a label with two values, another column",
-                found=f"{len(found)} rows, {len(values)} values of {self.label}, "
-                f"columns {', '.join(table)}",
-                fix="name the label: --label COLUMN",
-            )
+    def _read(self) -> tuple[Rows, Ranges]:
+        table = load_adult() if self.data is None else read_table(self.data)
+        yes = answers_of(table, self.label)
         # The legacy generator is the one whose stream NumPy promises never to change (NEP 19).
-        held_out = np.random.RandomState(0).permutation(len(found)) < len(found) // HELD_OUT
-        self.ranges = ranges_of(table, ~held_out)
-        features = torch.from_numpy(hashed(table, self.ranges))
-        return features, torch.from_numpy(found == values[1]).float(), torch.from_numpy(held_out)
+        held_out = np.random.RandomState(0).permutation(len(yes)) < len(yes) // HELD_OUT
+        parts = {(answer, held) for answer, held in zip(yes.tolist(), held_out, strict=True)}
+        if len(parts) < 4:
+            raise _unusable(table, self.label, f"{yes.sum()} yes and {(~yes).sum()} no")
+        features = {name: each for name, each in table.columns.items() if name != self.label}
+        ranges = ranges_of(features, ~held_out)
+        buckets = torch.from_numpy(hashed(features, ranges))
+        return (buckets, torch.from_numpy(yes).float(), torch.from_numpy(held_out)), ranges
 
     def model(self) -> nn.Module:
         """A fresh DeepFM."""
@@ -155,12 +171,15 @@ class Clicks(Task):
         right = ((odds > 0) == (answers > 0)).double().mean().item()
         return {"auc": auc(odds, answers > 0), "accuracy": right}
 
+    def fitted(self) -> str:
+        """The columns, and the ranges of those with many numbers."""
+        return json.dumps(self.ranges)
+
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """A row, from the columns of the table but the label: its buckets, `[fields]`."""
-        assert self.rows is not None  # the ranges are those of the rows to learn from
         missing = [name for name in self.ranges if name not in record]
         try:
-            row = {name: [str(record[name])] for name in self.ranges}
+            row = {name: [record[name]] for name in self.ranges}
             return torch.from_numpy(hashed(row, self.ranges))[0]
         except (KeyError, ValueError) as error:
             raise DataError(
@@ -175,35 +194,79 @@ class Clicks(Task):
         return [{"probability": p} for p in model(features).sigmoid().tolist()]
 
 
-Ranges = dict[str, NDArray[np.float64] | None]
-"""By column: where its ranges end; None: its values are categories as they are."""
+def answers_of(table: Table, label: str) -> NDArray[np.bool_]:
+    """Which rows are a yes, `[rows]`.
+
+    Raises:
+        DataError: the column `label` does not say so of every row, or there is no other.
+    """
+    texts = table.columns.get(label)
+    if texts is None or len(table.columns) < 2:
+        raise _unusable(table, label, f"the columns {', '.join(table.columns)}")
+    for row, text in enumerate(texts):
+        if is_missing(text):
+            raise _unusable(table, label, f"{text!r} in line {table.lines[row]}")
+    found = np.array([category(text) for text in texts])
+    values, counts = np.unique(found, return_counts=True)
+    if len(values) != 2 or len(found) < 2 * HELD_OUT:
+        listed = [f"{value:.40} ({count})" for value, count in zip(values, counts, strict=True)]
+        raise _unusable(table, label, ", ".join([*listed[:5], "..."] if listed[5:] else listed))
+    yes: NDArray[np.bool_] = found == values[1]
+    return yes
 
 
-def ranges_of(table: Table, known: NDArray[np.bool_]) -> Ranges:
+def _unusable(table: Table, label: str, found: str) -> DataError:
+    return DataError(
+        f"the column {label} of {table.source} cannot be learned",
+        expected=f"one of two values in each of {2 * HELD_OUT} rows or more, both of them among "
+        "those to learn from and those held out, and another column",
+        found=found,
+        fix="name the label: --label COLUMN; or mend these rows, or add some",
+    )
+
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Buckets `[n, fields]`, yes or no `[n]` (float), and `[n]`: which rows are held out."""
+Ranges = dict[str, list[float] | None]
+"""By column: where its ranges end, ascending; None: its values are categories."""
+
+
+def ranges_of(columns: Mapping[str, Sequence[str]], known: NDArray[np.bool_]) -> Ranges:
     """Into which ranges columns of many numbers are cut, by the rows that are `known`."""
     ranges: Ranges = {}
-    for name, values in table.items():
-        numbers = numbers_of(values) if len(set(values)) > QUANTILES else None
+    for name, values in columns.items():
+        numbers = np.array(numbers_of(values) or [], float)
         ranges[name] = None
-        if numbers is not None:
+        if len(np.unique(numbers[~np.isnan(numbers)])) > QUANTILES:
+            rows, cuts = numbers[known], np.linspace(0, 1, QUANTILES + 1)[1:-1]
+            rows = rows[~np.isnan(rows)]
             # Ranges of equal counts, and of equally many values where most rows have the same.
-            rows, cuts = np.array(numbers)[known], np.linspace(0, 1, QUANTILES + 1)[1:-1]
-            edges = [np.quantile(rows, cuts), np.quantile(np.unique(rows), cuts)]
-            ranges[name] = np.unique(np.concatenate(edges))
+            edges = [np.quantile(each, cuts) for each in (rows, np.unique(rows)) if len(each)]
+            ranges[name] = np.unique(np.concatenate([[], *edges])).tolist()
     return ranges
 
 
-def hashed(table: Table, ranges: Ranges) -> NDArray[np.int64]:
-    """A bucket for each value of a table, `[rows, columns]`."""
-    columns = []
+def hashed(columns: Mapping[str, Sequence[Any]], ranges: Ranges) -> NDArray[np.int64]:
+    """A bucket for each value of some columns, `[rows, columns]`.
+
+    Raises:
+        ValueError: a value of a column of ranges is neither a number nor missing.
+    """
+    found = []
     for name, edges in ranges.items():
-        values = table[name]
-        if edges is not None:
-            places = np.searchsorted(edges, np.array(values, dtype=float), side="left")
-            values = places.astype(str).tolist()
-        buckets = {value: zlib.crc32(f"{name}={value}".encode()) % BUCKETS for value in set(values)}
-        columns.append([buckets[value] for value in values])
-    return np.array(columns, np.int64).T.copy()
+        values = [category(value) for value in columns[name]]
+        buckets = {value: _bucket(name, value, edges) for value in set(values)}
+        found.append([buckets[value] for value in values])
+    return np.array(found, np.int64).T.copy()
+
+
+def _bucket(name: str, value: str, edges: list[float] | None) -> int:
+    if edges is not None and value != MISSING:
+        number = number_of(value)
+        if number is None:
+            raise ValueError(f"{value!r:.60} in the column {name}, which has numbers")
+        value = str(bisect.bisect_left(edges, number))
+    return zlib.crc32(f"{name}={value}".encode()) % BUCKETS
 
 
 def auc(scores: torch.Tensor, yes: torch.Tensor) -> float:

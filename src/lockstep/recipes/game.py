@@ -24,6 +24,7 @@ from lockstep.games.opponents import OPPONENTS, Choose, Match, play, scripted
 from lockstep.games.search import Evaluate
 from lockstep.games.self_play import self_play
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 
 GAMES, STEPS = 32, 100
 """A step's games over all shards, and the steps between two evaluations."""
@@ -46,6 +47,7 @@ def game(epochs: float = 20, simulations: int = 16, width: int = 64) -> Job:
     Raises:
         DataError: OpenSpiel is not installed.
     """
+    at_least(1, simulations=simulations, width=width)
     new_game()  # so that a run does not begin without the rules
     return Job(
         task=Game(epochs, simulations, width), data_epochs=epochs, batch_size=GAMES,

@@ -129,13 +129,14 @@ class Mnist(Task):
         """An image, from `pixels`: 784 numbers from 0 to 255, row by row."""
         import torch
 
-        pixels = torch.tensor(record.get("pixels", ()), dtype=torch.float32)
+        try:
+            pixels = torch.tensor(record.get("pixels", ()), dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise _no_digit(str(error)) from None
         if pixels.numel() != 784:
-            raise DataError(
-                "a record is not a digit",
-                expected='{"pixels": [784 numbers from 0 to 255]}',
-                found=f"{pixels.numel()} pixels, and the columns {', '.join(record)}",
-            )
+            raise _no_digit(f"{pixels.numel()} pixels, and the columns {', '.join(record)}")
+        if not bool(((pixels >= 0) & (pixels <= 255)).all()):  # NaN neither
+            raise _no_digit(f"numbers from {pixels.min().item()} to {pixels.max().item()}")
         return pixels.div(255).view((1, 28, 28) if self.kind == "cnn" else 784)
 
     def predict(self, model: nn.Module, batch: torch.Tensor) -> list[dict[str, Any]]:
@@ -154,6 +155,14 @@ class Mnist(Task):
         images = torch.from_numpy(arrays[f"{split}_images"]).float().div_(255)
         shape = (-1, 1, 28, 28) if self.kind == "cnn" else (-1, 784)
         return TensorDataset(images.view(shape), torch.from_numpy(arrays[f"{split}_labels"]))
+
+
+def _no_digit(found: str) -> DataError:
+    return DataError(
+        "a record is not a digit",
+        expected='{"pixels": [784 numbers from 0 to 255]}',
+        found=found,
+    )
 
 
 def distort(images: torch.Tensor) -> torch.Tensor:

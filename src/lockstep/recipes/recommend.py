@@ -10,6 +10,7 @@ every user (leave one out), and its rank is among all films that the user has no
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from lockstep.datasets import load_ratings
 from lockstep.datasets.movielens import Ratings
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 
 BATCH_SIZE = 512
 LENGTH = 20
@@ -43,6 +45,7 @@ def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> J
         epochs: Passes over the data.
         width: The length of embeddings.
     """
+    at_least(1, width=width)
     task = Recommend(data, width)
     return Job(task=task, batch_size=BATCH_SIZE, data_epochs=epochs)
 
@@ -156,10 +159,15 @@ class Recommend(Task):
         values = ranking(unseen(taken.repeat(len(items), 1), seen), items)
         return {name: value.double().mean().item() for name, value in values.items()}
 
+    def fitted(self) -> str:
+        """Which user and which item each number stands for."""
+        return json.dumps([self.ratings.user_names, self.ratings.item_names])
+
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """A user, from `user`: one of the ratings' `user_id`."""
         names = self.ratings.user_names
-        user = str(record.get("user"))
+        user = record.get("user")
+        user = str(int(user) if isinstance(user, float) and user.is_integer() else user)
         if user not in names:
             raise DataError(
                 f"there is no user {user} in the ratings",
@@ -169,15 +177,22 @@ class Recommend(Task):
         return torch.tensor(names.index(user))
 
     def predict(self, model: nn.Module, users: torch.Tensor) -> list[dict[str, Any]]:
-        """For each of the users (`[n]`, numbers of the data), the `TOP` items that come next."""
+        """For each of the users (`[n]`, numbers of the data), up to `TOP` items that come next."""
         known = [self.histories[user] for user in users.tolist()]
         before = torch.stack([F.pad(h[-LENGTH:], (LENGTH - min(len(h), LENGTH), 0)) for h in known])
         seen = nn.utils.rnn.pad_sequence(known, batch_first=True, padding_value=PADDING)
-        best = unseen(model(users, before), seen).topk(TOP).indices
+        scores = unseen(model(users, before), seen)
+        best = scores.topk(min(TOP, scores.shape[1]))
+        left = (best.values > -torch.inf).sum(dim=1)  # of few items, fewer than `TOP` are unseen
         names = self.ratings.item_names
         return [
-            {"user": self.ratings.user_names[user], "items": [names[item - 1] for item in items]}
-            for user, items in zip(users.tolist(), best.tolist(), strict=True)
+            {
+                "user": self.ratings.user_names[user],
+                "items": [names[item - 1] for item in items[:count]],
+            }
+            for user, items, count in zip(
+                users.tolist(), best.indices.tolist(), left.tolist(), strict=True
+            )
         ]
 
 

@@ -14,6 +14,7 @@ from lockstep.datasets import load_translations
 from lockstep.datasets.pairs import Split, read_pairs, split_pairs
 from lockstep.errors import JobError
 from lockstep.job import Job
+from lockstep.recipes import at_least
 from lockstep.recipes.text.neighbours import Neighbours
 from lockstep.recipes.text.rewriting import Rewriting, Settings
 
@@ -36,6 +37,7 @@ def translate(
         vocabulary: How many subwords there are, of both languages together.
         words: Sources with more words are left out.
     """
+    at_least(1, words=words)
     settings = Settings(
         epochs=epochs, batch_size=BATCH_SIZE, rate=1.5e-3, vocabulary=vocabulary, width=width,
         encoders=3, decoders=3, longest=LONGEST,
@@ -57,7 +59,8 @@ class Translate(Rewriting):
         """The pairs whose sources are short enough."""
         pairs = load_translations() if self.data is None else read_pairs(self.data)
         short = (pair for pair in pairs if len(pair[0].split()) <= self.words)
-        return split_pairs(short, self.data or "translations")
+        name = self.data or "translations"
+        return split_pairs(short, f"the sources of at most {self.words} words of {name}")
 
     def score(self, outputs: dict[str, Any]) -> dict[str, float]:
         """BLEU and chrF of all held-out translations together, 0 to 100."""

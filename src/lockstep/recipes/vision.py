@@ -7,6 +7,7 @@ two cores. `docs/applications.md` says what it reaches and in what time.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from lockstep.datasets import load_fashion_mnist
 from lockstep.datasets.images import Images, read_image, read_images
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import at_least
 from lockstep.recipes.mnist import nearest_mean
 
 BATCH_SIZE = 128
@@ -45,6 +47,8 @@ def vision(
         size: Image folders: scale images to `size` x `size`.
         color: Image folders: keep colours.
     """
+    at_least(1, width=width)
+    at_least(8, size=size)
     task = Vision(data, epochs, width, size, color)
     return Job(task=task, batch_size=BATCH_SIZE, eval_batch_size=500, data_epochs=epochs)
 
@@ -127,7 +131,8 @@ class Vision(Task):
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """Up to the highest rate, then down to 0 by half a cosine."""
-        steps = max(1.0, self.epochs * math.ceil(len(self.images.train_labels) / BATCH_SIZE))
+        size = self.planned_batch_size or BATCH_SIZE
+        steps = max(1.0, self.epochs * math.ceil(len(self.images.train_labels) / size))
 
         def factor(step: int) -> float:
             done = min(1.0, step / steps)
@@ -150,17 +155,22 @@ class Vision(Task):
         """The accuracy of taking the class whose mean image is nearest."""
         return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
+    def fitted(self) -> str:
+        """The names of the classes, and what an image is."""
+        return json.dumps([self.images.classes, self.images.train_images.shape[1:]])
+
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """An image, from `image`: the path of a file that Pillow reads. uint8, `[channels, height,
         width]`; it is scaled, and made grey, as the images of the training set are."""
         channels, _, size = self.images.train_images.shape[1:]
-        if "image" not in record:
+        path = record.get("image")
+        if not isinstance(path, str):
             raise DataError(
                 "a record is not an image",
                 expected='{"image": "path/of/a/file.png"}',
-                found=f"the columns {', '.join(record)}",
+                found=f"the columns {', '.join(record)}" if path is None else f"{path!r:.60}",
             )
-        return torch.tensor(read_image(Path(record["image"]), size, channels == 3))
+        return torch.tensor(read_image(Path(path), size, channels == 3))
 
     def predict(self, model: nn.Module, images: torch.Tensor) -> list[dict[str, Any]]:
         """For each of the images (uint8, `[n, channels, height, width]`), the likeliest class."""

@@ -13,13 +13,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep.datasets.pairs import Split
-from lockstep.errors import DataError
+from lockstep.errors import DataError, JobError
 from lockstep.job import Parameters, Task
+from lockstep.recipes import at_least
 from lockstep.recipes.text.beam import write
 from lockstep.recipes.text.encoded import EncodedPairs, padded, read
 from lockstep.recipes.text.packing import PADDING
 from lockstep.recipes.text.transformer import Shape, Transformer
-from lockstep.recipes.text.vocabulary import Vocabulary
+from lockstep.recipes.text.vocabulary import SPECIAL, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,16 @@ class Settings:
     beams: int = 4
     warm_up: float = 0.1
     """The part of the run in which the learning rate rises."""
+
+    def __post_init__(self) -> None:
+        at_least(self.heads, width=self.width)
+        at_least(SPECIAL + 256, vocabulary=self.vocabulary)  # all bytes are in it
+        if self.width % self.heads:
+            raise JobError(
+                "width cannot be divided among the heads",
+                expected=f"a multiple of {self.heads}",
+                found=str(self.width),
+            )
 
 
 class Rewriting(Task):
@@ -124,7 +135,8 @@ class Rewriting(Task):
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """Up to the highest rate, then down to 0 by half a cosine."""
         chosen = self.settings
-        steps = max(1.0, chosen.epochs * math.ceil(len(self.encoded) / chosen.batch_size))
+        size = self.planned_batch_size or chosen.batch_size
+        steps = max(1.0, chosen.epochs * math.ceil(len(self.encoded) / size))
 
         def factor(step: int) -> float:
             done = min(1.0, (step + 1) / steps)
@@ -150,18 +162,31 @@ class Rewriting(Task):
         rows = write(model, sources, self.settings.beams, longest)
         return self.vocabulary.decode(rows.tolist())
 
+    def fitted(self) -> str:
+        """The subwords."""
+        return str(self.vocabulary)
+
     def from_record(self, record: Mapping[str, Any]) -> str:
         """A text, from `source`."""
-        if not isinstance(record.get("source"), str):
-            raise DataError(
-                "a record is not a text",
-                expected='{"source": "the text to write another for"}',
-                found=f"the columns {', '.join(record)}",
-            )
-        return str(record["source"])
+        text = record.get("source")
+        if not isinstance(text, str):
+            raise _no_text(f"the columns {', '.join(record)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a half of a surrogate pair, which JSON allows
+            raise _no_text(str(error)) from None
+        return text
 
     def predict(self, model: nn.Module, texts: Sequence[str]) -> list[dict[str, Any]]:
         """For each of the texts, what is written for it."""
         sources = read(texts, self.vocabulary, self.settings.longest[0])
         with torch.no_grad():
             return [{"text": text} for text in self.write(model, padded(sources))]
+
+
+def _no_text(found: str) -> DataError:
+    return DataError(
+        "a record is not a text",
+        expected='{"source": "the text to write another for"}',
+        found=found,
+    )

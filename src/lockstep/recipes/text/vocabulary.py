@@ -54,6 +54,10 @@ class Vocabulary:
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
 
+    def __str__(self) -> str:
+        """All that it has learned."""
+        return self._tokenizer.to_str()
+
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size() + SPECIAL
 
