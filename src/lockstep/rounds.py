@@ -48,6 +48,7 @@ class Rounds:
     """One worker's: a copy of the model, and the task's optimizer and schedule on it."""
 
     def __init__(self, task: LocalSteps, shared: SharedState, sampling: Sampling) -> None:
+        self._round = task
         self.task, self.steps, self.shared = task.task, task.steps, shared
         self._model = _copy(shared.model)
         trainable = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
@@ -68,6 +69,7 @@ class Rounds:
         for place, samples in enumerate(divide(batch.samples, self.steps)):
             self._schedule.go_to(step * self.steps + place)
             self._optimizer.zero_grad(set_to_none=True)
+            self._round.begin_update(place)
             loss = self.task.loss(self._model, self.task.collate(samples))
             loss.backward()
             self._optimizer.step()

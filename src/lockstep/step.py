@@ -42,6 +42,7 @@ from lockstep.local_steps import LocalSteps
 from lockstep.modules import held_tensors
 from lockstep.owner import Owner
 from lockstep.ownership import Returns
+from lockstep.place import Place
 from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.sampling import Sampling
@@ -131,6 +132,7 @@ class Stepper:
         schedule: Schedule,
         audit: Audit,
         *,
+        place: Place,
         seed: int,
         autocast: bool,
         clip_grad_norm: float | None,
@@ -139,7 +141,7 @@ class Stepper:
         report: Report,
     ) -> None:
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
-        self.audit, self.seed = audit, seed
+        self.audit, self.seed, self._place = audit, seed, place
         self.autocast, self.faults = autocast, faults or None
         self.control = shared.control
         self.schedule = schedule
@@ -333,6 +335,8 @@ class Stepper:
         self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
+        start, stop = self.sampling.shard_span(step, shard)
+        self.task.told(self._place.at_step(step, stop - start))
         seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
         self._modes.restore()
