@@ -249,20 +249,25 @@ def evaluated_once(task: lockstep.Task) -> Mapping[str, float]:
     return task.score({name: list(v) for name, v in task.outputs(model, batch).items()})
 
 
-def test_a_training_step_that_counts() -> None:
+@pytest.mark.parametrize(
+    ("kept", "begins"),
+    [(lambda beta: beta + 1, 0.0), (lambda _: torch.ones(1), None), (torch.exp_, torch.ones(1))],
+)
+def test_a_training_step_that_remembers(kept: Callable[[Any], Any], begins: Any) -> None:
+    """A counter, the last hidden state: another worker would have another."""
     net_class, data_class = lightning_classes()
 
     class Net(net_class):  # type: ignore[misc, valid-type]
-        seen = 0
+        beta: Any
 
         def training_step(self, batch: Any) -> Any:
-            self.beta += 0.1
+            self.beta = kept(self.beta)
             return self.layers(batch[0]).sum() * self.beta
 
     net = Net()
-    net.beta = 0.0
+    net.beta = begins
     task = lockstep.from_lightning(net, data_class())
-    with pytest.raises(TaskError, match=r"counts in self.beta(?s:.)*self.global_step"):
+    with pytest.raises(TaskError, match=r"something in self.beta(?s:.)*self.global_step"):
         task.loss(task.model(), [torch.zeros(4, 8)])
 
 

@@ -50,7 +50,6 @@ class Kept:
         """Notes how the module was built. Called once, before any batch."""
         self._metric_names = [n for n, part in module.named_modules() if is_metric(part)]
         self._lists = {name: list(v) for name, v in vars(module).items() if isinstance(v, list)}
-        self._numbers = _numbers(module)
 
     def _metrics(self, module: nn.Module) -> list[tuple[str, Any]]:
         return [(name, module.get_submodule(name)) for name in self._metric_names]
@@ -78,27 +77,6 @@ class Kept:
         for name, built in self._lists.items():
             if len(getattr(module, name)) != len(built):
                 setattr(module, name, list(built))
-
-    def check_numbers(self, module: nn.Module, method: str) -> None:
-        """Refuse a method that counts in the module.
-
-        Raises:
-            TaskError: a number that was there when the module was built has changed.
-        """
-        now = _numbers(module)
-        changed = [
-            name
-            for name, value in self._numbers.items()
-            if now.get(name) is not value and now.get(name) != value
-        ]
-        if changed:
-            raise TaskError(
-                f"{method} counts in self.{changed[0]}",
-                expected="no number of the module that changes: who computes what would count",
-                found=", ".join(f"self.{n}: {self._numbers[n]} -> {now.get(n)}" for n in changed),
-                fix="use self.global_step, self.current_epoch or batch_idx, a registered buffer "
-                "for what training counts, or a metric of torchmetrics for what validation does",
-            )
 
     def parcel(self, module: nn.Module) -> Parcel:
         """What a batch has left."""
@@ -130,7 +108,7 @@ class Kept:
         """Refuse a hook that keeps something from one evaluation to the next, such as the best.
 
         Raises:
-            TaskError: it changed a number, or a metric that no batch had changed.
+            TaskError: it changed a metric that no batch had changed.
         """
         filled = {name for each in parcels for name in each["metrics"]}
         carried = [
@@ -144,16 +122,42 @@ class Kept:
                 fix="leave that out, or the hook by skip=; the run keeps the metrics of every "
                 "evaluation, so the best of them is in result.history",
             )
-        self.check_numbers(module, hook)
 
 
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    kinds = (int, float)
+def held(module: nn.Module) -> dict[str, Any]:
+    """What plain attributes of the module itself hold: numbers, nothing, or which tensors."""
     return {
-        name: value
+        name: _mark(value)
         for name, value in vars(module).items()
-        if isinstance(value, kinds) and not name.startswith("_") and name != "training"
+        if (value is None or isinstance(value, int | float | torch.Tensor))
+        and not name.startswith("_")
+        and name != "training"
     }
+
+
+def _mark(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return f"tensor {id(value):x} after {value._version} changes"
+    return value
+
+
+def check_held(module: nn.Module, before: dict[str, Any], method: str) -> None:
+    """Refuse a method that keeps something in the module from one batch to the next.
+
+    Raises:
+        TaskError: a plain attribute has changed that was there before.
+    """
+    now = held(module)
+    changed = {name: (value, now.get(name)) for name, value in before.items()}
+    changed = {n: (old, new) for n, (old, new) in changed.items() if old is not new and old != new}
+    if changed:
+        raise TaskError(
+            f"{method} keeps something in self.{next(iter(changed))}",
+            expected="plain attributes that stay as they are: who computes what would count",
+            found=", ".join(f"self.{n}: {old} -> {new}" for n, (old, new) in changed.items()),
+            fix="use self.global_step, self.current_epoch or batch_idx; what training has to keep "
+            "is a registered buffer, what validation gathers a metric of torchmetrics or a list",
+        )
 
 
 def _fill(name: str, metric: Any, found: list[Mapping[str, Any]]) -> None:

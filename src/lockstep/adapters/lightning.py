@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.gathering import Kept, separate_metrics
+from lockstep.adapters.gathering import Kept, check_held, held, separate_metrics
 from lockstep.adapters.hooks import check_data, check_module, check_skipped
 from lockstep.adapters.logs import Logged
 from lockstep.adapters.optimizers import Configured, Following, bind
@@ -166,9 +166,8 @@ class LightningTask(Task):
         return dataset
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        with self._running(model, "fit", None):
+        with self._running(model, "fit", "training_step", None):
             found = _call(model.training_step, batch, self._batch_idx)
-        self._kept.check_numbers(model, "training_step")
         loss: torch.Tensor | None = found.get("loss") if isinstance(found, Mapping) else found
         if loss is None:
             raise TaskError(
@@ -196,11 +195,11 @@ class LightningTask(Task):
         is run once.
         """
         logged = Logged(self._kept, model)
-        with self._running(model, self._stage, logged):
+        step = f"{self._part}_step"
+        with self._running(model, self._stage, step, logged):
             for moment in ("start", "epoch_start"):
                 self._hook(model, f"on_{self._part}_{moment}")
-            _call(getattr(model, f"{self._part}_step"), batch, self._batch_idx)
-        self._kept.check_numbers(model, f"{self._part}_step")
+            _call(getattr(model, step), batch, self._batch_idx)
         wanted = logged.metrics or self._has_epoch_end
         self._left = [{**self._kept.parcel(model), "logged": logged.metrics}] if wanted else []
         self._kept.put_back(model)
@@ -220,7 +219,7 @@ class LightningTask(Task):
         parcels = [parcel for parcel in outputs["left"] if parcel is not None]
         hook = f"on_{self._part}_epoch_end"
         logged = Logged(kept, module)
-        with torch.no_grad(), self._running(module, self._stage, logged):
+        with torch.no_grad(), self._running(module, self._stage, hook, logged):
             kept.unpack(module, parcels)
             for name, metric in parcels[0]["logged"].items():
                 logged.log(name, module.get_submodule(metric).compute())
@@ -234,7 +233,7 @@ class LightningTask(Task):
     def predict(self, model: Any, batch: Any) -> Sequence[Mapping[str, Any]]:
         """What predict_step returns: by its own names, or as `prediction`."""
         assert self._trainer.place is not None
-        with self._running(model, "predict", None):
+        with self._running(model, "predict", "predict_step", None):
             found = _call(model.predict_step, batch, self._batch_idx)
         return rows_of(found, self._trainer.place.samples)
 
@@ -252,7 +251,9 @@ class LightningTask(Task):
             getattr(module, name)()
 
     @contextlib.contextmanager
-    def _running(self, module: Any, stage: Stage, logged: Logged | None) -> Iterator[None]:
+    def _running(
+        self, module: Any, stage: Stage, method: str, logged: Logged | None
+    ) -> Iterator[None]:
         """Have the module know its run and log to `logged`, or nowhere, while this lasts. It
         begins as it was built: what a batch leaves behind must not reach the next."""
         self._kept.put_back(module)
@@ -261,8 +262,10 @@ class LightningTask(Task):
         log_dict = _drop if logged is None else logged.log_dict
         # In the instance, past nn.Module's own way of setting attributes.
         vars(module).update(log=log, log_dict=log_dict)
+        before = held(module)
         try:
             yield
+            check_held(module, before, method)
         finally:
             del vars(module)["log"], vars(module)["log_dict"]
 

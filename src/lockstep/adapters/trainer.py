@@ -27,7 +27,8 @@ class NoTrainer:
 
     def __init__(self, module: Any, datamodule: Any, package: str) -> None:
         """`package`: the one of Lightning's whose class the module is of."""
-        self.lightning_module, self.datamodule = module, datamodule
+        self.model = self.lightning_module = module
+        self.datamodule = datamodule
         self._package = package
         self.callbacks: list[Any] = []
         self.stage: Stage = "fit"
