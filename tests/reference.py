@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import math
 import random
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,6 +163,13 @@ def combined(values: Sequence[torch.Tensor | None], weights: Sequence[float]) ->
 # Training.
 
 
+def tell(task: Any, *, training: bool, **numbers: int) -> None:
+    """Tell the task where in the run the next calls belong."""
+    ended = numbers["step"] if training else max(numbers["step"] - 1, 0)
+    data_epoch = ended // numbers["steps_per_epoch"]
+    task.told(types.SimpleNamespace(training=training, data_epoch=data_epoch, **numbers))
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """The numerics that a worker with one thread has."""
@@ -204,10 +212,12 @@ def train(
     model = task.model()
     data, held_out = task.train_data(), task.eval_data()
     params = Params(model)
+    steps_per_epoch = math.ceil(len(data) / batch_size)
+    run = {"steps": steps, "steps_per_epoch": steps_per_epoch}
+    tell(task, training=True, step=0, batch=0, samples=batch_size, **run)
     optimizer = task.optimizer(params)
     scheduler = task.scheduler(optimizer)
     committed = copy_of_buffers(model)
-    steps_per_epoch = math.ceil(len(data) / batch_size)
     outcome = Outcome(model={}, buffers={}, state={})
 
     for step in range(steps):
@@ -230,6 +240,7 @@ def train(
                 parameter.grad = None
             if mine:
                 samples = fetch(task, data, seed, data_epoch, mine)
+                tell(task, training=True, step=step, batch=place, samples=len(mine), **run)
                 seed_all(derive(seed, "shard", step, shard))
                 set_buffers(model, committed)
                 model.train()
@@ -267,8 +278,9 @@ def train(
             scheduler.step()
         if held_out is not None and (ends_epoch or step == steps - 1):
             metrics = evaluate(
-                task, model, held_out, eval_batch_size or batch_size, seed, precision, parts
-            )
+                task, model, held_out, eval_batch_size or batch_size, seed, precision, parts,
+                step=step + 1, **run,
+            )  # fmt: skip
             outcome.evaluations.append((step + 1, metrics))
 
     outcome.model = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -302,6 +314,7 @@ def evaluate(
     seed: int,
     precision: str,
     parts: Sequence[tuple[int, int, int]] = (),
+    **run: int,
 ) -> dict[str, float]:
     """The mean of each metric over the samples: once each, in the order of the data."""
     sums: dict[str, float] = {}
@@ -309,6 +322,7 @@ def evaluate(
     with torch.no_grad(), autocast(precision):
         for number, indices in batches(len(data), batch_size, parts):
             batch = fetch(task, data, seed, -1, indices)
+            tell(task, training=False, batch=number, samples=len(indices), **run)
             seed_all(derive(seed, "eval", number))
             set_buffers(model, committed)
             model.eval()
@@ -338,15 +352,18 @@ def train_unsharded(
     model = task.model()
     data, _ = task.train_data(), task.eval_data()
     params = Params(model)
+    steps_per_epoch = math.ceil(len(data) / batch_size)
+    run = {"steps": steps, "steps_per_epoch": steps_per_epoch}
+    tell(task, training=True, step=0, batch=0, samples=batch_size, **run)
     optimizer = task.optimizer(params)
     scheduler = task.scheduler(optimizer)
-    steps_per_epoch = math.ceil(len(data) / batch_size)
     losses, norms = [], []
 
     for step in range(steps):
         data_epoch, place = divmod(step, steps_per_epoch)
         indices = order(seed, data_epoch, len(data))[place * batch_size : (place + 1) * batch_size]
         batch = fetch(task, data, seed, data_epoch, indices)
+        tell(task, training=True, step=step, batch=place, samples=len(indices), **run)
         seed_all(derive(seed, "shard", step, 0))
 
         model.train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ class Inner(nn.Module):
 class PlainNet(Blobs):
     """What the module comes to in a plain loop, from the weights that it was made with."""
 
-    scheduler_interval = "data_epoch"
+    scheduler_interval: Literal["step", "data_epoch"] = "data_epoch"
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def on_a_plateau(net: Any) -> Any:
         ({"automatic_optimization": False}, TaskError, "optimizes manually"),
         ({"on_train_batch_end": two_optimizers}, TaskError, "found:    on_train_batch_end"),
         ({"optimizer_step": two_optimizers}, TaskError, "found:    optimizer_step"),
-        ({"on_validation_epoch_end": two_optimizers}, TaskError, "on_validation_epoch_end"),
+        ({"validation_epoch_end": two_optimizers}, TaskError, "found:    validation_epoch_end"),
         ({"configure_callbacks": two_optimizers}, TaskError, "configure_callbacks"),
         ({"configure_optimizers": two_optimizers}, OptimizerError, "found:    2: SGD, SGD"),
         ({"configure_optimizers": lambda net: None}, OptimizerError, "did not return one"),
@@ -215,8 +215,9 @@ def test_what_cannot_be_averaged_is_not_logged(value: Any, options: dict[str, An
             self.log("odd", value, **options)
 
     net = Net()
+    task = lockstep.from_lightning(net, data_class())
     with pytest.raises(TaskError, match="'odd' is not a number that can be averaged"):
-        lockstep.from_lightning(net, data_class()).metrics(net, None)
+        task.metrics(task.model(), None)
     assert "log" not in vars(net)
 
 
@@ -247,11 +248,11 @@ def test_what_is_logged_in_training_is_dropped() -> None:
     ("step", "wanted"),
     [
         (lambda net, batch: (batch,), ("b",)),
-        (lambda net, batch, batch_idx: (batch, batch_idx), ("b", 0)),
-        (lambda net, data, _: (data, _), ("b", 0)),
-        (lambda net, batch, i, dataloader_idx: (batch, i, dataloader_idx), ("b", 0, 0)),
-        (lambda net, batch, i, stage="val": (batch, i, stage), ("b", 0, "val")),
-        (lambda net, *args: args, ("b", 0)),
+        (lambda net, batch, batch_idx: (batch, batch_idx), ("b", 7)),
+        (lambda net, data, _: (data, _), ("b", 7)),
+        (lambda net, batch, i, dataloader_idx: (batch, i, dataloader_idx), ("b", 7, 0)),
+        (lambda net, batch, i, stage="val": (batch, i, stage), ("b", 7, "val")),
+        (lambda net, *args: args, ("b", 7)),
     ],
 )
 def test_steps_by_whatever_names(step: Callable[..., Any], wanted: tuple[Any, ...]) -> None:
@@ -260,7 +261,7 @@ def test_steps_by_whatever_names(step: Callable[..., Any], wanted: tuple[Any, ..
 
     net_class, _ = lightning_classes()
     net = type("Net", (net_class,), {"training_step": step})()
-    assert _call(net.training_step, "b") == wanted
+    assert _call(net.training_step, "b", 7) == wanted
 
 
 def test_a_data_module_of_data_sets() -> None:

@@ -19,6 +19,7 @@ from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job import Task
 from lockstep.outcomes import BatchSums, Outputs, batch_range
+from lockstep.place import Place
 from lockstep.seeds import derive, seed_everything
 from lockstep.state import SharedState
 
@@ -29,8 +30,11 @@ class Inference:
     Use it as a context manager; the model is in training mode again afterwards.
     """
 
-    def __init__(self, shared: SharedState, seed: int, *, autocast: bool) -> None:
-        self.model, self.seed = shared.model, seed
+    def __init__(
+        self, task: Task, shared: SharedState, place: Place, seed: int, *, autocast: bool
+    ) -> None:
+        """`place`: after how many steps the state is."""
+        self.task, self.model, self.place, self.seed = task, shared.model, place, seed
         self._committed = shared.committed
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._contexts = contextlib.ExitStack()
@@ -48,15 +52,15 @@ class Inference:
     def __exit__(self, *_: object) -> None:
         self._contexts.close()
 
-    def afresh(self, purpose: str, batch: int) -> None:
+    def afresh(self, purpose: str, batch: int, samples: int) -> None:
         """Be as before the first batch: what computes one may change buffers and modes."""
+        self.task.told(self.place.at_batch(self.place.step, batch, samples))
         seed_everything(derive(self.seed, purpose, batch))
         self._buffers.restore(self._committed)
         self._modes.restore()
 
 
 def evaluate_batches(
-    task: Task,
     inference: Inference,
     fetch: Fetch,
     batches: Iterable[int],
@@ -65,13 +69,13 @@ def evaluate_batches(
     batch_size: int,
 ) -> Iterator[BatchSums]:
     """The sums and outputs of the given batches."""
-    model = inference.model
+    task, model = inference.task, inference.model
     for index in batches:
         rows = batch_range(index, samples, batch_size)
         batch = fetch(-1, rows)
-        inference.afresh("eval", index)
+        inference.afresh("eval", index, len(rows))
         sums = _sums(task.metrics(model, batch), len(rows))
-        inference.afresh("outputs", index)
+        inference.afresh("outputs", index, len(rows))
         outputs = {
             name: _listed(name, value, len(rows))
             for name, value in task.outputs(model, batch).items()
@@ -80,7 +84,6 @@ def evaluate_batches(
 
 
 def predict_batches(
-    task: Task,
     inference: Inference,
     fetch: Fetch,
     batches: Iterable[int],
@@ -92,8 +95,8 @@ def predict_batches(
     for index in batches:
         rows = batch_range(index, samples, batch_size)
         batch = fetch(-1, rows)
-        inference.afresh("predict", index)
-        yield index, _rows(task.predict(inference.model, batch), len(rows))
+        inference.afresh("predict", index, len(rows))
+        yield index, _rows(inference.task.predict(inference.model, batch), len(rows))
 
 
 def _rows(found: object, samples: int) -> list[dict[str, Any]]:

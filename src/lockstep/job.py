@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError, TaskError
 from lockstep.faults import Fault
+from lockstep.place import Place
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,15 @@ class Task:
     def eval_data(self) -> Dataset[Any] | None:
         """The held-out set, or None. Evaluated after every data epoch: every sample once."""
         return None
+
+    def told(self, place: Place) -> None:
+        """Where in the run the calls that follow belong: of how many steps which, and which batch.
+
+        Called before `optimizer` and `scheduler` (with the run's beginning), and before each
+        call of `loss`, `metrics`, `outputs`, `score` and `predict`, for what depends on the step,
+        such as a weight that rises. What is kept must be made of `place` alone, not of what was
+        kept before: a worker computes some shards only. Default: nothing.
+        """
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The mean loss over the samples of `batch`: a scalar tensor with a graph."""

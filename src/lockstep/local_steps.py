@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from lockstep.errors import DataError
 from lockstep.job import Parameters, Task
+from lockstep.place import Place
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class LocalSteps(Task):
 
     def model(self) -> nn.Module:
         return self.task.model()
+
+    def told(self, place: Place) -> None:
+        self._place = place
+        self.begin_update(0)
+
+    def begin_update(self, number: int) -> None:
+        """Tell the task of an update within the round."""
+        self.task.told(self._place.within(number, self.steps))
 
     def train_data(self) -> Dataset[Any]:
         return self.task.train_data()

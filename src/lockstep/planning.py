@@ -13,6 +13,7 @@ from lockstep.errors import DataError, JobError
 from lockstep.faults import NOBODY
 from lockstep.holdings import Holdings, from_message, held_out_batches, parts
 from lockstep.job import Job
+from lockstep.place import Place
 from lockstep.sampling import Sampling
 
 
@@ -58,6 +59,8 @@ class Plan:
     """Who has which part of the data, where it stays there."""
     part: int = 0
     """Which of the holdings is this host's own."""
+    planned_steps: int = 0
+    """`steps` as the run has them, also where a replay or a prediction has fewer."""
 
     @property
     def sampling(self) -> Sampling:
@@ -93,6 +96,18 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.train_samples / self.batch_size)
+
+    @property
+    def place(self) -> Place:
+        """Where the run begins."""
+        return Place(
+            training=True,
+            step=0,
+            steps=self.planned_steps or self.steps,
+            steps_per_epoch=self.steps_per_epoch,
+            batch=0,
+            samples=self.batch_size,
+        )
 
     def with_workers(self, workers: int | None) -> Plan:
         """The same plan, and so the same bits, on another number of workers.
@@ -282,6 +297,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         threads=division.threads,
         seats=min(max(division.workers, job.max_workers or 0), division.shards),
         steps=steps,
+        planned_steps=steps,
         batch_size=batch_size,
         eval_batch_size=job.eval_batch_size or job.batch_size or 64,
         train_samples=facts.train_samples,

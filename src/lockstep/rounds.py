@@ -60,6 +60,7 @@ class Rounds:
         clip_grad_norm: float | None,
     ) -> None:
         """`clip_grad_norm`: limit of the norm of the gradient that a step within a round takes."""
+        self._round = task
         self.task, self.steps, self.shared = task.task, task.steps, shared
         self._most = clip_grad_norm
         self._model = _copy(shared.model)
@@ -81,6 +82,7 @@ class Rounds:
         for place, samples in enumerate(divide(batch.samples, self.steps)):
             self._schedule.go_to(step * self.steps + place)
             self._optimizer.zero_grad(set_to_none=True)
+            self._round.begin_update(place)
             loss = self.task.loss(self._model, self.task.collate(samples))
             loss.backward()
             if self._most is not None:

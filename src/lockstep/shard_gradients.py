@@ -19,6 +19,7 @@ from lockstep.gradients import SlotWriter
 from lockstep.job import Task
 from lockstep.loading import Loader
 from lockstep.modules import held_tensors
+from lockstep.place import Place
 from lockstep.rounds import Rounds
 from lockstep.sampling import Sampling
 from lockstep.seeds import derive, seed_everything
@@ -40,14 +41,17 @@ class ShardGradients:
         loader: Loader,
         rounds: Rounds | None,
         *,
+        place: Place,
         seed: int,
         autocast: bool,
         faults: FaultScript,
     ) -> None:
-        """`rounds` takes the place of the task's loss, where a step is a round of local ones."""
+        """`rounds` takes the place of the task's loss, where a step is a round of local ones.
+        `place` is the run's beginning."""
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.seed, self.autocast, self.faults = seed, autocast, faults or None
         self._rounds = rounds
+        self._place = place if type(task).told is not Task.told else None
         self._fetching = 0.0
         self._writer = SlotWriter(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
@@ -77,6 +81,9 @@ class ShardGradients:
         self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
+        if self._place is not None:
+            start, stop = self.sampling.shard_span(step, shard)
+            self.task.told(self._place.at_step(step, stop - start))
         seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
         self._modes.restore()

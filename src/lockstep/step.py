@@ -32,6 +32,7 @@ from lockstep.loading import Loader
 from lockstep.local_steps import LocalSteps
 from lockstep.owner import Owner
 from lockstep.ownership import Returns
+from lockstep.place import Place
 from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.sampling import Sampling
@@ -88,6 +89,7 @@ class Stepper:
         schedule: Schedule,
         audit: Audit,
         *,
+        place: Place,
         seed: int,
         autocast: bool,
         clip_grad_norm: float | None,
@@ -110,8 +112,9 @@ class Stepper:
         elif clip_grad_norm is not None:
             self._limit = NormLimit(shared, clip_grad_norm)
         self._gradients = ShardGradients(
-            task, shared, sampling, loader, rounds, seed=seed, autocast=autocast, faults=faults
-        )
+            task, shared, sampling, loader, rounds,
+            place=place, seed=seed, autocast=autocast, faults=faults,
+        )  # fmt: skip
 
     def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""

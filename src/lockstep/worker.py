@@ -68,6 +68,7 @@ class Session:
         """Move the model to shared memory. Called once, in the nursery."""
         model.train()
         planned = Plan.from_message(plan)
+        task.told(planned.place)
         shared = build(
             task,
             model,
@@ -110,6 +111,7 @@ class Worker:
             self.loader,
             session.schedule,
             self.shared.layout.audit(),
+            place=Plan.from_message(plan).place,
             seed=plan["seed"],
             autocast=plan["precision"] == "bf16",
             clip_grad_norm=plan["clip_grad_norm"],
@@ -224,18 +226,23 @@ class Worker:
         fetch = make_fetch(session.task, session.held_out, plan["seed"])
         samples, before = Plan.from_message(plan).own_held_out
         size = {"samples": samples, "batch_size": plan["eval_batch_size"]}
-        autocast = plan["precision"] == "bf16"
-        with Inference(self.shared, plan["seed"], autocast=autocast) as inference:
+        with self._inference(autocast=plan["precision"] == "bf16") as inference:
             batches = self._one_by_one([batch - before for batch in message["batches"]])
             if message["op"] == "evaluate":
-                for sums in evaluate_batches(session.task, inference, fetch, batches, **size):
+                for sums in evaluate_batches(inference, fetch, batches, **size):
                     batch = sums["batch"] + before
                     self._answer(message, batch, {**sums, "batch": batch})
             else:
                 assert isinstance(session.held_out, Samples)
-                for batch, rows in predict_batches(session.task, inference, fetch, batches, **size):
+                for batch, rows in predict_batches(inference, fetch, batches, **size):
                     indices = batch_range(batch, **size)
                     self._answer(message, batch, session.held_out.beside(indices, rows))
+
+    def _inference(self, *, autocast: bool) -> Inference:
+        plan = self.session.plan
+        begun = Plan.from_message(plan).place
+        place = begun.at_batch(self.step, 0, begun.samples)
+        return Inference(self.session.task, self.shared, place, plan["seed"], autocast=autocast)
 
     def _one_by_one(self, batches: list[int]) -> Iterator[int]:
         for batch in batches:
@@ -252,7 +259,9 @@ class Worker:
         self.doing = "scoring"
         begun = time.perf_counter()
         task, seed = self.session.task, self.session.plan["seed"]
-        numbers = score(task, message["outputs"], seed) if message["outputs"] else {}
+        with self._inference(autocast=False) as inference:
+            inference.afresh("score", 0, self.session.plan["eval_samples"])
+            numbers = score(task, message["outputs"], seed) if message["outputs"] else {}
         beside = baseline(task, seed) if message["baseline"] else {}
         self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send(

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from lockstep.errors import TaskError
+from lockstep.errors import JobError, TaskError
 
 PARTS = ("on_test_", "on_predict_", "test_", "predict_", "teardown")
 """Hooks of testing and predicting have no part in training; what ends with the run frees itself."""
-OF_MODULE = {"configure_model", "setup"}
-"""Hooks of a module that are called. Its own loaders are not: the data module has them."""
-OF_DATA = {"prepare_data", "setup", "train_dataloader", "val_dataloader"}
+LOADERS = {"prepare_data", "train_dataloader", "val_dataloader"}
+OF_MODULE = LOADERS | {
+    "configure_model", "setup", "on_fit_start", "on_train_start",
+    "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end",
+}  # fmt: skip
+"""Hooks of a module that are called; its loaders, where there is no data module."""
+OF_DATA = LOADERS | {"setup"}
 """Hooks of a data module that are called."""
 TRAINING = (
     "backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step",
     "configure_gradient_clipping", "configure_callbacks",
+    "training_step_end", "training_epoch_end", "validation_step_end", "validation_epoch_end",
 )  # fmt: skip
-"""Methods of a LightningModule that would change what a step is."""
+"""Methods of a LightningModule that would change what a step is, or that Lightning 2 has no more.
+"""
 
 
-def check_module(module: Any, kind: type) -> None:
+def check_module(module: Any, kind: type, skip: Sequence[str]) -> None:
     """Refuse a LightningModule that needs its Trainer.
 
     Raises:
@@ -33,26 +40,44 @@ def check_module(module: Any, kind: type) -> None:
             found="automatic_optimization = False",
             fix="return the loss from training_step; clipping is the setting clip_grad_norm",
         )
-    _refuse(name, _overridden(module, kind, TRAINING) - OF_MODULE)
+    _refuse(name, _overridden(module, kind, TRAINING) - OF_MODULE - {*skip})
 
 
-def check_data(datamodule: Any, kind: type) -> None:
+def check_data(datamodule: Any, kind: type, skip: Sequence[str]) -> None:
     """Refuse a data module with a hook that would not be called.
 
     Raises:
         TaskError: it has one.
     """
-    _refuse(type(datamodule).__name__, _overridden(datamodule, kind, ()) - OF_DATA)
+    _refuse(type(datamodule).__name__, _overridden(datamodule, kind, ()) - OF_DATA - {*skip})
+
+
+def check_skipped(skip: Sequence[str], kind: type) -> None:
+    """Refuse to leave out what is no hook.
+
+    Raises:
+        JobError: one of the names is none.
+    """
+    unknown = sorted({*skip} - _hooks(kind, TRAINING)) if not isinstance(skip, str) else [skip]
+    if unknown:
+        raise JobError(
+            "skip names what is no hook",
+            expected="a list of names of Lightning's hooks, such as on_train_epoch_end",
+            found=", ".join(unknown),
+        )
+
+
+def _hooks(kind: type, more: tuple[str, ...]) -> set[str]:
+    bases = [base for base in kind.__mro__ if base.__name__ in ("ModelHooks", "DataHooks",
+                                                                "CheckpointHooks")]  # fmt: skip
+    return {name for base in bases for name in vars(base) if not name.startswith("_")} | set(more)
 
 
 def _overridden(owner: Any, kind: type, more: tuple[str, ...]) -> set[str]:
     """The hooks of Lightning's class that the owner's class has anew."""
-    bases = [base for base in kind.__mro__ if base.__name__ in ("ModelHooks", "DataHooks",
-                                                                "CheckpointHooks")]  # fmt: skip
-    hooks = {name for base in bases for name in vars(base) if not name.startswith("_")} | set(more)
     return {
         name
-        for name in hooks
+        for name in _hooks(kind, more)
         if not name.startswith(PARTS)
         and getattr(type(owner), name, None) is not getattr(kind, name, None)
     }
@@ -62,9 +87,10 @@ def _refuse(name: str, hooks: set[str]) -> None:
     if hooks:
         raise TaskError(
             f"{name} has hooks that only Lightning's Trainer calls",
-            expected="training_step, validation_step, configure_optimizers, configure_model and "
-            "setup of the module; prepare_data, setup and the loaders of the data module",
+            expected="training_step, validation_step, configure_optimizers, and the hooks "
+            + ", ".join(sorted(OF_MODULE)),
             found=", ".join(sorted(hooks)),
-            fix="move what they do into these; what changes weights or gradients cannot be kept, "
-            "clipping is the setting clip_grad_norm",
+            fix="move what they do into these, or leave out what only prints, logs or saves: "
+            f"from_lightning(..., skip={sorted(hooks)}). What changes weights or gradients cannot "
+            "be kept; clipping is the setting clip_grad_norm",
         )

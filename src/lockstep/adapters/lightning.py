@@ -1,19 +1,23 @@
-"""`from_lightning`: a LightningModule with its data module, without Lightning's Trainer."""
+"""`from_lightning`: a LightningModule with its data, without Lightning's Trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.hooks import check_data, check_module
-from lockstep.adapters.optimizers import Configured, Following
-from lockstep.adapters.parts import need
+from lockstep.adapters.gathering import Kept, check_held, held, separate_metrics
+from lockstep.adapters.hooks import check_data, check_module, check_skipped
+from lockstep.adapters.logs import Logged
+from lockstep.adapters.optimizers import Configured, Following, bind
+from lockstep.adapters.parts import check_callable, need
+from lockstep.adapters.predictions import rows_of
+from lockstep.adapters.trainer import NoTrainer, Stage
 from lockstep.errors import JobError, TaskError
 from lockstep.job import Parameters, Task
+from lockstep.place import Place
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +25,28 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 
-def from_lightning(module: Any, datamodule: Any) -> Task:
+def from_lightning(
+    module: Any,
+    datamodule: Any = None,
+    *,
+    skip: Sequence[str] = (),
+    test: bool = False,
+    from_record: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Task:
     """Train a LightningModule: its training_step, configure_optimizers and validation_step.
 
     What the Trainer would be told is a setting of the job: `clip_grad_norm` for gradient_clip_val,
     `batch_size` (times accumulate_grad_batches) for the loaders', `data_epochs` for max_epochs,
-    `precision`. There is no Trainer: `self.trainer` raises, `current_epoch`, `global_step` and
-    batch_idx are 0.
+    `precision`. There is no Trainer: `self.trainer` knows the run's numbers and refuses the rest.
 
     Args:
         module: a LightningModule, sent to the workers with its weights.
-        datamodule: a LightningDataModule. Of its loaders the data set and the collate_fn are used;
-            batches and their order are the job's.
+        datamodule: a LightningDataModule; without it, the module has the loaders. Of these the data
+            set and the collate_fn are used; batches and their order are the job's.
+        skip: names of hooks that are left out, since they only print, log or save, say.
+        test: evaluate by test_step on test_dataloader, for `lockstep.evaluate(run, task=...)`.
+        from_record: to predict by predict_step from a file: of a record, what `default_collate`
+            makes batches of.
 
     Raises:
         JobError: Lightning is not installed, or an argument is of the wrong kind.
@@ -42,7 +56,7 @@ def from_lightning(module: Any, datamodule: Any) -> Task:
     modules, datamodules = _kinds("LightningModule"), _kinds("LightningDataModule")
     for name, value, kinds in (
         ("module", module, modules),
-        ("datamodule", datamodule, datamodules),
+        ("datamodule", module if datamodule is None else datamodule, (*datamodules, *modules)),
     ):
         if not isinstance(value, kinds):
             raise JobError(
@@ -52,9 +66,17 @@ def from_lightning(module: Any, datamodule: Any) -> Task:
                 fix="loaders alone become one by LightningDataModule.from_datasets(train_set, "
                 "val_set); for a plain nn.Module there is lockstep.from_module",
             )
-    check_module(module, next(kind for kind in modules if isinstance(module, kind)))
-    check_data(datamodule, next(kind for kind in datamodules if isinstance(datamodule, kind)))
-    return LightningTask(module, datamodule)
+    check_callable("from_record", from_record, "a function of a record", optional=True)
+    kind = next(kind for kind in modules if isinstance(module, kind))
+    check_skipped(skip, kind)
+    check_module(module, kind, skip)
+    for kind_of_data in datamodules:
+        if isinstance(datamodule, kind_of_data):
+            check_data(datamodule, kind_of_data, skip)
+    task = LightningTask(module, datamodule, _package(kind), skip, test=test)
+    if from_record is not None:
+        task.from_record = from_record  # type: ignore[method-assign, assignment]
+    return task
 
 
 def _kinds(name: str) -> tuple[type, ...]:
@@ -66,28 +88,55 @@ def _kinds(name: str) -> tuple[type, ...]:
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
+def _package(kind: type) -> str:
+    """The package that has a class."""
+    return next(package for package in PACKAGES if kind.__module__.startswith(f"{package}."))
+
+
 class LightningTask(Task):
     """A LightningModule and its data as a task. Made by `from_lightning`."""
 
-    def __init__(self, module: Any, datamodule: Any) -> None:
+    def __init__(
+        self, module: Any, datamodule: Any, package: str, skip: Sequence[str], *, test: bool
+    ) -> None:
         self._module, self._datamodule = module, datamodule
+        self._trainer = NoTrainer(module, datamodule, package)
+        self._skip = frozenset(skip)
+        self._stage: Stage = "test" if test else "validate"
+        self._part = "test" if test else "validation"
         self._ready = False
         self._collate: Any = None
-        self.made_from = (module, datamodule)
+        self._left: list[dict[str, Any]] = []
+        self.made_from = (module,) if datamodule is None else (module, datamodule)
+
+    def told(self, place: Place) -> None:
+        self._trainer.place = place
 
     def _prepared(self) -> Any:
-        """The data module, once it has its data."""
+        """What has the loaders, once it has its data."""
+        data = self._module if self._datamodule is None else self._datamodule
         if not self._ready:
-            self._datamodule.prepare_data()
-            self._datamodule.setup("fit")
+            self._module.prepare_data()
+            if data is not self._module:
+                data.trainer = self._trainer
+                data.prepare_data()
+                data.setup("fit")
+            if self._stage == "test":
+                data.setup("test")
             self._ready = True
-        return self._datamodule
+        return data
 
     def model(self) -> nn.Module:
-        self._module.setup("fit")
-        self._module.configure_model()
-        module: nn.Module = self._module.train()
-        return module
+        module = self._module
+        module.trainer = self._trainer
+        module.setup("fit")
+        module.configure_model()
+        for hook in ("on_fit_start", "on_train_start"):
+            self._hook(module, hook)
+        separate_metrics(module)
+        self._kept = Kept(module)
+        built: nn.Module = module.train()
+        return built
 
     def train_data(self) -> Dataset[Any]:
         from torch.utils.data import default_collate
@@ -100,11 +149,12 @@ class LightningTask(Task):
         return dataset
 
     def eval_data(self) -> Dataset[Any] | None:
-        if not _overrides(self._module, "validation_step"):
+        name = "test_dataloader" if self._stage == "test" else "val_dataloader"
+        if not _overrides(self._module, f"{self._part}_step"):
             return None
-        if not _overrides(self._datamodule, "val_dataloader"):
+        if not _overrides(self._prepared(), name):
             return None
-        loader = _one(self._datamodule.val_dataloader(), "val_dataloader")
+        loader = _one(getattr(self._prepared(), name)(), name)
         if not _alike(loader.collate_fn, self._collate):
             raise TaskError(
                 "training and validation make their batches in two ways",
@@ -116,8 +166,8 @@ class LightningTask(Task):
         return dataset
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        with _logging(model, _drop):
-            found = _call(model.training_step, batch)
+        with self._running(model, "fit", "training_step", None):
+            found = _call(model.training_step, batch, self._batch_idx)
         loss: torch.Tensor | None = found.get("loss") if isinstance(found, Mapping) else found
         if loss is None:
             raise TaskError(
@@ -131,7 +181,7 @@ class LightningTask(Task):
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         configured = Configured.of(self._module)
         self.scheduler_interval = configured.interval
-        return configured.optimizer
+        return bind(configured.optimizer, self._module, params)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """The schedule of configure_optimizers, called anew: schedules begin more than once."""
@@ -139,11 +189,89 @@ class LightningTask(Task):
         return None if configured.scheduler is None else Following(optimizer, configured)
 
     def metrics(self, model: Any, batch: Any) -> Mapping[str, torch.Tensor | float]:
-        """What validation_step logs: each value weighted by the samples of its batch."""
-        logged: dict[str, Any] = {}
-        with _logging(model, functools.partial(_keep, logged)):
-            _call(model.validation_step, batch)
-        return logged
+        """What validation_step logs: each number weighted by the samples of its batch.
+
+        What else it leaves is kept for `outputs`, which is asked of the same batch next: the step
+        is run once.
+        """
+        logged = Logged(self._kept, model)
+        step = f"{self._part}_step"
+        with self._running(model, self._stage, step, logged):
+            for moment in ("start", "epoch_start"):
+                self._hook(model, f"on_{self._part}_{moment}")
+            _call(getattr(model, step), batch, self._batch_idx)
+        wanted = logged.metrics or self._has_epoch_end
+        self._left = [{**self._kept.parcel(model), "logged": logged.metrics}] if wanted else []
+        self._kept.put_back(model)
+        return logged.numbers
+
+    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
+        """What `metrics` has found in the module after validation_step, with the first sample."""
+        assert self._trainer.place is not None
+        left, self._left = self._left, []
+        return {"left": [*left, *[None] * (self._trainer.place.samples - 1)]} if left else {}
+
+    def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
+        """The metrics of all batches together, and what on_validation_epoch_end logs."""
+        import torch
+
+        module, kept = self._module, self._kept
+        parcels = [parcel for parcel in outputs["left"] if parcel is not None]
+        hook = f"on_{self._part}_epoch_end"
+        logged = Logged(kept, module)
+        with torch.no_grad(), self._running(module, self._stage, hook, logged):
+            kept.unpack(module, parcels)
+            for name, metric in parcels[0]["logged"].items():
+                logged.log(name, module.get_submodule(metric).compute())
+            self._hook(module, hook)
+        kept.check_carried(module, parcels, hook)
+        for name, metric in logged.metrics.items():
+            logged.log(name, module.get_submodule(metric).compute())
+        kept.put_back(module)
+        return {name: float(value) for name, value in logged.numbers.items()}
+
+    def predict(self, model: Any, batch: Any) -> Sequence[Mapping[str, Any]]:
+        """What predict_step returns: by its own names, or as `prediction`."""
+        assert self._trainer.place is not None
+        with self._running(model, "predict", "predict_step", None):
+            found = _call(model.predict_step, batch, self._batch_idx)
+        return rows_of(found, self._trainer.place.samples)
+
+    @property
+    def _batch_idx(self) -> int:
+        return 0 if self._trainer.place is None else self._trainer.place.batch
+
+    @property
+    def _has_epoch_end(self) -> bool:
+        name = f"on_{self._part}_epoch_end"
+        return name not in self._skip and _overrides(self._module, name)
+
+    def _hook(self, module: Any, name: str) -> None:
+        if name not in self._skip:
+            getattr(module, name)()
+
+    @contextlib.contextmanager
+    def _running(
+        self, module: Any, stage: Stage, method: str, logged: Logged | None
+    ) -> Iterator[None]:
+        """Have the module know its run and log to `logged`, or nowhere, while this lasts. It
+        begins as it was built: what a batch leaves behind must not reach the next."""
+        self._kept.put_back(module)
+        module.trainer, self._trainer.stage = self._trainer, stage
+        log = _drop if logged is None else logged.log
+        log_dict = _drop if logged is None else logged.log_dict
+        # In the instance, past nn.Module's own way of setting attributes.
+        vars(module).update(log=log, log_dict=log_dict)
+        before = held(module)
+        try:
+            yield
+            check_held(module, before, method)
+        finally:
+            del vars(module)["log"], vars(module)["log_dict"]
+
+
+def _drop(*args: Any, **options: Any) -> None:
+    """What is logged in training is not looked at."""
 
 
 def _overrides(owner: Any, name: str) -> bool:
@@ -158,13 +286,14 @@ OURS = ("lightning.", "pytorch_lightning.")
 """How the names of Lightning's own modules begin."""
 
 
-def _call(step: Callable[..., Any], batch: Any) -> Any:
+def _call(step: Callable[..., Any], batch: Any, index: int) -> Any:
     """`training_step(batch)` or `training_step(batch, batch_idx)`, whatever they are called there;
-    the index is always 0, and so is dataloader_idx where it is wanted."""
+    dataloader_idx, where it is wanted, is 0: there is one loader."""
     places = [p for p in inspect.signature(step).parameters.values() if p.kind in BY_PLACE]
     wanted = [p for p in places if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     indices = len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in places)
-    return step(batch, *[0] * max(len(wanted) - 1, indices))
+    more = max(len(wanted) - 1, indices)
+    return step(batch, *[index, *[0] * (more - 1)][:more])
 
 
 BY_PLACE = (
@@ -213,57 +342,3 @@ def _alike(one: Any, other: Any) -> bool:
         and bool(getattr(one, "__dict__", None))
         and (vars(one) == vars(other))
     )
-
-
-@contextlib.contextmanager
-def _logging(module: Any, log: Callable[..., None]) -> Iterator[None]:
-    """Have the module log by this function, while this lasts: `self.log` and `self.log_dict`."""
-
-    def log_dict(values: Mapping[str, Any], *args: Any, **options: Any) -> None:
-        for name, value in values.items():
-            log(name, value, *args, **options)
-
-    # In the instance, past nn.Module's own way of setting attributes.
-    vars(module).update(log=log, log_dict=log_dict)
-    try:
-        yield
-    finally:
-        del vars(module)["log"], vars(module)["log_dict"]
-
-
-def _drop(name: str, value: Any, *args: Any, **options: Any) -> None:
-    """What is logged in training is not looked at."""
-
-
-def _keep(
-    logged: dict[str, Any],
-    name: str,
-    value: Any,
-    *args: Any,
-    reduce_fx: Any = "mean",
-    **options: Any,
-) -> None:
-    """Keep what is logged in validation.
-
-    Raises:
-        TaskError: it is no mean over the batch.
-    """
-    import torch
-
-    if reduce_fx not in ("mean", torch.mean) or not _is_number(value):
-        raise TaskError(
-            f"the logged value {name!r} is not a number that can be averaged over samples",
-            expected="a number or a tensor of one element, with reduce_fx='mean'",
-            found=f"a {type(value).__name__}, reduce_fx={reduce_fx!r}",
-            fix="log the mean over the batch, for an accuracy (scores.argmax(1) == labels)"
-            ".float().mean(); for what is no mean write a lockstep.Task with outputs and score",
-        )
-    logged[name] = value
-
-
-def _is_number(value: Any) -> bool:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float)

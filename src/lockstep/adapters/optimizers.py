@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lockstep.errors import OptimizerError, TaskError
+from lockstep.job import Parameters
 from lockstep.optim import check_schedule
 
 FORMS = (
@@ -53,6 +54,18 @@ class Configured:
         if not schedulers:
             return Configured(optimizer=optimizers[0])
         return _scheduled(optimizers[0], schedulers[0])
+
+
+def bind(
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module, params: Parameters
+) -> torch.optim.Optimizer:
+    """The optimizer, over `params` in place of the module's own of the same names: with local
+    steps these are a copy's."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    given = dict(params.named())
+    for group in optimizer.param_groups:
+        group["params"] = [given.get(names.get(id(p), ""), p) for p in group["params"]]
+    return optimizer
 
 
 def _split(found: Any) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,55 @@
+"""What a LightningModule logs while it is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lockstep.adapters.gathering import Kept, is_metric
+from lockstep.errors import TaskError
+
+
+class Logged:
+    """Takes the place of `self.log` and `self.log_dict`."""
+
+    def __init__(self, kept: Kept, module: nn.Module) -> None:
+        self._kept, self._module = kept, module
+        self.numbers: dict[str, torch.Tensor | float] = {}
+        self.metrics: dict[str, str] = {}
+        """By what they are logged as: the module's names of torchmetrics' metrics, which are
+        computed when all batches are there."""
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Keep a number or a metric; of the options only reduce_fx is looked at.
+
+        Raises:
+            TaskError: it is no mean over the batch.
+        """
+        if is_metric(value):
+            self.metrics[name] = self._kept.name_of(self._module, value)
+            return
+        reduce = options.get("reduce_fx", "mean")
+        if reduce not in ("mean", torch.mean) or not _is_number(value):
+            raise TaskError(
+                f"the logged value {name!r} is not a number that can be averaged over samples",
+                expected="a number or a tensor of one element, with reduce_fx='mean', or a metric "
+                "of torchmetrics",
+                found=f"a {type(value).__name__}, reduce_fx={reduce!r}",
+                fix="log the mean over the batch, for an accuracy (scores.argmax(1) == labels)"
+                ".float().mean(); for what is no mean, a metric or on_validation_epoch_end",
+            )
+        self.numbers[name] = value
+
+    def log_dict(self, values: Mapping[str, Any], *args: Any, **options: Any) -> None:
+        """Keep each; a MetricCollection is such a mapping, too."""
+        for name, value in values.items():
+            self.log(name, value, **options)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float)

@@ -1,0 +1,110 @@
+"""What stands in `self.trainer`: the numbers of the run, and a logger that drops what it gets."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, Literal
+
+from lockstep.errors import TaskError
+from lockstep.place import Place
+
+Stage = Literal["fit", "validate", "test", "predict"]
+
+
+class NoTrainer:
+    """Answers what a LightningModule may know of its run; everything else is refused by name.
+
+    The answers are those of one process, for the bits are: one rank in a world of one.
+    """
+
+    world_size = num_devices = num_nodes = accumulate_grad_batches = 1
+    global_rank = local_rank = node_rank = 0
+    is_global_zero = True
+    sanity_checking = fast_dev_run = False
+    progress_bar_callback = None
+    """Lightning's own `self.print` asks for it, and prints if there is none."""
+
+    def __init__(self, module: Any, datamodule: Any, package: str) -> None:
+        """`package`: the one of Lightning's whose class the module is of."""
+        self.model = self.lightning_module = module
+        self.datamodule = datamodule
+        self._package = package
+        self.callbacks: list[Any] = []
+        self.stage: Stage = "fit"
+        self.place: Place | None = None
+        """Told by the run; None: it is not planned yet."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoTrainer:
+        return self  # a copy of the module belongs to the same run
+
+    @property
+    def logger(self) -> Any:
+        """Lightning's own logger of nothing; made anew, since it does not survive a pickle."""
+        return importlib.import_module(f"{self._package}.loggers.logger").DummyLogger()
+
+    @property
+    def loggers(self) -> list[Any]:
+        """That one."""
+        return [self.logger]
+
+    @property
+    def current_epoch(self) -> int:
+        """The data epoch: in validation, the one that has ended."""
+        return 0 if self.place is None else self.place.data_epoch
+
+    @property
+    def global_step(self) -> int:
+        """How many steps are committed."""
+        return 0 if self.place is None else self.place.step
+
+    @property
+    def estimated_stepping_batches(self) -> int:
+        """The run's steps."""
+        return self._planned("estimated_stepping_batches").steps
+
+    @property
+    def max_steps(self) -> int:
+        """The run's steps."""
+        return self._planned("max_steps").steps
+
+    @property
+    def num_training_batches(self) -> int:
+        """The steps of a data epoch."""
+        return self._planned("num_training_batches").steps_per_epoch
+
+    @property
+    def max_epochs(self) -> int:
+        """The run's data epochs, also one that is only begun."""
+        place = self._planned("max_epochs")
+        return math.ceil(place.steps / place.steps_per_epoch)
+
+    training = property(lambda self: self.stage == "fit")
+    validating = property(lambda self: self.stage == "validate")
+    testing = property(lambda self: self.stage == "test")
+    predicting = property(lambda self: self.stage == "predict")
+
+    def _planned(self, name: str) -> Place:
+        if self.place is None:
+            raise TaskError(
+                f"self.trainer.{name} is not known yet",
+                expected="a question of configure_optimizers, or of a step",
+                found="one of setup or configure_model, before the run is planned",
+                fix="ask it later, or give the module the number",
+            )
+        return self.place
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = sorted(key for key in {*vars(type(self)), *vars(self)} if not key.startswith("_"))
+        raise TaskError(
+            f"the module asks for self.trainer.{name}, and there is no Trainer",
+            expected=f"one of {', '.join(known)}",
+            found=name + ASKED_BY.get(name, ""),
+            fix="leave it out, or give the module what it needs to know",
+        )
+
+
+_OPTIMIZERS = ": self.optimizers(), self.lr_schedulers() and self.all_gather() need it"
+ASKED_BY = dict.fromkeys(("strategy", "optimizers", "lr_scheduler_configs"), _OPTIMIZERS)
