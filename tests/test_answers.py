@@ -16,13 +16,14 @@ from lockstep.adapters.answers import padded_left
 from lockstep.errors import TaskError
 from lockstep.inference import Predicted
 from lockstep.job import Task
-from tests import command, reviews
+from tests import command, reference, reviews
 from tests.tasks import blobs
 from tests.test_adapters import from_blobs
 from tests.test_inference import RECORDS, lines_of, points
 from tests.test_transformers import Sentences, bart, bert, masking, pad, tokenizer
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+SAMPLED = {**GREEDY, "do_sample": True}
 
 
 def test_a_module_predicts(run_folder: str, tmp_path: Path) -> None:
@@ -67,13 +68,14 @@ def continuing(fails_at: int = -1) -> Task:
     texts = [{"input_ids": ids} for ids in prompts_of(40, seed=1)]
     return lockstep.from_transformers(
         config, texts, auto_class="AutoModelForCausalLM", collate=masking(mlm=False),
-        from_record=from_record, generate=GREEDY,
+        from_record=from_record, generate=SAMPLED,
     )  # fmt: skip
 
 
 def test_a_model_that_generates(run_folder: str, tmp_path: Path) -> None:
     """Two workers begin the file and one goes on with it: they are the texts of transformers alone,
-    with prompts padded on the left; here the tokenizer pads on the right."""
+    with prompts padded on the left, where here the tokenizer pads on the right, and with the
+    seeds of the batches."""
     task = continuing()
     settings: dict[str, Any] = {"batch_size": 4, "threads": 1, "seed": 3}
     run = lockstep.run(task, workers=1, shards=2, steps=3, quiet=True, out=run_folder, **settings)
@@ -93,9 +95,10 @@ def test_a_model_that_generates(run_folder: str, tmp_path: Path) -> None:
     model: Any = run.model().eval()
     words, texts = tokenizer(), []
     words.padding_side = "left"
-    for start in range(0, 75, 4):
+    for batch, start in enumerate(range(0, 75, 4)):
         inputs = words(prompts[start : start + 4], padding=True, return_tensors="pt")
-        tokens = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        reference.seed_all(reference.derive(3, "predict", batch))
+        tokens = model.generate(**inputs, **SAMPLED)[:, inputs["input_ids"].shape[1] :]
         texts += words.batch_decode(tokens, skip_special_tokens=True)
     assert [row["generated_text"] for row in lines_of(out)] == texts
     assert len(set(texts)) > 1
@@ -113,7 +116,7 @@ def test_padding_moves_before_the_tokens() -> None:
 
 def asked(make: Callable[[], nn.Module], collate: Any = pad) -> tuple[nn.Module, Any, Any]:
     """A model, a batch of two, and what is predicted of it."""
-    samples = Sentences(2, 6)
+    samples = [{"input_ids": ids, "labels": 0} for ids in prompts_of(2, seed=6)]
     task = lockstep.from_transformers(make, samples, collate=collate, generate=GREEDY)
     model = task.model().eval()
     batch = task.collate([samples[0], samples[1]])
@@ -179,6 +182,17 @@ def test_a_text_of_a_text() -> None:
                             **GREEDY)  # type: ignore[operator]  # fmt: skip
     texts = words.batch_decode(tokens, skip_special_tokens=True)
     assert rows == [{"generated_text": text} for text in texts]
+
+
+def test_a_mixture_of_experts_generates() -> None:
+    """Without the router's part of the loss, which cannot be taken while tokens are generated."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        num_key_value_heads=1, intermediate_size=16, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    _, _, rows = asked(lambda: transformers.MixtralForCausalLM(config), masking(mlm=False))
+    assert [len(row["generated_text"].split()) for row in rows] == [5, 5]
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,12 @@ def _texts(
     model: Any, inputs: dict[str, Any], tokenizer: Any, generate: Mapping[str, Any]
 ) -> list[Row]:
     """What is generated; of a model that continues its prompt, without the prompt."""
-    continues = not base_of(model).config.is_encoder_decoder
+    config = base_of(model).config
+    continues = not config.is_encoder_decoder
     if continues:
         inputs = padded_left(inputs)
+    if getattr(config, "output_router_logits", False):
+        generate = {"output_router_logits": False, **generate}  # of use to the loss alone
     tokens = model.generate(**inputs, **generate)
     if continues:
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
