@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.outcomes import combine
-from lockstep.source import Source, resolve
+from lockstep.source import Source, code_digest, resolve
 from tests import command
 from tests.command import TASKS
 from tests.tasks import BATCH, HELD_OUT, Blobs
@@ -204,8 +204,20 @@ def test_what_a_name_may_lead_to(
     more = "\nREADY = Blobs(4)\nclass Inside:\n    task = Blobs(5)\n"
     (tmp_path / "mine.py").write_text(TASKS.read_text() + more)
     task, job = resolve(Source(name=f"{tmp_path}/mine.py:{attribute}", args=args))
-    assert vars(task) == {"lr": lr}
+    assert vars(task)["lr"] == lr
     assert (job.steps if job else None) == steps
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_a_function_is_part_of_the_code(tmp_path: Path) -> None:
+    """Where it returns a task of a class from elsewhere, its file is all that the user wrote."""
+    digests = []
+    for lr in (1, 1, 2):
+        text = f"from tests.tasks import Blobs\ndef task():\n    return Blobs({lr})\n"
+        (tmp_path / "mine.py").write_text(text)
+        task, _ = resolve(Source(name=f"{tmp_path}/mine.py:task"))
+        digests.append(code_digest(task))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.usefixtures("forgotten")

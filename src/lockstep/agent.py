@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import membership
-from lockstep.answers import in_pieces
 from lockstep.archive import unpack
 from lockstep.cargo import fetch
 from lockstep.crew import Crew
@@ -40,6 +39,7 @@ from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.offer import Offer
 from lockstep.orders import Orders
+from lockstep.pieces import in_pieces
 from lockstep.planning import Plan
 from lockstep.sink import NullSink
 from lockstep.source import Source

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
 from lockstep.agreement import Agreement
-from lockstep.answers import Answers
 from lockstep.cargo import Store
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.evaluation import Inferred
@@ -26,6 +25,7 @@ from lockstep.net.transport import Heard, ignore
 from lockstep.offer import Launcher, Offer
 from lockstep.orders import Orders
 from lockstep.ownership import Ownership
+from lockstep.pieces import Answers
 from lockstep.planning import Plan, share_batches
 from lockstep.roster import Roster, about
 from lockstep.station import Station

@@ -126,7 +126,7 @@ class Task:
         raise TaskError(
             f"{type(self).__name__} does not say what a record is",
             expected="Task.from_record(record): the sample that a row of the file stands for",
-            fix="define it beside Task.predict",
+            fix="define it beside Task.predict; of an adapter it is an argument, from_record=",
         )
 
     def predict(self, model: nn.Module, batch: Any) -> Sequence[Mapping[str, Any]]:
@@ -137,7 +137,7 @@ class Task:
         raise TaskError(
             f"{type(self).__name__} does not say what it predicts",
             expected="Task.predict(model, batch): a list with a mapping for each sample",
-            fix="define it, beside Task.from_record",
+            fix="define it, beside Task.from_record; of an adapter it is an argument, predict=",
         )
 
     def collate(self, samples: list[Any]) -> Any:

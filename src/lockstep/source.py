@@ -152,12 +152,12 @@ def resolve(source: Source) -> tuple[Task, Job | None]:
         import cloudpickle
 
         found = cloudpickle.loads(source.payload)
-    elif ":" in source.name:
-        found = _call(_find(source), source)
     else:
-        from lockstep.recipes import find
-
-        found = _call(find(source.name), source)
+        maker = _named(source)
+        found = _call(maker, source)
+        made = found.task if isinstance(found, Job) else found
+        if isinstance(made, Task) and inspect.isroutine(maker):
+            made.made_from = (*_made_from(made), maker)  # type: ignore[attr-defined]
     if isinstance(found, Job):
         if isinstance(found.task, str):
             raise JobError(
@@ -239,6 +239,15 @@ def _call(found: Any, source: Source) -> Any:
     return found(**source.args)
 
 
+def _named(source: Source) -> Any:
+    """What the name leads to: a recipe, or something of a module or a file."""
+    if ":" in source.name:
+        return _find(source)
+    from lockstep.recipes import find
+
+    return find(source.name)
+
+
 def _find(source: Source) -> Any:
     place, _, attribute = source.name.rpartition(":")
     if source.folder:
@@ -293,11 +302,21 @@ def _import_module(name: str) -> ModuleType:
 def code_digest(task: Task) -> str:
     """A digest of the file that defines the task, or of its methods' source; "" if unknown.
 
-    A task of an adapter names what it was made from in `made_from`: that is the user's code.
+    A task of an adapter names what it was made from in `made_from`: that is the user's code. So is
+    the function that a name led to.
     """
-    parts = (type(task), *getattr(task, "made_from", ()))
-    found = [data for part in parts if (data := _code(part))]
+    parts = (type(task), *_made_from(task))
+    found = dict.fromkeys(data for part in parts if (data := _code(part)))  # each file once
     return blake3(b"".join(found)).hexdigest()[:32] if found else ""
+
+
+def _made_from(task: Task) -> tuple[Any, ...]:
+    """What a task was made from, and what a task among that was made from."""
+    parts = getattr(task, "made_from", ())
+    return tuple(
+        inner for part in parts
+        for inner in (part, *(_made_from(part) if isinstance(part, Task) else ()))
+    )  # fmt: skip
 
 
 def _code(part: Any) -> bytes:

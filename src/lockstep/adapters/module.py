@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.adapters.parts import build_data, build_model, check_callable
+from lockstep.adapters.parts import answer_by, build_data, build_model, check_callable
 from lockstep.errors import TaskError
 from lockstep.job import Parameters, Task
 from lockstep.optim import check_schedule
@@ -31,6 +31,8 @@ def from_module(
     scheduler_interval: Literal["step", "data_epoch"] = "step",
     metrics: Mapping[str, Criterion] | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    from_record: Callable[[Mapping[str, Any]], Any] | None = None,
+    predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
 ) -> Task:
     """The task of a plain PyTorch loop: `loss(model(inputs), targets).backward()` and a step.
 
@@ -48,6 +50,9 @@ def from_module(
         metrics: held-out metrics beside the loss, from `(outputs, targets)`: one number per
             sample, `[n]`, or the mean over the batch.
         collate: samples to a pair `(inputs, targets)`; default: torch's `default_collate`.
+        from_record: to predict from a file: of a record, what `collate` takes; the inputs alone
+            will do where that is `default_collate`.
+        predict: from `(model, batch)`, with what `collate` made: a mapping for each sample.
 
     Raises:
         JobError: an argument is of the wrong kind.
@@ -63,6 +68,7 @@ def from_module(
     task.scheduler_interval = scheduler_interval
     if collate is not None:
         task.collate = collate  # type: ignore[method-assign, assignment]
+    answer_by(task, from_record, predict)
     return task
 
 

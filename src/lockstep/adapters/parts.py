@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from lockstep.errors import JobError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lockstep.job import Task
 
 
 def need(package: str, extra: str) -> ModuleType:
@@ -39,6 +42,11 @@ def build_model(model: Any) -> nn.Module:
     return built
 
 
+def base_of(model: Any) -> Any:
+    """A transformers model itself, without PEFT's module around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def build_data(data: Any) -> Any:
     """The data set itself, or what the function makes."""
     return data() if callable(data) and not hasattr(data, "__getitem__") else data
@@ -58,3 +66,19 @@ def check_callable(name: str, value: object, form: str, *, optional: bool = Fals
         found=repr(value)[:200],
         fix=f"give a function, for instance by functools.partial: {name}={form}",
     )
+
+
+def answer_by(
+    task: Task, from_record: Callable[..., Any] | None, predict: Callable[..., Any] | None
+) -> None:
+    """Have a task of an adapter predict by the user's functions, where there are any.
+
+    Raises:
+        JobError: one of them cannot be called.
+    """
+    check_callable("from_record", from_record, "a function of a record", optional=True)
+    check_callable("predict", predict, "a function of (model, batch)", optional=True)
+    for name, function in (("from_record", from_record), ("predict", predict)):
+        if function is not None:
+            setattr(task, name, function)
+            task.made_from = (*task.made_from, function)  # type: ignore[attr-defined]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.parts import build_data, build_model, need
+from lockstep.adapters.answers import answers
+from lockstep.adapters.columns import columns_of, of_transformers, taken
+from lockstep.adapters.parts import (
+    answer_by,
+    base_of,
+    build_data,
+    build_model,
+    check_callable,
+    need,
+)
+from lockstep.adapters.tables import check_table
+from lockstep.adapters.tokens import label_shift, labels_tokens, token_score, token_sums
 from lockstep.errors import JobError, TaskError
 from lockstep.job import Parameters, Task
 
@@ -17,14 +26,6 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import Dataset
 
-IGNORED = -100
-"""The label of a token that counts nowhere, as in transformers."""
-SHIFTED = ("ForCausalLM", "LMHeadModel")
-"""Models of these names predict the next token: label `t` belongs to the scores at `t - 1`."""
-PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
-LABELS = frozenset({"label", "label_ids", "labels"})
-"""Columns that collators make labels of."""
-
 
 def from_transformers(
     model: Any,
@@ -33,15 +34,19 @@ def from_transformers(
     eval_dataset: Any = None,
     auto_class: str | type | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
     lr: float = 5e-5,
     weight_decay: float = 0.01,
     warmup_steps: int = 0,
     decay_steps: int | None = None,
+    from_record: Callable[[Mapping[str, Any]], Any] | None = None,
+    predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
+    generate: Mapping[str, Any] | None = None,
 ) -> Task:
     """Fine-tune, or train from scratch, a transformers model with AdamW.
 
-    The loss is `model(**batch).loss`, the mean that the model itself takes over a shard's batch;
-    shards are weighted by their samples.
+    The loss is the mean that the model itself takes over a shard's batch; shards are weighted by
+    their samples.
 
     Args:
         model: a `PreTrainedModel`, sent to the workers with its weights; a function that makes one
@@ -54,11 +59,18 @@ def from_transformers(
             pad. `DataCollatorWithPadding(tokenizer)` pads each shard to its own longest sample.
             To collators of transformers columns that the model does not take are not given, as
             by its Trainer; a function of one's own gets the samples whole.
+        loss: from `(outputs, labels)`, the mean over a batch, in place of the model's own: such as
+            `transformers.trainer_pt_utils.LabelSmoother(0.1)`.
         lr: AdamW's learning rate.
         weight_decay: of what has two dimensions or more: not of biases and norms.
         warmup_steps: over so many steps the rate rises from 0 to `lr`.
         decay_steps: at this step it has come down to 0, in a line; None: it stays. Give the
             `steps` of the run.
+        from_record: to predict from a file: a sample, which `collate` takes, of a record, such as
+            `lambda record: tokenizer(record["text"], truncation=True)`.
+        predict: from `(model, batch)`, a mapping for each sample of the batch; default: labels and
+            scores of a classification, texts of a model that generates (see `answers`).
+        generate: arguments of `model.generate` for that, such as `{"max_new_tokens": 40}`.
 
     Raises:
         JobError: transformers is not installed, or an argument is of the wrong kind.
@@ -87,10 +99,36 @@ def from_transformers(
             found=f"decay_steps = {decay_steps}",
             fix="give decay_steps the steps of the run",
         )
+    for name, table in (("dataset", dataset), ("eval_dataset", eval_dataset)):
+        check_table(name, table)
+    check_callable("collate", collate, "DataCollatorWithPadding(tokenizer)", optional=True)
+    check_callable("loss", loss, "LabelSmoother(0.1)", optional=True)
     collator = collate or transformers.default_data_collator
-    task = TransformersTask(model, dataset, eval_dataset, collator, lr, weight_decay)
+    _check_collator(collator, evaluates=eval_dataset is not None)
+    task = TransformersTask(model, dataset, eval_dataset, collator, loss, lr, weight_decay)
     task.warmup_steps, task.decay_steps = warmup_steps, decay_steps
+    task.generate = dict(generate or {})
+    answer_by(task, from_record, predict)
     return task
+
+
+def _check_collator(collator: Any, *, evaluates: bool) -> None:
+    """Refuse collators whose draws depend on who collates, or whose batches hide the samples."""
+    name = type(collator).__name__
+    if getattr(collator, "seed", None) is not None:
+        raise JobError(
+            "the collator has a seed of its own, so its draws depend on which worker collates what",
+            expected="seed=None: masks are then drawn under the job's seed",
+            found=f"{name} with seed={collator.seed!r}",
+            fix="leave it out, and give the job the seed",
+        )
+    if evaluates and name == "DataCollatorWithFlattening":
+        raise JobError(
+            "the collator joins the samples of a batch into one, and held-out samples count singly",
+            expected="a collator that pads, or no eval_dataset",
+            found=name,
+            fix="collate=DataCollatorForLanguageModeling(tokenizer, mlm=False), for instance",
+        )
 
 
 def _auto_class(transformers: Any, auto_class: str | type | None) -> Any:
@@ -121,6 +159,8 @@ class TransformersTask(Task):
 
     warmup_steps: int = 0
     decay_steps: int | None = None
+    generate: Mapping[str, Any]
+    """What `model.generate` is given to predict."""
 
     def __init__(
         self,
@@ -128,20 +168,23 @@ class TransformersTask(Task):
         dataset: Any,
         eval_dataset: Any,
         collator: Callable[[list[Any]], Any],
+        criterion: Callable[[Any, Any], Any] | None,
         lr: float,
         weight_decay: float,
     ) -> None:
         self._model, self._dataset, self._eval_dataset = model, dataset, eval_dataset
-        self._collator = collator
+        self._collator, self._criterion = collator, criterion
+        self._shift: int | None = None
+        """Of a model that scores tokens, what `label_shift` says, once that is known."""
         self._columns: frozenset[str] | None = None
         """Those that the collator gets; None: all."""
         self.lr, self.weight_decay = lr, weight_decay
-        self.made_from = (model,)
+        self.made_from = tuple(part for part in (model, criterion) if part is not None)
 
     def model(self) -> nn.Module:
         model = build_model(self._model)
-        if _of_transformers(self._collator):
-            self._columns = _columns(model)
+        if of_transformers(self._collator):
+            self._columns = columns_of(model)
         return model.train()  # from_pretrained leaves it in evaluation mode
 
     def train_data(self) -> Dataset[Any]:
@@ -154,14 +197,17 @@ class TransformersTask(Task):
 
     def collate(self, samples: list[Any]) -> Any:
         if self._columns is not None:
-            samples = [
-                {name: value for name, value in sample.items() if name in self._columns}
-                for sample in samples
-            ]
+            samples = [taken(sample, self._columns) for sample in samples]
         return self._collator(samples)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        return _loss(model(**batch), batch)
+        return self._loss(model(**batch), batch)
+
+    def _loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        if self._criterion is None:
+            return _own_loss(outputs, batch)
+        loss: torch.Tensor = self._criterion(outputs, batch.get("labels"))
+        return loss
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         """AdamW in two groups, as everybody's fine-tuning has it."""
@@ -190,80 +236,52 @@ class TransformersTask(Task):
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
         """Loss, and accuracy of a classification. What is taken over tokens: see `score`."""
-        if _per_token(model):
+        if self._shift is not None:
             return {}
         outputs = model(**batch)
-        found: dict[str, torch.Tensor | float] = {"loss": _loss(outputs, batch)}
-        if _one_class_each(outputs, batch):
-            found["accuracy"] = outputs.logits.argmax(-1) == batch["labels"]
+        logits, labels = getattr(outputs, "logits", None), batch.get("labels")
+        if labels_tokens(base_of(model), logits, labels):
+            self._shift = label_shift(model, batch)
+            return {}
+        found: dict[str, torch.Tensor | float] = {"loss": self._loss(outputs, batch)}
+        if _one_class_each(logits, labels):
+            found["accuracy"] = outputs.logits.argmax(-1) == labels
         return found
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | Sequence[Any]]:
-        """Of each sample, the sums over its labelled tokens, and how many there are."""
-        if not _per_token(model):
+        """Of each sample, the sums over its labelled tokens; see `token_sums`."""
+        if self._shift is None:
             return {}
-        from torch.nn import functional
-
-        logits, labels = model(**batch).logits, batch["labels"]
-        if type(model).__name__.endswith(SHIFTED):
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        scores = logits.float().transpose(1, 2)
-        losses = functional.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")
-        counted = labels != IGNORED
-        hits = (logits.argmax(-1) == labels) & counted
-        return {"losses": losses.double().sum(1), "hits": hits.sum(1), "tokens": counted.sum(1)}
+        return token_sums(model(**batch).logits, batch["labels"], self._shift)
 
     def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
         """Loss, perplexity and accuracy over all labelled held-out tokens, each counted once."""
-        if not outputs:
-            return {}
-        tokens = max(int(outputs["tokens"].sum()), 1)
-        loss = float(outputs["losses"].sum()) / tokens
-        perplexity = math.exp(loss) if loss < MOST_EXPONENT else math.inf
-        accuracy = int(outputs["hits"].sum()) / tokens
-        return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
+        return token_score(outputs) if outputs else {}
+
+    def predict(self, model: nn.Module, batch: Any) -> Sequence[Mapping[str, Any]]:
+        """What its kind of model is expected to say; see `answers`."""
+        return answers(model, batch, getattr(self._collator, "tokenizer", None), self.generate)
 
 
-def _of_transformers(collator: Callable[[list[Any]], Any]) -> bool:
-    """Whether it is a collator of transformers, not one of the user's."""
-    kind = collator if inspect.isfunction(collator) else type(collator)
-    return kind.__module__.partition(".")[0] == "transformers"
-
-
-def _columns(model: nn.Module) -> frozenset[str] | None:
-    """The columns that a model takes; None: it may take any."""
-    transformers = need("transformers", "transformers")
-    parameters = inspect.signature(model.forward).parameters.values()
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    if anything and not isinstance(model, transformers.PreTrainedModel):
-        return None  # what transformers' own models have there are options of attention
-    return frozenset(parameter.name for parameter in parameters) | LABELS
-
-
-MOST_EXPONENT = 700.0
-"""The largest loss whose perplexity is a float."""
-
-
-def _per_token(model: nn.Module) -> bool:
-    return type(model).__name__.endswith((*SHIFTED, *PER_TOKEN))
-
-
-def _one_class_each(outputs: Any, batch: Any) -> bool:
+def _one_class_each(logits: Any, labels: Any) -> bool:
     """Whether there are scores of several classes for each sample, and one class as its label."""
-    logits, labels = getattr(outputs, "logits", None), batch.get("labels")
     if logits is None or labels is None or labels.ndim != 1 or labels.is_floating_point():
         return False
     return bool(logits.ndim == 2 and len(logits) == len(labels) and logits.shape[1] > 1)
 
 
-def _loss(outputs: Any, batch: Any) -> torch.Tensor:
+def _own_loss(outputs: Any, batch: Any) -> torch.Tensor:
     """Raises: TaskError: the model gave none."""
     loss: torch.Tensor | None = getattr(outputs, "loss", None)
     if loss is None:
+        fix = (
+            "give each sample labels, in a column `labels` or `label`; a bare AutoModel has no "
+            "head; CLIP and its like want return_loss=True in the batch, from a collate function"
+        )
         raise TaskError(
             "the model returned no loss",
             expected="a batch with labels, and a model with a head that makes a loss of them",
             found=f"a batch of {', '.join(batch)}; {type(outputs).__name__}",
-            fix="add labels to each sample; a bare AutoModel has no head",
+            fix="set return_dict=True in its configuration" if type(outputs) is tuple else fix,
         )
     return loss
