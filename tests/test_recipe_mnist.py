@@ -64,6 +64,7 @@ def test_models_learn(model: str, data_epochs: int, least: float) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("model", DATA_EPOCHS)
 def test_defaults_reach_what_the_recipe_promises(model: str) -> None:
     job = mnist(model)
