@@ -18,6 +18,7 @@ from lockstep.job import Job, Task
 from lockstep.recipes.cartpole import cartpole
 from lockstep.recipes.clicks import Clicks, clicks
 from lockstep.recipes.game import game
+from lockstep.recipes.mnist import mnist
 from lockstep.recipes.recommend import Recommend, recommend
 from lockstep.recipes.summarise import summarise
 from lockstep.recipes.translate import translate
@@ -188,6 +189,10 @@ def test_fewer_items_than_are_recommended(tmp_path: Path) -> None:
         (translate, {"words": 0}),
         (summarise, {"vocabulary": 100}),
         (game, {"simulations": 0}),
+        (clicks, {"data": 5}),
+        (clicks, {"label": True}),
+        (mnist, {"data": True}),
+        (summarise, {"data": 1.5}),
         (cartpole, {"iterations": 1.5}),
         (cartpole, {"iterations": True}),
     ],
