@@ -258,5 +258,8 @@ def test_data_that_give_the_model_another_meaning(name: str, tmp_path: Path) -> 
     assert not out.exists()
     with pytest.raises(DataError, match="does not know what is in these data"):
         lockstep.evaluate(run.folder, task=task)
+    (run.folder / "result.json").unlink()
+    with pytest.raises(DataError, match="does not know what is in these data"):
+        lockstep.resume(run.folder, task=task, quiet=True)
     path.write_text(known)
     assert lockstep.predict(run.folder, tmp_path / "record.jsonl", out=out, task=task).records
