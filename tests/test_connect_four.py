@@ -263,6 +263,13 @@ def test_nobody_is_there_who_reads() -> None:
     assert told(["?"] * 1000)[0] is None
 
 
+def test_a_terminal_that_knows_no_circles() -> None:
+    told = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    terminal.show(after(3, 2), Console(file=told))
+    told.seek(0)
+    assert told.read().splitlines()[-2:] == [". . o x . . .", terminal.NUMBERS]
+
+
 def test_a_full_column_is_refused() -> None:
     worth, text = told(["4", "4", "4", "4"], hopeful(3))  # the network takes the same column
     assert worth is None

@@ -74,6 +74,7 @@ def test_where_apt_has_no_lists_it_gets_some_of_its_own(tools: Path, tmp_path: P
     ("apt", "dpkg", "said"),
     [
         ("echo 'E: no network' >&2; exit 100", UNPACK, "E: no network"),
+        ("echo 'W: no route' >&2; echo >&2; echo 'E: nothing' >&2; exit 1", UNPACK, "no route; E"),
         ("touch stuff.deb", "echo 'not an archive' >&2; exit 2", "not an archive"),
         ("touch stuff.deb", "exit 0", "no usr/data"),
         ("touch stuff.deb", None, "no dpkg-deb"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import resource
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import lockstep
-from lockstep.errors import DataError, JobError, RunFolderError, TaskError
+from lockstep.errors import DataError, JobError, ResourceError, RunFolderError, TaskError
 from lockstep.records import open_records, samples_of
 from lockstep.rowfile import RowFile, write_parquet
 from tests import command
@@ -200,6 +202,49 @@ def test_a_task_that_predicts_nothing(run_folder: str, tmp_path: Path) -> None:
         lockstep.predict(run.folder, data, out=tmp_path / "out.jsonl")
     with pytest.raises(TaskError, match="does not say what a record is"):
         lockstep.predict(run.folder, data, out=tmp_path / "out.jsonl", task=Blobs())
+
+
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"workers": -1}, {"batch_size": 0}])
+def test_settings_out_of_range(settings: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="is out of range"):
+        lockstep.predict(tmp_path, tmp_path / "none", out=tmp_path / "out", **settings)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="make the folder"):
+        RowFile(tmp_path / "nowhere" / "out.jsonl", {})
+
+
+def test_records_that_are_packed(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}'))
+    with pytest.raises(DataError, match="unpack it first"):
+        open_records(tmp_path / "mine.jsonl.gz")
+
+
+def write_all(out: Path, rows: list[dict[str, Any]]) -> None:
+    with RowFile(out, {}) as file:
+        for start in range(0, len(rows), 500):
+            file.add(rows[start : start + 500])
+
+
+def test_a_full_disk_and_the_same_again(tmp_path: Path) -> None:
+    rows, limit = [{"number": number} for number in range(5000)], 40_000
+    out, known = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, known[1]))
+        with pytest.raises(ResourceError, match="the same command again"):
+            write_all(out, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, known)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not out.exists()
+    with RowFile(out, {}) as file:
+        assert file.rows % 500 == 0
+        assert file.rows < 5000
+        file.add(rows[file.rows :])
+        file.finish()
+    assert lines_of(out) == rows
 
 
 def test_two_at_once(tmp_path: Path) -> None:

@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from lockstep.datasets import load_mnist, load_ratings
 from lockstep.datasets.images import read_images
 from lockstep.datasets.pairs import read_pairs, split_pairs
 from lockstep.datasets.tables import category, number_of, numbers_of, parse_table, read_table
 from lockstep.errors import DataError
-from lockstep.recipes.clicks import Clicks
 from lockstep.recipes.mnist import Mnist
-from lockstep.recipes.recommend import Recommend
+from lockstep.recipes.summarise import summarise
 from lockstep.recipes.vision import Vision
 
 WANTED = {"a": ["1", "2.5"], "b": ["x, y", "z"]}
@@ -115,154 +113,6 @@ def test_numbers_are_finite_or_missing() -> None:
     found = numbers_of(["1", "", "NA"])
     assert found is not None
     assert np.isnan(found).tolist() == [False, True, True]
-
-
-# clicks
-
-
-def people(path: Path, edit: Callable[[int, dict[str, str]], None] = lambda row, each: None) -> str:
-    """200 rows: `many` and `few` are numbers, and say together whether it is a yes."""
-    draw, lines = np.random.RandomState(2), ["many,few,letter,clicked"]
-    for row in range(200):
-        many, few = int(draw.randint(1000)), int(draw.randint(5))
-        values = {
-            "many": str(many), "few": str(few), "letter": "abc"[row % 3],
-            "clicked": str(int(many > 500 and few > 1)),
-        }  # fmt: skip
-        edit(row, values)
-        lines.append(",".join(values.values()))
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-def written_otherwise(row: int, values: dict[str, str]) -> None:
-    """The same rows, with numbers written in other ways."""
-    values["many"] = f"{float(values['many']):e}"
-    values["few"] = f" {values['few']}.0" if row % 2 else values["few"]
-    values["clicked"] = f"{values['clicked']}.0"
-
-
-def test_the_same_rows_however_numbers_are_written(tmp_path: Path) -> None:
-    plain = Clicks(people(tmp_path / "plain.csv"), "clicked")
-    other = Clicks(people(tmp_path / "other.csv", written_otherwise), "clicked")
-    for one, two in zip(plain.rows, other.rows, strict=True):
-        assert one.equal(two)
-
-
-def test_a_json_record_is_the_row_of_the_table(tmp_path: Path) -> None:
-    def some(row: int, values: dict[str, str]) -> None:
-        if row % 10 == 0:
-            values["many"] = ("", "NA", "nan", "null")[row // 10 % 4]
-
-    task = Clicks(people(tmp_path / "mine.csv", some), "clicked")
-    assert len(task.rows) == 3
-    assert task.ranges["many"] is not None  # missing values do not make categories of numbers
-    assert np.isfinite(task.ranges["many"]).all()
-    columns = read_table(tmp_path / "mine.csv").columns
-    for row in range(20):
-        many = None if row % 10 == 0 else float(columns["many"][row])
-        record = {"few": float(columns["few"][row]), "letter": columns["letter"][row]}
-        assert task.from_record({**record, "many": many, "more": []}).equal(task.rows[0][row])
-    with pytest.raises(DataError, match="'old' in the column many, which has numbers"):
-        task.from_record({**record, "many": "old"})
-
-
-def test_columns_in_another_order_are_the_same_categories(tmp_path: Path) -> None:
-    lines = Path(people(tmp_path / "mine.csv")).read_text().splitlines()
-    turned = [",".join(reversed(line.split(","))) for line in lines]
-    (tmp_path / "turned.csv").write_text("\n".join(turned))
-    mine = Clicks(str(tmp_path / "mine.csv"), "clicked")
-    other = Clicks(str(tmp_path / "turned.csv"), "clicked")
-    assert mine.rows[0].equal(other.rows[0].flip(1))
-    assert mine.rows[1].equal(other.rows[1])
-
-
-def set_to(column: str, *texts: str) -> Callable[[int, dict[str, str]], None]:
-    return lambda row, values: values.update({column: texts[min(row, len(texts) - 1)]})
-
-
-@pytest.mark.parametrize(
-    ("edit", "says"),
-    [
-        (set_to("clicked", "1"), "1 (200)"),
-        (set_to("clicked", "0", "2", "1"), "0 (1), 1 (198), 2 (1)"),
-        (set_to("clicked", *"0123456"), "..."),
-        (set_to("clicked", "0", "1", ""), "'' in line 4"),
-        (set_to("clicked", "0", "NA", "1"), "'NA' in line 3"),
-        (set_to("clicked", "1", "0"), "1 yes and 199 no"),
-    ],
-)
-def test_labels_that_cannot_be_learned(
-    edit: Callable[[int, dict[str, str]], None], says: str, tmp_path: Path
-) -> None:
-    task = Clicks(people(tmp_path / "mine.csv", edit), "clicked")
-    with pytest.raises(DataError, match=r"the column clicked of .* cannot be learned") as caught:
-        task.train_data()
-    assert says in caught.value.found
-
-
-def test_a_column_of_nothing_is_one_category(tmp_path: Path) -> None:
-    task = Clicks(people(tmp_path / "mine.csv", set_to("letter", "", "NA")), "clicked")
-    assert task.rows[0][:, 2].unique().numel() == 1
-
-
-# recommend
-
-
-def ratings(path: Path, *rows: str, header: str = "user_id,item_id,timestamp") -> Recommend:
-    path.write_text("\n".join([header, *rows]) + "\n")
-    return Recommend(str(path), width=4)
-
-
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ("1,b,", "line 3 is not a rating"),
-        ("1,b,NA", "no timestamp"),
-        ("1,b,nan", "no timestamp"),
-        ("1,b,2024-01-03", "the timestamp '2024-01-03'"),
-        (",b,4", "no user_id"),
-        ("1,,4", "no item_id"),
-    ],
-)
-def test_ratings_are_refused_by_their_line(row: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 3") as caught:
-        ratings(tmp_path / "mine.csv", "1,a,1", row).train_data()
-    assert says in str(caught.value)
-
-
-def test_what_is_rated_again_counts_once(tmp_path: Path) -> None:
-    """Else the item that is held out might be one that was seen, and is never recommended."""
-    task = ratings(
-        tmp_path / "mine.csv", *(f"7,{item},{time}" for time, item in enumerate("abcab"))
-    )
-    assert task.histories[0].tolist() == [1, 2, 3]
-    assert task.eval_data().tensors[2].tolist() == [3]
-
-
-def test_users_as_numbers(tmp_path: Path) -> None:
-    task = ratings(tmp_path / "mine.csv", *(f"{u},{i},1" for u in (7, 10) for i in "abc"))
-    assert {task.from_record({"user": user}).item() for user in (7, 7.0, "7")} == {1}
-    for user in (True, None, [7], 8):
-        with pytest.raises(DataError, match="there is no user"):
-            task.from_record({"user": user})
-
-
-def test_equal_times_keep_the_order_of_the_rows(tmp_path: Path) -> None:
-    task = ratings(tmp_path / "mine.csv", "u,c,5", "u,a,5", "u,b,5", "v,a,1")
-    assert task.histories[0].tolist() == [3, 1, 2]
-
-
-def test_fewer_items_than_are_recommended(tmp_path: Path) -> None:
-    """Nothing that was seen, and nothing that is no item, fills the list."""
-    rows = [f"{user},{item},{time}" for user in "uv" for time, item in enumerate("abcd")]
-    task = ratings(tmp_path / "mine.csv", *rows[:-1], "w,a,1", "x,e,1")
-    found = task.predict(task.model().eval(), torch.arange(4))
-    assert [set(answer["items"]) for answer in found] == [
-        {"e"}, {"d", "e"}, {"b", "c", "d", "e"}, {"a", "b", "c", "d"},
-    ]  # fmt: skip
-    values = task.metrics(task.model().eval(), task.eval_data().tensors)
-    assert all(torch.as_tensor(value).isfinite().all() for value in values.values())
 
 
 # mnist
@@ -449,3 +299,9 @@ def test_pairs_are_refused_by_their_line(line: str, says: str, tmp_path: Path) -
 def test_texts_of_nothing_are_left_out() -> None:
     split = split_pairs([*PAIRS, ("", "a"), ("a", " \n\t\u3000"), (" ", " ")], "mine")
     assert len(split.train) + len(split.held_out) == len(PAIRS)
+
+
+@pytest.mark.parametrize("source", [None, 7, ["a"], "\ud83d"])
+def test_a_record_without_a_text(source: Any) -> None:
+    with pytest.raises(DataError, match="a record is not a text"):
+        summarise().task.from_record({"source": source})  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job import SETTINGS, Job, Task
-from lockstep.manifest import make_manifest, recorded_source
+from lockstep.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import open_hosts, spread
 from lockstep.planning import Division, Facts, Plan, choose, close, decompose, divisions
@@ -106,7 +106,7 @@ def resume(
         plan = Plan.from_message(manifest["plan"]).with_workers(workers)
         settings = manifest["job"]
         with Host.start(source, settings, networked=on is not None) as host, ExitStack() as others:
-            host.loaded()
+            check_resumed(run, manifest, host.loaded())
             hosts = (
                 others.enter_context(open_hosts(on, source, job, settings, host)) if on else None
             )

@@ -114,6 +114,24 @@ def check_fitted(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any
         )
 
 
+def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
+    """A run goes on with the data with which it began, as far as it shows.
+
+    Raises:
+        DataError: they are others.
+    """
+    check_fitted(run, manifest, facts)
+    plan = manifest["plan"]
+    # Parts that stay on their hosts are compared when the hosts are there.
+    if not plan.get("holdings") and facts["train_samples"] != plan["train_samples"]:
+        raise DataError(
+            f"the data of {run} are not those with which it began",
+            expected=f"{plan['train_samples']} training samples",
+            found=str(facts["train_samples"]),
+            fix="bring back the files as they were, or start another run",
+        )
+
+
 def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
     """What is known to differ between a recorded run and what has been loaded now."""
     notes = []

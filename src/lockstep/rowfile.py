@@ -6,6 +6,7 @@ they are predictions of. When all are there, the file gets its name, or becomes 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -34,13 +35,17 @@ class RowFile:
         """`identity` is what the rows depend on: another one's rows are not gone on with.
 
         Raises:
-            RunFolderError: the file exists, is being written, or was begun by another prediction.
+            RunFolderError: the file exists, cannot be made, is being written, or was begun by
+                another prediction.
+            DataError: it is to be Parquet, and pyarrow is missing.
         """
         self.path, self.identity = path, identity
         self._part = path.with_name(path.name + ".part")
         self._journal = path.with_name(path.name + ".part.json")
         self.rows = 0
         """How many are written."""
+        if path.suffix in PARQUET:
+            pyarrow("parquet")  # so that its absence does not show after all the work
         if path.exists():
             raise RunFolderError(
                 f"{path} exists", expected="a name that is not taken", fix="choose another"
@@ -74,13 +79,17 @@ class RowFile:
             try:
                 self._write_journal()
             finally:
-                self._file.close()
+                # What a full disk has no room for, the journal does not vouch for either.
+                with contextlib.suppress(OSError):
+                    self._file.close()
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows."""
         with disk_errors("the predictions", AGAIN):
-            self._file.write(b"".join(json.dumps(plain(row)).encode() + b"\n" for row in rows))
+            content = b"".join(json.dumps(plain(row)).encode() + b"\n" for row in rows)
+            self._file.write(content)
         self.rows += len(rows)
+        self._bytes += len(content)
         if time.monotonic() - self._journalled >= JOURNAL_SECONDS:
             self._write_journal()
 
@@ -106,7 +115,7 @@ class RowFile:
             raise RunFolderError(
                 f"another process is writing {self._part}", fix="wait for it, or stop it"
             ) from None
-        size = 0
+        self._bytes = 0
         if self._journal.exists():
             known = self._read_journal()
             # Where nothing is written yet, nothing is mixed: a first record may just be mended.
@@ -117,8 +126,8 @@ class RowFile:
                     found=json.dumps(known.get("identity")),
                     fix=f"choose another name, or remove {self._part} and {self._journal}",
                 )
-            self.rows, size = known["rows"], known["bytes"]
-        os.ftruncate(self._file.fileno(), size)
+            self.rows, self._bytes = known["rows"], known["bytes"]
+        os.ftruncate(self._file.fileno(), self._bytes)
 
     def _read_journal(self) -> dict[str, Any]:
         try:
@@ -134,7 +143,7 @@ class RowFile:
         with disk_errors("the predictions", AGAIN):
             self._file.flush()
             os.fsync(self._file.fileno())
-            done = {"rows": self.rows, "bytes": self._file.tell(), "identity": self.identity}
+            done = {"rows": self.rows, "bytes": self._bytes, "identity": self.identity}
             write_json(self._journal, done)
         self._journalled = time.monotonic()
 

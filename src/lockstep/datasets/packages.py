@@ -240,7 +240,8 @@ def _run(command: Sequence[str], folder: Path) -> str:
         return f"no answer within {DOWNLOAD_SECONDS} seconds"
     if done.returncode == 0:
         return ""
-    said = [line for line in done.stderr.splitlines() if line.strip()]
+    # What apt says of root's sandbox explains nothing.
+    said = [line for line in done.stderr.splitlines() if line and "unsandboxed" not in line]
     # The first line has the cause, such as no network, and the last one what came of it.
     return "; ".join(dict.fromkeys([*said[:1], *said[-1:]])) or f"exit status {done.returncode}"
 

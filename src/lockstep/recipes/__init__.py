@@ -30,6 +30,22 @@ def at_least(least: int, **given: object) -> None:
             )
 
 
+def texts(**given: object) -> None:
+    """Check texts that a recipe was given, or None.
+
+    Raises:
+        JobError: one is another thing, which the command line may have made of it.
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise JobError(
+                f"{name} is not a text",
+                expected="a path or a name",
+                found=f"{value!r}, a {type(value).__name__}",
+                fix=f"quote it twice, as --{name} '\"5\"'",
+            )
+
+
 def find(name: str) -> Callable[..., Job]:
     """The recipe `name`: a function that returns a job.
 

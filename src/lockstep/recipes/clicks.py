@@ -34,7 +34,7 @@ from lockstep.datasets.tables import (
 )
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
-from lockstep.recipes import at_least
+from lockstep.recipes import at_least, texts
 
 BATCH_SIZE = 256
 BUCKETS = 1 << 14
@@ -56,6 +56,7 @@ def clicks(
         epochs: Passes over the data.
         width: The length of embeddings.
     """
+    texts(data=data, label=label)
     at_least(1, width=width)
     task = Clicks(data, label, width)
     return Job(task=task, batch_size=BATCH_SIZE, eval_batch_size=1024, data_epochs=epochs)

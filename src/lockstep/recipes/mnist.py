@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.datasets import load_mnist
 from lockstep.errors import DataError, JobError
 from lockstep.job import Job, Parameters, Task
+from lockstep.recipes import texts
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ def mnist(model: str = "softmax", data: str | None = None) -> Job:
     Raises:
         JobError: there is no such model.
     """
+    texts(data=data)
     task = Mnist(model, data)
     return Job(task=task, batch_size=BATCH_SIZE, data_epochs=DATA_EPOCHS[model])
 

@@ -25,7 +25,7 @@ from lockstep.datasets import load_ratings
 from lockstep.datasets.movielens import Ratings
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
-from lockstep.recipes import at_least
+from lockstep.recipes import at_least, texts
 
 BATCH_SIZE = 512
 LENGTH = 20
@@ -45,6 +45,7 @@ def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> J
         epochs: Passes over the data.
         width: The length of embeddings.
     """
+    texts(data=data)
     at_least(1, width=width)
     task = Recommend(data, width)
     return Job(task=task, batch_size=BATCH_SIZE, data_epochs=epochs)

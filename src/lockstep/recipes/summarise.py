@@ -12,6 +12,7 @@ from typing import Any
 from lockstep.datasets import load_synopses
 from lockstep.datasets.pairs import Split, read_pairs, split_pairs
 from lockstep.job import Job
+from lockstep.recipes import texts
 from lockstep.recipes.text.rewriting import Rewriting, Settings
 from lockstep.recipes.text.rouge import rouge
 
@@ -32,6 +33,7 @@ def summarise(
         width: Of the transformer.
         vocabulary: How many subwords there are.
     """
+    texts(data=data)
     settings = Settings(
         epochs=epochs, batch_size=BATCH_SIZE, rate=1.5e-3, vocabulary=vocabulary, width=width,
         encoders=2, decoders=2, longest=LONGEST, dropout=0.0,  # it sees each pair a few times only

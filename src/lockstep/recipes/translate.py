@@ -14,7 +14,7 @@ from lockstep.datasets import load_translations
 from lockstep.datasets.pairs import Split, read_pairs, split_pairs
 from lockstep.errors import JobError
 from lockstep.job import Job
-from lockstep.recipes import at_least
+from lockstep.recipes import at_least, texts
 from lockstep.recipes.text.neighbours import Neighbours
 from lockstep.recipes.text.rewriting import Rewriting, Settings
 
@@ -37,6 +37,7 @@ def translate(
         vocabulary: How many subwords there are, of both languages together.
         words: Sources with more words are left out.
     """
+    texts(data=data)
     at_least(1, words=words)
     settings = Settings(
         epochs=epochs, batch_size=BATCH_SIZE, rate=1.5e-3, vocabulary=vocabulary, width=width,

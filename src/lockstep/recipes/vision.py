@@ -23,7 +23,7 @@ from lockstep.datasets import load_fashion_mnist
 from lockstep.datasets.images import Images, read_image, read_images
 from lockstep.errors import DataError
 from lockstep.job import Job, Parameters, Task
-from lockstep.recipes import at_least
+from lockstep.recipes import at_least, texts
 from lockstep.recipes.mnist import nearest_mean
 
 BATCH_SIZE = 128
@@ -47,6 +47,7 @@ def vision(
         size: Image folders: scale images to `size` x `size`.
         color: Image folders: keep colours.
     """
+    texts(data=data)
     at_least(1, width=width)
     at_least(8, size=size)
     task = Vision(data, epochs, width, size, color)
