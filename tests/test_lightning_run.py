@@ -311,6 +311,10 @@ def test_predict_and_test(run_folder: str, tmp_path: Path) -> None:
     assert torch.tensor([row["scores"] for row in rows]).equal(wanted)
     assert [row["label"] for row in rows] == wanted.argmax(1).tolist()
 
+    other = type("Other", (Net,), {"on_test_batch_end": lambda net: None})()
+    lockstep.from_lightning(other, Data())
+    with pytest.raises(TaskError, match="on_test_batch_end"):
+        lockstep.from_lightning(other, Data(), test=True)
     found = lockstep.evaluate(run_folder, task=make(test=True))
     assert found.samples == 20
     assert found.metrics.keys() == {"right", "ended"}

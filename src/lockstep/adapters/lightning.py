@@ -69,7 +69,7 @@ def from_lightning(
     check_callable("from_record", from_record, "a function of a record", optional=True)
     kind = next(kind for kind in modules if isinstance(module, kind))
     check_skipped(skip, kind)
-    check_module(module, kind, skip)
+    check_module(module, kind, skip, test=test)
     for kind_of_data in datamodules:
         if isinstance(datamodule, kind_of_data):
             check_data(datamodule, kind_of_data, skip)
