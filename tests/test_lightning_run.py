@@ -36,6 +36,7 @@ def knowing_class() -> Any:
     class Knowing(net_class):  # type: ignore[misc, valid-type]
         def on_train_start(self) -> None:
             self.logger.log_hyperparams({"layers": len(self.layers)})
+            self.log("layers", len(self.layers))
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = functional.cross_entropy(self.layers(batch[0]), batch[1])
@@ -251,7 +252,12 @@ def evaluated_once(task: lockstep.Task) -> Mapping[str, float]:
 
 @pytest.mark.parametrize(
     ("kept", "begins"),
-    [(lambda beta: beta + 1, 0.0), (lambda _: torch.ones(1), None), (torch.exp_, torch.ones(1))],
+    [
+        (lambda beta: beta + 1, 0.0),
+        (lambda _: torch.ones(1), None),
+        (torch.exp_, torch.ones(1)),
+        (lambda beta: beta["all"].append(1) or beta, {"all": []}),
+    ],
 )
 def test_a_training_step_that_remembers(kept: Callable[[Any], Any], begins: Any) -> None:
     """A counter, the last hidden state: another worker would have another."""
@@ -262,7 +268,7 @@ def test_a_training_step_that_remembers(kept: Callable[[Any], Any], begins: Any)
 
         def training_step(self, batch: Any) -> Any:
             self.beta = kept(self.beta)
-            return self.layers(batch[0]).sum() * self.beta
+            return self.layers(batch[0]).sum()
 
     net = Net()
     net.beta = begins
@@ -311,6 +317,10 @@ def test_predict_and_test(run_folder: str, tmp_path: Path) -> None:
     assert torch.tensor([row["scores"] for row in rows]).equal(wanted)
     assert [row["label"] for row in rows] == wanted.argmax(1).tolist()
 
+    other = type("Other", (Net,), {"on_test_batch_end": lambda net: None})()
+    lockstep.from_lightning(other, Data())
+    with pytest.raises(TaskError, match="on_test_batch_end"):
+        lockstep.from_lightning(other, Data(), test=True)
     found = lockstep.evaluate(run_folder, task=make(test=True))
     assert found.samples == 20
     assert found.metrics.keys() == {"right", "ended"}

@@ -10,6 +10,7 @@ processes: by the `dist_reduce_fx` of each of their states, sums one after the o
 from __future__ import annotations
 
 import base64
+import collections
 import functools
 import operator
 import sys
@@ -75,7 +76,10 @@ class Kept:
         for _, metric in self._metrics(module):
             metric.reset()
         for name, built in self._lists.items():
-            if len(getattr(module, name)) != len(built):
+            now = vars(module).get(name)
+            if isinstance(now, list):
+                now[:] = built
+            else:
                 setattr(module, name, list(built))
 
     def parcel(self, module: nn.Module) -> Parcel:
@@ -125,20 +129,30 @@ class Kept:
 
 
 def held(module: nn.Module) -> dict[str, Any]:
-    """What plain attributes of the module itself hold: numbers, nothing, or which tensors."""
+    """What plain attributes of the module itself hold: numbers, nothing, which tensors, and how
+    much is in a dict, a set or a deque."""
     return {
         name: _mark(value)
         for name, value in vars(module).items()
-        if (value is None or isinstance(value, int | float | torch.Tensor))
+        if (value is None or isinstance(value, HOLDING))
         and not name.startswith("_")
         and name != "training"
     }
 
 
+HOLDING = (int, float, torch.Tensor, dict, set, collections.deque)
+SMALL = 64
+"""Items: a dict that has more is a table, of which only the size is looked at."""
+
+
 def _mark(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return f"tensor {id(value):x} after {value._version} changes"
-    return value
+    if isinstance(value, dict) and len(value) <= SMALL:
+        return {key: _mark(item) for key, item in value.items()}
+    if isinstance(value, dict | list | set | collections.deque):
+        return f"{len(value)} items"
+    return value if isinstance(value, int | float) else None
 
 
 def check_held(module: nn.Module, before: dict[str, Any], method: str) -> None:
@@ -156,7 +170,8 @@ def check_held(module: nn.Module, before: dict[str, Any], method: str) -> None:
             expected="plain attributes that stay as they are: who computes what would count",
             found=", ".join(f"self.{n}: {old} -> {new}" for n, (old, new) in changed.items()),
             fix="use self.global_step, self.current_epoch or batch_idx; what training has to keep "
-            "is a registered buffer, what validation gathers a metric of torchmetrics or a list",
+            "is a registered buffer; what validation gathers is a torchmetrics metric or a list, "
+            "each an attribute of its own",
         )
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 from lockstep.errors import JobError, TaskError
 
-PARTS = ("on_test_", "on_predict_", "test_", "predict_", "teardown")
-"""Hooks of testing and predicting have no part in training; what ends with the run frees itself."""
+PARTS = ("on_predict_", "test_", "predict_", "teardown")
+"""Hooks of predicting have no part in training; what ends with the run frees itself."""
 LOADERS = {"prepare_data", "train_dataloader", "val_dataloader"}
 OF_MODULE = LOADERS | {
     "configure_model", "setup", "on_fit_start", "on_train_start",
     "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end",
+    "on_test_start", "on_test_epoch_start", "on_test_epoch_end",
 }  # fmt: skip
-"""Hooks of a module that are called; its loaders, where there is no data module."""
+"""Hooks of a module that are called; its loaders, where there is no data module; those of a test,
+where that is what is evaluated."""
 OF_DATA = LOADERS | {"setup"}
 """Hooks of a data module that are called."""
 TRAINING = (
@@ -26,8 +28,8 @@ TRAINING = (
 """
 
 
-def check_module(module: Any, kind: type, skip: Sequence[str]) -> None:
-    """Refuse a LightningModule that needs its Trainer.
+def check_module(module: Any, kind: type, skip: Sequence[str], *, test: bool) -> None:
+    """Refuse a LightningModule that needs its Trainer. `test`: it is to be tested, not trained.
 
     Raises:
         TaskError: it optimizes by itself, or has a hook that would not be called.
@@ -40,7 +42,8 @@ def check_module(module: Any, kind: type, skip: Sequence[str]) -> None:
             found="automatic_optimization = False",
             fix="return the loss from training_step; clipping is the setting clip_grad_norm",
         )
-    _refuse(name, _overridden(module, kind, TRAINING) - OF_MODULE - {*skip})
+    hooks = _overridden(module, kind, TRAINING) - OF_MODULE - {*skip}
+    _refuse(name, {hook for hook in hooks if test or not hook.startswith("on_test_")})
 
 
 def check_data(datamodule: Any, kind: type, skip: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.adapters.gathering import Kept, check_held, held, separate_metrics
 from lockstep.adapters.hooks import check_data, check_module, check_skipped
-from lockstep.adapters.logs import Logged
+from lockstep.adapters.loaders import alike, one_loader
+from lockstep.adapters.logs import Logged, logging_to
 from lockstep.adapters.optimizers import Configured, Following, bind
 from lockstep.adapters.parts import check_callable, need
 from lockstep.adapters.predictions import rows_of
@@ -69,7 +70,7 @@ def from_lightning(
     check_callable("from_record", from_record, "a function of a record", optional=True)
     kind = next(kind for kind in modules if isinstance(module, kind))
     check_skipped(skip, kind)
-    check_module(module, kind, skip)
+    check_module(module, kind, skip, test=test)
     for kind_of_data in datamodules:
         if isinstance(datamodule, kind_of_data):
             check_data(datamodule, kind_of_data, skip)
@@ -131,8 +132,9 @@ class LightningTask(Task):
         module.trainer = self._trainer
         module.setup("fit")
         module.configure_model()
-        for hook in ("on_fit_start", "on_train_start"):
-            self._hook(module, hook)
+        with logging_to(module, None):
+            for hook in ("on_fit_start", "on_train_start"):
+                self._hook(module, hook)
         separate_metrics(module)
         self._kept = Kept(module)
         built: nn.Module = module.train()
@@ -141,7 +143,7 @@ class LightningTask(Task):
     def train_data(self) -> Dataset[Any]:
         from torch.utils.data import default_collate
 
-        loader = _one(self._prepared().train_dataloader(), "train_dataloader")
+        loader = one_loader(self._prepared().train_dataloader(), "train_dataloader")
         self._collate = loader.collate_fn
         if self._collate is not default_collate:
             self.collate = self._collate  # type: ignore[method-assign]
@@ -154,8 +156,8 @@ class LightningTask(Task):
             return None
         if not _overrides(self._prepared(), name):
             return None
-        loader = _one(getattr(self._prepared(), name)(), name)
-        if not _alike(loader.collate_fn, self._collate):
+        loader = one_loader(getattr(self._prepared(), name)(), name)
+        if not alike(loader.collate_fn, self._collate):
             raise TaskError(
                 "training and validation make their batches in two ways",
                 expected="one collate_fn for both",
@@ -258,20 +260,10 @@ class LightningTask(Task):
         begins as it was built: what a batch leaves behind must not reach the next."""
         self._kept.put_back(module)
         module.trainer, self._trainer.stage = self._trainer, stage
-        log = _drop if logged is None else logged.log
-        log_dict = _drop if logged is None else logged.log_dict
-        # In the instance, past nn.Module's own way of setting attributes.
-        vars(module).update(log=log, log_dict=log_dict)
         before = held(module)
-        try:
+        with logging_to(module, logged):
             yield
-            check_held(module, before, method)
-        finally:
-            del vars(module)["log"], vars(module)["log_dict"]
-
-
-def _drop(*args: Any, **options: Any) -> None:
-    """What is logged in training is not looked at."""
+        check_held(module, before, method)
 
 
 def _overrides(owner: Any, name: str) -> bool:
@@ -301,44 +293,3 @@ BY_PLACE = (
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
     inspect.Parameter.VAR_POSITIONAL,
 )
-
-
-def _one(loader: Any, name: str) -> Any:
-    """The only loader, with an order that is the data's own or a shuffle.
-
-    Raises:
-        TaskError: there are several, or it draws its samples in another way.
-    """
-    from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
-
-    if isinstance(loader, list | tuple) and len(loader) == 1:
-        loader = loader[0]
-    if not isinstance(loader, DataLoader):
-        raise TaskError(
-            f"{name} did not return one DataLoader",
-            expected="a torch.utils.data.DataLoader",
-            found=repr(type(loader)),
-            fix="join several data sets by torch.utils.data.ConcatDataset",
-        )
-    sampler = getattr(loader, "sampler", None)
-    usual = type(sampler) in (RandomSampler, SequentialSampler)
-    own_batches = type(loader.batch_sampler).__name__ not in ("BatchSampler", "NoneType")
-    if not usual or own_batches or getattr(sampler, "replacement", False):
-        raise TaskError(
-            f"{name} draws its samples in a way of its own",
-            expected="every sample once per data epoch: shuffle=True or shuffle=False",
-            found=type(loader.batch_sampler if own_batches else sampler).__name__,
-            fix="leave out sampler and batch_sampler; the order follows from the job's seed",
-        )
-    return loader
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two collate functions are the same; of objects, of the same class and content."""
-    if one is other or one == other:
-        return True
-    return (
-        type(one) is type(other)
-        and bool(getattr(one, "__dict__", None))
-        and (vars(one) == vars(other))
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,23 @@ class Logged:
         """Keep each; a MetricCollection is such a mapping, too."""
         for name, value in values.items():
             self.log(name, value, **options)
+
+
+@contextlib.contextmanager
+def logging_to(module: nn.Module, logged: Logged | None) -> Iterator[None]:
+    """Have the module log there, or nowhere, while this lasts."""
+    log = _drop if logged is None else logged.log
+    log_dict = _drop if logged is None else logged.log_dict
+    # In the instance, past nn.Module's own way of setting attributes.
+    vars(module).update(log=log, log_dict=log_dict)
+    try:
+        yield
+    finally:
+        del vars(module)["log"], vars(module)["log_dict"]
+
+
+def _drop(*args: Any, **options: Any) -> None:
+    """What is logged in training is not looked at."""
 
 
 def _is_number(value: Any) -> bool:

@@ -97,7 +97,8 @@ class NoTrainer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        known = sorted(key for key in {*vars(type(self)), *vars(self)} if not key.startswith("_"))
+        names = {*vars(type(self)), *vars(self)} - {"place", "stage"}
+        known = sorted(key for key in names if not key.startswith("_"))
         raise TaskError(
             f"the module asks for self.trainer.{name}, and there is no Trainer",
             expected=f"one of {', '.join(known)}",
