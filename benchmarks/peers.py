@@ -234,6 +234,7 @@ def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[st
         began = time.perf_counter()
         result = package.run(
             tasks.Benchmark(name) if name in models.CASES else name,
+            args=recipes.ARGS.get(name),
             steps=steps,
             batch_size=batch,
             evaluate=False,

@@ -288,4 +288,5 @@ def test_the_network_against_itself() -> None:
     assert state.is_terminal()
     assert outcome(state, 0) == worth
     assert sum(row.count("●") + row.count("○") for row in board) == len(columns)
-    assert ending == {1.0: "x, who began, has won.", 0.0: "A draw.", -1.0: "o has won."}[worth]
+    wanted = {1.0: "●, who began, has won.", 0.0: "A draw.", -1.0: "○ has won."}
+    assert ending == wanted[worth]

@@ -148,5 +148,7 @@ def against_itself(network: Evaluate, console: Console, *, simulations: int) -> 
     show(state, console)
     console.print(f"moves: {' '.join(moves)}", highlight=False, soft_wrap=True)
     worth = outcome(state, 0)
-    console.print({1.0: "x, who began, has won.", 0.0: "A draw.", -1.0: "o has won."}[worth])
+    stones = stones_of(console)
+    first, other = f"{stones['x']}, who began, has won.", f"{stones['o']} has won."
+    console.print({1.0: first, 0.0: "A draw.", -1.0: other}[worth])
     return worth
