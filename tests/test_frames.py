@@ -240,7 +240,7 @@ def test_differences_are_named() -> None:
 
 
 def test_the_facts_of_this_host() -> None:
-    facts = gather(probe="p", code="c", data="d")
+    facts = gather(probe="p", code="c", data="d", fitted="f")
     assert facts["torch"] == torch.__version__
     assert {"numpy", "lockstep-dlp", "probe", "code", "data"} < set(facts)
     hello = Hello(job="j", node="a", facts=facts)

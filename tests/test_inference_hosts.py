@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.errors import JobError
+from lockstep.errors import JobError, RefusedError
 from lockstep.memory import Segment
 from lockstep.records import samples_of
 from lockstep.rowfile import write_parquet
@@ -93,6 +93,17 @@ def test_hosts_die_while_they_predict(site: Site, tmp_path: Path, victims: tuple
     assert sorted(note.split()[1] for note in found.notes) == list(victims)
     assert (tmp_path / "on.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     ended_well(on, *victims)
+
+
+def test_a_host_with_another_vocabulary_is_refused(site: Site, tmp_path: Path) -> None:
+    trained = Trained(site, tmp_path)
+    (trained.marks / "fitted-b").write_text("other words")
+    on = site.agents({"b": 1})
+    with pytest.raises(RefusedError, match="host b may not take part") as refused:
+        trained.predict("on.jsonl", on)
+    assert "fitted is" in refused.value.found
+    assert not (tmp_path / "on.jsonl").exists()
+    on.wait()
 
 
 def test_a_host_joins_while_others_predict(site: Site, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def _fetched_data(link: Link, offer: Offer, silence: float) -> Iterator[Segment 
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
     """What has to be the same on all hosts, from what the nursery knows of its task."""
-    return gather(probe=loaded["probe"], code=loaded["code"], data=loaded["data"])
+    return gather(**{name: loaded[name] for name in ("probe", "code", "data", "fitted")})
 
 
 class Agent:

@@ -55,10 +55,10 @@ class Difference:
         return f"{self.name} is {self.theirs or 'not stated'} there, {self.ours or 'not'} here"
 
 
-def gather(*, probe: str, code: str, data: str) -> dict[str, str]:
+def gather(*, probe: str, code: str, data: str, fitted: str) -> dict[str, str]:
     """The facts of this host, with digests that the caller has taken."""
     versions = {name: metadata.version(name) for name in PACKAGES}
-    return {**versions, "probe": probe, "code": code, "data": data}
+    return {**versions, "probe": probe, "code": code, "data": data, "fitted": fitted}
 
 
 def parse_hello(message: Mapping[str, Any]) -> Hello:
