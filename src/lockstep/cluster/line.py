@@ -26,6 +26,8 @@ from lockstep.net.wire import closed
 JOB = "cluster"
 """The job of the connections between `up` and its hosts."""
 CONNECT_SECONDS = 10.0
+CLOSE_SECONDS = 20.0
+"""The longest that a connection may take to end: longer than a connect, and than Ray's driver."""
 LOOK_SECONDS = 0.5
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 
@@ -101,7 +103,7 @@ class Line:
             connection = self._connection
         if connection is not None:
             connection.interrupt()
-        self._thread.join(CONNECT_SECONDS + 1.0)
+        self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         failures = 0

@@ -170,13 +170,14 @@ class DriverConnection(LinesConnection):
             raise
 
     def close(self) -> None:
-        """Hang up, and wait until the driver has ended the agents, and itself."""
+        """Hang up, and wait until the driver has ended the agents, and itself. One that is not
+        connected yet has none, and may be in Ray's own attempts for long: it is killed."""
         super().close()
         self._theirs.close()
         if self._process is None:
             return
         try:
-            self._process.wait(CLOSE_SECONDS)
+            self._process.wait(CLOSE_SECONDS if self.address else 0.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
