@@ -58,7 +58,6 @@ class Roster:
         self._samples = {self.master: samples}
         self.ready: dict[str, int] = {}
         """By host that has been set up, how many workers it runs."""
-        self._samples = {self.master: samples}
         self.reports: deque[tuple[str, str]] = deque()
         """Connections that were closed or refused: who, and why."""
         self._plan: Plan | None = None
@@ -156,7 +155,6 @@ class Roster:
         self.capacities.pop(name, None)
         self._samples.pop(name, None)
         self.ready.pop(name, None)
-        self._samples.pop(name, None)
 
     def reported(self) -> list[tuple[str, str]]:
         """The connections that were closed or refused since the last call: who, and why."""
