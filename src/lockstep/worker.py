@@ -53,7 +53,7 @@ class Session:
     shared: SharedState
     schedule: Schedule
     """As it is before the first step."""
-    plan: Message
+    plan: Plan
 
     @staticmethod
     def build(
@@ -61,25 +61,25 @@ class Session:
         model: nn.Module,
         train: Dataset[Any],
         held_out: Dataset[Any] | None,
-        plan: Message,
+        message: Message,
         *,
         networked: bool,
     ) -> Session:
-        """Move the model to shared memory. Called once, in the nursery."""
+        """Move the model to shared memory. Called once, in the nursery, with the plan's message."""
         model.train()
-        planned = Plan.from_message(plan)
-        task.told(planned.place)
+        plan = Plan.from_message(message)
+        task.told(plan.place)
         shared = build(
             task,
             model,
-            shards=plan["shards"],
-            seats=plan["seats"],
-            clip=planned.sum_limit is not None,
+            shards=plan.shards,
+            seats=plan.seats,
+            clip=plan.sum_limit is not None,
             networked=networked,
-            compression=plan["compression"],
-            groups=plan["groups"],
+            compression=plan.compression,
+            groups=plan.groups,
         )
-        schedule = Schedule(task, shared.optimizer, planned.sampling)
+        schedule = Schedule(task, shared.optimizer, plan.sampling)
         return Session(
             task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
         )
@@ -92,18 +92,18 @@ class Worker:
         plan = session.plan
         self.session, self.seat, self.channel = session, seat, channel
         self.shared, self.control = session.shared, session.shared.control
-        self.sampling = Plan.from_message(plan).sampling
-        self.fetch = make_fetch(session.task, session.train, plan["seed"])
-        spare = numerics.cores() - plan["workers"] * plan["threads"]
+        self.sampling = plan.sampling
+        self.fetch = make_fetch(session.task, session.train, plan.seed)
+        spare = numerics.cores() - plan.workers * plan.threads
         self.loader = Loader(
             self.fetch,
             self.sampling,
-            loaders=plan["loaders"],
+            loaders=plan.loaders,
             spare_cores=spare,
-            last=plan["steps"],
-            part=plan["part"],
+            last=plan.steps,
+            part=plan.part,
         )
-        self.faults = FaultScript(plan["faults"], seat, self.control)
+        self.faults = FaultScript(plan.faults, seat, self.control)
         self.stepper = Stepper(
             session.task,
             self.shared,
@@ -111,12 +111,12 @@ class Worker:
             self.loader,
             session.schedule,
             self.shared.layout.audit(),
-            place=Plan.from_message(plan).place,
-            seed=plan["seed"],
-            autocast=plan["precision"] == "bf16",
-            clip_grad_norm=plan["clip_grad_norm"],
+            place=plan.place,
+            seed=plan.seed,
+            autocast=plan.precision == "bf16",
+            clip_grad_norm=plan.clip_grad_norm,
             faults=self.faults,
-            audit_fraction=plan["audit"],
+            audit_fraction=plan.audit,
             report=channel.send,
         )
         self.step = 0
@@ -177,7 +177,7 @@ class Worker:
             theirs=theirs,
             owned=frozenset(message["owned"]),
         )
-        threads = self.session.plan["threads"]
+        threads = self.session.plan.threads
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
         owner = Owner(
             shared,
@@ -223,10 +223,10 @@ class Worker:
     def _infer(self, message: Message) -> None:
         session, plan = self.session, self.session.plan
         assert session.held_out is not None
-        fetch = make_fetch(session.task, session.held_out, plan["seed"])
-        samples, before = Plan.from_message(plan).own_held_out
-        size = {"samples": samples, "batch_size": plan["eval_batch_size"]}
-        with self._inference(autocast=plan["precision"] == "bf16") as inference:
+        fetch = make_fetch(session.task, session.held_out, plan.seed)
+        samples, before = plan.own_held_out
+        size = {"samples": samples, "batch_size": plan.eval_batch_size}
+        with self._inference(autocast=plan.precision == "bf16") as inference:
             batches = self._one_by_one([batch - before for batch in message["batches"]])
             if message["op"] == "evaluate":
                 for sums in evaluate_batches(inference, fetch, batches, **size):
@@ -240,9 +240,9 @@ class Worker:
 
     def _inference(self, *, autocast: bool) -> Inference:
         plan = self.session.plan
-        begun = Plan.from_message(plan).place
+        begun = plan.place
         place = begun.at_batch(self.step, 0, begun.samples)
-        return Inference(self.session.task, self.shared, place, plan["seed"], autocast=autocast)
+        return Inference(self.session.task, self.shared, place, plan.seed, autocast=autocast)
 
     def _one_by_one(self, batches: list[int]) -> Iterator[int]:
         for batch in batches:
@@ -258,9 +258,9 @@ class Worker:
         """Score the gathered outputs, and the baseline if asked, and send the numbers."""
         self.doing = "scoring"
         begun = time.perf_counter()
-        task, seed = self.session.task, self.session.plan["seed"]
+        task, seed = self.session.task, self.session.plan.seed
         with self._inference(autocast=False) as inference:
-            inference.afresh("score", 0, self.session.plan["eval_samples"])
+            inference.afresh("score", 0, self.session.plan.eval_samples)
             numbers = score(task, message["outputs"], seed) if message["outputs"] else {}
         beside = baseline(task, seed) if message["baseline"] else {}
         self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
@@ -273,7 +273,7 @@ def work(session: Session, seat: int, channel: Channel) -> int:
     """Be the worker of a seat until the master says stop; returns the exit code."""
     worker: Worker | None = None
     try:
-        numerics.configure(session.plan["threads"])
+        numerics.configure(session.plan.threads)
         worker = Worker(session, seat, channel)
         worker.serve()
         return 0
