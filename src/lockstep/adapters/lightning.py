@@ -13,7 +13,7 @@ from lockstep.adapters.hooks import check_data, check_module, check_skipped
 from lockstep.adapters.loaders import alike, one_loader
 from lockstep.adapters.logs import Logged, logging_to
 from lockstep.adapters.optimizers import Configured, Following, bind
-from lockstep.adapters.parts import check_callable, need
+from lockstep.adapters.parts import answer_by, need
 from lockstep.adapters.predictions import rows_of
 from lockstep.adapters.trainer import NoTrainer, Stage
 from lockstep.errors import JobError, TaskError
@@ -67,7 +67,6 @@ def from_lightning(
                 fix="loaders alone become one by LightningDataModule.from_datasets(train_set, "
                 "val_set); for a plain nn.Module there is lockstep.from_module",
             )
-    check_callable("from_record", from_record, "a function of a record", optional=True)
     kind = next(kind for kind in modules if isinstance(module, kind))
     check_skipped(skip, kind)
     check_module(module, kind, skip, test=test)
@@ -75,8 +74,7 @@ def from_lightning(
         if isinstance(datamodule, kind_of_data):
             check_data(datamodule, kind_of_data, skip)
     task = LightningTask(module, datamodule, _package(kind), skip, test=test)
-    if from_record is not None:
-        task.from_record = from_record  # type: ignore[method-assign, assignment]
+    answer_by(task, from_record, None)
     return task
 
 
