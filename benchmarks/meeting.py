@@ -6,8 +6,8 @@ import ctypes
 import time
 from typing import Any
 
-from lockstep import futex
 from lockstep.barrier import NAP, SPINS
+from lockstep.system import futex
 
 WORDS = 48
 """Of 4 bytes; each process's lies in a cache line of its own, and so does the number of steps."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.meeting import WORDS, Meeting
 from benchmarks.report import CONTENDERS
-from lockstep.memory import set_allocator
+from lockstep.system.shared_memory import set_allocator
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import settings
 
 import lockstep
-from lockstep import processes as processes_module
+from lockstep.system import processes as processes_module
 from tests import fuzzing
 
 settings.register_profile("lockstep", deadline=None, derandomize=True, database=None)

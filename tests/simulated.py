@@ -19,9 +19,9 @@ from lockstep import membership
 from lockstep.control import RING, Control, ControlShape, Phase, progress_of
 from lockstep.layout import Block, own_blocks
 from lockstep.membership import Members, Status
-from lockstep.memory import Segment
 from lockstep.recovery import resume
 from lockstep.sampling import home_shards
+from lockstep.system.shared_memory import Segment
 
 AHEAD = 3
 """Steps that the lease runs ahead."""

@@ -24,10 +24,10 @@ from lockstep.errors import LockstepError
 from lockstep.faults import Fault
 from lockstep.job import Job
 from lockstep.jobfile import read_job_file
-from lockstep.memory import available_bytes
 from lockstep.runfolder import RunFolder
-from lockstep.seeds import derive
 from lockstep.source import source_of
+from lockstep.system.seeding import derive
+from lockstep.system.shared_memory import available_bytes
 from tests import command
 from tests.command import TASKS
 from tests.tasks import BATCH, SAMPLES, Blobs, Poisoned
@@ -183,8 +183,8 @@ def test_memory_is_counted_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) 
     def create(name: str, nbytes: int) -> None:
         raise AssertionError(f"{nbytes} bytes were asked for")
 
-    monkeypatch.setattr("lockstep.memory.Segment.create", create)
-    monkeypatch.setattr("lockstep.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("lockstep.system.shared_memory.Segment.create", create)
+    monkeypatch.setattr("lockstep.system.shared_memory.available_bytes", lambda: 1000)
     task = Blobs()
     with pytest.raises(errors.ResourceError, match="the run's shared memory"):
         building.build(task, task.model(), shards=2, seats=2, clip=False)

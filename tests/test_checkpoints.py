@@ -28,8 +28,8 @@ from lockstep.layout import (
     Entry,
     Layout,
 )
-from lockstep.memory import Segment
 from lockstep.placing import dense_stride
+from lockstep.system.shared_memory import Segment
 
 SHAPES: dict[str, tuple[torch.Tensor, str]] = {
     "weight": (torch.randn(4, 3, 5, 5), "param"),

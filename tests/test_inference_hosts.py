@@ -13,9 +13,9 @@ import pytest
 
 import lockstep
 from lockstep.errors import JobError, RefusedError
-from lockstep.memory import Segment
 from lockstep.records import samples_of
 from lockstep.rowfile import write_parquet
+from lockstep.system.shared_memory import Segment
 from tests import test_local_data as local
 from tests.many import Agents, Answers
 from tests.sites import Site, ended_well, site, yard

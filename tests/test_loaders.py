@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 import lockstep
-from lockstep.channel import Channel, Message
 from lockstep.errors import TaskError
 from lockstep.handover import NAME
 from lockstep.loading import follow_worker
-from lockstep.processes import own_file_positions
+from lockstep.system.processes import own_file_positions
+from lockstep.system.unix_channel import Channel, Message
 from lockstep.worker import work
 from tests.zoo.samples import Noisy
 from tests.zoo.vectors import SAMPLES, Vectors

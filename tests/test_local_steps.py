@@ -14,7 +14,7 @@ import lockstep
 from lockstep.errors import OptimizerError
 from lockstep.faults import Fault
 from lockstep.local_steps import divide
-from lockstep.seeds import derive, seed_everything
+from lockstep.system.seeding import derive, seed_everything
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
 from tests.zoo.buffers import Images

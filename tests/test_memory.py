@@ -8,14 +8,14 @@ import os
 import numpy as np
 import pytest
 
-from lockstep import memory
 from lockstep.base import Base, BasePart, steps_between
 from lockstep.control import Control, ControlShape
 from lockstep.errors import ResourceError
 from lockstep.layout import (
     Range,
 )
-from lockstep.memory import Segment
+from lockstep.system import shared_memory as memory
+from lockstep.system.shared_memory import Segment
 
 # Memory.
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.channel import INLINE, Channel, Closed
 from lockstep.errors import KINDS, LockstepError
 from lockstep.errors import from_message as error_from
 from lockstep.errors import to_message as message_of
+from lockstep.system.unix_channel import INLINE, Channel, Closed
 
 # Messages between processes.
 

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 
 import lockstep
 from benchmarks.harm import live_workers, loaders_of
-from lockstep.channel import Channel
 from lockstep.errors import PoisonError, StoppedError, WorkerLostError
 from lockstep.failures import LOST_LOADERS
 from lockstep.faults import Fault
@@ -27,6 +26,7 @@ from lockstep.host import Seat
 from lockstep.job import Parameters
 from lockstep.layout import cut_blocks, own_blocks
 from lockstep.recovery import POISON_DEATHS
+from lockstep.system.unix_channel import Channel
 from tests.faulty import Yard, events, until, yard
 from tests.zoo import ZOO
 from tests.zoo.vectors import CLASSES, FEATURES, Vectors

@@ -35,7 +35,7 @@ from lockstep.recipes.cartpole import (
 )  # fmt: skip
 from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, Net, evaluator, game
 from lockstep.result import Result
-from lockstep.seeds import seed_everything
+from lockstep.system.seeding import seed_everything
 from tests import command
 from tests.faulty import assert_same, assert_struck
 

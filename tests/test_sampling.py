@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep import seeds
 from lockstep.data import Order, Rows
 from lockstep.loading import FetchTimes, wants_loaders
 from lockstep.sampling import Sampling, home_shards
+from lockstep.system import seeding as seeds
 from tests import reference
 
 # Sampling.

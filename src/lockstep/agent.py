@@ -32,7 +32,6 @@ from lockstep.errors import (
 from lockstep.evaluation import Inferred
 from lockstep.host import Host
 from lockstep.link import Link
-from lockstep.memory import Segment
 from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
 from lockstep.net.tcp import TcpTransport
@@ -44,6 +43,7 @@ from lockstep.planning import Plan
 from lockstep.sink import NullSink
 from lockstep.source import Source
 from lockstep.station import Station
+from lockstep.system.shared_memory import Segment
 
 CONNECT_SECONDS = 30.0
 PLAN_SECONDS = 1800.0

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep import numerics
 from lockstep.checkpoint import list_checkpoints
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
@@ -29,6 +28,7 @@ from lockstep.resuming import Restart, find_restart
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
 from lockstep.source import Source, source_of
+from lockstep.system import numerics
 
 Taskish = Task | str | Job
 

@@ -23,9 +23,9 @@ from blake3 import blake3
 from lockstep.control import RING
 from lockstep.errors import IntegrityError
 from lockstep.layout import Block
-from lockstep.seeds import derive
 from lockstep.slots import Slot
 from lockstep.state import SharedState
+from lockstep.system.seeding import derive
 
 Compute = Callable[[int, int, Slot, Any], float]
 """`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep import futex
 from lockstep.control import Control
-from lockstep.numerics import cores
+from lockstep.system import futex
+from lockstep.system.numerics import cores
 
 NAP = 0.02
 """Seconds: the longest single sleep before the epoch and the parent are looked at again."""

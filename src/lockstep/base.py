@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from lockstep.control import Control
 from lockstep.layout import Range, merge_ranges
-from lockstep.memory import Segment
+from lockstep.system.shared_memory import Segment
 
 COPY_BYTES_PER_SECOND = 4e9
 """About what a worker copies in a second, beside others."""

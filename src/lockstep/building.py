@@ -17,12 +17,12 @@ from lockstep.exchange import most_subtrees
 from lockstep.job import Parameters, Task
 from lockstep.layout import Block, cut_blocks
 from lockstep.local_steps import LocalSteps
-from lockstep.memory import Segment, check_available
 from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of
 from lockstep.placing import Contents, Places, place
 from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
 from lockstep.slots import make_slot
 from lockstep.state import PRESENT, SharedState, block_shape, store_value
+from lockstep.system.shared_memory import Segment, check_available
 
 
 def build(

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lockstep import futex
 from lockstep.faults import MAX_FAULTS
 from lockstep.layout import PER_STEP
-from lockstep.memory import Segment
+from lockstep.system import futex
+from lockstep.system.shared_memory import Segment
 
 LINE = 64
 """Bytes: one cache line; words with different writers never share one."""

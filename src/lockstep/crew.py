@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lockstep import membership
 from lockstep.base import steps_between
-from lockstep.channel import Closed, Message
 from lockstep.clock import Clock
 from lockstep.control import RING, Phase, Stage, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
@@ -31,6 +30,7 @@ from lockstep.recovery import Resumption, resume, step_in_flight
 from lockstep.roles import Roles
 from lockstep.sink import Sink
 from lockstep.station import Station
+from lockstep.system.unix_channel import Closed, Message
 
 TICK = 0.05
 """Seconds between two looks at the ring."""

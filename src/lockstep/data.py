@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lockstep.job import Task
 from lockstep.sampling import Indices, Sampling
-from lockstep.seeds import derive, seed_everything
+from lockstep.system.seeding import derive, seed_everything
 
 Fetch = Callable[[int, Sequence[int] | Indices], Any]
 """`(data_epoch, indices) -> batch`."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep import futex, numerics
 from lockstep.errors import LockstepError
 from lockstep.job import Parameters, Task
-from lockstep.memory import Segment, available_bytes
+from lockstep.system import futex, numerics
+from lockstep.system.shared_memory import Segment, available_bytes
 
 if TYPE_CHECKING:
     import torch

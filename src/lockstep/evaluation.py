@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep import membership
-from lockstep.channel import Message
 from lockstep.errors import TaskError
 from lockstep.outcomes import Outputs, combine, gather
+from lockstep.system.unix_channel import Message
 
 if TYPE_CHECKING:
     from lockstep.crew import Crew

@@ -15,12 +15,12 @@ from functools import partial
 
 from blake3 import blake3
 
-from lockstep import futex
 from lockstep.control import DIGEST_BYTES, Phase, Stage, exchange_of, progress_of
 from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport
 from lockstep.parcels import Gradient, Item, Parcels
+from lockstep.system import futex
 
 LOOK_SECONDS = 0.1
 """Between two looks at whether the exchange is called off."""

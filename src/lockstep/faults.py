@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError
-from lockstep.processes import parent_of
+from lockstep.system.processes import parent_of
 
 if TYPE_CHECKING:
     from lockstep.control import Control

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from lockstep.layout import Entry, Layout
-from lockstep.memory import Segment
+from lockstep.system.shared_memory import Segment
 
 Buffer = bytes | bytearray | memoryview
 

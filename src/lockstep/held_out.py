@@ -20,8 +20,8 @@ from lockstep.errors import TaskError
 from lockstep.job import Task
 from lockstep.outcomes import BatchSums, Outputs, batch_range
 from lockstep.place import Place
-from lockstep.seeds import derive, seed_everything
 from lockstep.state import SharedState
+from lockstep.system.seeding import derive, seed_everything
 
 
 class Inference:

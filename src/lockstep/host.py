@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.base import Base
-from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Control, ControlShape
 from lockstep.exchange import SlotMap
 from lockstep.layout import Layout
-from lockstep.memory import Segment
 from lockstep.nurseries import (
     FORK_SECONDS,
     LOAD_SECONDS,
@@ -30,6 +28,8 @@ from lockstep.nurseries import (
 )
 from lockstep.planning import Plan
 from lockstep.source import Source, working_folder
+from lockstep.system.shared_memory import Segment
+from lockstep.system.unix_channel import Channel, Closed, Message
 
 STACK_SECONDS = 0.5
 

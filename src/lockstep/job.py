@@ -25,7 +25,7 @@ class Task:
 
     One instance is made per run and forked into every worker. Methods that draw random numbers
     may use torch's, Python's and NumPy's global generators: they are seeded before each call
-    (`lockstep.seeds` says from what), so the draws do not depend on the number of workers.
+    (`lockstep.system.seeding` says from what), so the draws do not depend on the number of workers.
     """
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"

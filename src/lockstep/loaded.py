@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from lockstep import numerics
 from lockstep.data import make_fetch
 from lockstep.datadigest import digest_of, text_digest
 from lockstep.datasource import build_sets, length_of
@@ -19,8 +18,9 @@ from lockstep.local_steps import LocalSteps
 from lockstep.modules import check_model
 from lockstep.records import samples_of
 from lockstep.samplefile import Sets, read_sets
-from lockstep.seeds import seed_everything
 from lockstep.source import Source, code_digest, resolve
+from lockstep.system import numerics
+from lockstep.system.seeding import seed_everything
 
 
 @dataclass(frozen=True, kw_only=True)

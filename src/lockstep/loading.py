@@ -20,8 +20,8 @@ from lockstep.data import Fetch, Order, Rows
 from lockstep.errors import TaskError
 from lockstep.handover import Handover
 from lockstep.nameless import Nameless
-from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.sampling import Sampling
+from lockstep.system.processes import die_with_parent, own_file_positions
 
 
 @dataclass

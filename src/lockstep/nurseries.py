@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lockstep import numerics
-from lockstep.channel import Channel, Closed, Message
 from lockstep.errors import WorkerLostError, from_message
-from lockstep.memory import set_allocator
+from lockstep.system import numerics
+from lockstep.system.shared_memory import set_allocator
+from lockstep.system.unix_channel import Channel, Closed, Message
 
 LOAD_SECONDS = 600.0
 """The longest that importing torch, or building the task and its data, may take."""

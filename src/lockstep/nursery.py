@@ -29,10 +29,10 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from lockstep import numerics
-from lockstep.channel import Channel, Closed, Message
-from lockstep.processes import die_with_parent, own_file_positions
 from lockstep.source import Source
+from lockstep.system import numerics
+from lockstep.system.processes import die_with_parent, own_file_positions
+from lockstep.system.unix_channel import Channel, Closed, Message
 from lockstep.tracebacks import describe_error
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lockstep import numerics
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -32,6 +31,7 @@ from lockstep.net.transport import Heard
 from lockstep.offer import Launcher, Offer
 from lockstep.ownership import Ownership
 from lockstep.planning import Plan, share
+from lockstep.system import numerics
 
 MOST_SAMPLES = 1 << 48
 GATHER_SECONDS = 600.0

@@ -22,8 +22,8 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from lockstep.errors import DataError
-from lockstep.memory import Segment, check_available
 from lockstep.sampletree import Tree, pack_sample, pack_tensor, unpack_sample, unpack_tensor
+from lockstep.system.shared_memory import Segment, check_available
 
 ALIGN = 64
 """Bytes: where torch's own tensors begin."""

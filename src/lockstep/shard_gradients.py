@@ -22,9 +22,9 @@ from lockstep.modules import held_tensors
 from lockstep.place import Place
 from lockstep.rounds import Rounds
 from lockstep.sampling import Sampling
-from lockstep.seeds import derive, seed_everything
 from lockstep.slots import Slot
 from lockstep.state import SharedState
+from lockstep.system.seeding import derive, seed_everything
 
 
 class ShardGradients:

@@ -19,9 +19,9 @@ from lockstep.control import Control
 from lockstep.embeddings import Table
 from lockstep.exchange import SlotMap
 from lockstep.layout import Block, Entry, Layout, Range
-from lockstep.memory import Segment
 from lockstep.optim import NUMBER_TYPES, StateKey
 from lockstep.slots import Slot, as_tensor, map_slot
+from lockstep.system.shared_memory import Segment
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""

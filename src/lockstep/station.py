@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lockstep import numerics
 from lockstep.control import RING
 from lockstep.errors import IntegrityError, NetworkError
 from lockstep.exchange import cut
@@ -26,6 +25,7 @@ from lockstep.net.tcp import TcpTransport
 from lockstep.net.transport import Key, Pending, Report, await_slip
 from lockstep.parcels import Parcels
 from lockstep.roles import Roles
+from lockstep.system import numerics
 
 CONNECT_SECONDS = 5.0
 STATE_SECONDS = 600.0

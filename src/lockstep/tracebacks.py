@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 
-from lockstep.channel import Message
 from lockstep.errors import LockstepError, TaskError, to_message
+from lockstep.system.unix_channel import Message
 
 
 def user_traceback(error: BaseException) -> str:

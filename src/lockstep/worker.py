@@ -14,10 +14,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from lockstep import numerics
 from lockstep.barrier import Barrier, Regroup
 from lockstep.building import build
-from lockstep.channel import Channel, Closed, Message
 from lockstep.control import Stat, describe_progress
 from lockstep.data import make_fetch
 from lockstep.faults import FaultScript
@@ -40,6 +38,8 @@ from lockstep.schedule import Schedule
 from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
 from lockstep.sums import dense_leaves, leaves_of
+from lockstep.system import numerics
+from lockstep.system.unix_channel import Channel, Closed, Message
 from lockstep.tracebacks import describe_error
 
 

@@ -19,7 +19,7 @@ from lockstep.cluster.agents import MOVED
 from lockstep.errors import LockstepError, to_message
 from lockstep.net.identity import Identity
 from lockstep.offer import Offer
-from lockstep.processes import die_with_parent
+from lockstep.system.processes import die_with_parent
 
 
 def main() -> int:

@@ -113,10 +113,10 @@ def join(
     ] = None,
 ) -> None:
     """Make this machine a host of a cluster: with a token at first, then without. Stays."""
-    from lockstep import numerics
     from lockstep.cluster.admission import Allowed
     from lockstep.cluster.member import run_member
     from lockstep.cluster.state import host_name
+    from lockstep.system import numerics
 
     run_member(
         _state(state),

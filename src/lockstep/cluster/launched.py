@@ -256,9 +256,9 @@ def _lead(
 def _follow(
     place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
-    from lockstep import numerics
     from lockstep.agent import serve
     from lockstep.source import source_of
+    from lockstep.system import numerics
 
     expected, host = source_of(job).name, own_address(place)
     identity, offer = enter(place, shared, folder, wait)

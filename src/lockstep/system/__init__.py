@@ -1,0 +1,1 @@
+"""What the operating system and torch give a process: memory, futexes, sockets, numerics."""
