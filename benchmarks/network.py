@@ -21,14 +21,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lockstep.net.authority import Authority
+from lockstep.net.certificate_authority import Authority
+from lockstep.net.connections import Incoming, Item, Lane, Outgoing
 from lockstep.net.frames import Kind, head
 from lockstep.net.identity import Identity
-from lockstep.net.lanes import Incoming, Item, Lane, Outgoing
-from lockstep.net.mailbox import Mailbox, sending
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.pending import Mailbox, sending
+from lockstep.net.sockets import end, listen
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending
-from lockstep.net.wire import end, listen
 
 NAMES = ("a", "b")
 LIMIT = 60.0
@@ -80,7 +80,7 @@ def open_tcp(node: str, peer: str, pipe: Connection, folder: Path) -> TcpTranspo
 def open_gloo(node: str, pipe: Connection) -> Any:
     from torch._C._distributed_c10d import TCPStore
 
-    from lockstep.net.gloo import GlooTransport
+    from lockstep.net.gloo_transport import GlooTransport
 
     first, limit = node == NAMES[0], timedelta(seconds=LIMIT)
     port = 0 if first else pipe.recv()

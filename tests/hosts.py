@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from lockstep.net.authority import Authority, make_request, store
+from lockstep.net.certificate_authority import Authority, make_request, store
 from lockstep.net.identity import Identity
-from lockstep.net.memory import Network
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.simulated_transport import Network
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report, Transport, ignore
 
 LIMIT = 20.0
@@ -98,7 +98,7 @@ def opener(kind: Kind, cluster: Cluster) -> Iterator[Open]:
     def gloo(*names: str, facts: dict[str, dict[str, str]] | None = None) -> list[Transport]:
         from torch._C._distributed_c10d import TCPStore
 
-        from lockstep.net.gloo import GlooTransport
+        from lockstep.net.gloo_transport import GlooTransport
 
         limit = timedelta(seconds=LIMIT)
         server = TCPStore(  # libuv would keep descriptors open to the end

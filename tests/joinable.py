@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.net.enrolment import JoinServer, Limiter
 from lockstep.net.frames import Kind, message_frame
 from lockstep.net.identity import newcomer_context
-from lockstep.net.joining import JoinServer, Limiter
-from lockstep.net.stream import TlsStream
-from lockstep.net.wire import Deadline, handshake, receive_message, wrap
+from lockstep.net.sockets import Deadline, handshake, receive_message, wrap
+from lockstep.net.tls_stream import TlsStream
 from tests.hosts import LIMIT, Cluster
 
 

@@ -27,7 +27,7 @@ from lockstep.errors import (
     RefusedError,
 )
 from lockstep.job import Job
-from lockstep.net.shared import SharedSecret, make_secret
+from lockstep.net.shared_secret import SharedSecret, make_secret
 from lockstep.offer import Offer
 from tests.command import TASKS, lockstep
 from tests.daemons import LIMIT, Daemon

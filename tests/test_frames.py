@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import IdentityError, ProtocolError, RefusedError
+from lockstep.net.enrolment import Limiter
 from lockstep.net.frames import (
     HEADER,
     LIMITS,
@@ -29,8 +30,7 @@ from lockstep.net.frames import (
     parse_message,
 )
 from lockstep.net.handshake import Hello, check_hello, differences, gather, parse_hello
-from lockstep.net.joining import Limiter
-from lockstep.net.tokens import PREFIX, Token, TokenBook, parse_token
+from lockstep.net.join_tokens import PREFIX, Token, TokenBook, parse_token
 from tests.fuzzing import ended, fuzz
 
 JSON = st.recursive(

@@ -16,11 +16,11 @@ from lockstep.errors import (
     IdentityError,
     RefusedError,
 )
-from lockstep.net.authority import Authority, make_request, store
+from lockstep.net.certificate_authority import Authority, make_request, store
+from lockstep.net.enrolment import join
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity, check_name, fingerprint
-from lockstep.net.joining import join
-from lockstep.net.shared import make_secret, read_secret
+from lockstep.net.shared_secret import make_secret, read_secret
 from tests.hosts import LIMIT, Cluster
 from tests.joinable import Joinable, joinable, mode
 

@@ -24,11 +24,11 @@ from lockstep.errors import (
     RefusedError,
     ResourceError,
 )
+from lockstep.net.enrolment import JoinServer, Limiter, join
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
 from lockstep.net.identity import Identity
-from lockstep.net.joining import JoinServer, Limiter, join
-from lockstep.net.shared import RankInvitation, SharedSecret
-from lockstep.net.tokens import Token
+from lockstep.net.join_tokens import Token
+from lockstep.net.shared_secret import RankInvitation, SharedSecret
 from tests.fuzzing import ended, fuzz
 from tests.hosts import LIMIT, Cluster, connect
 from tests.joinable import Joinable, joinable
@@ -44,7 +44,7 @@ def test_a_newcomer_becomes_a_host(joinable: Joinable, tmp_path: Path) -> None:
     assert Identity.load(tmp_path / "b") == identity
     # The key has not left it, and works between hosts.
     a = joinable.cluster.transport("a")
-    from lockstep.net.tcp import TcpTransport
+    from lockstep.net.tcp_transport import TcpTransport
     from tests.hosts import FACTS
 
     b = TcpTransport(identity, job="job", facts=FACTS)
@@ -347,7 +347,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     token = Token(
         host="127.0.0.1", port=1, node="a", fingerprint=bytes(32), secret=bytes(32), expiry=0
     )
-    monkeypatch.delitem(sys.modules, "lockstep.net.authority")
+    monkeypatch.delitem(sys.modules, "lockstep.net.certificate_authority")
     monkeypatch.delattr(sys.modules["lockstep.net"], "authority", raising=False)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(ResourceError, match="need the package cryptography") as caught:

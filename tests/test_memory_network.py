@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lockstep.errors import NetworkError, PeerClosedError, PeerTimeoutError
-from lockstep.net import memory
+from lockstep.net import simulated_transport as memory
 from lockstep.net.frames import HEADER, Kind
-from lockstep.net.memory import Fault, MemoryTransport, Network
+from lockstep.net.simulated_transport import Fault, MemoryTransport, Network
 from lockstep.net.transport import Key, Pending
 
 LONG = 1000.0

@@ -23,7 +23,7 @@ from lockstep.errors import (
     WorkerLostError,
     from_message,
 )
-from lockstep.net.authority import Authority, name_in
+from lockstep.net.certificate_authority import Authority, name_in
 from lockstep.offer import Offer
 from tests.command import python
 from tests.daemons import Daemon

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 import lockstep as package
 from lockstep.archive import MAX_SOURCE, pack, unpack
-from lockstep.cargo import Bill, Store
 from lockstep.cluster.admission import Allowed, refusal
 from lockstep.errors import IntegrityError, JobError
+from lockstep.net.blob_transfer import Bill, Store
 from lockstep.offer import Offer
 from lockstep.source import Source, resolve
 from tests.command import TASKS, lockstep

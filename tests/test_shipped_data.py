@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import lockstep
-from lockstep.cargo import Store
 from lockstep.data import make_fetch
 from lockstep.errors import DataError, IntegrityError, LockstepError, StoppedError
+from lockstep.net.blob_transfer import Store
 from lockstep.samplefile import read_sets, write_sets
 from lockstep.sampletree import DTYPES, pack_sample, unpack_sample
 from tests.faulty import assert_same, events, yard

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.net.shared import make_secret
+from lockstep.net.shared_secret import make_secret
 from tests import slurm_nodes
 from tests.faulty import Yard, await_event, events, yard
 from tests.paced import PACE

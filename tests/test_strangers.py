@@ -15,7 +15,7 @@ import pytest
 
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
 from lockstep.net.handshake import Hello
-from lockstep.net.wire import Deadline, handshake, wrap
+from lockstep.net.sockets import Deadline, handshake, wrap
 from tests.faulty import assert_same, events, yard
 from tests.fuzzing import ended, number
 from tests.hosts import LIMIT, Cluster

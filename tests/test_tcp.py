@@ -16,11 +16,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockstep.errors import PeerClosedError, ProtocolError, RefusedError
-from lockstep.net import tcp
+from lockstep.net import tcp_transport as tcp
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, head, message_frame
 from lockstep.net.identity import Identity
+from lockstep.net.sockets import Deadline, receive_message
 from lockstep.net.transport import Key
-from lockstep.net.wire import Deadline, receive_message
 from tests.fuzzing import ended, fuzz
 from tests.hosts import FACTS, LIMIT, Cluster, connect
 from tests.two_hosts import HELLO, Job, cluster, dial, job, rest, welcomed

@@ -13,11 +13,11 @@ import threading
 import pytest
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError
-from lockstep.net import tcp
+from lockstep.net import tcp_transport as tcp
 from lockstep.net.frames import Kind, head, message_frame
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.sockets import Deadline, handshake, receive_message, wrap
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key
-from lockstep.net.wire import Deadline, handshake, receive_message, wrap
 from tests.hosts import FACTS, LIMIT, Cluster, connect
 from tests.two_hosts import HELLO, Job, Log, cluster, dial, job, rest, welcomed
 
@@ -119,8 +119,8 @@ import sys
 from pathlib import Path
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
-from lockstep.net.stream import TlsStream
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.tls_stream import TlsStream
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key
 folder, host, port, torch = sys.argv[1:]
 child = TcpTransport(Identity.load(Path(folder)), job="job", facts=eval(torch))

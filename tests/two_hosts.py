@@ -15,9 +15,9 @@ import pytest
 from lockstep.net.frames import Kind, message_frame
 from lockstep.net.handshake import Hello
 from lockstep.net.identity import Identity
-from lockstep.net.stream import TlsStream
+from lockstep.net.sockets import Deadline, handshake, receive_message, wrap
+from lockstep.net.tls_stream import TlsStream
 from lockstep.net.transport import Key
-from lockstep.net.wire import Deadline, handshake, receive_message, wrap
 from tests.hosts import FACTS, LIMIT, Cluster, connect
 
 HELLO = Hello(job="job", node="m", facts=FACTS).to_message()

@@ -17,7 +17,6 @@ from typing import Any
 
 from lockstep import membership
 from lockstep.archive import unpack
-from lockstep.cargo import fetch
 from lockstep.crew import Crew
 from lockstep.errors import (
     JobError,
@@ -31,10 +30,11 @@ from lockstep.errors import (
 )
 from lockstep.evaluation import Inferred
 from lockstep.host import Host
-from lockstep.link import Link
+from lockstep.net.blob_transfer import fetch
+from lockstep.net.control_link import Link
 from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.offer import Offer
 from lockstep.orders import Orders

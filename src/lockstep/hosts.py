@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
 from lockstep.agreement import Agreement
-from lockstep.cargo import Store
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.evaluation import Inferred
 from lockstep.fleet import Fleet, Standing
 from lockstep.holdings import Holdings, Samples, check_whole, held_out_batches
 from lockstep.host import Host
-from lockstep.link import Link
+from lockstep.net.blob_transfer import Store
+from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, ignore
 from lockstep.offer import Launcher, Offer
 from lockstep.orders import Orders

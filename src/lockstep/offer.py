@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lockstep.cargo import Bill
 from lockstep.errors import ProtocolError
+from lockstep.net.blob_transfer import Bill
 
 if TYPE_CHECKING:
     from lockstep.net.identity import Identity

@@ -10,12 +10,12 @@ from typing import Any
 
 from lockstep.agent import facts_of
 from lockstep.archive import pack
-from lockstep.cargo import Bill
 from lockstep.errors import JobError
 from lockstep.holdings import Holdings, divide
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job import Job
+from lockstep.net.blob_transfer import Bill
 from lockstep.offer import Launcher
 from lockstep.ownership import ownership_of
 from lockstep.planning import Division, Facts, Plan, decompose

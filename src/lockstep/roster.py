@@ -24,7 +24,7 @@ from lockstep.errors import (
 from lockstep.fleet import in_order
 from lockstep.holdings import Samples, check_open
 from lockstep.host import Host
-from lockstep.link import Link
+from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard

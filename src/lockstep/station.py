@@ -21,7 +21,7 @@ from lockstep.host import Host
 from lockstep.layout import Range
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending, Report, await_slip
 from lockstep.parcels import Parcels
 from lockstep.roles import Roles

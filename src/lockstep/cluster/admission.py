@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.archive import MAX_BYTES
-from lockstep.cargo import Bill
 from lockstep.errors import JobError, LockstepError
+from lockstep.net.blob_transfer import Bill
 from lockstep.offer import Offer
 
 

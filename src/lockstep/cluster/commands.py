@@ -14,7 +14,7 @@ from lockstep.errors import IdentityError, JobError
 
 if TYPE_CHECKING:
     from lockstep.cluster.up import Up
-    from lockstep.net.tokens import Token
+    from lockstep.net.join_tokens import Token
 
 MAX_TOKEN = 4096
 """Characters that are read of what should hold a token."""
@@ -147,14 +147,14 @@ def pack(
 
 def secret(path: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
     """Make a secret file for jobs that torchrun or SLURM starts on several hosts."""
-    from lockstep.net.shared import make_secret
+    from lockstep.net.shared_secret import make_secret
 
     make_secret(path)
     print(path)
 
 
 def _digest(text: str) -> str:
-    from lockstep.cargo import is_digest
+    from lockstep.net.blob_transfer import is_digest
 
     if not is_digest(text):
         raise JobError(
@@ -171,7 +171,7 @@ def read_token(source: str) -> Token:
     Raises:
         IdentityError: there is none.
     """
-    from lockstep.net.tokens import parse_token
+    from lockstep.net.join_tokens import parse_token
 
     if source.strip().startswith(PREFIX):
         raise IdentityError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from lockstep.errors import NetworkError, ProtocolError, from_message
 from lockstep.net.frames import Message
-from lockstep.net.wire import closed, end
+from lockstep.net.sockets import closed, end
 
 SOCKET = "up.sock"
 MAX_LINE = 1 << 20

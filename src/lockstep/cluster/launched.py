@@ -41,9 +41,9 @@ from lockstep.errors import (
 )
 from lockstep.job import Job
 from lockstep.jobfile import SUFFIXES, read_job_file
+from lockstep.net.enrolment import JoinServer, join
 from lockstep.net.identity import Identity
-from lockstep.net.joining import JoinServer, join
-from lockstep.net.shared import RankInvitation, SharedSecret, make_secret, read_secret
+from lockstep.net.shared_secret import RankInvitation, SharedSecret, make_secret, read_secret
 from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 
@@ -58,7 +58,7 @@ class Ranks:
         self, place: Place, shared: SharedSecret, folder: Path, *, workers: int | None, wait: float
     ) -> None:
         """`workers` is for rank 0's own host; the others may enter for `wait` seconds."""
-        from lockstep.net.authority import Authority  # needs the extra
+        from lockstep.net.certificate_authority import Authority  # needs the extra
 
         self._place, self._shared, self._wait = place, shared, wait
         self.workers, self.host = workers, own_address(place)

@@ -21,7 +21,7 @@ from lockstep.cluster.state import State, default_state, host_name
 from lockstep.errors import LockstepError, PeerTimeoutError, from_message
 from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
-from lockstep.net.tokens import Token
+from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report, ignore
 from lockstep.offer import Offer
 

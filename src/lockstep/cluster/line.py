@@ -19,9 +19,9 @@ from lockstep.errors import (
 )
 from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.sockets import closed
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report
-from lockstep.net.wire import closed
 
 JOB = "cluster"
 """The job of the connections between `up` and its hosts."""

@@ -29,10 +29,10 @@ from lockstep.cluster.state import (
     is_loopback,
 )
 from lockstep.errors import IdentityError, LockstepError, ProtocolError
+from lockstep.net.enrolment import join
 from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
-from lockstep.net.joining import join
-from lockstep.net.tokens import Token
+from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report
 from lockstep.offer import Offer
 

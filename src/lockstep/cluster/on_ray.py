@@ -51,7 +51,7 @@ def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[Cluster]:
     """
     check_ray()
     check_address(address)
-    from lockstep.net.authority import Authority  # needs the extra `net`
+    from lockstep.net.certificate_authority import Authority  # needs the extra `net`
 
     with TemporaryFolder("lockstep-ray-") as folder:
         authority = Authority.open(folder.path / "authority")

@@ -13,7 +13,7 @@ from typing import Any
 from lockstep.cluster.agents import Agents, Ended
 from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import LockstepError, to_message
-from lockstep.net import authority
+from lockstep.net import certificate_authority as authority
 from lockstep.offer import Offer
 
 

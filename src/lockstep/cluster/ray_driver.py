@@ -43,7 +43,7 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
-from lockstep.net.authority import Authority, name_in
+from lockstep.net.certificate_authority import Authority, name_in
 from lockstep.offer import Offer
 
 LOOK_SECONDS = 1.0

@@ -23,10 +23,10 @@ from lockstep.errors import (
     ProtocolError,
     to_message,
 )
+from lockstep.net.enrolment import TOKEN_SECONDS, JoinServer
 from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
-from lockstep.net.joining import TOKEN_SECONDS, JoinServer
-from lockstep.net.tcp import TcpTransport
+from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report
 
 LOOK_SECONDS = 0.5
@@ -199,7 +199,7 @@ def hosts(board: Board) -> list[dict[str, Any]]:
 
 def _identity(state: State, name: str | None) -> tuple[Identity, Callable[[bytes], bytes]]:
     """This host's identity and the CA's signature, both made on first use."""
-    from lockstep.net.authority import Authority  # needs the extra
+    from lockstep.net.certificate_authority import Authority  # needs the extra
 
     if state.has_identity and not (state.path / AUTHORITY).exists():
         raise IdentityError(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import IdentityError
-from lockstep.net.stream import TlsStream
+from lockstep.net.tls_stream import TlsStream
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 KEY, CERTIFICATE, AUTHORITY = "node.key", "node.pem", "authority.pem"
@@ -65,7 +65,7 @@ class Identity:
                     fix="join the cluster with a token",
                 )
         check_private(folder / KEY)
-        from lockstep.net import authority  # needs the extra
+        from lockstep.net import certificate_authority as authority
 
         node = authority.name_in((folder / CERTIFICATE).read_bytes())
         return Identity(node=node, folder=folder)

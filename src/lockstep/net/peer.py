@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 
 from lockstep.errors import NetworkError, PeerClosedError
+from lockstep.net.connections import Incoming, Lane, Outgoing
 from lockstep.net.frames import Frame, Header, parse_message
-from lockstep.net.lanes import Incoming, Lane, Outgoing
-from lockstep.net.mailbox import Inbox, Mailbox
+from lockstep.net.pending import Inbox, Mailbox
+from lockstep.net.sockets import closed, end, has_hung_up
 from lockstep.net.transport import Heard
-from lockstep.net.wire import closed, end, has_hung_up
 
 
 class Peer:

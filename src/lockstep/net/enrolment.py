@@ -39,9 +39,8 @@ from lockstep.net.identity import (
     one_certificate,
     peer_name,
 )
-from lockstep.net.tokens import Token, TokenBook
-from lockstep.net.transport import Report, ignore
-from lockstep.net.wire import (
+from lockstep.net.join_tokens import Token, TokenBook
+from lockstep.net.sockets import (
     Deadline,
     address_of,
     closed,
@@ -55,6 +54,7 @@ from lockstep.net.wire import (
     send_message,
     wrap,
 )
+from lockstep.net.transport import Report, ignore
 
 SERVE_SECONDS = 10.0
 """How long one newcomer is served."""
@@ -272,7 +272,7 @@ def join(
         PeerClosedError, PeerTimeoutError, ProtocolError: by the network. If the secret was sent
             before that, it is used up.
     """
-    from lockstep.net import authority  # needs the extra
+    from lockstep.net import certificate_authority as authority
 
     limit = Deadline(timeout)
     request = authority.make_request(folder, name)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError
 from lockstep.net.frames import Kind, Message, Reader, message_frame, parse_message
-from lockstep.net.stream import TlsStream
+from lockstep.net.tls_stream import TlsStream
 
 SILENCE_SECONDS = 20.0
 """After which a machine that acknowledges nothing counts as dead."""

@@ -26,9 +26,9 @@ from lockstep.net.frames import (
     parse_message,
 )
 from lockstep.net.handshake import Facts, Hello, check_hello
-from lockstep.net.mailbox import Mailbox, Slip, Wait, as_bytes, sending, timed_out
+from lockstep.net.pending import Mailbox, Slip, Wait, as_bytes, sending, timed_out
+from lockstep.net.sockets import closed
 from lockstep.net.transport import Heard, Key
-from lockstep.net.wire import closed
 
 LATENCY = 0.001
 """Scripted seconds from one host to another."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from lockstep.errors import NetworkError, PeerTimeoutError, ProtocolError
 from lockstep.net.frames import TENSORS, Frame, Kind, Place, Reader, message_frame
-from lockstep.net.mailbox import Recency, Slip
-from lockstep.net.wire import SILENCE_SECONDS, closed, end, peer_errors
+from lockstep.net.pending import Recency, Slip
+from lockstep.net.sockets import SILENCE_SECONDS, closed, end, peer_errors
 
 SMALL = 8 << 10
 """Bytes: a body up to this size is copied, to be sent at once with its header."""

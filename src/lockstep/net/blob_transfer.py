@@ -15,7 +15,7 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, NetworkError
-from lockstep.link import Link
+from lockstep.net.control_link import Link
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport, await_slip
 

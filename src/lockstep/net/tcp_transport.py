@@ -20,14 +20,13 @@ from lockstep.errors import (
     RefusedError,
     to_message,
 )
+from lockstep.net.connections import Incoming, Item, Lane, Outgoing, parse_lane
 from lockstep.net.frames import Kind, head, message_frame
 from lockstep.net.handshake import Facts, Hello, check_hello, parse_hello
 from lockstep.net.identity import Identity, peer_name
-from lockstep.net.lanes import Incoming, Item, Lane, Outgoing, parse_lane
-from lockstep.net.mailbox import Inbox, Slip, as_bytes, sending
 from lockstep.net.peer import Peer
-from lockstep.net.transport import Heard, Key, Report, ignore
-from lockstep.net.wire import (
+from lockstep.net.pending import Inbox, Slip, as_bytes, sending
+from lockstep.net.sockets import (
     SILENCE_SECONDS,
     Deadline,
     address_of,
@@ -43,6 +42,7 @@ from lockstep.net.wire import (
     send_message,
     wrap,
 )
+from lockstep.net.transport import Heard, Key, Report, ignore
 
 HANDSHAKE_SECONDS = 10.0
 """From a connection to its welcome."""

@@ -24,9 +24,9 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Wor
 from lockstep.errors import NetworkError, ProtocolError
 from lockstep.net.frames import HEADER, TENSORS, Kind, Message, message_frame, parse_message
 from lockstep.net.handshake import Facts, Hello, check_hello, parse_hello
-from lockstep.net.mailbox import as_bytes, timed_out
+from lockstep.net.pending import as_bytes, timed_out
+from lockstep.net.sockets import closed
 from lockstep.net.transport import Heard, Key
-from lockstep.net.wire import closed
 
 MAX_STEP, MAX_TAG = 1 << 13, 1 << 16
 _SLOTS = {kind: index for index, kind in enumerate(sorted(TENSORS))}
