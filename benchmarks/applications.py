@@ -21,9 +21,9 @@ from typing import Any
 
 import lockstep
 from lockstep.faults import Fault
+from lockstep.job.task_source import resolve
 from lockstep.recipes.text.rewriting import Rewriting
 from lockstep.result import Result
-from lockstep.source import resolve
 
 RECIPES: dict[str, dict[str, Any]] = {
     "mnist": {"model": "cnn"},

@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks import models, process, report, run
 from lockstep import recipes
 from lockstep.data import make_fetch
-from lockstep.job import Job, Parameters, Task
+from lockstep.job.job import Job, Parameters, Task
 
 COMPARED = (
     "mnist", "vision", "recommend", "clicks", "translate", "summarise", "game", "cartpole"

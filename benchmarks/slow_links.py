@@ -29,7 +29,7 @@ import lockstep
 from benchmarks.models import LARGE_WIDTH, WORLD
 from benchmarks.report import table
 from lockstep.datasets import load_fashion_mnist
-from lockstep.job import Parameters, Task
+from lockstep.job.job import Parameters, Task
 
 BATCH = 16 * WORLD
 """Samples to an update, as in benchmarks.hosts."""

@@ -12,7 +12,7 @@ import pytest
 
 import lockstep
 from lockstep.faults import Fault
-from lockstep.job import Task
+from lockstep.job.job import Task
 
 LETHAL = ("kill", "segfault", "exit")
 HOW = {

@@ -15,7 +15,7 @@ import lockstep
 from lockstep.adapters.answers import padded_left
 from lockstep.errors import TaskError
 from lockstep.inference import Predicted
-from lockstep.job import Task
+from lockstep.job.job import Task
 from tests import command, reference, reviews
 from tests.tasks import blobs
 from tests.test_adapters import from_blobs

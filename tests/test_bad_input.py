@@ -22,10 +22,10 @@ from lockstep import building, errors
 from lockstep.checkpoint import list_checkpoints, open_checkpoint
 from lockstep.errors import LockstepError
 from lockstep.faults import Fault
-from lockstep.job import Job
-from lockstep.jobfile import read_job_file
+from lockstep.job.job import Job
+from lockstep.job.job_file import read_job_file
+from lockstep.job.task_source import source_of
 from lockstep.runfolder import RunFolder
-from lockstep.source import source_of
 from lockstep.system.seeding import derive
 from lockstep.system.shared_memory import available_bytes
 from tests import command

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import footprint, models, process, recipes, report, run
-from lockstep.job import Job
+from lockstep.job.job import Job
 from tests.tasks import Blobs
 
 RATES: dict[str, list[float | None]] = {

@@ -344,7 +344,7 @@ def test_arguments(given: list[str], read: dict[str, Any]) -> None:
 
 
 def test_every_setting_that_an_option_can_give_has_one() -> None:
-    from lockstep.job import SETTINGS
+    from lockstep.job.job import SETTINGS
     from lockstep.options import SETTINGS as OPTIONS
 
     assert set(SETTINGS) - set(OPTIONS) == {"evaluate", "keep_checkpoints", "cluster"}

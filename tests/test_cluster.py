@@ -26,7 +26,7 @@ from lockstep.errors import (
     NetworkError,
     RefusedError,
 )
-from lockstep.job import Job
+from lockstep.job.job import Job
 from lockstep.net.shared_secret import SharedSecret, make_secret
 from lockstep.offer import Offer
 from tests.command import TASKS, lockstep

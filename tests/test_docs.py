@@ -12,7 +12,7 @@ import pytest
 
 from lockstep.cli import app
 from lockstep.datasets import fetch
-from lockstep.job import SETTINGS
+from lockstep.job.job import SETTINGS
 from tests import command
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import lockstep
 from lockstep.errors import JobError, LockstepError, OptimizerError, TaskError
-from lockstep.job import Parameters
+from lockstep.job.job import Parameters
 from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
 from tests.tasks import Blobs, blobs

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.faults import Fault
-from lockstep.job import Parameters
-from lockstep.place import Place
+from lockstep.job.job import Parameters
+from lockstep.job.position import Place
 from tests import reference
 from tests.faulty import events
 from tests.reference import fetch

@@ -23,7 +23,7 @@ from lockstep.errors import PoisonError, StoppedError, WorkerLostError
 from lockstep.failures import LOST_LOADERS
 from lockstep.faults import Fault
 from lockstep.host import Seat
-from lockstep.job import Parameters
+from lockstep.job.job import Parameters
 from lockstep.layout import cut_blocks, own_blocks
 from lockstep.recovery import POISON_DEATHS
 from lockstep.system.unix_channel import Channel

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from lockstep import recipes
 from lockstep.datasets import fetch
 from lockstep.errors import JobError
-from lockstep.job import Job, Parameters
+from lockstep.job.job import Job, Parameters
 from lockstep.recipes.mnist import DATA_EPOCHS, Mnist, distort, mnist
 
 

@@ -19,7 +19,7 @@ from lockstep.datasets.images import IDX_NAMES
 from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError
 from lockstep.faults import Fault
-from lockstep.job import Job, Task
+from lockstep.job.job import Job, Task
 from lockstep.recipes.clicks import Clicks, auc, clicks, hashed, ranges_of
 from lockstep.recipes.mnist import Mnist
 from lockstep.recipes.recommend import LENGTH, Recommend, ranking, recommend, unseen

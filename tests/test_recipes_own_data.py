@@ -14,7 +14,7 @@ import torch
 import lockstep
 from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError, JobError
-from lockstep.job import Job, Task
+from lockstep.job.job import Job, Task
 from lockstep.recipes.cartpole import cartpole
 from lockstep.recipes.clicks import Clicks, clicks
 from lockstep.recipes.game import game

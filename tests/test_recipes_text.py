@@ -15,7 +15,7 @@ from lockstep import recipes
 from lockstep.datasets import fetch
 from lockstep.errors import DataError, JobError
 from lockstep.faults import Fault
-from lockstep.job import Job
+from lockstep.job.job import Job
 from lockstep.recipes.text.rewriting import Rewriting
 from lockstep.recipes.translate import compare, translate
 from tests.faulty import assert_same, assert_struck

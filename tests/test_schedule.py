@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lockstep import schedule
-from lockstep.job import Task
+from lockstep.job.job import Task
 from lockstep.sampling import Sampling
 
 Make = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]

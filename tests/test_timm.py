@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 import lockstep
 from lockstep.errors import TaskError
 from lockstep.faults import Fault
-from lockstep.job import Parameters, Task
+from lockstep.job.job import Parameters, Task
 from tests import reference
 
 timm = pytest.importorskip("timm", reason="needs timm")

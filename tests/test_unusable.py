@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 from lockstep import building, state
 from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.gradients import combine_buffers
-from lockstep.job import Parameters
+from lockstep.job.job import Parameters
 from lockstep.modules import check_model, held_tensors
 from lockstep.optim import check_known, discover_state
 from lockstep.sampling import Sampling

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lockstep.errors import LockstepError
     from lockstep.handle import Run, start
     from lockstep.inference import evaluate, predict
-    from lockstep.job import Job, Parameters, Task
+    from lockstep.job.job import Job, Parameters, Task
     from lockstep.nurseries import preloaded
     from lockstep.result import Result
     from lockstep.together import Together
@@ -27,12 +27,25 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Job": "job", "Parameters": "job", "Task": "job", "Result": "result", "LockstepError": "errors",
-    "plan": "api", "resume": "api", "run": "api", "Run": "handle", "start": "handle",
-    "evaluate": "inference", "predict": "inference", "verify": "verification",
-    "preloaded": "nurseries", "Together": "together", "from_lightning": "adapters.lightning",
-    "from_module": "adapters.module", "from_transformers": "adapters.pretrained",
-}  # fmt: skip
+    "Job": "job.job",
+    "LockstepError": "errors",
+    "Parameters": "job.job",
+    "Result": "result",
+    "Run": "handle",
+    "Task": "job.job",
+    "Together": "together",
+    "evaluate": "inference",
+    "from_lightning": "adapters.lightning",
+    "from_module": "adapters.module",
+    "from_transformers": "adapters.pretrained",
+    "plan": "api",
+    "predict": "inference",
+    "preloaded": "nurseries",
+    "resume": "api",
+    "run": "api",
+    "start": "handle",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import membership
-from lockstep.archive import unpack
 from lockstep.crew import Crew
 from lockstep.errors import (
     JobError,
@@ -30,6 +29,8 @@ from lockstep.errors import (
 )
 from lockstep.evaluation import Inferred
 from lockstep.host import Host
+from lockstep.job.code_archive import unpack
+from lockstep.job.task_source import Source
 from lockstep.net.blob_transfer import fetch
 from lockstep.net.control_link import Link
 from lockstep.net.handshake import gather
@@ -41,7 +42,6 @@ from lockstep.orders import Orders
 from lockstep.pieces import in_pieces
 from lockstep.planning import Plan
 from lockstep.sink import NullSink
-from lockstep.source import Source
 from lockstep.station import Station
 from lockstep.system.shared_memory import Segment
 

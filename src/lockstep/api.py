@@ -16,7 +16,8 @@ from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
 from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
-from lockstep.job import SETTINGS, Job, Task
+from lockstep.job.job import SETTINGS, Job, Task
+from lockstep.job.task_source import Source, source_of
 from lockstep.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import open_hosts, spread
@@ -27,7 +28,6 @@ from lockstep.result import Result
 from lockstep.resuming import Restart, find_restart
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
-from lockstep.source import Source, source_of
 from lockstep.system import numerics
 
 Taskish = Task | str | Job

@@ -14,7 +14,7 @@ from lockstep.control import Control, ControlShape
 from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.exchange import most_subtrees
-from lockstep.job import Parameters, Task
+from lockstep.job.job import Parameters, Task
 from lockstep.layout import Block, cut_blocks
 from lockstep.local_steps import LocalSteps
 from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of

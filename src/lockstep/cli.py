@@ -313,8 +313,8 @@ commands.add_to(app)
 
 def _job(name: str, extra: list[str]) -> tuple[Any]:
     """The job that the command line names, with the recipe's arguments."""
-    from lockstep.job import Job
-    from lockstep.jobfile import SUFFIXES, read_job_file
+    from lockstep.job.job import Job
+    from lockstep.job.job_file import SUFFIXES, read_job_file
 
     job = read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
     return (job.replace_args({**job.args, **arguments(extra)}),)

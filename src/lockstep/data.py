@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from lockstep.job import Task
+from lockstep.job.job import Task
 from lockstep.sampling import Indices, Sampling
 from lockstep.system.seeding import derive, seed_everything
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import LockstepError
-from lockstep.job import Parameters, Task
+from lockstep.job.job import Parameters, Task
 from lockstep.system import futex, numerics
 from lockstep.system.shared_memory import Segment, available_bytes
 

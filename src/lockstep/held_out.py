@@ -17,9 +17,9 @@ import torch
 from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.data import Fetch
 from lockstep.errors import TaskError
-from lockstep.job import Task
+from lockstep.job.job import Task
+from lockstep.job.position import Place
 from lockstep.outcomes import BatchSums, Outputs, batch_range
-from lockstep.place import Place
 from lockstep.state import SharedState
 from lockstep.system.seeding import derive, seed_everything
 

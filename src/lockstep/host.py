@@ -17,6 +17,7 @@ from typing import Any
 from lockstep.base import Base
 from lockstep.control import Control, ControlShape
 from lockstep.exchange import SlotMap
+from lockstep.job.task_source import Source, working_folder
 from lockstep.layout import Layout
 from lockstep.nurseries import (
     FORK_SECONDS,
@@ -27,7 +28,6 @@ from lockstep.nurseries import (
     new_nursery,
 )
 from lockstep.planning import Plan
-from lockstep.source import Source, working_folder
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed, Message
 

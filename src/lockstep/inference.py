@@ -25,7 +25,8 @@ from lockstep.errors import IntegrityError, RunFolderError, StoppedError
 from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
-from lockstep.job import Job, Task
+from lockstep.job.job import Job, Task
+from lockstep.job.task_source import Source
 from lockstep.manifest import check_fitted, differences, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import RecordFile, open_hosts
@@ -34,7 +35,6 @@ from lockstep.progress import Progress
 from lockstep.rowfile import RowFile
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
-from lockstep.source import Source
 
 AT_ONCE = 8
 """Batches per worker that are asked for together."""

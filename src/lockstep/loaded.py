@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 from lockstep.data import make_fetch
 from lockstep.datadigest import digest_of, text_digest
 from lockstep.datasource import build_sets, length_of
-from lockstep.job import SETTINGS, Job, Task
+from lockstep.job.job import SETTINGS, Job, Task
+from lockstep.job.task_source import Source, code_digest, resolve
 from lockstep.local_steps import LocalSteps
 from lockstep.modules import check_model
 from lockstep.records import samples_of
 from lockstep.samplefile import Sets, read_sets
-from lockstep.source import Source, code_digest, resolve
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
 

@@ -10,9 +10,9 @@ from typing import Any
 from blake3 import blake3
 
 from lockstep.errors import DataError, IntegrityError, JobError
-from lockstep.job import SETTINGS, Job, Task
+from lockstep.job.job import SETTINGS, Job, Task
+from lockstep.job.task_source import Source, source_of
 from lockstep.planning import Plan
-from lockstep.source import Source, source_of
 
 IDENTITY = (
     "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",

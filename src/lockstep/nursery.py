@@ -29,7 +29,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from lockstep.source import Source
+from lockstep.job.task_source import Source
 from lockstep.system import numerics
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed, Message

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from lockstep.errors import JobError
-from lockstep.job import Task
+from lockstep.job.job import Task
 
 
 def check_shipped(module: str, folder: str) -> None:

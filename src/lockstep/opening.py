@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.agent import facts_of
-from lockstep.archive import pack
 from lockstep.errors import JobError
 from lockstep.holdings import Holdings, divide
 from lockstep.host import Host
 from lockstep.hosts import Hosts
-from lockstep.job import Job
+from lockstep.job.code_archive import pack
+from lockstep.job.job import Job
+from lockstep.job.task_source import Source
 from lockstep.net.blob_transfer import Bill
 from lockstep.offer import Launcher
 from lockstep.ownership import ownership_of
 from lockstep.planning import Division, Facts, Plan, decompose
-from lockstep.source import Source
 
 
 def open_hosts(

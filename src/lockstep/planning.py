@@ -12,8 +12,8 @@ from lockstep.control import MAX_STEPS
 from lockstep.errors import DataError, JobError
 from lockstep.faults import NOBODY
 from lockstep.holdings import Holdings, from_message, held_out_batches, parts
-from lockstep.job import Job
-from lockstep.place import Place
+from lockstep.job.job import Job
+from lockstep.job.position import Place
 from lockstep.sampling import Sampling
 
 

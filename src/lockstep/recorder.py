@@ -15,13 +15,13 @@ from lockstep.control import Stat
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
+from lockstep.job.task_source import Source
 from lockstep.ledger import FIRST, Ledger, StepRecord
 from lockstep.planning import Plan
 from lockstep.progress import Progress
 from lockstep.result import Result
 from lockstep.resuming import Restart
 from lockstep.runfolder import Events, RunFolder
-from lockstep.source import Source
 
 
 class Recorder:

@@ -15,7 +15,7 @@ from lockstep.datasets.contents import GZIP
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
-    from lockstep.job import Task
+    from lockstep.job.job import Task
 
 Record = dict[str, Any]
 PARQUET = (".parquet", ".pq")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
+from lockstep.job.task_source import Source, resolve
 from lockstep.runfolder import RunFolder, plain
-from lockstep.source import Source, resolve
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lockstep.buffers import Modes, PrivateBuffers
-from lockstep.job import Parameters
+from lockstep.job.job import Parameters
 from lockstep.layout import Range, cut_evenly
 from lockstep.local_steps import LocalSteps, Samples, divide
 from lockstep.optim import StateKey, check_known

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lockstep.job import Task
+from lockstep.job.job import Task
 from lockstep.optim import check_schedule
 
 REMEMBERED = 1024

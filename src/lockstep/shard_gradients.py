@@ -16,10 +16,10 @@ from lockstep.embeddings import Redo
 from lockstep.errors import NonFiniteError, TaskError
 from lockstep.faults import FaultScript
 from lockstep.gradients import SlotWriter
-from lockstep.job import Task
+from lockstep.job.job import Task
+from lockstep.job.position import Place
 from lockstep.loading import Loader
 from lockstep.modules import held_tensors
-from lockstep.place import Place
 from lockstep.rounds import Rounds
 from lockstep.sampling import Sampling
 from lockstep.slots import Slot

@@ -26,13 +26,13 @@ from lockstep.control import (
 )
 from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import combine_buffers
-from lockstep.job import Task
+from lockstep.job.job import Task
+from lockstep.job.position import Place
 from lockstep.layout import Audit, Block, Range, own_blocks
 from lockstep.loading import Loader
 from lockstep.local_steps import LocalSteps
 from lockstep.owner import Owner
 from lockstep.ownership import Returns
-from lockstep.place import Place
 from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.sampling import Sampling

@@ -20,7 +20,7 @@ from lockstep.errors import IntegrityError, JobError
 from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.holdings import check_together
 from lockstep.host import Host
-from lockstep.job import Task
+from lockstep.job.job import Task
 from lockstep.ledger import Line, StepRecord, read_ledger
 from lockstep.manifest import check_manifest, differences, recorded_source
 from lockstep.planning import Plan

@@ -26,7 +26,7 @@ from lockstep.held_out import (
     predict_batches,
     score,
 )
-from lockstep.job import Task
+from lockstep.job.job import Task
 from lockstep.layout import Range, cut_evenly, own_blocks
 from lockstep.loading import Loader
 from lockstep.outcomes import batch_range

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from lockstep.job import Task
+from lockstep.job.job import Task
 from tests.zoo.buffers import (
     Buffers,
     ChannelsLast,

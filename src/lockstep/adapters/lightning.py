@@ -17,8 +17,8 @@ from lockstep.adapters.parts import answer_by, need
 from lockstep.adapters.predictions import rows_of
 from lockstep.adapters.trainer import NoTrainer, Stage
 from lockstep.errors import JobError, TaskError
-from lockstep.job import Parameters, Task
-from lockstep.place import Place
+from lockstep.job.job import Parameters, Task
+from lockstep.job.position import Place
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.job import Parameters
+from lockstep.job.job import Parameters
 from lockstep.optim import check_schedule
 
 FORMS = (

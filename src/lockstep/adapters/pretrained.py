@@ -18,7 +18,7 @@ from lockstep.adapters.parts import (
 from lockstep.adapters.tables import check_table
 from lockstep.adapters.tokens import label_shift, labels_tokens, token_score, token_sums
 from lockstep.errors import JobError, TaskError
-from lockstep.job import Parameters, Task
+from lockstep.job.job import Parameters, Task
 
 if TYPE_CHECKING:
     import torch

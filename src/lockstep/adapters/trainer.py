@@ -7,7 +7,7 @@ import math
 from typing import Any, Literal
 
 from lockstep.errors import TaskError
-from lockstep.place import Place
+from lockstep.job.position import Place
 
 Stage = Literal["fit", "validate", "test", "predict"]
 

@@ -11,8 +11,8 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep.archive import MAX_BYTES
 from lockstep.errors import JobError, LockstepError
+from lockstep.job.code_archive import MAX_BYTES
 from lockstep.net.blob_transfer import Bill
 from lockstep.offer import Offer
 

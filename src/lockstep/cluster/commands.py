@@ -134,7 +134,7 @@ def pack(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what `run --ship-code` would send of a task's code, and the digest to allow it by."""
-    from lockstep.archive import pack as pack_code
+    from lockstep.job.code_archive import pack as pack_code
 
     archive = pack_code(task)
     if as_json:

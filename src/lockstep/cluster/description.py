@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from lockstep.cluster.environment import Place
 from lockstep.errors import JobError
-from lockstep.job import Job
+from lockstep.job.job import Job
 
 Cluster = Mapping[str, Sequence[str]]
 EXPECTED = "`worker` and perhaps `ps`, each a list of host:port"

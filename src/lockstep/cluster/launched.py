@@ -39,8 +39,8 @@ from lockstep.errors import (
     PeerClosedError,
     PeerTimeoutError,
 )
-from lockstep.job import Job
-from lockstep.jobfile import SUFFIXES, read_job_file
+from lockstep.job.job import Job
+from lockstep.job.job_file import SUFFIXES, read_job_file
 from lockstep.net.enrolment import JoinServer, join
 from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import RankInvitation, SharedSecret, make_secret, read_secret
@@ -257,7 +257,7 @@ def _follow(
     place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
     from lockstep.agent import serve
-    from lockstep.source import source_of
+    from lockstep.job.task_source import source_of
     from lockstep.system import numerics
 
     expected, host = source_of(job).name, own_address(place)

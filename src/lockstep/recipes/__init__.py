@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable
 
 from lockstep.errors import JobError
-from lockstep.job import Job
+from lockstep.job.job import Job
 
 
 def names() -> list[str]:

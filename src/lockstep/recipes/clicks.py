@@ -33,7 +33,7 @@ from lockstep.datasets.tables import (
     read_table,
 )
 from lockstep.errors import DataError
-from lockstep.job import Job, Parameters, Task
+from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least, texts
 
 BATCH_SIZE = 256

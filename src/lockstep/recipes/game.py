@@ -23,7 +23,7 @@ from lockstep.games.connect_four import COLUMNS, State, new_game, planes
 from lockstep.games.opponents import OPPONENTS, Choose, Match, play, scripted
 from lockstep.games.search import Evaluate
 from lockstep.games.self_play import self_play
-from lockstep.job import Job, Parameters, Task
+from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least
 
 GAMES, STEPS = 32, 100

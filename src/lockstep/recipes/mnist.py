@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.datasets import load_mnist
 from lockstep.errors import DataError, JobError
-from lockstep.job import Job, Parameters, Task
+from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import texts
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 from lockstep.datasets import load_ratings
 from lockstep.datasets.movielens import Ratings
 from lockstep.errors import DataError
-from lockstep.job import Job, Parameters, Task
+from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least, texts
 
 BATCH_SIZE = 512

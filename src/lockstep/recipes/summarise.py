@@ -11,7 +11,7 @@ from typing import Any
 
 from lockstep.datasets import load_synopses
 from lockstep.datasets.pairs import Split, read_pairs, split_pairs
-from lockstep.job import Job
+from lockstep.job.job import Job
 from lockstep.recipes import texts
 from lockstep.recipes.text.rewriting import Rewriting, Settings
 from lockstep.recipes.text.rouge import rouge

@@ -13,7 +13,7 @@ from typing import Any
 from lockstep.datasets import load_translations
 from lockstep.datasets.pairs import Split, read_pairs, split_pairs
 from lockstep.errors import JobError
-from lockstep.job import Job
+from lockstep.job.job import Job
 from lockstep.recipes import at_least, texts
 from lockstep.recipes.text.neighbours import Neighbours
 from lockstep.recipes.text.rewriting import Rewriting, Settings

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from lockstep.datasets import load_fashion_mnist
 from lockstep.datasets.images import Images, read_image, read_images
 from lockstep.errors import DataError
-from lockstep.job import Job, Parameters, Task
+from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least, texts
 from lockstep.recipes.mnist import nearest_mean
 

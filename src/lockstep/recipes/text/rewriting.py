@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep.datasets.pairs import Split
 from lockstep.errors import DataError, JobError
-from lockstep.job import Parameters, Task
+from lockstep.job.job import Parameters, Task
 from lockstep.recipes import at_least
 from lockstep.recipes.text.beam import write
 from lockstep.recipes.text.encoded import EncodedPairs, padded, read

@@ -24,7 +24,7 @@ from typing import Any
 from blake3 import blake3
 
 from lockstep.errors import JobError, TaskError
-from lockstep.job import Job, Task
+from lockstep.job.job import Job, Task
 from lockstep.offered import check_defined, check_shipped
 from lockstep.runfolder import plain
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError, TaskError
 from lockstep.faults import Fault
-from lockstep.place import Place
+from lockstep.job.position import Place
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +229,7 @@ class Job:
     stays there (see `lockstep.holdings`). Then the numbers depend on who has what."""
     ship_code: bool = False
     """Send the task's module, or its package, to the other hosts of a job; they take it only if
-    its digest was allowed there (see `lockstep.archive`)."""
+    its digest was allowed there (see `lockstep.job.code_archive`)."""
     faults: tuple[Fault, ...] = ()
     """Scripted faults, for tests."""
     evaluate: bool = True

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lockstep.errors import JobError
-from lockstep.job import SETTINGS, Job
+from lockstep.job.job import SETTINGS, Job
 
 SUFFIXES = (".yaml", ".yml")
 
