@@ -17,10 +17,10 @@ import numpy as np
 
 from lockstep import membership
 from lockstep.control import RING, Control, ControlShape, Phase, progress_of
-from lockstep.layout import Block, own_blocks
 from lockstep.membership import Members, Status
+from lockstep.planning.memory_layout import Block, own_blocks
+from lockstep.planning.sampling import home_shards
 from lockstep.recovery import resume
-from lockstep.sampling import home_shards
 from lockstep.system.shared_memory import Segment
 
 AHEAD = 3

@@ -12,7 +12,7 @@ import pytest
 import lockstep
 from lockstep.errors import IntegrityError, NonFiniteError
 from lockstep.faults import SLOW_SECONDS, Fault
-from lockstep.sampling import home_shards
+from lockstep.planning.sampling import home_shards
 from tests.zoo import ZOO
 
 CNN = ZOO["cnn"]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep import layout as layouts
 from lockstep.checkpoint import (
     MANIFEST,
     MODEL,
@@ -24,11 +23,12 @@ from lockstep.checkpoint import (
 )
 from lockstep.errors import IntegrityError, ResourceError
 from lockstep.fingerprint import fingerprint, tensor_digests
-from lockstep.layout import (
+from lockstep.placing import dense_stride
+from lockstep.planning import memory_layout as layouts
+from lockstep.planning.memory_layout import (
     Entry,
     Layout,
 )
-from lockstep.placing import dense_stride
 from lockstep.system.shared_memory import Segment
 
 SHAPES: dict[str, tuple[torch.Tensor, str]] = {

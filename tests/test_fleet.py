@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from lockstep import fleet
 from lockstep.embeddings import Node
 from lockstep.errors import JobError
-from lockstep.exchange import Arrangement, fill_buckets, leaf_slots, most_subtrees, subtrees
 from lockstep.exchanger import Early
 from lockstep.fleet import Arrange, Fleet, Hold, Standing, decide, settle
 from lockstep.gradients import tree
-from lockstep.layout import Range
-from lockstep.planning import share
+from lockstep.planning.memory_layout import Range
+from lockstep.planning.plan import share
+from lockstep.planning.slot_map import (
+    Arrangement,
+    fill_buckets,
+    leaf_slots,
+    most_subtrees,
+    subtrees,
+)
 
 # Who sums what.
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lockstep.layout import (
+from lockstep.placing import contiguous_stride, dense_stride
+from lockstep.planning.memory_layout import (
     ALIGN,
     BLOCK,
     GROUP,
@@ -26,7 +27,6 @@ from lockstep.layout import (
     merge_ranges,
     own_blocks,
 )
-from lockstep.placing import contiguous_stride, dense_stride
 from lockstep.probing import Kind, may_cut
 
 # Blocks.

@@ -12,7 +12,7 @@ import lockstep
 from lockstep.data import Order
 from lockstep.errors import DataLostError, JobError, RefusedError
 from lockstep.faults import Fault
-from lockstep.holdings import (
+from lockstep.planning.data_partition import (
     Holding,
     check_open,
     check_same,
@@ -21,7 +21,7 @@ from lockstep.holdings import (
     parts,
     shard_ranges,
 )
-from lockstep.sampling import Sampling
+from lockstep.planning.sampling import Sampling
 from tests import reference
 from tests.faulty import events, yard
 from tests.many import HELD, KEPT, Agents, Kept

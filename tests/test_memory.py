@@ -11,7 +11,7 @@ import pytest
 from lockstep.base import Base, BasePart, steps_between
 from lockstep.control import Control, ControlShape
 from lockstep.errors import ResourceError
-from lockstep.layout import (
+from lockstep.planning.memory_layout import (
     Range,
 )
 from lockstep.system import shared_memory as memory

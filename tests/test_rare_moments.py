@@ -24,7 +24,7 @@ from lockstep.failures import LOST_LOADERS
 from lockstep.faults import Fault
 from lockstep.host import Seat
 from lockstep.job.job import Parameters
-from lockstep.layout import cut_blocks, own_blocks
+from lockstep.planning.memory_layout import cut_blocks, own_blocks
 from lockstep.recovery import POISON_DEATHS
 from lockstep.system.unix_channel import Channel
 from tests.faulty import Yard, events, until, yard

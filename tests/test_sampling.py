@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lockstep.data import Order, Rows
 from lockstep.loading import FetchTimes, wants_loaders
-from lockstep.sampling import Sampling, home_shards
+from lockstep.planning.sampling import Sampling, home_shards
 from lockstep.system import seeding as seeds
 from tests import reference
 

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from lockstep import schedule
 from lockstep.job.job import Task
-from lockstep.sampling import Sampling
+from lockstep.planning.sampling import Sampling
 
 Make = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.job.task_source import Source, code_digest, resolve
-from lockstep.outcomes import combine
+from lockstep.planning.eval_batches import combine
 from tests import command
 from tests.command import TASKS
 from tests.tasks import BATCH, HELD_OUT, Blobs

@@ -21,7 +21,7 @@ from lockstep.gradients import combine_buffers
 from lockstep.job.job import Parameters
 from lockstep.modules import check_model, held_tensors
 from lockstep.optim import check_known, discover_state
-from lockstep.sampling import Sampling
+from lockstep.planning.sampling import Sampling
 from lockstep.schedule import Schedule
 from tests.zoo.buffers import Counted, Viewed
 from tests.zoo.parameters import Complex, Lookahead, Odd

@@ -40,7 +40,7 @@ from lockstep.net.transport import Heard, Report
 from lockstep.offer import Offer
 from lockstep.orders import Orders
 from lockstep.pieces import in_pieces
-from lockstep.planning import Plan
+from lockstep.planning.plan import Plan
 from lockstep.sink import NullSink
 from lockstep.station import Station
 from lockstep.system.shared_memory import Segment

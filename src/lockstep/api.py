@@ -13,7 +13,6 @@ from lockstep.checkpoint import list_checkpoints
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
-from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.job import SETTINGS, Job, Task
@@ -21,7 +20,8 @@ from lockstep.job.task_source import Source, source_of
 from lockstep.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import open_hosts, spread
-from lockstep.planning import Division, Facts, Plan, choose, close, decompose, divisions
+from lockstep.planning.data_partition import check_same, check_together
+from lockstep.planning.plan import Division, Facts, Plan, choose, close, decompose, divisions
 from lockstep.recorder import Recorder
 from lockstep.report import write_report
 from lockstep.result import Result

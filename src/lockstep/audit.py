@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from lockstep.control import RING
 from lockstep.errors import IntegrityError
-from lockstep.layout import Block
+from lockstep.planning.memory_layout import Block
 from lockstep.slots import Slot
 from lockstep.state import SharedState
 from lockstep.system.seeding import derive

@@ -13,12 +13,12 @@ from lockstep.codecs import CODECS
 from lockstep.control import Control, ControlShape
 from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.exchange import most_subtrees
 from lockstep.job.job import Parameters, Task
-from lockstep.layout import Block, cut_blocks
 from lockstep.local_steps import LocalSteps
 from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of
 from lockstep.placing import Contents, Places, place
+from lockstep.planning.memory_layout import Block, cut_blocks
+from lockstep.planning.slot_map import most_subtrees
 from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
 from lockstep.slots import make_slot
 from lockstep.state import PRESENT, SharedState, block_shape, store_value

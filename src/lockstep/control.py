@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lockstep.faults import MAX_FAULTS
-from lockstep.layout import PER_STEP
+from lockstep.planning.memory_layout import PER_STEP
 from lockstep.system import futex
 from lockstep.system.shared_memory import Segment
 

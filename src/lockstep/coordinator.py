@@ -19,7 +19,7 @@ from lockstep.desk import Request
 from lockstep.errors import StoppedError
 from lockstep.evaluation import Inferred
 from lockstep.host import Host
-from lockstep.planning import Plan
+from lockstep.planning.plan import Plan
 from lockstep.sink import Sink
 
 if TYPE_CHECKING:

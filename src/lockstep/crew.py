@@ -24,10 +24,10 @@ from lockstep.history import History
 from lockstep.host import Event, Host
 from lockstep.membership import Members
 from lockstep.orders import Orders
-from lockstep.ownership import ownership_of
-from lockstep.planning import Plan
+from lockstep.planning.host_role import Roles
+from lockstep.planning.ownership import ownership_of
+from lockstep.planning.plan import Plan
 from lockstep.recovery import Resumption, resume, step_in_flight
-from lockstep.roles import Roles
 from lockstep.sink import Sink
 from lockstep.station import Station
 from lockstep.system.unix_channel import Closed, Message

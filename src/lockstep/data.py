@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from lockstep.job.job import Task
-from lockstep.sampling import Indices, Sampling
+from lockstep.planning.sampling import Indices, Sampling
 from lockstep.system.seeding import derive, seed_everything
 
 Fetch = Callable[[int, Sequence[int] | Indices], Any]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep import membership
 from lockstep.errors import TaskError
-from lockstep.outcomes import Outputs, combine, gather
+from lockstep.planning.eval_batches import Outputs, combine, gather
 from lockstep.system.unix_channel import Message
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from lockstep.layout import Entry, Layout
+from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.system.shared_memory import Segment
 
 Buffer = bytes | bytearray | memoryview

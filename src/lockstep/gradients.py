@@ -12,8 +12,8 @@ from torch import nn
 
 from lockstep.embeddings import DENSE, Node, SparseTables, keep_sparse
 from lockstep.errors import TaskError
-from lockstep.exchange import AGAIN
 from lockstep.modules import CONSTANT
+from lockstep.planning.slot_map import AGAIN
 from lockstep.slots import Slot
 from lockstep.state import SharedState
 

@@ -19,7 +19,7 @@ from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job.job import Task
 from lockstep.job.position import Place
-from lockstep.outcomes import BatchSums, Outputs, batch_range
+from lockstep.planning.eval_batches import BatchSums, Outputs, batch_range
 from lockstep.state import SharedState
 from lockstep.system.seeding import derive, seed_everything
 

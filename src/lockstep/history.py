@@ -11,7 +11,7 @@ from lockstep.clock import Clock
 from lockstep.control import DIGEST_BYTES, RING, Phase, progress_of
 from lockstep.host import Host
 from lockstep.ledger import StepRecord
-from lockstep.planning import Plan
+from lockstep.planning.plan import Plan
 from lockstep.recovery import Patience, step_in_flight
 from lockstep.sink import Sink
 

@@ -16,9 +16,7 @@ from typing import Any
 
 from lockstep.base import Base
 from lockstep.control import Control, ControlShape
-from lockstep.exchange import SlotMap
 from lockstep.job.task_source import Source, working_folder
-from lockstep.layout import Layout
 from lockstep.nurseries import (
     FORK_SECONDS,
     LOAD_SECONDS,
@@ -27,7 +25,9 @@ from lockstep.nurseries import (
     environment_for,
     new_nursery,
 )
-from lockstep.planning import Plan
+from lockstep.planning.memory_layout import Layout
+from lockstep.planning.plan import Plan
+from lockstep.planning.slot_map import SlotMap
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed, Message
 

@@ -15,7 +15,6 @@ from lockstep.agreement import Agreement
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.evaluation import Inferred
 from lockstep.fleet import Fleet, Standing
-from lockstep.holdings import Holdings, Samples, check_whole, held_out_batches
 from lockstep.host import Host
 from lockstep.net.blob_transfer import Store
 from lockstep.net.control_link import Link
@@ -24,9 +23,10 @@ from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, ignore
 from lockstep.offer import Launcher, Offer
 from lockstep.orders import Orders
-from lockstep.ownership import Ownership
 from lockstep.pieces import Answers
-from lockstep.planning import Plan, share_batches
+from lockstep.planning.data_partition import Holdings, Samples, check_whole, held_out_batches
+from lockstep.planning.ownership import Ownership
+from lockstep.planning.plan import Plan, share_batches
 from lockstep.roster import Roster, about
 from lockstep.station import Station
 

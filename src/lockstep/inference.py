@@ -22,7 +22,6 @@ from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
-from lockstep.holdings import check_same, check_together
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.job import Job, Task
@@ -30,7 +29,8 @@ from lockstep.job.task_source import Source
 from lockstep.manifest import check_fitted, differences, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import RecordFile, open_hosts
-from lockstep.planning import Plan
+from lockstep.planning.data_partition import check_same, check_together
+from lockstep.planning.plan import Plan
 from lockstep.progress import Progress
 from lockstep.rowfile import RowFile
 from lockstep.runfolder import RunFolder

@@ -20,7 +20,7 @@ from lockstep.data import Fetch, Order, Rows
 from lockstep.errors import TaskError
 from lockstep.handover import Handover
 from lockstep.nameless import Nameless
-from lockstep.sampling import Sampling
+from lockstep.planning.sampling import Sampling
 from lockstep.system.processes import die_with_parent, own_file_positions
 
 

@@ -12,7 +12,7 @@ from blake3 import blake3
 from lockstep.errors import DataError, IntegrityError, JobError
 from lockstep.job.job import SETTINGS, Job, Task
 from lockstep.job.task_source import Source, source_of
-from lockstep.planning import Plan
+from lockstep.planning.plan import Plan
 
 IDENTITY = (
     "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",

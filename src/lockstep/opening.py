@@ -10,7 +10,6 @@ from typing import Any
 
 from lockstep.agent import facts_of
 from lockstep.errors import JobError
-from lockstep.holdings import Holdings, divide
 from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.code_archive import pack
@@ -18,8 +17,9 @@ from lockstep.job.job import Job
 from lockstep.job.task_source import Source
 from lockstep.net.blob_transfer import Bill
 from lockstep.offer import Launcher
-from lockstep.ownership import ownership_of
-from lockstep.planning import Division, Facts, Plan, decompose
+from lockstep.planning.data_partition import Holdings, divide
+from lockstep.planning.ownership import ownership_of
+from lockstep.planning.plan import Division, Facts, Plan, decompose
 
 
 def open_hosts(

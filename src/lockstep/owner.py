@@ -13,8 +13,8 @@ from torch import nn
 from lockstep.embeddings import TableSum
 from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer, tree
-from lockstep.layout import Block
 from lockstep.optim import check_known
+from lockstep.planning.memory_layout import Block
 from lockstep.presence import Mask, Presence
 from lockstep.rows import step_rows
 from lockstep.slots import Slot

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lockstep.control import RING, Control
-from lockstep.exchange import (
+from lockstep.planning.memory_layout import Layout, Range, overlap
+from lockstep.planning.ownership import Duties
+from lockstep.planning.slot_map import (
     AGAIN,
     Arrangement,
     Bucket,
@@ -23,8 +25,6 @@ from lockstep.exchange import (
     cut,
     leaf_slots,
 )
-from lockstep.layout import Layout, Range, overlap
-from lockstep.ownership import Duties
 
 Item = tuple[int, memoryview]
 """A tag, and the memory that it is about."""

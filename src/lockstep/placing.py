@@ -12,8 +12,8 @@ from torch import nn
 
 from lockstep.codecs import Codec
 from lockstep.embeddings import Table
-from lockstep.layout import Allocator, Block, Entry, Kind, Layout, Range
 from lockstep.optim import StateKey
+from lockstep.planning.memory_layout import Allocator, Block, Entry, Kind, Layout, Range
 from lockstep.state import PRESENT, local_flags, local_name, residual_name, state_name
 
 

@@ -17,7 +17,7 @@ from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
 from lockstep.job.task_source import Source
 from lockstep.ledger import FIRST, Ledger, StepRecord
-from lockstep.planning import Plan
+from lockstep.planning.plan import Plan
 from lockstep.progress import Progress
 from lockstep.result import Result
 from lockstep.resuming import Restart

@@ -22,15 +22,15 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.fleet import in_order
-from lockstep.holdings import Samples, check_open
 from lockstep.host import Host
 from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard
 from lockstep.offer import Launcher, Offer
-from lockstep.ownership import Ownership
-from lockstep.planning import Plan, share
+from lockstep.planning.data_partition import Samples, check_open
+from lockstep.planning.ownership import Ownership
+from lockstep.planning.plan import Plan, share
 from lockstep.system import numerics
 
 MOST_SAMPLES = 1 << 48

@@ -19,10 +19,10 @@ from torch import nn
 
 from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.job.job import Parameters
-from lockstep.layout import Range, cut_evenly
 from lockstep.local_steps import LocalSteps, Samples, divide
 from lockstep.optim import StateKey, check_known
-from lockstep.sampling import Sampling
+from lockstep.planning.memory_layout import Range, cut_evenly
+from lockstep.planning.sampling import Sampling
 from lockstep.schedule import Schedule
 from lockstep.slots import Slot, as_tensor
 from lockstep.state import SharedState, load_value, local_flags, local_name, store_value

@@ -20,8 +20,8 @@ from lockstep.job.job import Task
 from lockstep.job.position import Place
 from lockstep.loading import Loader
 from lockstep.modules import held_tensors
+from lockstep.planning.sampling import Sampling
 from lockstep.rounds import Rounds
-from lockstep.sampling import Sampling
 from lockstep.slots import Slot
 from lockstep.state import SharedState
 from lockstep.system.seeding import derive, seed_everything

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import Table, TableGradient
-from lockstep.exchange import SlotMap, TableMap
-from lockstep.layout import ALIGN, Range, merge_ranges
+from lockstep.planning.memory_layout import ALIGN, Range, merge_ranges
+from lockstep.planning.slot_map import SlotMap, TableMap
 
 
 @dataclass

@@ -17,9 +17,9 @@ from torch import nn
 from lockstep.codecs import Codec
 from lockstep.control import Control
 from lockstep.embeddings import Table
-from lockstep.exchange import SlotMap
-from lockstep.layout import Block, Entry, Layout, Range
 from lockstep.optim import NUMBER_TYPES, StateKey
+from lockstep.planning.memory_layout import Block, Entry, Layout, Range
+from lockstep.planning.slot_map import SlotMap
 from lockstep.slots import Slot, as_tensor, map_slot
 from lockstep.system.shared_memory import Segment
 

@@ -15,16 +15,16 @@ from blake3 import blake3
 
 from lockstep.control import RING
 from lockstep.errors import IntegrityError, NetworkError
-from lockstep.exchange import cut
 from lockstep.exchanger import Exchanger
 from lockstep.host import Host
-from lockstep.layout import Range
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending, Report, await_slip
 from lockstep.parcels import Parcels
-from lockstep.roles import Roles
+from lockstep.planning.host_role import Roles
+from lockstep.planning.memory_layout import Range
+from lockstep.planning.slot_map import cut
 from lockstep.system import numerics
 
 CONNECT_SECONDS = 5.0

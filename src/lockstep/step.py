@@ -28,14 +28,14 @@ from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Task
 from lockstep.job.position import Place
-from lockstep.layout import Audit, Block, Range, own_blocks
 from lockstep.loading import Loader
 from lockstep.local_steps import LocalSteps
 from lockstep.owner import Owner
-from lockstep.ownership import Returns
+from lockstep.planning.memory_layout import Audit, Block, Range, own_blocks
+from lockstep.planning.ownership import Returns
+from lockstep.planning.sampling import Sampling
 from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
-from lockstep.sampling import Sampling
 from lockstep.schedule import Schedule
 from lockstep.shard_gradients import ShardGradients
 from lockstep.state import SharedState

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 
 from lockstep.embeddings import SparseSum, sum_tables
-from lockstep.exchange import leaf_slots
 from lockstep.gradients import Reducer, tree
-from lockstep.layout import Block, Range, overlap, own_blocks
+from lockstep.planning.memory_layout import Block, Range, overlap, own_blocks
+from lockstep.planning.slot_map import leaf_slots
 from lockstep.presence import Mask, Presence
 from lockstep.slots import Slot
 from lockstep.state import SharedState, storage_run

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import SparseSum, TableSum
-from lockstep.layout import Block, group_blocks
 from lockstep.optim import StateKey
+from lockstep.planning.memory_layout import Block, group_blocks
 from lockstep.slots import Slot
 from lockstep.state import PRESENT, SharedState, load_value, state_name
 

@@ -18,12 +18,12 @@ from lockstep.checkpoint import (
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.fingerprint import fingerprint, tensor_digests
-from lockstep.holdings import check_together
 from lockstep.host import Host
 from lockstep.job.job import Task
 from lockstep.ledger import Line, StepRecord, read_ledger
 from lockstep.manifest import check_manifest, differences, recorded_source
-from lockstep.planning import Plan
+from lockstep.planning.data_partition import check_together
+from lockstep.planning.plan import Plan
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
 

@@ -27,13 +27,13 @@ from lockstep.held_out import (
     score,
 )
 from lockstep.job.job import Task
-from lockstep.layout import Range, cut_evenly, own_blocks
 from lockstep.loading import Loader
-from lockstep.outcomes import batch_range
 from lockstep.owner import Owner
-from lockstep.planning import Plan
+from lockstep.planning.eval_batches import batch_range
+from lockstep.planning.memory_layout import Range, cut_evenly, own_blocks
+from lockstep.planning.plan import Plan
+from lockstep.planning.sampling import home_shards
 from lockstep.records import Samples
-from lockstep.sampling import home_shards
 from lockstep.schedule import Schedule
 from lockstep.state import SharedState
 from lockstep.step import Part, Stepper, norm_parts

@@ -197,7 +197,7 @@ class Job:
     one small sum. At least as many as hosts; default: a group for each shard."""
     ownership: Literal["replicated", "sharded", "servers"] = "replicated"
     """On several hosts: whether each updates everything, or its part of the parameters, or some of
-    them, the `servers`, do that and compute no gradients (see `lockstep.ownership`)."""
+    them, the `servers`, do that and compute no gradients (see `lockstep.planning.ownership`)."""
     servers: Sequence[str] = ()
     """The names of the hosts that are servers."""
     cluster: Mapping[str, Sequence[str]] | None = None
@@ -226,7 +226,8 @@ class Job:
     data: Literal["build", "ship", "local"] = "build"
     """Where the hosts of a job have the data sets from: each builds them by the task; or the
     master sends them once (see `lockstep.samplefile`); or each builds a part of its own, which
-    stays there (see `lockstep.holdings`). Then the numbers depend on who has what."""
+    stays there (see `lockstep.planning.data_partition`): then the numbers depend on who has
+    what."""
     ship_code: bool = False
     """Send the task's module, or its package, to the other hosts of a job; they take it only if
     its digest was allowed there (see `lockstep.job.code_archive`)."""

@@ -11,10 +11,10 @@ from typing import Any
 from lockstep.control import MAX_STEPS
 from lockstep.errors import DataError, JobError
 from lockstep.faults import NOBODY
-from lockstep.holdings import Holdings, from_message, held_out_batches, parts
 from lockstep.job.job import Job
 from lockstep.job.position import Place
-from lockstep.sampling import Sampling
+from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
+from lockstep.planning.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.errors import DataLostError, JobError, RefusedError
-from lockstep.sampling import Part
+from lockstep.planning.sampling import Part
 
 Samples = tuple[int, int]
 """How many there are to train with, and held out."""

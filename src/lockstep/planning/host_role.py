@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep.exchange import Arrangement, SlotMap
-from lockstep.holdings import shard_ranges
-from lockstep.layout import Layout, Range, complement
-from lockstep.ownership import Duties, Ownership
-from lockstep.planning import Plan
+from lockstep.planning.data_partition import shard_ranges
+from lockstep.planning.memory_layout import Layout, Range, complement
+from lockstep.planning.ownership import Duties, Ownership
+from lockstep.planning.plan import Plan
+from lockstep.planning.slot_map import Arrangement, SlotMap
 
 
 @dataclass(frozen=True, kw_only=True)

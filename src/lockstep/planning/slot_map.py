@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.layout import Range
-from lockstep.sampling import home_shards
+from lockstep.planning.memory_layout import Range
+from lockstep.planning.sampling import home_shards
 
 
 def subtrees(shards: int, first: int, last: int) -> list[range]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lockstep.exchange import SlotMap
-from lockstep.layout import Range, cut_evenly
+from lockstep.planning.memory_layout import Range, cut_evenly
+from lockstep.planning.slot_map import SlotMap
 
 Returns = Literal["nothing", "sums", "parameters"]
 """What hosts give each other when they have summed their share of the gradients."""

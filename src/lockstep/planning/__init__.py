@@ -1,0 +1,1 @@
+"""Stage 1, decompose: pure arithmetic over shards, blocks and bytes. No torch, no numpy."""
