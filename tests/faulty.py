@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.faults import Fault
 from lockstep.job.job import Task
+from lockstep.state.fault_injection import Fault
 
 LETHAL = ("kill", "segfault", "exit")
 HOW = {

@@ -11,8 +11,8 @@ import pytest
 
 import lockstep
 from lockstep.errors import IntegrityError, NonFiniteError
-from lockstep.faults import SLOW_SECONDS, Fault
 from lockstep.planning.sampling import home_shards
+from lockstep.state.fault_injection import SLOW_SECONDS, Fault
 from tests.zoo import ZOO
 
 CNN = ZOO["cnn"]

@@ -21,11 +21,11 @@ import lockstep
 from lockstep import building, errors
 from lockstep.checkpoint import list_checkpoints, open_checkpoint
 from lockstep.errors import LockstepError
-from lockstep.faults import Fault
 from lockstep.job.job import Job
 from lockstep.job.job_file import read_job_file
 from lockstep.job.task_source import source_of
 from lockstep.runfolder import RunFolder
+from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import derive
 from lockstep.system.shared_memory import available_bytes
 from tests import command

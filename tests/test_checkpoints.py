@@ -22,13 +22,13 @@ from lockstep.checkpoint import (
     write_checkpoint,
 )
 from lockstep.errors import IntegrityError, ResourceError
-from lockstep.fingerprint import fingerprint, tensor_digests
-from lockstep.placing import dense_stride
 from lockstep.planning import memory_layout as layouts
 from lockstep.planning.memory_layout import (
     Entry,
     Layout,
 )
+from lockstep.state.allocation import dense_stride
+from lockstep.state.fingerprint import fingerprint, tensor_digests
 from lockstep.system.shared_memory import Segment
 
 SHAPES: dict[str, tuple[torch.Tensor, str]] = {

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import lockstep
-from lockstep.codecs import CODECS, RUN
 from lockstep.errors import JobError, TaskError
-from lockstep.faults import Fault
 from lockstep.planning.slot_map import Arrangement
+from lockstep.state.fault_injection import Fault
+from lockstep.state.gradient_codecs import CODECS, RUN
 from lockstep.system.seeding import derive, seed_everything
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard

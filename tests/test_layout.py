@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lockstep.placing import contiguous_stride, dense_stride
 from lockstep.planning.memory_layout import (
     ALIGN,
     BLOCK,
@@ -28,6 +27,7 @@ from lockstep.planning.memory_layout import (
     own_blocks,
 )
 from lockstep.probing import Kind, may_cut
+from lockstep.state.allocation import contiguous_stride, dense_stride
 
 # Blocks.
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import lockstep
 from lockstep.data import Order
 from lockstep.errors import DataLostError, JobError, RefusedError
-from lockstep.faults import Fault
 from lockstep.planning.data_partition import (
     Holding,
     check_open,
@@ -22,6 +21,7 @@ from lockstep.planning.data_partition import (
     shard_ranges,
 )
 from lockstep.planning.sampling import Sampling
+from lockstep.state.fault_injection import Fault
 from tests import reference
 from tests.faulty import events, yard
 from tests.many import HELD, KEPT, Agents, Kept

@@ -8,12 +8,12 @@ import os
 import numpy as np
 import pytest
 
-from lockstep.base import Base, BasePart, steps_between
-from lockstep.control import Control, ControlShape
 from lockstep.errors import ResourceError
 from lockstep.planning.memory_layout import (
     Range,
 )
+from lockstep.state.control_segment import Control, ControlShape
+from lockstep.state.snapshot import Base, BasePart, steps_between
 from lockstep.system import shared_memory as memory
 from lockstep.system.shared_memory import Segment
 

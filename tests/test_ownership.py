@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.faults import Fault
 from lockstep.fleet import Standing, settle_parts
 from lockstep.planning.memory_layout import ALIGN, Range
 from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded
 from lockstep.planning.slot_map import SlotMap
+from lockstep.state.fault_injection import Fault
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
 

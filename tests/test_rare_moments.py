@@ -21,11 +21,11 @@ import lockstep
 from benchmarks.harm import live_workers, loaders_of
 from lockstep.errors import PoisonError, StoppedError, WorkerLostError
 from lockstep.failures import LOST_LOADERS
-from lockstep.faults import Fault
 from lockstep.host import Seat
 from lockstep.job.job import Parameters
 from lockstep.planning.memory_layout import cut_blocks, own_blocks
 from lockstep.recovery import POISON_DEATHS
+from lockstep.state.fault_injection import Fault
 from lockstep.system.unix_channel import Channel
 from tests.faulty import Yard, events, until, yard
 from tests.zoo import ZOO

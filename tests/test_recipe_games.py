@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 import lockstep
 from lockstep import recipes
 from lockstep.errors import DataError, JobError
-from lockstep.faults import Fault
 from lockstep.games import terminal
 from lockstep.games.opponents import OPPONENTS
 from lockstep.games.self_play import self_play
@@ -35,6 +34,7 @@ from lockstep.recipes.cartpole import (
 )  # fmt: skip
 from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, Net, evaluator, game
 from lockstep.result import Result
+from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import seed_everything
 from tests import command
 from tests.faulty import assert_same, assert_struck

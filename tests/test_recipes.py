@@ -18,12 +18,12 @@ from lockstep.datasets.idx import to_idx
 from lockstep.datasets.images import IDX_NAMES
 from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError
-from lockstep.faults import Fault
 from lockstep.job.job import Job, Task
 from lockstep.recipes.clicks import Clicks, auc, clicks, hashed, ranges_of
 from lockstep.recipes.mnist import Mnist
 from lockstep.recipes.recommend import LENGTH, Recommend, ranking, recommend, unseen
 from lockstep.recipes.vision import Vision, jitter, vision
+from lockstep.state.fault_injection import Fault
 from tests.faulty import assert_same, assert_struck
 
 CLASSES, SIDE = 3, 12

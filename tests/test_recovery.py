@@ -12,9 +12,9 @@ import lockstep
 from lockstep import crew
 from lockstep.data import Order
 from lockstep.errors import PoisonError
-from lockstep.faults import PHASES, Fault
 from lockstep.planning.sampling import Sampling
 from lockstep.recovery import POISON_DEATHS
+from lockstep.state.fault_injection import PHASES, Fault
 from tests.faulty import HOW, Yard, assert_same, assert_struck, events, yard
 from tests.zoo import ZOO, Entry
 from tests.zoo.vectors import SAMPLES

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.control import Phase, progress_of
 from lockstep.membership import Status, Target
 from lockstep.recovery import (
     Patience,
@@ -17,6 +16,7 @@ from lockstep.recovery import (
     stalled,
     step_in_flight,
 )
+from lockstep.state.control_segment import Phase, progress_of
 from tests.simulated import Simulation
 
 S, C, R, N, U = Phase.STARTED, Phase.COMPUTED, Phase.REDUCED, Phase.NORMED, Phase.UPDATED

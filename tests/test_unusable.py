@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
-from lockstep import building, state
+from lockstep import building
 from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Parameters
@@ -23,6 +23,7 @@ from lockstep.modules import check_model, held_tensors
 from lockstep.optim import check_known, discover_state
 from lockstep.planning.sampling import Sampling
 from lockstep.schedule import Schedule
+from lockstep.state import shared_state as state
 from tests.zoo.buffers import Counted, Viewed
 from tests.zoo.parameters import Complex, Lookahead, Odd
 from tests.zoo.vectors import Vectors

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from lockstep.control import RING
 from lockstep.errors import IntegrityError
 from lockstep.planning.memory_layout import Block
-from lockstep.slots import Slot
-from lockstep.state import SharedState
+from lockstep.state.control_segment import RING
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive
 
 Compute = Callable[[int, int, Slot, Any], float]

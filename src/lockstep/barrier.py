@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep.control import Control
+from lockstep.state.control_segment import Control
 from lockstep.system import futex
 from lockstep.system.numerics import cores
 

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.codecs import CODECS
-from lockstep.control import Control, ControlShape
 from lockstep.embeddings import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.job import Parameters, Task
 from lockstep.local_steps import LocalSteps
 from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of
-from lockstep.placing import Contents, Places, place
 from lockstep.planning.memory_layout import Block, cut_blocks
 from lockstep.planning.slot_map import most_subtrees
 from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
-from lockstep.slots import make_slot
-from lockstep.state import PRESENT, SharedState, block_shape, store_value
+from lockstep.state.allocation import Contents, Places, place
+from lockstep.state.control_segment import Control, ControlShape
+from lockstep.state.gradient_codecs import CODECS
+from lockstep.state.gradient_slots import make_slot
+from lockstep.state.shared_state import PRESENT, SharedState, block_shape, store_value
 from lockstep.system.shared_memory import Segment, check_available
 
 

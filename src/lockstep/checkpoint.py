@@ -15,8 +15,8 @@ import safetensors
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, ResourceError
-from lockstep.fingerprint import entry_array, fingerprint, tensor_digests
 from lockstep.planning.memory_layout import Entry, Layout
+from lockstep.state.fingerprint import entry_array, fingerprint, tensor_digests
 from lockstep.system.shared_memory import Segment
 
 MODEL, REST, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"

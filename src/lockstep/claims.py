@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fcntl
 
-from lockstep.control import Control
+from lockstep.state.control_segment import Control
 
 
 class Claims:

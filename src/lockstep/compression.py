@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.codecs import Codec
 from lockstep.presence import Presence
-from lockstep.slots import Slot
-from lockstep.state import SharedState, residual_name, storage_run
+from lockstep.state.gradient_codecs import Codec
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.shared_state import SharedState, residual_name, storage_run
 
 
 @dataclass(frozen=True, kw_only=True)

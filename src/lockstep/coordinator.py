@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lockstep import membership
-from lockstep.control import RING
 from lockstep.crew import Crew
 from lockstep.desk import Request
 from lockstep.errors import StoppedError
@@ -21,6 +20,7 @@ from lockstep.evaluation import Inferred
 from lockstep.host import Host
 from lockstep.planning.plan import Plan
 from lockstep.sink import Sink
+from lockstep.state.control_segment import RING
 
 if TYPE_CHECKING:
     from lockstep.hosts import Hosts

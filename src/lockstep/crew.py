@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lockstep import membership
-from lockstep.base import steps_between
 from lockstep.clock import Clock
-from lockstep.control import RING, Phase, Stage, progress_of
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
 from lockstep.evaluation import Evaluation, Inferred
 from lockstep.failures import Failures
@@ -29,6 +27,8 @@ from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
 from lockstep.recovery import Resumption, resume, step_in_flight
 from lockstep.sink import Sink
+from lockstep.state.control_segment import RING, Phase, Stage, progress_of
+from lockstep.state.snapshot import steps_between
 from lockstep.station import Station
 from lockstep.system.unix_channel import Closed, Message
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lockstep.checkpoint import non_finite_tensors
-from lockstep.control import Phase, describe_progress, progress_of
 from lockstep.errors import (
     IntegrityError,
     LockstepError,
@@ -21,6 +20,7 @@ from lockstep.host import Host, Seat
 from lockstep.membership import Status
 from lockstep.recovery import POISON_DEATHS, Patience, Resumption, stalled
 from lockstep.sink import Sink
+from lockstep.state.control_segment import Phase, describe_progress, progress_of
 
 STEP_DEATHS = 40
 """Workers that may die without a step being committed in between before the run stops."""

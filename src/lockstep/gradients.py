@@ -14,8 +14,8 @@ from lockstep.embeddings import DENSE, Node, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.modules import CONSTANT
 from lockstep.planning.slot_map import AGAIN
-from lockstep.slots import Slot
-from lockstep.state import SharedState
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.shared_state import SharedState
 
 CHUNK = 1 << 15
 """Elements: sums of more than two shards are made in pieces of this size, within the cache."""

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.data import Fetch
 from lockstep.errors import TaskError
 from lockstep.job.job import Task
 from lockstep.job.position import Place
 from lockstep.planning.eval_batches import BatchSums, Outputs, batch_range
-from lockstep.state import SharedState
+from lockstep.state.module_state import Modes, PrivateBuffers
+from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
 
 

@@ -8,12 +8,12 @@ from collections.abc import Container
 from blake3 import blake3
 
 from lockstep.clock import Clock
-from lockstep.control import DIGEST_BYTES, RING, Phase, progress_of
 from lockstep.host import Host
 from lockstep.ledger import StepRecord
 from lockstep.planning.plan import Plan
 from lockstep.recovery import Patience, step_in_flight
 from lockstep.sink import Sink
+from lockstep.state.control_segment import DIGEST_BYTES, RING, Phase, progress_of
 
 MARK_STEPS, MARKS = 64, 64
 """Of every so many steps a digest is kept, of so many of them."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.base import Base
-from lockstep.control import Control, ControlShape
 from lockstep.job.task_source import Source, working_folder
 from lockstep.nurseries import (
     FORK_SECONDS,
@@ -28,6 +26,8 @@ from lockstep.nurseries import (
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
+from lockstep.state.control_segment import Control, ControlShape
+from lockstep.state.snapshot import Base
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed, Message
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from lockstep.embeddings import TableSum
-from lockstep.faults import FaultScript
 from lockstep.gradients import Reducer, tree
 from lockstep.optim import check_known
 from lockstep.planning.memory_layout import Block
 from lockstep.presence import Mask, Presence
 from lockstep.rows import step_rows
-from lockstep.slots import Slot
-from lockstep.state import (
+from lockstep.state.fault_injection import FaultScript
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.shared_state import (
     PRESENT,
     SharedState,
     load_value,

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lockstep.control import RING, Control
 from lockstep.planning.memory_layout import Layout, Range, overlap
 from lockstep.planning.ownership import Duties
 from lockstep.planning.slot_map import (
@@ -25,6 +24,7 @@ from lockstep.planning.slot_map import (
     cut,
     leaf_slots,
 )
+from lockstep.state.control_segment import RING, Control
 
 Item = tuple[int, memoryview]
 """A tag, and the memory that it is about."""

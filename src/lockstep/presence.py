@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lockstep.control import Control
+from lockstep.state.control_segment import Control
 
 Mask = tuple[bool, ...]
 """By shard: whether there is a gradient."""

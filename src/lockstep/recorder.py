@@ -11,9 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from lockstep.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model
-from lockstep.control import Stat
 from lockstep.errors import ResourceError, disk_errors
-from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
 from lockstep.job.task_source import Source
 from lockstep.ledger import FIRST, Ledger, StepRecord
@@ -22,6 +20,8 @@ from lockstep.progress import Progress
 from lockstep.result import Result
 from lockstep.resuming import Restart
 from lockstep.runfolder import Events, RunFolder
+from lockstep.state.control_segment import Stat
+from lockstep.state.fingerprint import fingerprint, tensor_digests
 
 
 class Recorder:

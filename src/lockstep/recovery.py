@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep.control import PHASES_PER_STEP, Phase
+from lockstep.state.control_segment import PHASES_PER_STEP, Phase
 
 POISON_DEATHS = 3
 """Workers that one shard of one step may take with it before the run stops."""

@@ -17,15 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.job.job import Parameters
 from lockstep.local_steps import LocalSteps, Samples, divide
 from lockstep.optim import StateKey, check_known
 from lockstep.planning.memory_layout import Range, cut_evenly
 from lockstep.planning.sampling import Sampling
 from lockstep.schedule import Schedule
-from lockstep.slots import Slot, as_tensor
-from lockstep.state import SharedState, load_value, local_flags, local_name, store_value
+from lockstep.state.gradient_slots import Slot, as_tensor
+from lockstep.state.module_state import Modes, PrivateBuffers
+from lockstep.state.shared_state import (
+    SharedState,
+    load_value,
+    local_flags,
+    local_name,
+    store_value,
+)
 
 Homes = list[list[tuple[StateKey, torch.Tensor]]]
 """By trainable parameter: where each value of its optimizer state lies in a slot."""

@@ -11,10 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lockstep.buffers import Modes, PrivateBuffers
 from lockstep.embeddings import Redo
 from lockstep.errors import NonFiniteError, TaskError
-from lockstep.faults import FaultScript
 from lockstep.gradients import SlotWriter
 from lockstep.job.job import Task
 from lockstep.job.position import Place
@@ -22,8 +20,10 @@ from lockstep.loading import Loader
 from lockstep.modules import held_tensors
 from lockstep.planning.sampling import Sampling
 from lockstep.rounds import Rounds
-from lockstep.slots import Slot
-from lockstep.state import SharedState
+from lockstep.state.fault_injection import FaultScript
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.module_state import Modes, PrivateBuffers
+from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lockstep.control import RING
 from lockstep.errors import IntegrityError, NetworkError
 from lockstep.exchanger import Exchanger
 from lockstep.host import Host
@@ -25,6 +24,7 @@ from lockstep.parcels import Parcels
 from lockstep.planning.host_role import Roles
 from lockstep.planning.memory_layout import Range
 from lockstep.planning.slot_map import cut
+from lockstep.state.control_segment import RING
 from lockstep.system import numerics
 
 CONNECT_SECONDS = 5.0

@@ -11,20 +11,9 @@ import blake3
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
 from lockstep.barrier import Barrier, Regroup
-from lockstep.base import BasePart
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
 from lockstep.compression import Compressor
-from lockstep.control import (
-    DIGEST_BYTES,
-    RING,
-    Phase,
-    Stage,
-    Stat,
-    exchange_of,
-    progress_of,
-)
-from lockstep.faults import Fault, FaultScript
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Task
 from lockstep.job.position import Place
@@ -38,7 +27,18 @@ from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.schedule import Schedule
 from lockstep.shard_gradients import ShardGradients
-from lockstep.state import SharedState
+from lockstep.state.control_segment import (
+    DIGEST_BYTES,
+    RING,
+    Phase,
+    Stage,
+    Stat,
+    exchange_of,
+    progress_of,
+)
+from lockstep.state.fault_injection import Fault, FaultScript
+from lockstep.state.shared_state import SharedState
+from lockstep.state.snapshot import BasePart
 from lockstep.sums import ShareSum, SubtreeSums
 
 

@@ -15,8 +15,8 @@ from lockstep.gradients import Reducer, tree
 from lockstep.planning.memory_layout import Block, Range, overlap, own_blocks
 from lockstep.planning.slot_map import leaf_slots
 from lockstep.presence import Mask, Presence
-from lockstep.slots import Slot
-from lockstep.state import SharedState, storage_run
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.shared_state import SharedState, storage_run
 
 
 def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[Slot]:

@@ -12,8 +12,8 @@ from torch import nn
 from lockstep.embeddings import SparseSum, TableSum
 from lockstep.optim import StateKey
 from lockstep.planning.memory_layout import Block, group_blocks
-from lockstep.slots import Slot
-from lockstep.state import PRESENT, SharedState, load_value, state_name
+from lockstep.state.gradient_slots import Slot
+from lockstep.state.shared_state import PRESENT, SharedState, load_value, state_name
 
 Run = tuple[list[torch.Tensor], torch.Tensor] | TableSum
 """What is summed at once: the shards' runs, 1-D, and where their sum goes; or a table's rows."""

@@ -17,7 +17,6 @@ from lockstep.checkpoint import (
 )
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
-from lockstep.fingerprint import fingerprint, tensor_digests
 from lockstep.host import Host
 from lockstep.job.job import Task
 from lockstep.ledger import Line, StepRecord, read_ledger
@@ -26,6 +25,7 @@ from lockstep.planning.data_partition import check_together
 from lockstep.planning.plan import Plan
 from lockstep.runfolder import RunFolder
 from lockstep.sink import NullSink
+from lockstep.state.fingerprint import fingerprint, tensor_digests
 
 TENSOR_SEARCH_STEPS = 32
 """After a first difference, how many more steps are replayed to name the tensors that differ."""

@@ -16,9 +16,7 @@ from torch.utils.data import Dataset
 
 from lockstep.barrier import Barrier, Regroup
 from lockstep.building import build
-from lockstep.control import Stat, describe_progress
 from lockstep.data import make_fetch
-from lockstep.faults import FaultScript
 from lockstep.held_out import (
     Inference,
     baseline,
@@ -35,7 +33,9 @@ from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import home_shards
 from lockstep.records import Samples
 from lockstep.schedule import Schedule
-from lockstep.state import SharedState
+from lockstep.state.control_segment import Stat, describe_progress
+from lockstep.state.fault_injection import FaultScript
+from lockstep.state.shared_state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
 from lockstep.sums import dense_leaves, leaves_of
 from lockstep.system import numerics

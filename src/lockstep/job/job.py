@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import JobError, TaskError
-from lockstep.faults import Fault
 from lockstep.job.position import Place
+from lockstep.state.fault_injection import Fault
 
 if TYPE_CHECKING:
     import torch
@@ -190,8 +190,9 @@ class Job:
     `lockstep.local_steps`): for slow links between hosts. A step is then a round of so many
     batches. It changes the numbers, for any number of workers alike."""
     compression: Literal["none", "bf16", "int8", "topk"] = "none"
-    """What gradients are made of before hosts exchange them (see `lockstep.codecs`): for slow
-    links. It changes the numbers, for any number of workers and hosts alike."""
+    """What gradients are made of before hosts exchange them (see
+    `lockstep.state.gradient_codecs`): for slow links. It changes the numbers, for any number of
+    workers and hosts alike."""
     groups: int | None = None
     """With `compression`: into how many equal groups the shards are divided; each gives the others
     one small sum. At least as many as hosts; default: a group for each shard."""

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.control import MAX_STEPS
 from lockstep.errors import DataError, JobError
-from lockstep.faults import NOBODY
 from lockstep.job.job import Job
 from lockstep.job.position import Place
 from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
 from lockstep.planning.sampling import Sampling
+from lockstep.state.control_segment import MAX_STEPS
+from lockstep.state.fault_injection import NOBODY
 
 
 @dataclass(frozen=True, kw_only=True)

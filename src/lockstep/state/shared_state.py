@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.codecs import Codec
-from lockstep.control import Control
 from lockstep.embeddings import Table
 from lockstep.optim import NUMBER_TYPES, StateKey
 from lockstep.planning.memory_layout import Block, Entry, Layout, Range
 from lockstep.planning.slot_map import SlotMap
-from lockstep.slots import Slot, as_tensor, map_slot
+from lockstep.state.control_segment import Control
+from lockstep.state.gradient_codecs import Codec
+from lockstep.state.gradient_slots import Slot, as_tensor, map_slot
 from lockstep.system.shared_memory import Segment
 
 PRESENT = "lockstep.present"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lockstep.faults import MAX_FAULTS
 from lockstep.planning.memory_layout import PER_STEP
+from lockstep.state.fault_injection import MAX_FAULTS
 from lockstep.system import futex
 from lockstep.system.shared_memory import Segment
 

@@ -19,7 +19,7 @@ from lockstep.errors import JobError
 from lockstep.system.processes import parent_of
 
 if TYPE_CHECKING:
-    from lockstep.control import Control
+    from lockstep.state.control_segment import Control
 
 PHASES = (
     "load", "forward", "backward", "slot", "barrier", "reduce", "update_begin", "update_end",

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep.control import Control
 from lockstep.planning.memory_layout import Range, merge_ranges
+from lockstep.state.control_segment import Control
 from lockstep.system.shared_memory import Segment
 
 COPY_BYTES_PER_SECOND = 4e9

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.codecs import Codec
 from lockstep.embeddings import Table
 from lockstep.optim import StateKey
 from lockstep.planning.memory_layout import Allocator, Block, Entry, Kind, Layout, Range
-from lockstep.state import PRESENT, local_flags, local_name, residual_name, state_name
+from lockstep.state.gradient_codecs import Codec
+from lockstep.state.shared_state import PRESENT, local_flags, local_name, residual_name, state_name
 
 
 @dataclass(frozen=True, kw_only=True)
