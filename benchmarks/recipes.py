@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import models, process, report, run
 from lockstep import recipes
-from lockstep.data import make_fetch
+from lockstep.data.fetching import make_fetch
 from lockstep.job.job import Job, Parameters, Task
 
 COMPARED = (

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import lockstep
+from lockstep.data.records import open_records, samples_of
 from lockstep.errors import DataError, JobError, ResourceError, RunFolderError, TaskError
-from lockstep.records import open_records, samples_of
 from lockstep.rowfile import RowFile, write_parquet
 from tests import command
 from tests.tasks import BATCH, Blobs, Fails, Predicts, blobs

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import lockstep
+from lockstep.data.records import samples_of
 from lockstep.errors import JobError, RefusedError
-from lockstep.records import samples_of
 from lockstep.rowfile import write_parquet
 from lockstep.system.shared_memory import Segment
 from tests import test_local_data as local

@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 import lockstep
+from lockstep.data.loader import follow_worker
+from lockstep.data.loader_ipc import NAME
 from lockstep.errors import TaskError
-from lockstep.handover import NAME
-from lockstep.loading import follow_worker
 from lockstep.system.processes import own_file_positions
 from lockstep.system.unix_channel import Channel, Message
 from lockstep.worker import work

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.data import Order
+from lockstep.data.fetching import Order
 from lockstep.errors import DataLostError, JobError, RefusedError
 from lockstep.planning.data_partition import (
     Holding,

@@ -10,7 +10,7 @@ import pytest
 
 import lockstep
 from lockstep import crew
-from lockstep.data import Order
+from lockstep.data.fetching import Order
 from lockstep.errors import PoisonError
 from lockstep.planning.sampling import Sampling
 from lockstep.recovery import POISON_DEATHS

@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import lockstep
-from lockstep.data import make_fetch
+from lockstep.data.dataset_shipping import read_sets, write_sets
+from lockstep.data.fetching import make_fetch
+from lockstep.data.sample_codec import DTYPES, pack_sample, unpack_sample
 from lockstep.errors import DataError, IntegrityError, LockstepError, StoppedError
 from lockstep.net.blob_transfer import Store
-from lockstep.samplefile import read_sets, write_sets
-from lockstep.sampletree import DTYPES, pack_sample, unpack_sample
 from tests.faulty import assert_same, events, yard
 from tests.many import Agents, Listed
 from tests.paced import PACE

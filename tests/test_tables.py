@@ -15,8 +15,8 @@ import pytest
 
 import lockstep
 from lockstep.adapters.tables import check_table
+from lockstep.data.dataset_shipping import read_sets, write_sets
 from lockstep.errors import JobError
-from lockstep.samplefile import read_sets, write_sets
 from tests import reviews
 from tests.test_transformers import bert
 

@@ -139,7 +139,7 @@ class Failures:
             )
 
     def _poison(self, what: str, step: int, number: int, how: str) -> PoisonError:
-        from lockstep.data import Order  # torch, which only this needs
+        from lockstep.data.fetching import Order  # torch, which only this needs
 
         if what == "shard":
             name, where = f"shard {number} of step {step}", "the training set"

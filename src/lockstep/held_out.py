@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.data import Fetch
+from lockstep.data.fetching import Fetch
 from lockstep.errors import TaskError
 from lockstep.job.job import Task
 from lockstep.job.position import Place

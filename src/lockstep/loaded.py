@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from lockstep.data import make_fetch
-from lockstep.datadigest import digest_of, text_digest
-from lockstep.datasource import build_sets, length_of
+from lockstep.data.dataset_digest import digest_of, text_digest
+from lockstep.data.dataset_shipping import Sets, read_sets
+from lockstep.data.fetching import make_fetch
+from lockstep.data.records import samples_of
+from lockstep.data.user_datasets import build_sets, length_of
 from lockstep.job.job import SETTINGS, Job, Task
 from lockstep.job.task_source import Source, code_digest, resolve
 from lockstep.local_steps import LocalSteps
 from lockstep.modules import check_model
-from lockstep.records import samples_of
-from lockstep.samplefile import Sets, read_sets
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
 

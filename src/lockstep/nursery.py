@@ -93,8 +93,8 @@ class Nursery:
         import_needed()
         numerics.configure(threads=1)
         numerics.keep_to_one_thread()
+        from lockstep.data.dataset_shipping import write_sets
         from lockstep.loaded import load
-        from lockstep.samplefile import write_sets
 
         source = Source(
             name=request["name"],

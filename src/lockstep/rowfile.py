@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from lockstep.checkpoint import write_json
+from lockstep.data.records import PARQUET, JsonLines, pyarrow
 from lockstep.errors import DataError, RunFolderError, disk_errors
-from lockstep.records import PARQUET, JsonLines, pyarrow
 from lockstep.runfolder import plain
 
 JOURNAL_SECONDS = 1.0

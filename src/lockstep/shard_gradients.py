@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lockstep.data.loader import Loader
 from lockstep.embeddings import Redo
 from lockstep.errors import NonFiniteError, TaskError
 from lockstep.gradients import SlotWriter
 from lockstep.job.job import Task
 from lockstep.job.position import Place
-from lockstep.loading import Loader
 from lockstep.modules import held_tensors
 from lockstep.planning.sampling import Sampling
 from lockstep.rounds import Rounds

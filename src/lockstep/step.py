@@ -14,10 +14,10 @@ from lockstep.barrier import Barrier, Regroup
 from lockstep.claims import Claims
 from lockstep.clipping import NormLimit
 from lockstep.compression import Compressor
+from lockstep.data.loader import Loader
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Task
 from lockstep.job.position import Place
-from lockstep.loading import Loader
 from lockstep.local_steps import LocalSteps
 from lockstep.owner import Owner
 from lockstep.planning.memory_layout import Audit, Block, Range, own_blocks

@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 
 from lockstep.barrier import Barrier, Regroup
 from lockstep.building import build
-from lockstep.data import make_fetch
+from lockstep.data.fetching import make_fetch
+from lockstep.data.loader import Loader
+from lockstep.data.records import Samples
 from lockstep.held_out import (
     Inference,
     baseline,
@@ -25,13 +27,11 @@ from lockstep.held_out import (
     score,
 )
 from lockstep.job.job import Task
-from lockstep.loading import Loader
 from lockstep.owner import Owner
 from lockstep.planning.eval_batches import batch_range
 from lockstep.planning.memory_layout import Range, cut_evenly, own_blocks
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import home_shards
-from lockstep.records import Samples
 from lockstep.schedule import Schedule
 from lockstep.state.control_segment import Stat, describe_progress
 from lockstep.state.fault_injection import FaultScript

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.datasets.contents import GZIP
+from lockstep.data.user_files import GZIP
 from lockstep.errors import DataError
 
 UNSIGNED_BYTES = 0x08

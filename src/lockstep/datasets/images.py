@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.datasets.contents import read_content
+from lockstep.data.user_files import read_content
 from lockstep.datasets.idx import from_idx
 from lockstep.errors import DataError
 

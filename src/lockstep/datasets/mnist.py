@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.datasets.contents import read_content, text_of
+from lockstep.data.user_files import read_content, text_of
 from lockstep.datasets.fetching import DataSet, Files
 from lockstep.datasets.idx import from_idx, to_idx
 from lockstep.datasets.packages import Wheel

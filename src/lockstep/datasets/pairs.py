@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.datasets.contents import read_content, text_of
+from lockstep.data.user_files import read_content, text_of
 from lockstep.datasets.tables import Table, parse_table, read_table
 from lockstep.errors import DataError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.datasets.contents import read_content, text_of
+from lockstep.data.user_files import read_content, text_of
 from lockstep.errors import DataError
 
 MISSING = "?"

@@ -226,9 +226,9 @@ class Job:
     1: it finds silent corruption, at about that fraction of the computing time."""
     data: Literal["build", "ship", "local"] = "build"
     """Where the hosts of a job have the data sets from: each builds them by the task; or the
-    master sends them once (see `lockstep.samplefile`); or each builds a part of its own, which
-    stays there (see `lockstep.planning.data_partition`): then the numbers depend on who has
-    what."""
+    master sends them once (see `lockstep.data.dataset_shipping`); or each builds a part of its
+    own, which stays there (see `lockstep.planning.data_partition`): then the numbers depend on who
+    has what."""
     ship_code: bool = False
     """Send the task's module, or its package, to the other hosts of a job; they take it only if
     its digest was allowed there (see `lockstep.job.code_archive`)."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from lockstep.data import Fetch, Order, Rows
+from lockstep.data.fetching import Fetch, Order, Rows
+from lockstep.data.loader_ipc import Handover
 from lockstep.errors import TaskError
-from lockstep.handover import Handover
 from lockstep.nameless import Nameless
 from lockstep.planning.sampling import Sampling
 from lockstep.system.processes import die_with_parent, own_file_positions

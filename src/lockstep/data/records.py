@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lockstep.datasets.contents import GZIP
+from lockstep.data.user_files import GZIP
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from lockstep.data.sample_codec import Tree, pack_sample, pack_tensor, unpack_sample, unpack_tensor
 from lockstep.errors import DataError
-from lockstep.sampletree import Tree, pack_sample, pack_tensor, unpack_sample, unpack_tensor
 from lockstep.system.shared_memory import Segment, check_available
 
 ALIGN = 64

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from lockstep.data import Fetch
+from lockstep.data.fetching import Fetch
 
 SAMPLES = 64
 """How many samples are digested, evenly over the set, the first and the last among them."""
