@@ -6,7 +6,7 @@ import ctypes
 import time
 from typing import Any
 
-from lockstep.barrier import NAP, SPINS
+from lockstep.collectives.barrier import NAP, SPINS
 from lockstep.system import futex
 
 WORDS = 48

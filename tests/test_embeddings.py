@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import lockstep
-from lockstep.embeddings import (
+from lockstep.collectives.table_sum import (
     DENSE,
     LARGE,
     SparseSum,

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep import fleet
-from lockstep.embeddings import Node
+from lockstep.collectives.exchange_thread import Early
+from lockstep.collectives.table_sum import Node
 from lockstep.errors import JobError
-from lockstep.exchanger import Early
 from lockstep.fleet import Arrange, Fleet, Hold, Standing, decide, settle
 from lockstep.gradients import tree
 from lockstep.planning.memory_layout import Range

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.embeddings import Node
+from lockstep.collectives.table_sum import Node
 from lockstep.gradients import CHUNK, Reducer, combine_buffers, depth, tree
 from tests import reference
 

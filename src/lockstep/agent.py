@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import membership
+from lockstep.collectives.host_mesh import Station
 from lockstep.crew import Crew
 from lockstep.errors import (
     JobError,
@@ -42,7 +43,6 @@ from lockstep.orders import Orders
 from lockstep.pieces import in_pieces
 from lockstep.planning.plan import Plan
 from lockstep.sink import NullSink
-from lockstep.station import Station
 from lockstep.system.shared_memory import Segment
 
 CONNECT_SECONDS = 30.0

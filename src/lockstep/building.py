@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.embeddings import Table, find_tables
+from lockstep.collectives.table_sum import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.job import Parameters, Task
 from lockstep.local_steps import LocalSteps

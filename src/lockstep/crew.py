@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lockstep import membership
 from lockstep.clock import Clock
+from lockstep.collectives.host_mesh import Station
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
 from lockstep.evaluation import Evaluation, Inferred
 from lockstep.failures import Failures
@@ -29,7 +30,6 @@ from lockstep.recovery import Resumption, resume, step_in_flight
 from lockstep.sink import Sink
 from lockstep.state.control_segment import RING, Phase, Stage, progress_of
 from lockstep.state.snapshot import steps_between
-from lockstep.station import Station
 from lockstep.system.unix_channel import Closed, Message
 
 TICK = 0.05

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lockstep.embeddings import DENSE, Node, SparseTables, keep_sparse
+from lockstep.collectives.table_sum import DENSE, Node, SparseTables, keep_sparse
 from lockstep.errors import TaskError
 from lockstep.modules import CONSTANT
 from lockstep.planning.slot_map import AGAIN

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
 from lockstep.agreement import Agreement
+from lockstep.collectives.host_mesh import Station
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.evaluation import Inferred
 from lockstep.fleet import Fleet, Standing
@@ -28,7 +29,6 @@ from lockstep.planning.data_partition import Holdings, Samples, check_whole, hel
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan, share_batches
 from lockstep.roster import Roster, about
-from lockstep.station import Station
 
 if TYPE_CHECKING:
     from lockstep.coordinator import Coordinator

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.embeddings import TableSum
+from lockstep.collectives.gradient_presence import Mask, Presence
+from lockstep.collectives.table_sum import TableSum
 from lockstep.gradients import Reducer, tree
 from lockstep.optim import check_known
 from lockstep.planning.memory_layout import Block
-from lockstep.presence import Mask, Presence
 from lockstep.rows import step_rows
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.gradient_slots import Slot

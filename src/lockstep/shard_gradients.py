@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lockstep.collectives.table_sum import Redo
 from lockstep.data.loader import Loader
-from lockstep.embeddings import Redo
 from lockstep.errors import NonFiniteError, TaskError
 from lockstep.gradients import SlotWriter
 from lockstep.job.job import Task

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import blake3
 
 from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
-from lockstep.barrier import Barrier, Regroup
 from lockstep.claims import Claims
-from lockstep.clipping import NormLimit
-from lockstep.compression import Compressor
+from lockstep.collectives.barrier import Barrier, Regroup
+from lockstep.collectives.grad_norm import NormLimit
+from lockstep.collectives.gradient_compression import Compressor
+from lockstep.collectives.gradient_presence import Presence, Summed
+from lockstep.collectives.subtree_sum import ShareSum, SubtreeSums
 from lockstep.data.loader import Loader
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Task
@@ -23,7 +25,6 @@ from lockstep.owner import Owner
 from lockstep.planning.memory_layout import Audit, Block, Range, own_blocks
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import Sampling
-from lockstep.presence import Presence, Summed
 from lockstep.rounds import LocalUpdate, Rounds
 from lockstep.schedule import Schedule
 from lockstep.shard_gradients import ShardGradients
@@ -39,7 +40,6 @@ from lockstep.state.control_segment import (
 from lockstep.state.fault_injection import Fault, FaultScript
 from lockstep.state.shared_state import SharedState
 from lockstep.state.snapshot import BasePart
-from lockstep.sums import ShareSum, SubtreeSums
 
 
 @dataclass(frozen=True, kw_only=True)

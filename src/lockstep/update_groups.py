@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.embeddings import SparseSum, TableSum
+from lockstep.collectives.table_sum import SparseSum, TableSum
 from lockstep.optim import StateKey
 from lockstep.planning.memory_layout import Block, group_blocks
 from lockstep.state.gradient_slots import Slot

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from lockstep.barrier import Barrier, Regroup
 from lockstep.building import build
+from lockstep.collectives.barrier import Barrier, Regroup
+from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
 from lockstep.data.fetching import make_fetch
 from lockstep.data.loader import Loader
 from lockstep.data.records import Samples
@@ -37,7 +38,6 @@ from lockstep.state.control_segment import Stat, describe_progress
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.shared_state import SharedState
 from lockstep.step import Part, Stepper, norm_parts
-from lockstep.sums import dense_leaves, leaves_of
 from lockstep.system import numerics
 from lockstep.system.unix_channel import Channel, Closed, Message
 from lockstep.tracebacks import describe_error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.embeddings import Table
+from lockstep.collectives.table_sum import Table
 from lockstep.optim import StateKey
 from lockstep.planning.memory_layout import Allocator, Block, Entry, Kind, Layout, Range
 from lockstep.state.gradient_codecs import Codec

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.embeddings import Table, TableGradient
+from lockstep.collectives.table_sum import Table, TableGradient
 from lockstep.planning.memory_layout import ALIGN, Range, merge_ranges
 from lockstep.planning.slot_map import SlotMap, TableMap
 

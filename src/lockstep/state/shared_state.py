@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.embeddings import Table
+from lockstep.collectives.table_sum import Table
 from lockstep.optim import NUMBER_TYPES, StateKey
 from lockstep.planning.memory_layout import Block, Entry, Layout, Range
 from lockstep.planning.slot_map import SlotMap

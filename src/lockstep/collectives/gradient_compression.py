@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.presence import Presence
+from lockstep.collectives.gradient_presence import Presence
 from lockstep.state.gradient_codecs import Codec
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import SharedState, residual_name, storage_run

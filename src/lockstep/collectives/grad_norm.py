@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from lockstep.presence import Presence
+from lockstep.collectives.gradient_presence import Presence
 from lockstep.state.control_segment import RING
 from lockstep.state.shared_state import SharedState
 

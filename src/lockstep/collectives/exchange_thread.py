@@ -15,10 +15,10 @@ from functools import partial
 
 from blake3 import blake3
 
+from lockstep.collectives.exchange_plan import Gradient, Item, Parcels
 from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport
-from lockstep.parcels import Gradient, Item, Parcels
 from lockstep.state.control_segment import DIGEST_BYTES, Phase, Stage, exchange_of, progress_of
 from lockstep.system import futex
 

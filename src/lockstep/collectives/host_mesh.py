@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from lockstep.collectives.exchange_plan import Parcels
+from lockstep.collectives.exchange_thread import Exchanger
 from lockstep.errors import IntegrityError, NetworkError
-from lockstep.exchanger import Exchanger
 from lockstep.host import Host
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending, Report, await_slip
-from lockstep.parcels import Parcels
 from lockstep.planning.host_role import Roles
 from lockstep.planning.memory_layout import Range
 from lockstep.planning.slot_map import cut
