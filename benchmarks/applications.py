@@ -22,7 +22,7 @@ from typing import Any
 import lockstep
 from lockstep.job.task_source import resolve
 from lockstep.recipes.text.rewriting import Rewriting
-from lockstep.result import Result
+from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault
 
 RECIPES: dict[str, dict[str, Any]] = {

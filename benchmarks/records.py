@@ -23,8 +23,8 @@ from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
 from lockstep import crew
-from lockstep.ledger import Ledger
 from lockstep.planning.memory_layout import Audit
+from lockstep.results.ledger import Ledger
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep import building, errors
-from lockstep.checkpoint import list_checkpoints, open_checkpoint
 from lockstep.errors import LockstepError
 from lockstep.job.job import Job
 from lockstep.job.job_file import read_job_file
 from lockstep.job.task_source import source_of
-from lockstep.runfolder import RunFolder
+from lockstep.results.checkpoint import list_checkpoints, open_checkpoint
+from lockstep.results.run_folder import RunFolder
 from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import derive
 from lockstep.system.shared_memory import available_bytes

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.checkpoint import (
+from lockstep.errors import IntegrityError, ResourceError
+from lockstep.planning import memory_layout as layouts
+from lockstep.planning.memory_layout import (
+    Entry,
+    Layout,
+)
+from lockstep.results.checkpoint import (
     MANIFEST,
     MODEL,
     REST,
@@ -20,12 +26,6 @@ from lockstep.checkpoint import (
     non_finite_tensors,
     open_checkpoint,
     write_checkpoint,
-)
-from lockstep.errors import IntegrityError, ResourceError
-from lockstep.planning import memory_layout as layouts
-from lockstep.planning.memory_layout import (
-    Entry,
-    Layout,
 )
 from lockstep.state.allocation import dense_stride
 from lockstep.state.fingerprint import fingerprint, tensor_digests

@@ -16,7 +16,7 @@ import torch
 import lockstep
 from lockstep.data.records import open_records, samples_of
 from lockstep.errors import DataError, JobError, ResourceError, RunFolderError, TaskError
-from lockstep.rowfile import RowFile, write_parquet
+from lockstep.results.prediction_file import RowFile, write_parquet
 from tests import command
 from tests.tasks import BATCH, Blobs, Fails, Predicts, blobs
 

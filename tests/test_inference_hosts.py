@@ -14,7 +14,7 @@ import pytest
 import lockstep
 from lockstep.data.records import samples_of
 from lockstep.errors import JobError, RefusedError
-from lockstep.rowfile import write_parquet
+from lockstep.results.prediction_file import write_parquet
 from lockstep.system.shared_memory import Segment
 from tests import test_local_data as local
 from tests.many import Agents, Answers

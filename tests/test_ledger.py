@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lockstep.errors import IntegrityError
-from lockstep.ledger import Ledger, StepRecord, read_ledger
+from lockstep.results.ledger import Ledger, StepRecord, read_ledger
 
 
 def write_ledger(path: Path, steps: int = 3) -> list[bytes]:

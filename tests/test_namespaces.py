@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks import delays, namespaces
 from benchmarks.namespaces import Network
-from lockstep.result import Result
+from lockstep.results.result import Result
 from tests.faulty import Event, Yard, await_event, ledger, yard
 from tests.paced import PACE
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lockstep.progress import LINE_SECONDS, Progress
+from lockstep.results.progress import LINE_SECONDS, Progress
 
 
 class Clock:
@@ -191,7 +191,7 @@ def test_numbers_of_any_kind() -> None:
 
 def test_importing_needs_neither_rich_nor_torch() -> None:
     code = (
-        "import sys, lockstep; before = set(sys.modules); import lockstep.progress;"
+        "import sys, lockstep; before = set(sys.modules); import lockstep.results.progress;"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "assert not new & {'rich', 'torch', 'numpy', 'pygal'}, new"
     )

@@ -33,7 +33,7 @@ from lockstep.recipes.cartpole import (
     roll_out,
 )  # fmt: skip
 from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, Net, evaluator, game
-from lockstep.result import Result
+from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import seed_everything
 from tests import command

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lockstep.charts import POINTS, Curve, chart, loss_panel
 from lockstep.errors import RunFolderError
-from lockstep.report import LAST_EVENTS, write_report
+from lockstep.results.charts import POINTS, Curve, chart, loss_panel
+from lockstep.results.report import LAST_EVENTS, write_report
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
 

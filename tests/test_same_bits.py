@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import lockstep
 from lockstep.errors import TaskError
 from lockstep.job.job import Task
-from lockstep.ledger import read_ledger
+from lockstep.results.ledger import read_ledger
 from tests import reference
 from tests.zoo import MORE, ZOO, Entry
 from tests.zoo.parameters import Teacher

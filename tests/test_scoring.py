@@ -16,7 +16,7 @@ from torch import nn
 import lockstep
 from lockstep import cli, evaluation, held_out
 from lockstep.errors import TaskError
-from lockstep.result import Result
+from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault
 from tests.faulty import events
 from tests.tasks import HELD_OUT, Blobs

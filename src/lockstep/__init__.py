@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lockstep.inference import evaluate, predict
     from lockstep.job.job import Job, Parameters, Task
     from lockstep.nurseries import preloaded
-    from lockstep.result import Result
+    from lockstep.results.result import Result
     from lockstep.together import Together
     from lockstep.verification import verify
 
@@ -30,7 +30,7 @@ _HOMES = {
     "Job": "job.job",
     "LockstepError": "errors",
     "Parameters": "job.job",
-    "Result": "result",
+    "Result": "results.result",
     "Run": "handle",
     "Task": "job.job",
     "Together": "together",

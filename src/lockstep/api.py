@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep.checkpoint import list_checkpoints
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
@@ -17,16 +16,17 @@ from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.job import SETTINGS, Job, Task
 from lockstep.job.task_source import Source, source_of
-from lockstep.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import open_hosts, spread
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Division, Facts, Plan, choose, close, decompose, divisions
-from lockstep.recorder import Recorder
-from lockstep.report import write_report
-from lockstep.result import Result
-from lockstep.resuming import Restart, find_restart
-from lockstep.runfolder import RunFolder
+from lockstep.results.checkpoint import list_checkpoints
+from lockstep.results.manifest import check_resumed, make_manifest, recorded_source
+from lockstep.results.recorder import Recorder
+from lockstep.results.report import write_report
+from lockstep.results.restart import Restart, find_restart
+from lockstep.results.result import Result
+from lockstep.results.run_folder import RunFolder
 from lockstep.sink import NullSink
 from lockstep.system import numerics
 

@@ -18,7 +18,7 @@ from lockstep.options import Workers, arguments, given, takes_settings
 
 if TYPE_CHECKING:
     from lockstep.offer import Launcher
-    from lockstep.result import Result
+    from lockstep.results.result import Result
 
 app = typer.Typer(
     add_completion=False,
@@ -194,7 +194,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
     from lockstep.inference import evaluate as evaluate_run
-    from lockstep.runfolder import plain
+    from lockstep.results.run_folder import plain
 
     with _launcher(on, state) as launcher:
         found = evaluate_run(run, workers=workers, args=arguments(ctx.args), on=launcher)
@@ -263,8 +263,8 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write a run's report.html again."""
-    from lockstep.report import write_report
-    from lockstep.runfolder import RunFolder
+    from lockstep.results.report import write_report
+    from lockstep.results.run_folder import RunFolder
 
     print(write_report(RunFolder.open(run).path))
 

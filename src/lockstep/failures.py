@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lockstep.checkpoint import non_finite_tensors
 from lockstep.errors import (
     IntegrityError,
     LockstepError,
@@ -19,6 +18,7 @@ from lockstep.history import History
 from lockstep.host import Host, Seat
 from lockstep.membership import Status
 from lockstep.recovery import POISON_DEATHS, Patience, Resumption, stalled
+from lockstep.results.checkpoint import non_finite_tensors
 from lockstep.sink import Sink
 from lockstep.state.control_segment import Phase, describe_progress, progress_of
 

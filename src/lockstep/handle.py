@@ -8,7 +8,7 @@ from typing import Any
 
 from lockstep.api import Taskish, run
 from lockstep.desk import Desk
-from lockstep.result import Result
+from lockstep.results.result import Result
 
 
 class Run:

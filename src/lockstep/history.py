@@ -9,9 +9,9 @@ from blake3 import blake3
 
 from lockstep.clock import Clock
 from lockstep.host import Host
-from lockstep.ledger import StepRecord
 from lockstep.planning.plan import Plan
 from lockstep.recovery import Patience, step_in_flight
+from lockstep.results.ledger import StepRecord
 from lockstep.sink import Sink
 from lockstep.state.control_segment import DIGEST_BYTES, RING, Phase, progress_of
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from blake3 import blake3
 
-from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
@@ -26,14 +25,15 @@ from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.job import Job, Task
 from lockstep.job.task_source import Source
-from lockstep.manifest import check_fitted, differences, recorded_source
 from lockstep.offer import Launcher
 from lockstep.opening import RecordFile, open_hosts
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Plan
-from lockstep.progress import Progress
-from lockstep.rowfile import RowFile
-from lockstep.runfolder import RunFolder
+from lockstep.results.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from lockstep.results.manifest import check_fitted, differences, recorded_source
+from lockstep.results.prediction_file import RowFile
+from lockstep.results.progress import Progress
+from lockstep.results.run_folder import RunFolder
 from lockstep.sink import NullSink
 
 AT_ONCE = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from lockstep.ledger import StepRecord
+from lockstep.results.ledger import StepRecord
 
 
 class Sink(Protocol):

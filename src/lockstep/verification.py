@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.checkpoint import (
+from lockstep.coordinator import Coordinator, Schedule
+from lockstep.errors import IntegrityError, JobError
+from lockstep.host import Host
+from lockstep.job.job import Task
+from lockstep.planning.data_partition import check_together
+from lockstep.planning.plan import Plan
+from lockstep.results.checkpoint import (
     Checkpoint,
     check_model_file,
     list_checkpoints,
     open_checkpoint,
 )
-from lockstep.coordinator import Coordinator, Schedule
-from lockstep.errors import IntegrityError, JobError
-from lockstep.host import Host
-from lockstep.job.job import Task
-from lockstep.ledger import Line, StepRecord, read_ledger
-from lockstep.manifest import check_manifest, differences, recorded_source
-from lockstep.planning.data_partition import check_together
-from lockstep.planning.plan import Plan
-from lockstep.runfolder import RunFolder
+from lockstep.results.ledger import Line, StepRecord, read_ledger
+from lockstep.results.manifest import check_manifest, differences, recorded_source
+from lockstep.results.run_folder import RunFolder
 from lockstep.sink import NullSink
 from lockstep.state.fingerprint import fingerprint, tensor_digests
 

@@ -57,7 +57,7 @@ def network_of(run: str | Path) -> Evaluate:
         RunFolderError: it is no finished run.
     """
     from lockstep.recipes.game import Net, evaluator
-    from lockstep.result import Result
+    from lockstep.results.result import Result
 
     result = Result.open(run)
     name = "a task of a script" if result.source is None else result.source.name

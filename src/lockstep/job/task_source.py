@@ -26,7 +26,7 @@ from blake3 import blake3
 from lockstep.errors import JobError, TaskError
 from lockstep.job.job import Job, Task
 from lockstep.offered import check_defined, check_shipped
-from lockstep.runfolder import plain
+from lockstep.results.run_folder import plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lockstep.charts import figure, loss_panel, mapping, metric_panels, number
 from lockstep.errors import RunFolderError
+from lockstep.results.charts import figure, loss_panel, mapping, metric_panels, number
 
 PHASES = {
     "compute": "computing",

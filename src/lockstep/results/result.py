@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
 from lockstep.job.task_source import Source, resolve
-from lockstep.runfolder import RunFolder, plain
+from lockstep.results.run_folder import RunFolder, plain
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lockstep.checkpoint import write_json
 from lockstep.errors import RunFolderError, disk_errors
+from lockstep.results.checkpoint import write_json
 
 
 class RunFolder:

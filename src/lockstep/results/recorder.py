@@ -10,16 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from lockstep.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.host import Host
 from lockstep.job.task_source import Source
-from lockstep.ledger import FIRST, Ledger, StepRecord
 from lockstep.planning.plan import Plan
-from lockstep.progress import Progress
-from lockstep.result import Result
-from lockstep.resuming import Restart
-from lockstep.runfolder import Events, RunFolder
+from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model
+from lockstep.results.ledger import FIRST, Ledger, StepRecord
+from lockstep.results.progress import Progress
+from lockstep.results.restart import Restart
+from lockstep.results.result import Result
+from lockstep.results.run_folder import Events, RunFolder
 from lockstep.state.control_segment import Stat
 from lockstep.state.fingerprint import fingerprint, tensor_digests
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lockstep.checkpoint import write_json
 from lockstep.data.records import PARQUET, JsonLines, pyarrow
 from lockstep.errors import DataError, RunFolderError, disk_errors
-from lockstep.runfolder import plain
+from lockstep.results.checkpoint import write_json
+from lockstep.results.run_folder import plain
 
 JOURNAL_SECONDS = 1.0
 """At most so much work is lost with the process."""

@@ -7,13 +7,18 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.checkpoint import Checkpoint, list_checkpoints, open_checkpoint, remove_partial
 from lockstep.errors import IntegrityError, disk_errors
 from lockstep.host import Host
-from lockstep.ledger import Line, read_ledger
-from lockstep.manifest import differences
-from lockstep.result import with_nan
-from lockstep.runfolder import RunFolder
+from lockstep.results.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    remove_partial,
+)
+from lockstep.results.ledger import Line, read_ledger
+from lockstep.results.manifest import differences
+from lockstep.results.result import with_nan
+from lockstep.results.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Stage 5, aggregate: the run folder and everything in it."""
