@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lockstep.optim.probes import Kind, may_cut
 from lockstep.planning.memory_layout import (
     ALIGN,
     BLOCK,
@@ -26,7 +27,6 @@ from lockstep.planning.memory_layout import (
     merge_ranges,
     own_blocks,
 )
-from lockstep.probing import Kind, may_cut
 from lockstep.state.allocation import contiguous_stride, dense_stride
 
 # Blocks.

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 import lockstep
 from lockstep.errors import JobError, LockstepError, OptimizerError, TaskError
 from lockstep.job.job import Parameters
+from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
-from lockstep.schedule import Schedule
 from tests.tasks import Blobs, blobs
 from tests.test_adapters import accuracy, assert_same
 

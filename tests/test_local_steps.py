@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.errors import OptimizerError
-from lockstep.local_steps import divide
+from lockstep.optim.local_sgd import divide
 from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import derive, seed_everything
 from tests.faulty import assert_same, events

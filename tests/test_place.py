@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lockstep.job.position import Place
-from lockstep.local_steps import LocalSteps
+from lockstep.optim.local_sgd import LocalSteps
 from tests.tasks import Blobs
 
 BEGINNING = Place(training=True, step=0, steps=10, steps_per_epoch=4, batch=0, samples=16)

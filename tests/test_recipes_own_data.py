@@ -15,6 +15,7 @@ import lockstep
 from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Job, Task
+from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
 from lockstep.recipes.cartpole import cartpole
 from lockstep.recipes.clicks import Clicks, clicks
@@ -24,7 +25,6 @@ from lockstep.recipes.recommend import Recommend, recommend
 from lockstep.recipes.summarise import summarise
 from lockstep.recipes.translate import translate
 from lockstep.recipes.vision import Vision, vision
-from lockstep.schedule import Schedule
 from tests.test_own_data import PAIRS, folder_of_images
 
 # clicks

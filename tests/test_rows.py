@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lockstep
-from lockstep.probing import Kind, may_step_rows
-from lockstep.rows import RowGradient, put_rows, step_rows
+from lockstep.optim.probes import Kind, may_step_rows
+from lockstep.optim.row_update import RowGradient, put_rows, step_rows
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
 from tests.test_sparse import SETTINGS, Sparse, run

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lockstep import schedule
 from lockstep.job.job import Task
+from lockstep.optim import lr_schedule as schedule
 from lockstep.planning.sampling import Sampling
 
 Make = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]

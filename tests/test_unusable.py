@@ -20,9 +20,9 @@ from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Parameters
 from lockstep.modules import check_model, held_tensors
-from lockstep.optim import check_known, discover_state
+from lockstep.optim.introspection import check_known, discover_state
+from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
-from lockstep.schedule import Schedule
 from lockstep.state import shared_state as state
 from tests.zoo.buffers import Counted, Viewed
 from tests.zoo.parameters import Complex, Lookahead, Odd

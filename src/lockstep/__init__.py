@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lockstep.inference import evaluate, predict
     from lockstep.job.job import Job, Parameters, Task
     from lockstep.nurseries import preloaded
+    from lockstep.optim.chained import Together
     from lockstep.results.result import Result
-    from lockstep.together import Together
     from lockstep.verification import verify
 
 __all__ = [
@@ -33,7 +33,7 @@ _HOMES = {
     "Result": "results.result",
     "Run": "handle",
     "Task": "job.job",
-    "Together": "together",
+    "Together": "optim.chained",
     "evaluate": "inference",
     "from_lightning": "adapters.lightning",
     "from_module": "adapters.module",

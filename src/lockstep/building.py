@@ -12,11 +12,11 @@ from torch import nn
 from lockstep.collectives.table_sum import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.job import Parameters, Task
-from lockstep.local_steps import LocalSteps
-from lockstep.optim import StateKey, discover_state, initial_state, param_groups_of
+from lockstep.optim.introspection import StateKey, discover_state, initial_state, param_groups_of
+from lockstep.optim.local_sgd import LocalSteps
+from lockstep.optim.probes import Kind, check_independent, may_cut, may_step_rows
 from lockstep.planning.memory_layout import Block, cut_blocks
 from lockstep.planning.slot_map import most_subtrees
-from lockstep.probing import Kind, check_independent, may_cut, may_step_rows
 from lockstep.state.allocation import Contents, Places, place
 from lockstep.state.control_segment import Control, ControlShape
 from lockstep.state.gradient_codecs import CODECS

@@ -18,8 +18,8 @@ from lockstep.gradients import SlotWriter
 from lockstep.job.job import Task
 from lockstep.job.position import Place
 from lockstep.modules import held_tensors
+from lockstep.optim.local_rounds import Rounds
 from lockstep.planning.sampling import Sampling
-from lockstep.rounds import Rounds
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.module_state import Modes, PrivateBuffers

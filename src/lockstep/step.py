@@ -20,13 +20,13 @@ from lockstep.data.loader import Loader
 from lockstep.gradients import combine_buffers
 from lockstep.job.job import Task
 from lockstep.job.position import Place
-from lockstep.local_steps import LocalSteps
-from lockstep.owner import Owner
+from lockstep.optim.block_owner import Owner
+from lockstep.optim.local_rounds import LocalUpdate, Rounds
+from lockstep.optim.local_sgd import LocalSteps
+from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.memory_layout import Audit, Block, Range, own_blocks
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import Sampling
-from lockstep.rounds import LocalUpdate, Rounds
-from lockstep.schedule import Schedule
 from lockstep.shard_gradients import ShardGradients
 from lockstep.state.control_segment import (
     DIGEST_BYTES,

@@ -28,12 +28,12 @@ from lockstep.held_out import (
     score,
 )
 from lockstep.job.job import Task
-from lockstep.owner import Owner
+from lockstep.optim.block_owner import Owner
+from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.eval_batches import batch_range
 from lockstep.planning.memory_layout import Range, cut_evenly, own_blocks
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import home_shards
-from lockstep.schedule import Schedule
 from lockstep.state.control_segment import Stat, describe_progress
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.shared_state import SharedState

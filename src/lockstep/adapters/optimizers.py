@@ -10,7 +10,7 @@ import torch
 
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.job import Parameters
-from lockstep.optim import check_schedule
+from lockstep.optim.introspection import check_schedule
 
 FORMS = (
     'an optimizer; [optimizer]; ([optimizer], [scheduler]); {"optimizer": ..., "lr_scheduler": ...}'

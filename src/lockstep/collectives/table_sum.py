@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lockstep.errors import TaskError
-from lockstep.rows import put_rows
+from lockstep.optim.row_update import put_rows
 
 LARGE = 1 << 20
 """Elements: tables from this size on are treated so."""

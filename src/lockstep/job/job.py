@@ -187,7 +187,7 @@ class Job:
     """Intra-op threads per worker; default: cores divided by workers."""
     local_steps: int = 1
     """Optimizer updates that each shard makes by itself between two exchanges (see
-    `lockstep.local_steps`): for slow links between hosts. A step is then a round of so many
+    `lockstep.optim.local_sgd`): for slow links between hosts. A step is then a round of so many
     batches. It changes the numbers, for any number of workers alike."""
     compression: Literal["none", "bf16", "int8", "topk"] = "none"
     """What gradients are made of before hosts exchange them (see

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.collectives.table_sum import Table
-from lockstep.optim import StateKey
+from lockstep.optim.introspection import StateKey
 from lockstep.planning.memory_layout import Allocator, Block, Entry, Kind, Layout, Range
 from lockstep.state.gradient_codecs import Codec
 from lockstep.state.shared_state import PRESENT, local_flags, local_name, residual_name, state_name

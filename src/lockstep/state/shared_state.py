@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lockstep.collectives.table_sum import Table
-from lockstep.optim import NUMBER_TYPES, StateKey
+from lockstep.optim.introspection import NUMBER_TYPES, StateKey
 from lockstep.planning.memory_layout import Block, Entry, Layout, Range
 from lockstep.planning.slot_map import SlotMap
 from lockstep.state.control_segment import Control

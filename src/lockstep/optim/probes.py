@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lockstep.errors import OptimizerError
-from lockstep.optim import borrowed
-from lockstep.rows import step_rows
+from lockstep.optim.introspection import borrowed
+from lockstep.optim.row_update import step_rows
 
 _PROBE_SHAPE, _PROBE_CUTS, _PROBE_STEPS = (67, 64), (7, 1280), 3
 _PROBE_ROWS = (64 * 2, 64 * 20)

@@ -13,9 +13,10 @@ from torch import nn
 from lockstep.collectives.gradient_presence import Mask, Presence
 from lockstep.collectives.table_sum import TableSum
 from lockstep.gradients import Reducer, tree
-from lockstep.optim import check_known
+from lockstep.optim.introspection import check_known
+from lockstep.optim.row_update import step_rows
+from lockstep.optim.update_groups import Grouping, OwnedBlock, Run, SparseTable, UpdateGroup
 from lockstep.planning.memory_layout import Block
-from lockstep.rows import step_rows
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import (
@@ -26,7 +27,6 @@ from lockstep.state.shared_state import (
     store_value,
 )
 from lockstep.stepping import bare_step
-from lockstep.update_groups import Grouping, OwnedBlock, Run, SparseTable, UpdateGroup
 
 
 class Owner:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from lockstep.job.job import Task
-from lockstep.optim import check_schedule
+from lockstep.optim.introspection import check_schedule
 
 REMEMBERED = 1024
 """Steps: how far back the schedule goes without being run from its beginning."""

@@ -21,8 +21,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lockstep.errors import OptimizerError, TaskError
+from lockstep.optim.chained import Together
 from lockstep.planning.memory_layout import Block
-from lockstep.together import Together
 
 NUMBER_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool}
 

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from lockstep.job.job import Parameters
-from lockstep.local_steps import LocalSteps, Samples, divide
-from lockstep.optim import StateKey, check_known
+from lockstep.optim.introspection import StateKey, check_known
+from lockstep.optim.local_sgd import LocalSteps, Samples, divide
+from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.memory_layout import Range, cut_evenly
 from lockstep.planning.sampling import Sampling
-from lockstep.schedule import Schedule
 from lockstep.state.gradient_slots import Slot, as_tensor
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.collectives.table_sum import SparseSum, TableSum
-from lockstep.optim import StateKey
+from lockstep.optim.introspection import StateKey
 from lockstep.planning.memory_layout import Block, group_blocks
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import PRESENT, SharedState, load_value, state_name

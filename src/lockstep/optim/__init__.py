@@ -1,0 +1,1 @@
+"""The user's optimizer, run on blocks of the parameters."""
