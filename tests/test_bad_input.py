@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import lockstep
-from lockstep import building, errors
+from lockstep import errors
 from lockstep.errors import LockstepError
 from lockstep.job.job import Job
 from lockstep.job.job_file import read_job_file
@@ -28,6 +28,7 @@ from lockstep.results.run_folder import RunFolder
 from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import derive
 from lockstep.system.shared_memory import available_bytes
+from lockstep.worker import build_state as building
 from tests import command
 from tests.command import TASKS
 from tests.tasks import BATCH, SAMPLES, Blobs, Poisoned

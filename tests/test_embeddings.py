@@ -25,7 +25,7 @@ from lockstep.collectives.table_sum import (
     find_tables,
     keep_sparse,
 )
-from lockstep.gradients import tree, tree_sum
+from lockstep.worker.gradient_hooks import tree, tree_sum
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
 

@@ -15,7 +15,6 @@ from lockstep.collectives.exchange_thread import Early
 from lockstep.collectives.table_sum import Node
 from lockstep.errors import JobError
 from lockstep.fleet import Arrange, Fleet, Hold, Standing, decide, settle
-from lockstep.gradients import tree
 from lockstep.planning.memory_layout import Range
 from lockstep.planning.plan import share
 from lockstep.planning.slot_map import (
@@ -25,6 +24,7 @@ from lockstep.planning.slot_map import (
     most_subtrees,
     subtrees,
 )
+from lockstep.worker.gradient_hooks import tree
 
 # Who sums what.
 

@@ -21,7 +21,7 @@ from lockstep.data.loader_ipc import NAME
 from lockstep.errors import TaskError
 from lockstep.system.processes import own_file_positions
 from lockstep.system.unix_channel import Channel, Message
-from lockstep.worker import work
+from lockstep.worker.main import work
 from tests.zoo.samples import Noisy
 from tests.zoo.vectors import SAMPLES, Vectors
 

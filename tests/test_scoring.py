@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import lockstep
-from lockstep import cli, evaluation, held_out
+from lockstep import cli, evaluation
 from lockstep.errors import TaskError
 from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault
+from lockstep.worker import evaluate as held_out
 from tests.faulty import events
 from tests.tasks import HELD_OUT, Blobs
 

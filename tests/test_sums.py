@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.collectives.table_sum import Node
-from lockstep.gradients import CHUNK, Reducer, combine_buffers, depth, tree
+from lockstep.worker.gradient_hooks import CHUNK, Reducer, combine_buffers, depth, tree
 from tests import reference
 
 

@@ -58,7 +58,13 @@ class NurseryProcess:
     def start(cls, environment: Mapping[str, str]) -> NurseryProcess:
         """Start one that has nothing loaded yet."""
         ours, theirs = Channel.pair()
-        command = [sys.executable, "-m", "lockstep.nursery", str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            "lockstep.worker.forkserver",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         child = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
         )

@@ -12,11 +12,11 @@ import torch
 
 from lockstep.collectives.gradient_presence import Mask, Presence
 from lockstep.collectives.table_sum import SparseSum, sum_tables
-from lockstep.gradients import Reducer, tree
 from lockstep.planning.memory_layout import Block, Range, overlap, own_blocks
 from lockstep.planning.slot_map import leaf_slots
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import SharedState, storage_run
+from lockstep.worker.gradient_hooks import Reducer, tree
 
 
 def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[Slot]:

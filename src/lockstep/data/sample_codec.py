@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lockstep.errors import DataError
-from lockstep.modules import STORED
+from lockstep.worker.model_checks import STORED
 
 Tree = Any
 """What JSON can hold."""

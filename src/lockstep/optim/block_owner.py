@@ -12,7 +12,6 @@ from torch import nn
 
 from lockstep.collectives.gradient_presence import Mask, Presence
 from lockstep.collectives.table_sum import TableSum
-from lockstep.gradients import Reducer, tree
 from lockstep.optim.introspection import check_known
 from lockstep.optim.row_update import step_rows
 from lockstep.optim.update_groups import Grouping, OwnedBlock, Run, SparseTable, UpdateGroup
@@ -27,6 +26,7 @@ from lockstep.state.shared_state import (
     store_value,
 )
 from lockstep.stepping import bare_step
+from lockstep.worker.gradient_hooks import Reducer, tree
 
 
 class Owner:

@@ -33,13 +33,13 @@ from lockstep.job.task_source import Source
 from lockstep.system import numerics
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed, Message
-from lockstep.tracebacks import describe_error
+from lockstep.worker.error_report import describe_error
 
 if TYPE_CHECKING:
-    from lockstep.loaded import Loaded
-    from lockstep.worker import Session
+    from lockstep.worker.load_task import Loaded
+    from lockstep.worker.main import Session
 
-NEEDED = ("torch", "torch._dynamo", "lockstep.worker")
+NEEDED = ("torch", "torch._dynamo", "lockstep.worker.main")
 """What every run imports: an optimizer's first step needs the compiler to say that it is not meant.
 """
 
@@ -94,7 +94,7 @@ class Nursery:
         numerics.configure(threads=1)
         numerics.keep_to_one_thread()
         from lockstep.data.dataset_shipping import write_sets
-        from lockstep.loaded import load
+        from lockstep.worker.load_task import load
 
         source = Source(
             name=request["name"],
@@ -115,7 +115,7 @@ class Nursery:
 
     def setup(self, request: Message, _: list[int]) -> None:
         """Build the shared state and tell the agent where everything lies."""
-        from lockstep.worker import Session
+        from lockstep.worker.main import Session
 
         self.session = Session.build(
             self.loaded.task,
@@ -180,7 +180,7 @@ class Nursery:
 
     def _be_worker(self, seat: int, channel: Channel) -> None:
         """Run a worker to its end; never returns."""
-        from lockstep.worker import work
+        from lockstep.worker.main import work
 
         assert self.session is not None
         code = 1
@@ -293,7 +293,7 @@ def _end_at_once(nursery: int) -> None:
 
 
 def main() -> None:
-    """Entry point of the process: `python -m lockstep.nursery FD PARENT`."""
+    """Entry point of the process: `python -m lockstep.worker.forkserver FD PARENT`."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master decides what Ctrl-C means

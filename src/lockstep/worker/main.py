@@ -14,19 +14,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from lockstep.building import build
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
 from lockstep.data.fetching import make_fetch
 from lockstep.data.loader import Loader
 from lockstep.data.records import Samples
-from lockstep.held_out import (
-    Inference,
-    baseline,
-    evaluate_batches,
-    predict_batches,
-    score,
-)
 from lockstep.job.job import Task
 from lockstep.optim.block_owner import Owner
 from lockstep.optim.lr_schedule import Schedule
@@ -37,10 +29,18 @@ from lockstep.planning.sampling import home_shards
 from lockstep.state.control_segment import Stat, describe_progress
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.shared_state import SharedState
-from lockstep.step import Part, Stepper, norm_parts
 from lockstep.system import numerics
 from lockstep.system.unix_channel import Channel, Closed, Message
-from lockstep.tracebacks import describe_error
+from lockstep.worker.build_state import build
+from lockstep.worker.error_report import describe_error
+from lockstep.worker.evaluate import (
+    Inference,
+    baseline,
+    evaluate_batches,
+    predict_batches,
+    score,
+)
+from lockstep.worker.train_step import Part, Stepper, norm_parts
 
 
 @dataclass

@@ -12,10 +12,10 @@ from torch import nn
 
 from lockstep.collectives.table_sum import DENSE, Node, SparseTables, keep_sparse
 from lockstep.errors import TaskError
-from lockstep.modules import CONSTANT
 from lockstep.planning.slot_map import AGAIN
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import SharedState
+from lockstep.worker.model_checks import CONSTANT
 
 CHUNK = 1 << 15
 """Elements: sums of more than two shards are made in pieces of this size, within the cache."""

@@ -17,10 +17,10 @@ from lockstep.data.records import samples_of
 from lockstep.data.user_datasets import build_sets, length_of
 from lockstep.job.job import SETTINGS, Job, Task
 from lockstep.job.task_source import Source, code_digest, resolve
-from lockstep.modules import check_model
 from lockstep.optim.local_sgd import LocalSteps
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
+from lockstep.worker.model_checks import check_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,8 @@ import torch
 from lockstep.collectives.table_sum import Redo
 from lockstep.data.loader import Loader
 from lockstep.errors import NonFiniteError, TaskError
-from lockstep.gradients import SlotWriter
 from lockstep.job.job import Task
 from lockstep.job.position import Place
-from lockstep.modules import held_tensors
 from lockstep.optim.local_rounds import Rounds
 from lockstep.planning.sampling import Sampling
 from lockstep.state.fault_injection import FaultScript
@@ -25,6 +23,8 @@ from lockstep.state.gradient_slots import Slot
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
+from lockstep.worker.gradient_hooks import SlotWriter
+from lockstep.worker.model_checks import held_tensors
 
 
 class ShardGradients:

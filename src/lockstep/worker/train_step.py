@@ -9,15 +9,12 @@ from dataclasses import dataclass
 
 import blake3
 
-from lockstep.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
-from lockstep.claims import Claims
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.grad_norm import NormLimit
 from lockstep.collectives.gradient_compression import Compressor
 from lockstep.collectives.gradient_presence import Presence, Summed
 from lockstep.collectives.subtree_sum import ShareSum, SubtreeSums
 from lockstep.data.loader import Loader
-from lockstep.gradients import combine_buffers
 from lockstep.job.job import Task
 from lockstep.job.position import Place
 from lockstep.optim.block_owner import Owner
@@ -27,7 +24,6 @@ from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.memory_layout import Audit, Block, Range, own_blocks
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import Sampling
-from lockstep.shard_gradients import ShardGradients
 from lockstep.state.control_segment import (
     DIGEST_BYTES,
     RING,
@@ -40,6 +36,10 @@ from lockstep.state.control_segment import (
 from lockstep.state.fault_injection import Fault, FaultScript
 from lockstep.state.shared_state import SharedState
 from lockstep.state.snapshot import BasePart
+from lockstep.worker.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
+from lockstep.worker.forward_backward import ShardGradients
+from lockstep.worker.gradient_hooks import combine_buffers
+from lockstep.worker.shard_claims import Claims
 
 
 @dataclass(frozen=True, kw_only=True)
