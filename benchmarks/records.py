@@ -22,7 +22,7 @@ import lockstep
 from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
-from lockstep import crew
+from lockstep.agent import worker_group as crew
 from lockstep.planning.memory_layout import Audit
 from lockstep.results.ledger import Ledger
 

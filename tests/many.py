@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from benchmarks.namespaces import Network
+from lockstep.agent.job_offer import Offer
 from lockstep.net.transport import Report, ignore
-from lockstep.offer import Offer
 from tests.hosts import Cluster
 from tests.zoo.samples import Noisy
 from tests.zoo.vectors import CLASSES, FEATURES, HELD_OUT, SAMPLES, Vectors, normal, whole
@@ -29,11 +29,11 @@ AGENT = """
 import json, sys
 from pathlib import Path
 from typing import Any
-from lockstep.agent import serve
+from lockstep.agent.agent import serve
 from lockstep.errors import LockstepError
 from lockstep.net.identity import Identity
 from benchmarks.namespaces import Network
-from lockstep.offer import Offer
+from lockstep.agent.job_offer import Offer
 offer = Offer.from_message(json.load(sys.stdin))
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:

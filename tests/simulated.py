@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from lockstep import membership
-from lockstep.membership import Members, Status
+from lockstep.agent import membership
+from lockstep.agent.membership import Members, Status
+from lockstep.agent.recovery import resume
 from lockstep.planning.memory_layout import Block, own_blocks
 from lockstep.planning.sampling import home_shards
-from lockstep.recovery import resume
 from lockstep.state.control_segment import RING, Control, ControlShape, Phase, progress_of
 from lockstep.system.shared_memory import Segment
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.description import on_ranks, place_in
 from lockstep.cluster.environment import Place, place_of
 from lockstep.cluster.launched import MASTER, Ranks, enter, own_address, shared_secret
@@ -28,7 +29,6 @@ from lockstep.errors import (
 )
 from lockstep.job.job import Job
 from lockstep.net.shared_secret import SharedSecret, make_secret
-from lockstep.offer import Offer
 from tests.command import TASKS, lockstep
 from tests.daemons import LIMIT, Daemon
 from tests.loopback import Loopback, cluster

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.admission import Allowed, refusal
 from lockstep.cluster.agents import why
 from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, Spoke, decide, parse
@@ -16,7 +17,6 @@ from lockstep.errors import (
     ProtocolError,
     to_message,
 )
-from lockstep.offer import Offer
 
 NOWHERE = ("127.0.0.1", 9)
 

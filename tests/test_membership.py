@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.membership import (
+from lockstep.agent.membership import (
     MAX_FAILED_STARTS,
     Begin,
     Command,

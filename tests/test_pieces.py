@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lockstep import pieces
+from lockstep.agent import answer_chunks as pieces
+from lockstep.agent.answer_chunks import PIECE, Answers, in_pieces
 from lockstep.errors import TaskError
 from lockstep.net.frames import Kind, message_frame
-from lockstep.pieces import PIECE, Answers, in_pieces
 
 LONG = {"text": '"\\é' * PIECE, "nothing": math.nan, "infinite": -math.inf}
 

@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 
 import lockstep
 from benchmarks.harm import live_workers, loaders_of
+from lockstep.agent.failure_log import LOST_LOADERS
+from lockstep.agent.local_host import Seat
+from lockstep.agent.recovery import POISON_DEATHS
 from lockstep.errors import PoisonError, StoppedError, WorkerLostError
-from lockstep.failures import LOST_LOADERS
-from lockstep.host import Seat
 from lockstep.job.job import Parameters
 from lockstep.planning.memory_layout import cut_blocks, own_blocks
-from lockstep.recovery import POISON_DEATHS
 from lockstep.state.fault_injection import Fault
 from lockstep.system.unix_channel import Channel
 from tests.faulty import Yard, events, until, yard

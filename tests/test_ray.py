@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lockstep
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.on_ray import address_in, check_address, on_ray
 from lockstep.cluster.ray_agent import RayAgent
 from lockstep.cluster.seats import MOST_AGENTS, Forget, Node, Reserve, Seats, Start, end, look
@@ -24,7 +25,6 @@ from lockstep.errors import (
     from_message,
 )
 from lockstep.net.certificate_authority import Authority, name_in
-from lockstep.offer import Offer
 from tests.command import python
 from tests.daemons import Daemon
 from tests.faulty import Yard, assert_same, await_event, events, until, yard

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep import crew
+from lockstep.agent import worker_group as crew
+from lockstep.agent.recovery import POISON_DEATHS
 from lockstep.data.fetching import Order
 from lockstep.errors import PoisonError
 from lockstep.planning.sampling import Sampling
-from lockstep.recovery import POISON_DEATHS
 from lockstep.state.fault_injection import PHASES, Fault
 from tests.faulty import HOW, Yard, assert_same, assert_struck, events, yard
 from tests.zoo import ZOO, Entry

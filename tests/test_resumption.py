@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.membership import Status, Target
-from lockstep.recovery import (
+from lockstep.agent.membership import Status, Target
+from lockstep.agent.recovery import (
     Patience,
     Resumption,
     resume,

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import lockstep
-from lockstep import cli, evaluation
+from lockstep import cli
+from lockstep.agent import evaluation_rounds as evaluation
 from lockstep.errors import TaskError
 from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault

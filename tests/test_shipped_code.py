@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep as package
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.admission import Allowed, refusal
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.code_archive import MAX_SOURCE, pack, unpack
 from lockstep.job.task_source import Source, resolve
 from lockstep.net.blob_transfer import Bill, Store
-from lockstep.offer import Offer
 from tests.command import TASKS, lockstep
 from tests.daemons import LIMIT
 from tests.hosts import Cluster

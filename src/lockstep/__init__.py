@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from lockstep.adapters.lightning import from_lightning
     from lockstep.adapters.module import from_module
     from lockstep.adapters.pretrained import from_transformers
+    from lockstep.agent.forkserver_client import preloaded
     from lockstep.api import plan, resume, run
     from lockstep.errors import LockstepError
     from lockstep.handle import Run, start
     from lockstep.inference import evaluate, predict
     from lockstep.job.job import Job, Parameters, Task
-    from lockstep.nurseries import preloaded
     from lockstep.optim.chained import Together
     from lockstep.results.result import Result
     from lockstep.verification import verify
@@ -40,7 +40,7 @@ _HOMES = {
     "from_transformers": "adapters.pretrained",
     "plan": "api",
     "predict": "inference",
-    "preloaded": "nurseries",
+    "preloaded": "agent.forkserver_client",
     "resume": "api",
     "run": "api",
     "start": "handle",

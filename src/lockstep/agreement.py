@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lockstep.agent.step_log import History
 from lockstep.errors import IntegrityError
-from lockstep.history import History
 
 
 class Agreement:

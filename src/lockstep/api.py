@@ -9,14 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lockstep.agent.job_offer import Launcher
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import NullSink
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
-from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.job import SETTINGS, Job, Task
 from lockstep.job.task_source import Source, source_of
-from lockstep.offer import Launcher
 from lockstep.opening import open_hosts, spread
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Division, Facts, Plan, choose, close, decompose, divisions
@@ -27,7 +28,6 @@ from lockstep.results.report import write_report
 from lockstep.results.restart import Restart, find_restart
 from lockstep.results.result import Result
 from lockstep.results.run_folder import RunFolder
-from lockstep.sink import NullSink
 from lockstep.system import numerics
 
 Taskish = Task | str | Job

@@ -17,7 +17,7 @@ from lockstep.errors import JobError, LockstepError
 from lockstep.options import Workers, arguments, given, takes_settings
 
 if TYPE_CHECKING:
-    from lockstep.offer import Launcher
+    from lockstep.agent.job_offer import Launcher
     from lockstep.results.result import Result
 
 app = typer.Typer(

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lockstep import membership
-from lockstep.crew import Crew
+from lockstep.agent import membership
+from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import Sink
+from lockstep.agent.worker_group import Crew
 from lockstep.desk import Request
 from lockstep.errors import StoppedError
-from lockstep.evaluation import Inferred
-from lockstep.host import Host
 from lockstep.planning.plan import Plan
-from lockstep.sink import Sink
 from lockstep.state.control_segment import RING
 
 if TYPE_CHECKING:

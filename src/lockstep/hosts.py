@@ -11,20 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep import fleet
+from lockstep.agent.answer_chunks import Answers
+from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.job_offer import Launcher, Offer
+from lockstep.agent.local_host import Host
+from lockstep.agent.regroup_messages import Orders
 from lockstep.agreement import Agreement
 from lockstep.collectives.host_mesh import Station
 from lockstep.errors import ProtocolError, RefusedError
-from lockstep.evaluation import Inferred
 from lockstep.fleet import Fleet, Standing
-from lockstep.host import Host
 from lockstep.net.blob_transfer import Store
 from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, ignore
-from lockstep.offer import Launcher, Offer
-from lockstep.orders import Orders
-from lockstep.pieces import Answers
 from lockstep.planning.data_partition import Holdings, Samples, check_whole, held_out_batches
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan, share_batches

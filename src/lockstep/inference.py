@@ -18,14 +18,15 @@ from typing import Any
 
 from blake3 import blake3
 
+from lockstep.agent.job_offer import Launcher
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import NullSink
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.desk import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
-from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.job import Job, Task
 from lockstep.job.task_source import Source
-from lockstep.offer import Launcher
 from lockstep.opening import RecordFile, open_hosts
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Plan
@@ -34,7 +35,6 @@ from lockstep.results.manifest import check_fitted, differences, recorded_source
 from lockstep.results.prediction_file import RowFile
 from lockstep.results.progress import Progress
 from lockstep.results.run_folder import RunFolder
-from lockstep.sink import NullSink
 
 AT_ONCE = 8
 """Batches per worker that are asked for together."""

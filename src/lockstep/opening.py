@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.agent import facts_of
+from lockstep.agent.agent import facts_of
+from lockstep.agent.job_offer import Launcher
+from lockstep.agent.local_host import Host
 from lockstep.errors import JobError
-from lockstep.host import Host
 from lockstep.hosts import Hosts
 from lockstep.job.code_archive import pack
 from lockstep.job.job import Job
 from lockstep.job.task_source import Source
 from lockstep.net.blob_transfer import Bill
-from lockstep.offer import Launcher
 from lockstep.planning.data_partition import Holdings, divide
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Division, Facts, Plan, decompose

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lockstep.agent.job_offer import Launcher, Offer
+from lockstep.agent.local_host import Host
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -22,12 +24,10 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.fleet import in_order
-from lockstep.host import Host
 from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard
-from lockstep.offer import Launcher, Offer
 from lockstep.planning.data_partition import Samples, check_open
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan, share

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import NullSink
 from lockstep.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
-from lockstep.host import Host
 from lockstep.job.job import Task
 from lockstep.planning.data_partition import check_together
 from lockstep.planning.plan import Plan
@@ -24,7 +25,6 @@ from lockstep.results.checkpoint import (
 from lockstep.results.ledger import Line, StepRecord, read_ledger
 from lockstep.results.manifest import check_manifest, differences, recorded_source
 from lockstep.results.run_folder import RunFolder
-from lockstep.sink import NullSink
 from lockstep.state.fingerprint import fingerprint, tensor_digests
 
 TENSOR_SEARCH_STEPS = 32

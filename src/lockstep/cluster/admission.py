@@ -11,10 +11,10 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.agent.job_offer import Offer
 from lockstep.errors import JobError, LockstepError
 from lockstep.job.code_archive import MAX_BYTES
 from lockstep.net.blob_transfer import Bill
-from lockstep.offer import Offer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.agents import MOVED
 from lockstep.errors import LockstepError, to_message
 from lockstep.net.identity import Identity
-from lockstep.offer import Offer
 from lockstep.system.processes import die_with_parent
 
 
@@ -43,7 +43,7 @@ def main() -> int:
 def _serve(order: dict[str, Any], moved: Callable[[], object]) -> None:
     offer = Offer.from_message(order["offer"])
     identity = Identity.load(Path(order["identity"]))
-    from lockstep.agent import serve
+    from lockstep.agent.agent import serve
 
     serve(
         identity,

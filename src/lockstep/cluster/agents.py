@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.agent.job_offer import Offer
 from lockstep.errors import LockstepError, WorkerLostError, from_message
-from lockstep.offer import Offer
 
 END_SECONDS = 5.0
 """How long an agent may take to end by itself."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lockstep.agent.job_offer import Offer
 from lockstep.errors import JobError, ProtocolError, to_message
-from lockstep.offer import Offer
 
 STATES = ("taken", "refused", "ended", "failed")
 """What becomes of a job on a host."""

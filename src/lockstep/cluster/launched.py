@@ -23,6 +23,7 @@ from typing import Annotated, Self
 
 import typer
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.description import on_ranks, place_in
 from lockstep.cluster.environment import Place, place_of
 from lockstep.cluster.state import (
@@ -45,7 +46,6 @@ from lockstep.net.enrolment import JoinServer, join
 from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import RankInvitation, SharedSecret, make_secret, read_secret
 from lockstep.net.transport import Report, ignore
-from lockstep.offer import Offer
 
 ATTEMPT_SECONDS, PAUSE_SECONDS = 10.0, 0.5
 MASTER = "rank-0"
@@ -256,7 +256,7 @@ def _lead(
 def _follow(
     place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
-    from lockstep.agent import serve
+    from lockstep.agent.agent import serve
     from lockstep.job.task_source import source_of
     from lockstep.system import numerics
 

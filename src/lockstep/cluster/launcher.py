@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.counter import CounterConnection, ask
 from lockstep.cluster.line import Connection, HostConnection, Line, LineEvent, Lost, Met, Said
 from lockstep.cluster.member import enrol, home_of, listening_address
@@ -23,7 +24,6 @@ from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report, ignore
-from lockstep.offer import Offer
 
 OPEN_SECONDS = 15.0
 """How long `up` may take to answer."""

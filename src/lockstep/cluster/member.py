@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.admission import Allowed, refusal
 from lockstep.cluster.agents import END_SECONDS, Agents, Ended
 from lockstep.cluster.line import HostConnection, Line, LineEvent, Lost, Met, Said
@@ -34,7 +35,6 @@ from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report
-from lockstep.offer import Offer
 
 JOIN_SECONDS = 30.0
 WITHDRAWN_SECONDS = 30.0

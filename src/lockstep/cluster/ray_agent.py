@@ -10,11 +10,11 @@ from __future__ import annotations
 import queue
 from typing import Any
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster.agents import Agents, Ended
 from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import LockstepError, to_message
 from lockstep.net import certificate_authority as authority
-from lockstep.offer import Offer
 
 
 class RayAgent:

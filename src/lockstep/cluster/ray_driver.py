@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.agent.job_offer import Offer
 from lockstep.cluster import agents, seats
 from lockstep.cluster.counter import Lines
 from lockstep.cluster.ray_agent import RayAgent
@@ -44,7 +45,6 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.net.certificate_authority import Authority, name_in
-from lockstep.offer import Offer
 
 LOOK_SECONDS = 1.0
 """How often Ray is asked for nodes and for agents that have ended."""

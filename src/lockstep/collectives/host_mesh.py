@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from lockstep.agent.local_host import Host
 from lockstep.collectives.exchange_plan import Parcels
 from lockstep.collectives.exchange_thread import Exchanger
 from lockstep.errors import IntegrityError, NetworkError
-from lockstep.host import Host
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport

@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from lockstep.agent.local_host import Host
 from lockstep.errors import ResourceError, disk_errors
-from lockstep.host import Host
 from lockstep.job.task_source import Source
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockstep.agent.local_host import Host
 from lockstep.errors import IntegrityError, disk_errors
-from lockstep.host import Host
 from lockstep.results.checkpoint import (
     Checkpoint,
     list_checkpoints,

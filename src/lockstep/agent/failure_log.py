@@ -7,6 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lockstep.agent.local_host import Host, Seat
+from lockstep.agent.membership import Status
+from lockstep.agent.observer import Sink
+from lockstep.agent.recovery import POISON_DEATHS, Patience, Resumption, stalled
+from lockstep.agent.step_log import History
 from lockstep.errors import (
     IntegrityError,
     LockstepError,
@@ -14,12 +19,7 @@ from lockstep.errors import (
     PoisonError,
     WorkerLostError,
 )
-from lockstep.history import History
-from lockstep.host import Host, Seat
-from lockstep.membership import Status
-from lockstep.recovery import POISON_DEATHS, Patience, Resumption, stalled
 from lockstep.results.checkpoint import non_finite_tensors
-from lockstep.sink import Sink
 from lockstep.state.control_segment import Phase, describe_progress, progress_of
 
 STEP_DEATHS = 40

@@ -12,22 +12,22 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from lockstep import membership
+from lockstep.agent import membership
+from lockstep.agent.evaluation_rounds import Evaluation, Inferred
+from lockstep.agent.failure_log import Failures
+from lockstep.agent.local_host import Event, Host
+from lockstep.agent.membership import Members
+from lockstep.agent.observer import Sink
+from lockstep.agent.recovery import Resumption, resume, step_in_flight
+from lockstep.agent.regroup_messages import Orders
+from lockstep.agent.step_log import History
 from lockstep.clock import Clock
 from lockstep.collectives.host_mesh import Station
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
-from lockstep.evaluation import Evaluation, Inferred
-from lockstep.failures import Failures
 from lockstep.fleet import Action, Standing
-from lockstep.history import History
-from lockstep.host import Event, Host
-from lockstep.membership import Members
-from lockstep.orders import Orders
 from lockstep.planning.host_role import Roles
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
-from lockstep.recovery import Resumption, resume, step_in_flight
-from lockstep.sink import Sink
 from lockstep.state.control_segment import RING, Phase, Stage, progress_of
 from lockstep.state.snapshot import steps_between
 from lockstep.system.unix_channel import Closed, Message

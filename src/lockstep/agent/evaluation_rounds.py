@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep import membership
+from lockstep.agent import membership
 from lockstep.errors import TaskError
 from lockstep.planning.eval_batches import Outputs, combine, gather
 from lockstep.system.unix_channel import Message
 
 if TYPE_CHECKING:
-    from lockstep.crew import Crew
+    from lockstep.agent.worker_group import Crew
 
 Inferred = Literal["evaluate", "predict"]
 """What is made of a held-out batch: its metrics, or its predictions."""

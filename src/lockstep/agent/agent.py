@@ -15,9 +15,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep import membership
+from lockstep.agent import membership
+from lockstep.agent.answer_chunks import in_pieces
+from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.job_offer import Offer
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import NullSink
+from lockstep.agent.regroup_messages import Orders
+from lockstep.agent.worker_group import Crew
 from lockstep.collectives.host_mesh import Station
-from lockstep.crew import Crew
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -28,8 +34,6 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
-from lockstep.evaluation import Inferred
-from lockstep.host import Host
 from lockstep.job.code_archive import unpack
 from lockstep.job.task_source import Source
 from lockstep.net.blob_transfer import fetch
@@ -38,11 +42,7 @@ from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, Report
-from lockstep.offer import Offer
-from lockstep.orders import Orders
-from lockstep.pieces import in_pieces
 from lockstep.planning.plan import Plan
-from lockstep.sink import NullSink
 from lockstep.system.shared_memory import Segment
 
 CONNECT_SECONDS = 30.0

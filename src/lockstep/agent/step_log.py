@@ -7,12 +7,12 @@ from collections.abc import Container
 
 from blake3 import blake3
 
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import Sink
+from lockstep.agent.recovery import Patience, step_in_flight
 from lockstep.clock import Clock
-from lockstep.host import Host
 from lockstep.planning.plan import Plan
-from lockstep.recovery import Patience, step_in_flight
 from lockstep.results.ledger import StepRecord
-from lockstep.sink import Sink
 from lockstep.state.control_segment import DIGEST_BYTES, RING, Phase, progress_of
 
 MARK_STEPS, MARKS = 64, 64

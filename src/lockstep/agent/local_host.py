@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.job.task_source import Source, working_folder
-from lockstep.nurseries import (
+from lockstep.agent.forkserver_client import (
     FORK_SECONDS,
     LOAD_SECONDS,
     NurseryProcess,
@@ -23,6 +22,7 @@ from lockstep.nurseries import (
     environment_for,
     new_nursery,
 )
+from lockstep.job.task_source import Source, working_folder
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap

@@ -1,0 +1,1 @@
+"""Supervise: one agent per host starts workers, watches them and replaces them."""
