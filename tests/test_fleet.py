@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep import fleet
 from lockstep.collectives.exchange_thread import Early
 from lockstep.collectives.table_sum import Node
+from lockstep.coordinator import host_membership as fleet
+from lockstep.coordinator.host_membership import Arrange, Fleet, Hold, Standing, decide, settle
 from lockstep.errors import JobError
-from lockstep.fleet import Arrange, Fleet, Hold, Standing, decide, settle
 from lockstep.planning.memory_layout import Range
 from lockstep.planning.plan import share
 from lockstep.planning.slot_map import (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.fleet import Standing, settle_parts
+from lockstep.coordinator.host_membership import Standing, settle_parts
 from lockstep.planning.memory_layout import ALIGN, Range
 from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded
 from lockstep.planning.slot_map import SlotMap

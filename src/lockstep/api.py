@@ -12,13 +12,13 @@ from typing import Any
 from lockstep.agent.job_offer import Launcher
 from lockstep.agent.local_host import Host
 from lockstep.agent.observer import NullSink
-from lockstep.coordinator import Coordinator, Schedule
-from lockstep.desk import Desk
+from lockstep.coordinator.coordinator import Coordinator, Schedule
+from lockstep.coordinator.host_group import Hosts
+from lockstep.coordinator.open_job import open_hosts, spread
+from lockstep.coordinator.run_control import Desk
 from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
-from lockstep.hosts import Hosts
 from lockstep.job.job import SETTINGS, Job, Task
 from lockstep.job.task_source import Source, source_of
-from lockstep.opening import open_hosts, spread
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Division, Facts, Plan, choose, close, decompose, divisions
 from lockstep.results.checkpoint import list_checkpoints

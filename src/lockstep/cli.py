@@ -148,7 +148,7 @@ def scale(
     workers: Annotated[int, typer.Option("--workers", "-w", help="Worker processes wanted.")],
 ) -> None:
     """Change the number of workers of a running job. No bit changes."""
-    from lockstep.desk import ask
+    from lockstep.coordinator.run_control import ask
 
     ask(run, "scale", workers)
 
@@ -156,7 +156,7 @@ def scale(
 @app.command()
 def stop(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Stop a running job at a step's end, with a checkpoint to resume from."""
-    from lockstep.desk import ask
+    from lockstep.coordinator.run_control import ask
 
     ask(run, "stop")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.api import Taskish, run
-from lockstep.desk import Desk
+from lockstep.coordinator.run_control import Desk
 from lockstep.results.result import Result
 
 

@@ -21,13 +21,13 @@ from blake3 import blake3
 from lockstep.agent.job_offer import Launcher
 from lockstep.agent.local_host import Host
 from lockstep.agent.observer import NullSink
-from lockstep.coordinator import Coordinator, Schedule
-from lockstep.desk import Desk
+from lockstep.coordinator.coordinator import Coordinator, Schedule
+from lockstep.coordinator.host_group import Hosts
+from lockstep.coordinator.open_job import RecordFile, open_hosts
+from lockstep.coordinator.run_control import Desk
 from lockstep.errors import IntegrityError, RunFolderError, StoppedError
-from lockstep.hosts import Hosts
 from lockstep.job.job import Job, Task
 from lockstep.job.task_source import Source
-from lockstep.opening import RecordFile, open_hosts
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import Checkpoint, list_checkpoints, open_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 
 from lockstep.agent.local_host import Host
 from lockstep.agent.observer import NullSink
-from lockstep.coordinator import Coordinator, Schedule
+from lockstep.coordinator.coordinator import Coordinator, Schedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.job import Task
 from lockstep.planning.data_partition import check_together

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.fleet import Action
+from lockstep.coordinator.host_membership import Action
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from lockstep.agent.regroup_messages import Orders
 from lockstep.agent.step_log import History
 from lockstep.clock import Clock
 from lockstep.collectives.host_mesh import Station
+from lockstep.coordinator.host_membership import Action, Standing
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
-from lockstep.fleet import Action, Standing
 from lockstep.planning.host_role import Roles
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan

@@ -15,6 +15,7 @@ from typing import Any
 
 from lockstep.agent.job_offer import Launcher, Offer
 from lockstep.agent.local_host import Host
+from lockstep.coordinator.host_membership import in_order
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -23,7 +24,6 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
-from lockstep.fleet import in_order
 from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts

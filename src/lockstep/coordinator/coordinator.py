@@ -17,13 +17,13 @@ from lockstep.agent.evaluation_rounds import Inferred
 from lockstep.agent.local_host import Host
 from lockstep.agent.observer import Sink
 from lockstep.agent.worker_group import Crew
-from lockstep.desk import Request
+from lockstep.coordinator.run_control import Request
 from lockstep.errors import StoppedError
 from lockstep.planning.plan import Plan
 from lockstep.state.control_segment import RING
 
 if TYPE_CHECKING:
-    from lockstep.hosts import Hosts
+    from lockstep.coordinator.host_group import Hosts
 
 AHEAD_STEPS = (4, RING - 16)
 """The least and the most steps that the lease runs ahead of what has been recorded."""

@@ -10,16 +10,17 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep import fleet
 from lockstep.agent.answer_chunks import Answers
 from lockstep.agent.evaluation_rounds import Inferred
 from lockstep.agent.job_offer import Launcher, Offer
 from lockstep.agent.local_host import Host
 from lockstep.agent.regroup_messages import Orders
-from lockstep.agreement import Agreement
 from lockstep.collectives.host_mesh import Station
+from lockstep.coordinator import host_membership as fleet
+from lockstep.coordinator.divergence_check import Agreement
+from lockstep.coordinator.host_membership import Fleet, Standing
+from lockstep.coordinator.rendezvous import Roster, about
 from lockstep.errors import ProtocolError, RefusedError
-from lockstep.fleet import Fleet, Standing
 from lockstep.net.blob_transfer import Store
 from lockstep.net.control_link import Link
 from lockstep.net.frames import Message
@@ -28,10 +29,9 @@ from lockstep.net.transport import Heard, ignore
 from lockstep.planning.data_partition import Holdings, Samples, check_whole, held_out_batches
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan, share_batches
-from lockstep.roster import Roster, about
 
 if TYPE_CHECKING:
-    from lockstep.coordinator import Coordinator
+    from lockstep.coordinator.coordinator import Coordinator
 
 
 class Hosts:

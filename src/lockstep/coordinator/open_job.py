@@ -11,8 +11,8 @@ from typing import Any
 from lockstep.agent.agent import facts_of
 from lockstep.agent.job_offer import Launcher
 from lockstep.agent.local_host import Host
+from lockstep.coordinator.host_group import Hosts
 from lockstep.errors import JobError
-from lockstep.hosts import Hosts
 from lockstep.job.code_archive import pack
 from lockstep.job.job import Job
 from lockstep.job.task_source import Source

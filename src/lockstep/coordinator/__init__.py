@@ -1,0 +1,1 @@
+"""Coordinate: one coordinator per job decides how far to go, and with which hosts."""
