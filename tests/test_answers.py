@@ -13,8 +13,8 @@ from torch import nn
 
 import lockstep
 from lockstep.adapters.answers import padded_left
+from lockstep.api.prediction import Predicted
 from lockstep.errors import TaskError
-from lockstep.inference import Predicted
 from lockstep.job.job import Task
 from tests import command, reference, reviews
 from tests.tasks import blobs

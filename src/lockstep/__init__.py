@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from lockstep.adapters.module import from_module
     from lockstep.adapters.pretrained import from_transformers
     from lockstep.agent.forkserver_client import preloaded
-    from lockstep.api import plan, resume, run
+    from lockstep.api.background import Run, start
+    from lockstep.api.prediction import evaluate, predict
+    from lockstep.api.training import plan, resume, run
+    from lockstep.api.verification import verify
     from lockstep.errors import LockstepError
-    from lockstep.handle import Run, start
-    from lockstep.inference import evaluate, predict
     from lockstep.job.job import Job, Parameters, Task
     from lockstep.optim.chained import Together
     from lockstep.results.result import Result
-    from lockstep.verification import verify
 
 __all__ = [
     "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
@@ -31,20 +31,20 @@ _HOMES = {
     "LockstepError": "errors",
     "Parameters": "job.job",
     "Result": "results.result",
-    "Run": "handle",
+    "Run": "api.background",
     "Task": "job.job",
     "Together": "optim.chained",
-    "evaluate": "inference",
+    "evaluate": "api.prediction",
     "from_lightning": "adapters.lightning",
     "from_module": "adapters.module",
     "from_transformers": "adapters.pretrained",
-    "plan": "api",
-    "predict": "inference",
+    "plan": "api.training",
+    "predict": "api.prediction",
     "preloaded": "agent.forkserver_client",
-    "resume": "api",
-    "run": "api",
-    "start": "handle",
-    "verify": "verification",
+    "resume": "api.training",
+    "run": "api.training",
+    "start": "api.background",
+    "verify": "api.verification",
 }
 
 

@@ -58,7 +58,7 @@ def run(
     **settings: Any,
 ) -> None:
     """Train a job. Further --options are arguments of the recipe or task: --model cnn."""
-    from lockstep.api import run as run_job
+    from lockstep.api.training import run as run_job
 
     with _launcher(on, state) as launcher:
         result = run_job(*_job(job, ctx.args), quiet=quiet, on=launcher, **given(settings))
@@ -109,7 +109,7 @@ def plan(
     **settings: Any,
 ) -> None:
     """Show what `run` would do with the same options, and why. Nothing is trained or written."""
-    from lockstep.api import plan as plan_job
+    from lockstep.api.training import plan as plan_job
 
     found = plan_job(*_job(job, ctx.args), **given(settings))
     message = found.to_message()
@@ -135,7 +135,7 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was stopped or killed, to the same result."""
-    from lockstep.api import resume as resume_run
+    from lockstep.api.training import resume as resume_run
 
     with _launcher(on, state) as launcher:
         result = resume_run(run, workers=workers, quiet=quiet, on=launcher)
@@ -169,8 +169,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Replay steps of a run and compare them with its ledger."""
-    from lockstep.verification import parse_steps, to_json
-    from lockstep.verification import verify as verify_run
+    from lockstep.api.verification import parse_steps, to_json
+    from lockstep.api.verification import verify as verify_run
 
     found = verify_run(run, steps=parse_steps(steps), workers=workers)
     if as_json:
@@ -193,7 +193,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
-    from lockstep.inference import evaluate as evaluate_run
+    from lockstep.api.prediction import evaluate as evaluate_run
     from lockstep.results.run_folder import plain
 
     with _launcher(on, state) as launcher:
@@ -222,7 +222,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Predict from a file of records. What was cut short is gone on with by the same command."""
-    from lockstep.inference import predict as predict_run
+    from lockstep.api.prediction import predict as predict_run
 
     if str(out) == "-":
         raise JobError(

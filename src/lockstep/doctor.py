@@ -108,7 +108,7 @@ def _pidfd() -> Check:
 
 
 def _same_bits() -> Check:
-    from lockstep.api import run
+    from lockstep.api.training import run
 
     settings: dict[str, Any] = {
         "shards": 2,

@@ -245,7 +245,7 @@ def _lead(
     out: str | None,
     wait: float,
 ) -> None:
-    from lockstep.api import run
+    from lockstep.api.training import run
 
     job = job if job.cluster is None else on_ranks(job)
     with Ranks(place, shared, folder, workers=workers, wait=wait) as ranks:

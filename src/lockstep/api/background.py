@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.api import Taskish, run
+from lockstep.api.training import Taskish, run
 from lockstep.coordinator.run_control import Desk
 from lockstep.results.result import Result
 

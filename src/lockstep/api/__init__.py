@@ -1,0 +1,1 @@
+"""The front: run, resume, plan, start, evaluate, predict, verify."""
