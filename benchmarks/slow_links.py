@@ -28,8 +28,8 @@ from torch.utils.data import TensorDataset
 import lockstep
 from benchmarks.models import LARGE_WIDTH, WORLD
 from benchmarks.report import table
-from lockstep.datasets import load_fashion_mnist
 from lockstep.job.job import Parameters, Task
+from lockstep.recipes.datasets import load_fashion_mnist
 
 BATCH = 16 * WORLD
 """Samples to an update, as in benchmarks.hosts."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lockstep
-from lockstep.datasets import load_mnist
+from lockstep.recipes.datasets import load_mnist
 
 
 class Digits(lockstep.Task):

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 import lockstep
-from lockstep.datasets import load_synopses, minilm_folder
-from lockstep.datasets.pairs import split_pairs
+from lockstep.recipes.datasets import load_synopses, minilm_folder
+from lockstep.recipes.datasets.text_pairs import split_pairs
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 TITLE, DESCRIPTION = 24, 64

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.datasets import fetch
 from lockstep.errors import IntegrityError, JobError, RunFolderError
+from lockstep.recipes.datasets import fetch
 from tests import command
 from tests.command import TASKS
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lockstep.games import terminal
-from lockstep.games.connect_four import COLUMNS, ROWS, State, new_game, outcome, planes
-from lockstep.games.opponents import OPPONENTS, Match, play, scripted
-from lockstep.games.search import Evaluate, halving, search
-from lockstep.games.self_play import self_play
+from lockstep.recipes.connect_four import terminal
+from lockstep.recipes.connect_four.opponents import OPPONENTS, Match, play, scripted
+from lockstep.recipes.connect_four.rules import COLUMNS, ROWS, State, new_game, outcome, planes
+from lockstep.recipes.connect_four.self_play import self_play
+from lockstep.recipes.connect_four.tree_search import Evaluate, halving, search
 from lockstep.recipes.game import likeliest
 
 Board = list[list[int]]

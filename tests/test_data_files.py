@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.datasets import (
+from lockstep.errors import DataError
+from lockstep.recipes.datasets import (
     DATA_SETS,
     adult,
     fetch,
@@ -19,11 +20,10 @@ from lockstep.datasets import (
     load_fashion_mnist,
     load_ratings,
 )
-from lockstep.datasets.idx import from_idx, to_idx
-from lockstep.datasets.images import IDX_NAMES, read_images
-from lockstep.datasets.packages import DebianPackage, Wheel
-from lockstep.datasets.tables import parse_table, read_table
-from lockstep.errors import DataError
+from lockstep.recipes.datasets.idx import from_idx, to_idx
+from lockstep.recipes.datasets.images import IDX_NAMES, read_images
+from lockstep.recipes.datasets.packages import DebianPackage, Wheel
+from lockstep.recipes.datasets.tables import parse_table, read_table
 from tests import command
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.datasets import fetch, load_mnist, packages
-from lockstep.datasets.idx import from_idx, to_idx
-from lockstep.datasets.mnist import IMAGES, LABELS, MNIST
 from lockstep.errors import DataError, IntegrityError
+from lockstep.recipes.datasets import fetch, load_mnist, packages
+from lockstep.recipes.datasets.idx import from_idx, to_idx
+from lockstep.recipes.datasets.mnist import IMAGES, LABELS, MNIST
 
 SMALL = 20
 (MEMBER,) = MNIST.members
@@ -292,5 +292,5 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, lockstep.datasets; sys.exit('torch' in sys.modules)"
+    code = "import sys, lockstep.recipes.datasets; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

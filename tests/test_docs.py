@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.cli import app
-from lockstep.datasets import fetch
 from lockstep.job.job import SETTINGS
+from lockstep.recipes.datasets import fetch
 from tests import command
 
 ROOT = Path(__file__).parent.parent

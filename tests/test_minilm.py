@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 import lockstep
-from lockstep.datasets import find, minilm_folder
+from lockstep.recipes.datasets import find, minilm_folder
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "minilm.py"
 

@@ -11,11 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockstep.datasets import load_mnist, load_ratings
-from lockstep.datasets.images import read_images
-from lockstep.datasets.pairs import read_pairs, split_pairs
-from lockstep.datasets.tables import category, number_of, numbers_of, parse_table, read_table
 from lockstep.errors import DataError
+from lockstep.recipes.datasets import load_mnist, load_ratings
+from lockstep.recipes.datasets.images import read_images
+from lockstep.recipes.datasets.tables import (
+    category,
+    number_of,
+    numbers_of,
+    parse_table,
+    read_table,
+)
+from lockstep.recipes.datasets.text_pairs import read_pairs, split_pairs
 from lockstep.recipes.mnist import Mnist
 from lockstep.recipes.summarise import summarise
 from lockstep.recipes.vision import Vision

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.datasets import descriptions, find
-from lockstep.datasets.descriptions import DESCRIPTIONS, parse_list, synopses, translations
-from lockstep.datasets.packages import DebianLists
-from lockstep.datasets.pairs import Split, parse_pairs, read_pairs, split_pairs
 from lockstep.errors import DataError, IntegrityError
+from lockstep.recipes.datasets import debian_descriptions, find
+from lockstep.recipes.datasets.debian_descriptions import (
+    DESCRIPTIONS,
+    parse_list,
+    synopses,
+    translations,
+)
+from lockstep.recipes.datasets.packages import DebianLists
+from lockstep.recipes.datasets.text_pairs import Split, parse_pairs, read_pairs, split_pairs
 
 ENGLISH = """Package: one
 Description-md5: 1111
@@ -74,7 +79,7 @@ def test_lists_are_joined_on_their_digests() -> None:
 
 
 def test_short_descriptions_are_no_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptions, "FEWEST_WORDS", 11)
+    monkeypatch.setattr(debian_descriptions, "FEWEST_WORDS", 11)
     text = "It has three paragraphs. This is the second. This is the third."
     found = list(synopses(parse_list(ENGLISH.encode(), "en")))
     assert found == [
@@ -84,10 +89,10 @@ def test_short_descriptions_are_no_summaries(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_tables_can_be_read_as_files_of_the_user(tmp_path: Path) -> None:
-    files = descriptions._convert({
-        descriptions.ENGLISH: ENGLISH.encode(), descriptions.GERMAN: GERMAN.encode(),
+    files = debian_descriptions._convert({
+        debian_descriptions.ENGLISH: ENGLISH.encode(), debian_descriptions.GERMAN: GERMAN.encode(),
     })  # fmt: skip
-    table = files[descriptions.TRANSLATIONS]
+    table = files[debian_descriptions.TRANSLATIONS]
     assert parse_pairs(table, "it")[0] == ("first tool", "erstes Werkzeug")
     (tmp_path / "mine.tsv").write_bytes(table)
     assert read_pairs(tmp_path / "mine.tsv") == parse_pairs(table, "it")
@@ -162,7 +167,7 @@ def test_missing_descriptions_name_the_command(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert find("descriptions").where() == "not here"
     with pytest.raises(DataError) as caught:
-        descriptions.load_translations()
+        debian_descriptions.load_translations()
     assert caught.value.fix == "lockstep data fetch descriptions"
 
 

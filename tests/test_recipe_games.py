@@ -16,9 +16,6 @@ from torch.utils.data import DataLoader
 import lockstep
 from lockstep import recipes
 from lockstep.errors import DataError, JobError
-from lockstep.games import terminal
-from lockstep.games.opponents import OPPONENTS
-from lockstep.games.self_play import self_play
 from lockstep.recipes.cartpole import (
     CARTS,
     DISCOUNT,
@@ -32,6 +29,9 @@ from lockstep.recipes.cartpole import (
     episodes,
     roll_out,
 )  # fmt: skip
+from lockstep.recipes.connect_four import terminal
+from lockstep.recipes.connect_four.opponents import OPPONENTS
+from lockstep.recipes.connect_four.self_play import self_play
 from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, Net, evaluator, game
 from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lockstep import recipes
-from lockstep.datasets import fetch
 from lockstep.errors import JobError
 from lockstep.job.job import Job, Parameters
+from lockstep.recipes.datasets import fetch
 from lockstep.recipes.mnist import DATA_EPOCHS, Mnist, distort, mnist
 
 

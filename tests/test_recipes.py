@@ -13,13 +13,13 @@ import torch
 import lockstep
 from benchmarks.applications import curve
 from lockstep import recipes
-from lockstep.datasets import fetch
-from lockstep.datasets.idx import to_idx
-from lockstep.datasets.images import IDX_NAMES
-from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError
 from lockstep.job.job import Job, Task
 from lockstep.recipes.clicks import Clicks, auc, clicks, hashed, ranges_of
+from lockstep.recipes.datasets import fetch
+from lockstep.recipes.datasets.idx import to_idx
+from lockstep.recipes.datasets.images import IDX_NAMES
+from lockstep.recipes.datasets.tables import read_table
 from lockstep.recipes.mnist import Mnist
 from lockstep.recipes.recommend import LENGTH, Recommend, ranking, recommend, unseen
 from lockstep.recipes.vision import Vision, jitter, vision

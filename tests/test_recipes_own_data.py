@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import lockstep
-from lockstep.datasets.tables import read_table
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Job, Task
 from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
 from lockstep.recipes.cartpole import cartpole
 from lockstep.recipes.clicks import Clicks, clicks
+from lockstep.recipes.datasets.tables import read_table
 from lockstep.recipes.game import game
 from lockstep.recipes.mnist import mnist
 from lockstep.recipes.recommend import Recommend, recommend

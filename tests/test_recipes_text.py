@@ -12,9 +12,9 @@ import torch
 
 import lockstep
 from lockstep import recipes
-from lockstep.datasets import fetch
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Job
+from lockstep.recipes.datasets import fetch
 from lockstep.recipes.text.rewriting import Rewriting
 from lockstep.recipes.translate import compare, translate
 from lockstep.state.fault_injection import Fault

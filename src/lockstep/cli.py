@@ -279,7 +279,7 @@ def play(
     ] = 128,
 ) -> None:
     """Play Connect Four against a trained network."""
-    from lockstep.games import terminal
+    from lockstep.recipes.connect_four import terminal
 
     terminal.start(run, second=second, itself=itself, simulations=simulations)
 
@@ -287,7 +287,7 @@ def play(
 @data_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")]) -> None:
     """Fetch a recipe's data into the cache, and print the folder."""
-    from lockstep.datasets import fetch as fetch_data
+    from lockstep.recipes.datasets import fetch as fetch_data
 
     print(fetch_data(name))
 
@@ -295,7 +295,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")
 @data_app.command("list")
 def list_data(as_json: Json = False) -> None:
     """List the data sets that can be fetched, and which are here."""
-    from lockstep.datasets import DATA_SETS
+    from lockstep.recipes.datasets import DATA_SETS
 
     rows = [
         {"name": each.name, "where": each.where(), "about": each.about, "licence": each.licence}

@@ -22,8 +22,11 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from lockstep.datasets import load_adult
-from lockstep.datasets.tables import (
+from lockstep.errors import DataError
+from lockstep.job.job import Job, Parameters, Task
+from lockstep.recipes import at_least, texts
+from lockstep.recipes.datasets import load_adult
+from lockstep.recipes.datasets.tables import (
     MISSING,
     Table,
     category,
@@ -32,9 +35,6 @@ from lockstep.datasets.tables import (
     numbers_of,
     read_table,
 )
-from lockstep.errors import DataError
-from lockstep.job.job import Job, Parameters, Task
-from lockstep.recipes import at_least, texts
 
 BATCH_SIZE = 256
 BUCKETS = 1 << 14

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
-from lockstep.games.connect_four import COLUMNS, State, new_game, planes
-from lockstep.games.opponents import OPPONENTS, Choose, Match, play, scripted
-from lockstep.games.search import Evaluate
-from lockstep.games.self_play import self_play
 from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least
+from lockstep.recipes.connect_four.opponents import OPPONENTS, Choose, Match, play, scripted
+from lockstep.recipes.connect_four.rules import COLUMNS, State, new_game, planes
+from lockstep.recipes.connect_four.self_play import self_play
+from lockstep.recipes.connect_four.tree_search import Evaluate
 
 GAMES, STEPS = 32, 100
 """A step's games over all shards, and the steps between two evaluations."""

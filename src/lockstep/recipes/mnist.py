@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lockstep.datasets import load_mnist
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import texts
+from lockstep.recipes.datasets import load_mnist
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,8 @@ def mnist(model: str = "softmax", data: str | None = None) -> Job:
 
     Args:
         model: `softmax` (softmax regression by plain gradient descent), `mlp` or `cnn`.
-        data: A file of digits, as `lockstep.datasets.load_mnist` reads it; None: the fetched ones.
+        data: A file of digits, as `lockstep.recipes.datasets.load_mnist` reads it; None: the
+        fetched ones.
 
     Raises:
         JobError: there is no such model.

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from lockstep.datasets import load_ratings
-from lockstep.datasets.movielens import Ratings
 from lockstep.errors import DataError
 from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least, texts
+from lockstep.recipes.datasets import load_ratings
+from lockstep.recipes.datasets.movielens import Ratings
 
 BATCH_SIZE = 512
 LENGTH = 20
@@ -40,7 +40,8 @@ def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> J
     """Learn which item a user takes next.
 
     Args:
-        data: A table of ratings, as `lockstep.datasets.load_ratings` reads it (CSV or TSV with
+        data: A table of ratings, as `lockstep.recipes.datasets.load_ratings` reads it (CSV or TSV
+        with
             user_id, item_id and perhaps timestamp). None: MovieLens 100k.
         epochs: Passes over the data.
         width: The length of embeddings.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lockstep.datasets import load_synopses
-from lockstep.datasets.pairs import Split, read_pairs, split_pairs
 from lockstep.job.job import Job
 from lockstep.recipes import texts
+from lockstep.recipes.datasets import load_synopses
+from lockstep.recipes.datasets.text_pairs import Split, read_pairs, split_pairs
 from lockstep.recipes.text.rewriting import Rewriting, Settings
 from lockstep.recipes.text.rouge import rouge
 
@@ -27,7 +27,8 @@ def summarise(
     """Learn to summarise.
 
     Args:
-        data: Pairs, as `lockstep.datasets.pairs.read_pairs` reads them: TSV or CSV with the columns
+        data: Pairs, as `lockstep.recipes.datasets.text_pairs.read_pairs` reads them: TSV or CSV
+        with the columns
             source (a text) and target (its summary), or JSONL. None: Debian's descriptions.
         epochs: Passes over the data; the learning rate falls to 0 by their end.
         width: Of the transformer.

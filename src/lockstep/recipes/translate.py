@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lockstep.datasets import load_translations
-from lockstep.datasets.pairs import Split, read_pairs, split_pairs
 from lockstep.errors import JobError
 from lockstep.job.job import Job
 from lockstep.recipes import at_least, texts
+from lockstep.recipes.datasets import load_translations
+from lockstep.recipes.datasets.text_pairs import Split, read_pairs, split_pairs
 from lockstep.recipes.text.neighbours import Neighbours
 from lockstep.recipes.text.rewriting import Rewriting, Settings
 
@@ -30,7 +30,8 @@ def translate(
     """Learn to translate.
 
     Args:
-        data: Pairs, as `lockstep.datasets.pairs.read_pairs` reads them: TSV or CSV with the columns
+        data: Pairs, as `lockstep.recipes.datasets.text_pairs.read_pairs` reads them: TSV or CSV
+        with the columns
             source and target, or JSONL. None: Debian's descriptions, English to German.
         epochs: Passes over the data; the learning rate falls to 0 by their end.
         width: Of the transformer.

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
-from lockstep.datasets import load_fashion_mnist
-from lockstep.datasets.images import Images, read_image, read_images
 from lockstep.errors import DataError
 from lockstep.job.job import Job, Parameters, Task
 from lockstep.recipes import at_least, texts
+from lockstep.recipes.datasets import load_fashion_mnist
+from lockstep.recipes.datasets.images import Images, read_image, read_images
 from lockstep.recipes.mnist import nearest_mean
 
 BATCH_SIZE = 128
@@ -40,7 +40,8 @@ def vision(
     """Learn to tell classes of images apart.
 
     Args:
-        data: A folder of images, as `lockstep.datasets.images.read_images` reads it: four IDX
+        data: A folder of images, as `lockstep.recipes.datasets.images.read_images` reads it: four
+        IDX
             files, or `train/CLASS/*` and `test/CLASS/*`. None: Fashion-MNIST.
         epochs: Passes over the data; the learning rate falls to 0 by their end.
         width: Channels of the first stage; the others have two and four times as many.

@@ -67,7 +67,7 @@ def _page(folder: Path) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = resources.files("lockstep") / "templates" / "report.html.j2"
+    source = resources.files("lockstep.results") / "report.html.j2"
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         name=name,
         fingerprint=_text(result["fingerprint"]) if result.get("fingerprint") else "",

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lockstep.datasets.pairs import Pair
+from lockstep.recipes.datasets.text_pairs import Pair
 from lockstep.recipes.text.beam import BEGIN, END
 from lockstep.recipes.text.packing import PADDING
 from lockstep.recipes.text.vocabulary import Vocabulary

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lockstep.datasets.pairs import Split
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Parameters, Task
 from lockstep.recipes import at_least
+from lockstep.recipes.datasets.text_pairs import Split
 from lockstep.recipes.text.beam import write
 from lockstep.recipes.text.encoded import EncodedPairs, padded, read
 from lockstep.recipes.text.packing import PADDING

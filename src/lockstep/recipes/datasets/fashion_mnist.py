@@ -6,9 +6,9 @@ Algorithms", 2017.
 
 from __future__ import annotations
 
-from lockstep.datasets.fetching import DataSet
-from lockstep.datasets.images import Images, images_of
-from lockstep.datasets.packages import DebianPackage
+from lockstep.recipes.datasets.fetching import DataSet
+from lockstep.recipes.datasets.images import Images, images_of
+from lockstep.recipes.datasets.packages import DebianPackage
 
 _FOLDER = "usr/share/datasets/fashion-mnist"
 FASHION_MNIST = DataSet(

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockstep.data.user_files import read_content, text_of
-from lockstep.datasets.fetching import DataSet, Files
-from lockstep.datasets.idx import from_idx, to_idx
-from lockstep.datasets.packages import Wheel
 from lockstep.errors import DataError
+from lockstep.recipes.datasets.fetching import DataSet, Files
+from lockstep.recipes.datasets.idx import from_idx, to_idx
+from lockstep.recipes.datasets.packages import Wheel
 
 PIXELS = 28 * 28
 CLASSES = 10

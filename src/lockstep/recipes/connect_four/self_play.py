@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.games.connect_four import State, new_game, outcome, planes
-from lockstep.games.search import Evaluate, Found, search
+from lockstep.recipes.connect_four.rules import State, new_game, outcome, planes
+from lockstep.recipes.connect_four.tree_search import Evaluate, Found, search
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.data.user_files import read_content, text_of
-from lockstep.datasets.tables import Table, parse_table, read_table
 from lockstep.errors import DataError
+from lockstep.recipes.datasets.tables import Table, parse_table, read_table
 
 Pair = tuple[str, str]
 """A source and its target."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockstep.data.user_files import read_content
-from lockstep.datasets.idx import from_idx
 from lockstep.errors import DataError
+from lockstep.recipes.datasets.idx import from_idx
 
 IDX_NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),

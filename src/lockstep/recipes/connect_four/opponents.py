@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lockstep.games.connect_four import State, new_game, outcome
+from lockstep.recipes.connect_four.rules import State, new_game, outcome
 
 Choose = Callable[[Sequence[State]], Sequence[int]]
 """A player: positions, none of which is over, to columns."""

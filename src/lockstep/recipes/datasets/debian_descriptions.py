@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lockstep.datasets.fetching import DataSet, Files
-from lockstep.datasets.packages import DebianLists
-from lockstep.datasets.pairs import COLUMNS, Pair, parse_pairs
+from lockstep.recipes.datasets.fetching import DataSet, Files
+from lockstep.recipes.datasets.packages import DebianLists
+from lockstep.recipes.datasets.text_pairs import COLUMNS, Pair, parse_pairs
 
 ENGLISH, GERMAN = "Translation-en", "Translation-de"
 TRANSLATIONS, SYNOPSES = "translations.tsv", "synopses.tsv"

@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lockstep.games.connect_four import COLUMNS, State, outcome
+from lockstep.recipes.connect_four.rules import COLUMNS, State, outcome
 
 Evaluate = Callable[[Sequence[State]], tuple[list[list[float]], list[float]]]
 """States to the network's logits `[n, 7]` and values `[n]`, these for the player to move."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import csv
 import io
 
-from lockstep.datasets.fetching import DataSet, Files
-from lockstep.datasets.packages import Wheel
-from lockstep.datasets.tables import Table, parse_table
 from lockstep.errors import DataError
+from lockstep.recipes.datasets.fetching import DataSet, Files
+from lockstep.recipes.datasets.packages import Wheel
+from lockstep.recipes.datasets.tables import Table, parse_table
 
 PACKED, TABLE = "adult.parquet.brotli", "adult.csv"
 

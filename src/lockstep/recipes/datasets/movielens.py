@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.datasets.fetching import DataSet
-from lockstep.datasets.packages import Wheel
-from lockstep.datasets.tables import Table, is_missing, number_of, parse_table, read_table
 from lockstep.errors import DataError
+from lockstep.recipes.datasets.fetching import DataSet
+from lockstep.recipes.datasets.packages import Wheel
+from lockstep.recipes.datasets.tables import Table, is_missing, number_of, parse_table, read_table
 
 _FOLDER = "recbole/dataset_example/ml-100k"
 MOVIELENS_100K = DataSet(

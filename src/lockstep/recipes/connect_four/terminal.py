@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.errors import JobError
-from lockstep.games.connect_four import COLUMNS, State, new_game, outcome
-from lockstep.games.search import Evaluate, search
+from lockstep.recipes.connect_four.rules import COLUMNS, State, new_game, outcome
+from lockstep.recipes.connect_four.tree_search import Evaluate, search
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lockstep.datasets.packages import Package
 from lockstep.errors import DataError, IntegrityError, LockstepError
+from lockstep.recipes.datasets.packages import Package
 
 Files = dict[str, bytes]
 """Contents by file name."""
