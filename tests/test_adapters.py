@@ -155,7 +155,7 @@ def test_batches_that_are_no_pairs() -> None:
 
 @pytest.mark.parametrize("extra", ["transformers", "lightning"])
 def test_a_missing_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lockstep.adapters.parts import need
+    from lockstep.adapters.common import need
 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

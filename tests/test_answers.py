@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lockstep
-from lockstep.adapters.answers import padded_left
+from lockstep.adapters.transformers.predictions import padded_left
 from lockstep.api.prediction import Predicted
 from lockstep.errors import TaskError
 from lockstep.job.job import Task

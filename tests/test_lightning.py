@@ -257,7 +257,7 @@ def test_what_is_logged_in_training_is_dropped() -> None:
 )
 def test_steps_by_whatever_names(step: Callable[..., Any], wanted: tuple[Any, ...]) -> None:
     """Lightning gives a step its arguments by place."""
-    from lockstep.adapters.lightning import _call
+    from lockstep.adapters.lightning.task import _call
 
     net_class, _ = lightning_classes()
     net = type("Net", (net_class,), {"training_step": step})()

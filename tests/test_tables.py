@@ -14,7 +14,7 @@ import cloudpickle
 import pytest
 
 import lockstep
-from lockstep.adapters.tables import check_table
+from lockstep.adapters.transformers.hf_datasets import check_table
 from lockstep.data.dataset_shipping import read_sets, write_sets
 from lockstep.errors import JobError
 from tests import reviews

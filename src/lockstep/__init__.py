@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lockstep.adapters.lightning import from_lightning
+    from lockstep.adapters.lightning.task import from_lightning
     from lockstep.adapters.module import from_module
-    from lockstep.adapters.pretrained import from_transformers
+    from lockstep.adapters.transformers.task import from_transformers
     from lockstep.agent.forkserver_client import preloaded
     from lockstep.api.background import Run, start
     from lockstep.api.prediction import evaluate, predict
@@ -35,9 +35,9 @@ _HOMES = {
     "Task": "job.job",
     "Together": "optim.chained",
     "evaluate": "api.prediction",
-    "from_lightning": "adapters.lightning",
+    "from_lightning": "adapters.lightning.task",
     "from_module": "adapters.module",
-    "from_transformers": "adapters.pretrained",
+    "from_transformers": "adapters.transformers.task",
     "plan": "api.training",
     "predict": "api.prediction",
     "preloaded": "agent.forkserver_client",

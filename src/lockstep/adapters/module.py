@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.adapters.parts import answer_by, build_data, build_model, check_callable
+from lockstep.adapters.common import answer_by, build_data, build_model, check_callable
 from lockstep.errors import TaskError
 from lockstep.job.job import Parameters, Task
 from lockstep.optim.introspection import check_schedule

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.answers import answers
-from lockstep.adapters.columns import columns_of, of_transformers, taken
-from lockstep.adapters.parts import (
+from lockstep.adapters.common import (
     answer_by,
     base_of,
     build_data,
@@ -15,8 +13,15 @@ from lockstep.adapters.parts import (
     check_callable,
     need,
 )
-from lockstep.adapters.tables import check_table
-from lockstep.adapters.tokens import label_shift, labels_tokens, token_score, token_sums
+from lockstep.adapters.transformers.columns import columns_of, of_transformers, taken
+from lockstep.adapters.transformers.hf_datasets import check_table
+from lockstep.adapters.transformers.predictions import answers
+from lockstep.adapters.transformers.token_metrics import (
+    label_shift,
+    labels_tokens,
+    token_score,
+    token_sums,
+)
 from lockstep.errors import JobError, TaskError
 from lockstep.job.job import Parameters, Task
 

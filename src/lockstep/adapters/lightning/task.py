@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.gathering import Kept, check_held, held, separate_metrics
-from lockstep.adapters.hooks import check_data, check_module, check_skipped
-from lockstep.adapters.loaders import alike, one_loader
-from lockstep.adapters.logs import Logged, logging_to
-from lockstep.adapters.optimizers import Configured, Following, bind
-from lockstep.adapters.parts import answer_by, need
-from lockstep.adapters.predictions import rows_of
-from lockstep.adapters.trainer import NoTrainer, Stage
+from lockstep.adapters.common import answer_by, need
+from lockstep.adapters.lightning.dataloaders import alike, one_loader
+from lockstep.adapters.lightning.hooks import check_data, check_module, check_skipped
+from lockstep.adapters.lightning.logs import Logged, logging_to
+from lockstep.adapters.lightning.optimizers import Configured, Following, bind
+from lockstep.adapters.lightning.predictions import rows_of
+from lockstep.adapters.lightning.trainer_stub import NoTrainer, Stage
+from lockstep.adapters.lightning.validation_state import Kept, check_held, held, separate_metrics
 from lockstep.errors import JobError, TaskError
 from lockstep.job.job import Parameters, Task
 from lockstep.job.position import Place

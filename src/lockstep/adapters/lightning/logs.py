@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.adapters.gathering import Kept, is_metric
+from lockstep.adapters.lightning.validation_state import Kept, is_metric
 from lockstep.errors import TaskError
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.parts import base_of, need
+from lockstep.adapters.common import base_of, need
 from lockstep.errors import TaskError
 
 if TYPE_CHECKING:

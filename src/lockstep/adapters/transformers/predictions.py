@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.adapters.parts import base_of
+from lockstep.adapters.common import base_of
 from lockstep.errors import TaskError
 
 if TYPE_CHECKING:
