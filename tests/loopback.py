@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.counter import ask
-from lockstep.cluster.launcher import Cluster
+from lockstep.cluster.daemon.control_socket import ask
+from lockstep.cluster.daemon.launcher import Cluster
 from tests.command import TASKS
 from tests.daemons import Daemon
 

@@ -10,7 +10,7 @@ import pytest
 from ray._private.services import get_node_ip_address
 
 import lockstep
-from lockstep.cluster.launcher import Cluster
+from lockstep.cluster.daemon.launcher import Cluster
 from tests.faulty import Event, await_event
 from tests.ray_nodes import LIMIT, RayNodes
 from tests.ray_tls import credentials

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.description import on_ranks, place_in
-from lockstep.cluster.environment import Place, place_of
-from lockstep.cluster.launched import MASTER, Ranks, enter, own_address, shared_secret
+from lockstep.cluster.ranks.cluster_spec import on_ranks, place_in
+from lockstep.cluster.ranks.launcher import MASTER, Ranks, enter, own_address, shared_secret
+from lockstep.cluster.ranks.rank_environment import Place, place_of
 from lockstep.errors import (
     IdentityError,
     JobError,
@@ -266,7 +266,7 @@ def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
             daemon = Daemon(
                 *("-w", "1", "job.yaml"),
                 cwd=tmp_path,
-                module="lockstep.cluster.launched",
+                module="lockstep.cluster.ranks.launcher",
                 environment={**place, "XDG_STATE_HOME": str(tmp_path)},
             )
             ranks.append(stack.enter_context(daemon))
@@ -292,7 +292,7 @@ def test_a_cluster_of_workers_and_parameter_servers(tmp_path: Path, alone: str) 
                 Daemon(
                     *("-w", "1", "--task", task, "job.yaml"),
                     cwd=tmp_path,
-                    module="lockstep.cluster.launched",
+                    module="lockstep.cluster.ranks.launcher",
                     environment={"XDG_STATE_HOME": str(tmp_path)},
                 )
             )

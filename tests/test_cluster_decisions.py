@@ -7,11 +7,21 @@ import json
 import pytest
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.admission import Allowed, refusal
-from lockstep.cluster.agents import why
-from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, Spoke, decide, parse
-from lockstep.cluster.environment import Place, first_host, place_of
-from lockstep.cluster.line import LONGEST_PAUSE, pause
+from lockstep.cluster.daemon.admission import Allowed, refusal
+from lockstep.cluster.daemon.agent_processes import why
+from lockstep.cluster.daemon.reconnecting_line import LONGEST_PAUSE, pause
+from lockstep.cluster.daemon.registry import (
+    Board,
+    Close,
+    Event,
+    Gone,
+    Here,
+    Open,
+    Spoke,
+    decide,
+    parse,
+)
+from lockstep.cluster.ranks.rank_environment import Place, first_host, place_of
 from lockstep.errors import (
     JobError,
     ProtocolError,

@@ -12,9 +12,18 @@ import pytest
 
 import lockstep
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.on_ray import address_in, check_address, on_ray
-from lockstep.cluster.ray_agent import RayAgent
-from lockstep.cluster.seats import MOST_AGENTS, Forget, Node, Reserve, Seats, Start, end, look
+from lockstep.cluster.ray.actor import RayAgent
+from lockstep.cluster.ray.launcher import address_in, check_address, on_ray
+from lockstep.cluster.ray.node_agents import (
+    MOST_AGENTS,
+    Forget,
+    Node,
+    Reserve,
+    Seats,
+    Start,
+    end,
+    look,
+)
 from lockstep.errors import (
     JobError,
     LockstepError,

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from lockstep.cluster.on_ray import on_ray
+from lockstep.cluster.ray.launcher import on_ray
 from lockstep.errors import NetworkError
 from tests.conftest import describe, processes
 from tests.faulty import Yard, assert_same, events, until, yard
@@ -45,7 +45,7 @@ def test_the_driver_is_killed(nodes: RayNodes, yard: Yard, session_mark: bytes) 
 
 
 def driver(mark: bytes) -> int:
-    (found,) = (pid for pid in processes(mark) if "lockstep.cluster.ray_driver" in describe(pid))
+    (found,) = (pid for pid in processes(mark) if "lockstep.cluster.ray.driver" in describe(pid))
     return found
 
 

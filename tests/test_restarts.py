@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.cluster.line import pause
-from lockstep.cluster.restarts import (
+from lockstep.cluster.daemon.reconnecting_line import pause
+from lockstep.cluster.daemon.restart_policy import (
     MOST_DEATHS,
     Died,
     Done,

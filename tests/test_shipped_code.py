@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import lockstep as package
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.admission import Allowed, refusal
+from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.code_archive import MAX_SOURCE, pack, unpack
 from lockstep.job.task_source import Source, resolve

@@ -282,7 +282,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
 def test_a_master_does_not_import_torch(tmp_path: Path) -> None:
     """Its nursery does, and it would take as long again."""
     code = (
-        "import sys, lockstep, lockstep.agent.agent, lockstep.cluster.up;"
+        "import sys, lockstep, lockstep.agent.agent, lockstep.cluster.daemon.head;"
         "lockstep.run('tests.paced:Paced', workers=1, batch_size=48, steps=2, quiet=True,"
         " out=sys.argv[1]);"
         "sys.exit('torch' in sys.modules)"

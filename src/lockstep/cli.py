@@ -71,7 +71,7 @@ def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
     if on is None:
         yield None
         return
-    from lockstep.cluster.launcher import open_launcher
+    from lockstep.cluster.daemon.launcher import open_launcher
 
     with open_launcher(on, state, commands.report) as launcher:
         yield launcher

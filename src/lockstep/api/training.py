@@ -202,8 +202,8 @@ def _to_job(
             "the job describes a cluster, whose processes are started one by one",
             expected="a job without `cluster`",
             found=f"cluster = {dict(job.cluster)}",
-            fix="on each host: python -m lockstep.cluster.launched --task worker:0 JOB; or leave "
-            "`cluster` out",
+            fix="on each host: python -m lockstep.cluster.ranks.launcher --task worker:0 JOB; or "
+            "leave `cluster` out",
         )
     default = Job(task="")
     explicit = {

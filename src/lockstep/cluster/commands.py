@@ -13,7 +13,7 @@ import typer
 from lockstep.errors import IdentityError, JobError
 
 if TYPE_CHECKING:
-    from lockstep.cluster.up import Up
+    from lockstep.cluster.daemon.head import Up
     from lockstep.net.join_tokens import Token
 
 MAX_TOKEN = 4096
@@ -48,7 +48,7 @@ def up(
     valid: Valid = 900.0,
 ) -> None:
     """Make this machine the centre of a cluster. Prints join tokens, and stays."""
-    from lockstep.cluster.up import run_up
+    from lockstep.cluster.daemon.head import run_up
 
     def ready(here: Up) -> None:
         report(here.identity.node, f"`lockstep up` at {here.address[0]}:{here.address[1]}")
@@ -70,7 +70,7 @@ def up(
 
 def token(state: StateOption = None, valid: Valid = 900.0) -> None:
     """Print another join token of the `up` that runs here. It is as good as a password."""
-    from lockstep.cluster.counter import ask
+    from lockstep.cluster.daemon.control_socket import ask
 
     print(ask(_state(state), {"op": "token", "seconds": valid})["token"])
 
@@ -80,7 +80,7 @@ def hosts(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List the hosts that have joined the `up` that runs here, and their jobs."""
-    from lockstep.cluster.counter import ask
+    from lockstep.cluster.daemon.control_socket import ask
 
     rows = ask(_state(state), {"op": "hosts"})["hosts"]
     if as_json:
@@ -113,9 +113,9 @@ def join(
     ] = None,
 ) -> None:
     """Make this machine a host of a cluster: with a token at first, then without. Stays."""
-    from lockstep.cluster.admission import Allowed
-    from lockstep.cluster.member import run_member
-    from lockstep.cluster.state import host_name
+    from lockstep.cluster.daemon.admission import Allowed
+    from lockstep.cluster.daemon.node import run_member
+    from lockstep.cluster.state_folder import host_name
     from lockstep.system import numerics
 
     run_member(
@@ -225,6 +225,6 @@ def report(who: str, why: str) -> None:
 
 
 def _state(path: Path | None) -> Path:
-    from lockstep.cluster.state import default_state
+    from lockstep.cluster.state_folder import default_state
 
     return path or default_state()

@@ -203,7 +203,8 @@ class Job:
     """The names of the hosts that are servers."""
     cluster: Mapping[str, Sequence[str]] | None = None
     """`{"worker": ["host:port", ...], "ps": [...]}`: the processes of the job, each of them started
-    by `python -m lockstep.cluster.launched --task worker:0 JOB` (see `cluster.description`)."""
+    by `python -m lockstep.cluster.ranks.launcher --task worker:0 JOB` (see
+    `cluster.description`)."""
     seed: int = 0
     clip_grad_norm: float | None = None
     """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it; with

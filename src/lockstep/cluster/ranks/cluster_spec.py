@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lockstep.cluster.environment import Place
+from lockstep.cluster.ranks.rank_environment import Place
 from lockstep.errors import JobError
 from lockstep.job.job import Job
 

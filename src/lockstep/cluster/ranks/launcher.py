@@ -1,8 +1,8 @@
 """A job whose processes are started one on each host: by torchrun, by SLURM, or by hand.
 
-    torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep.cluster.launched --secret FILE job.yaml
-    srun --ntasks-per-node=1 python -m lockstep.cluster.launched --secret FILE job.yaml
-    python -m lockstep.cluster.launched --secret FILE --task worker:0 job.yaml
+    torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep.cluster.ranks.launcher --secret FILE
+    job.yaml srun --ntasks-per-node=1 python -m lockstep.cluster.ranks.launcher --secret FILE
+    job.yaml python -m lockstep.cluster.ranks.launcher --secret FILE --task worker:0 job.yaml
 
 Rank 0 is the master; the others become its agents. They enter with what they make of a secret
 that all have in a file. The result of rank 0 is one JSON document on stdout.
@@ -24,9 +24,9 @@ from typing import Annotated, Self
 import typer
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.description import on_ranks, place_in
-from lockstep.cluster.environment import Place, place_of
-from lockstep.cluster.state import (
+from lockstep.cluster.ranks.cluster_spec import on_ranks, place_in
+from lockstep.cluster.ranks.rank_environment import Place, place_of
+from lockstep.cluster.state_folder import (
     SECRET,
     State,
     address_towards,

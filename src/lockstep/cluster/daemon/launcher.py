@@ -15,10 +15,18 @@ from pathlib import Path
 from typing import Self
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.counter import CounterConnection, ask
-from lockstep.cluster.line import Connection, HostConnection, Line, LineEvent, Lost, Met, Said
-from lockstep.cluster.member import enrol, home_of, listening_address
-from lockstep.cluster.state import State, default_state, host_name
+from lockstep.cluster.daemon.control_socket import CounterConnection, ask
+from lockstep.cluster.daemon.node import enrol, home_of, listening_address
+from lockstep.cluster.daemon.reconnecting_line import (
+    Connection,
+    HostConnection,
+    Line,
+    LineEvent,
+    Lost,
+    Met,
+    Said,
+)
+from lockstep.cluster.state_folder import State, default_state, host_name
 from lockstep.errors import LockstepError, PeerTimeoutError, from_message
 from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
@@ -176,7 +184,7 @@ def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextM
         LockstepError: the cluster cannot be reached, or does not let this machine in.
     """
     from lockstep.cluster.commands import read_token
-    from lockstep.cluster.on_ray import address_in, on_ray
+    from lockstep.cluster.ray.launcher import address_in, on_ray
 
     ray = address_in(on)
     if ray is not None:

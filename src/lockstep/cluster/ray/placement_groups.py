@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lockstep.cluster.seats import Node
+from lockstep.cluster.ray.node_agents import Node
 
 NODE_LABEL = "ray.io/node-id"
 

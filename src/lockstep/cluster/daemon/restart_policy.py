@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lockstep.cluster.line import pause
+from lockstep.cluster.daemon.reconnecting_line import pause
 from lockstep.errors import LockstepError, PeerClosedError, PeerTimeoutError, WorkerLostError
 
 MOST_DEATHS = 5

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lockstep.cluster.restarts import is_death
+from lockstep.cluster.daemon.restart_policy import is_death
 from lockstep.errors import LockstepError
 
 MOST_AGENTS = 3

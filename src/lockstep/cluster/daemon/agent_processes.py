@@ -63,7 +63,7 @@ class Agents:
         `folder` is for code that the master sends.
         """
         child = subprocess.Popen(
-            [sys.executable, "-m", "lockstep.cluster.agent"],
+            [sys.executable, "-m", "lockstep.cluster.daemon.agent_main"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for us to pass on

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.cluster.board import Board, Close, Event, Gone, Here, Open, decide, parse
-from lockstep.cluster.counter import Counter
-from lockstep.cluster.line import JOB, facts
+from lockstep.cluster.daemon.control_socket import Counter
+from lockstep.cluster.daemon.reconnecting_line import JOB, facts
+from lockstep.cluster.daemon.registry import Board, Close, Event, Gone, Here, Open, decide, parse
 from lockstep.cluster.signals import stop_signals
-from lockstep.cluster.state import AUTHORITY, NODE, UP, State, check_host, host_name
+from lockstep.cluster.state_folder import AUTHORITY, NODE, UP, State, check_host, host_name
 from lockstep.errors import (
     IdentityError,
     LockstepError,

@@ -1,4 +1,4 @@
-"""The driver of a job on Ray: the process `python -m lockstep.cluster.ray_driver`.
+"""The driver of a job on Ray: the process `python -m lockstep.cluster.ray.driver`.
 
 It is apart from the master because Ray leaves threads, descriptors and a signal handler in the
 process that it was used in, ends that process when the head node is lost, and unpickles what comes
@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster import agents, seats
-from lockstep.cluster.counter import Lines
-from lockstep.cluster.ray_agent import RayAgent
-from lockstep.cluster.ray_places import Places
-from lockstep.cluster.seats import Forget, Node, Reserve, Seats, Start
-from lockstep.cluster.state import clean_name
+from lockstep.cluster.daemon import agent_processes as agents
+from lockstep.cluster.daemon.control_socket import Lines
+from lockstep.cluster.ray import node_agents as seats
+from lockstep.cluster.ray.actor import RayAgent
+from lockstep.cluster.ray.node_agents import Forget, Node, Reserve, Seats, Start
+from lockstep.cluster.ray.placement_groups import Places
+from lockstep.cluster.state_folder import clean_name
 from lockstep.errors import (
     IdentityError,
     LockstepError,

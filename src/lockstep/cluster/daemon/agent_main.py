@@ -1,4 +1,5 @@
-"""What runs in an agent's process: `python -m lockstep.cluster.agent`, with its order on stdin.
+"""What runs in an agent's process: `python -m lockstep.cluster.daemon.agent_main`, with its order
+on stdin.
 
 To whoever started the process stdout tells that the agent has taken part in a step (`MOVED`), and
 an error, as one JSON object. All else that is printed, by the user's code as well, goes to stderr.
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.agents import MOVED
+from lockstep.cluster.daemon.agent_processes import MOVED
 from lockstep.errors import LockstepError, to_message
 from lockstep.net.identity import Identity
 from lockstep.system.processes import die_with_parent

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lockstep.cluster.counter import LOOK_SECONDS, LinesConnection
-from lockstep.cluster.launcher import Cluster
+from lockstep.cluster.daemon.control_socket import LOOK_SECONDS, LinesConnection
+from lockstep.cluster.daemon.launcher import Cluster
 from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import (
     JobError,
@@ -131,7 +131,7 @@ class DriverConnection(LinesConnection):
         if self._process is not None:
             return
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lockstep.cluster.ray_driver", *self._command],
+            [sys.executable, "-m", "lockstep.cluster.ray.driver", *self._command],
             pass_fds=[self._theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={"RAY_USAGE_STATS_ENABLED": "0", **os.environ},

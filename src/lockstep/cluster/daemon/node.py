@@ -14,12 +14,19 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.admission import Allowed, refusal
-from lockstep.cluster.agents import END_SECONDS, Agents, Ended
-from lockstep.cluster.line import HostConnection, Line, LineEvent, Lost, Met, Said
-from lockstep.cluster.restarts import Died, Done, Offered, Stint, Withdrawn, decide
+from lockstep.cluster.daemon.admission import Allowed, refusal
+from lockstep.cluster.daemon.agent_processes import END_SECONDS, Agents, Ended
+from lockstep.cluster.daemon.reconnecting_line import (
+    HostConnection,
+    Line,
+    LineEvent,
+    Lost,
+    Met,
+    Said,
+)
+from lockstep.cluster.daemon.restart_policy import Died, Done, Offered, Stint, Withdrawn, decide
 from lockstep.cluster.signals import stop_signals
-from lockstep.cluster.state import (
+from lockstep.cluster.state_folder import (
     CLUSTER,
     CODE,
     NODE,

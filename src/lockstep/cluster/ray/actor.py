@@ -11,7 +11,7 @@ import queue
 from typing import Any
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.agents import Agents, Ended
+from lockstep.cluster.daemon.agent_processes import Agents, Ended
 from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import LockstepError, to_message
 from lockstep.net import certificate_authority as authority

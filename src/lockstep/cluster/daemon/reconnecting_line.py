@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Protocol
 
-from lockstep.cluster.state import Home
+from lockstep.cluster.state_folder import Home
 from lockstep.errors import (
     IdentityError,
     LockstepError,

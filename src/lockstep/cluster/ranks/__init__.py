@@ -1,0 +1,1 @@
+"""Ranks that torchrun, SLURM or people start."""
