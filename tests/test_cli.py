@@ -310,7 +310,7 @@ def test_sigterm_to_every_process_stops_with_a_checkpoint(tmp_path: Path) -> Non
 def test_an_interruption_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lockstep import cli
+    from lockstep.cli import main as cli
 
     def interrupted() -> None:
         raise SystemExit(cli.INTERRUPTED)
@@ -338,21 +338,21 @@ def test_an_interruption_is_said(
     ],
 )
 def test_arguments(given: list[str], read: dict[str, Any]) -> None:
-    from lockstep.options import arguments
+    from lockstep.cli.job_options import arguments
 
     assert arguments(given) == read
 
 
 def test_every_setting_that_an_option_can_give_has_one() -> None:
+    from lockstep.cli.job_options import SETTINGS as OPTIONS
     from lockstep.job.job import SETTINGS
-    from lockstep.options import SETTINGS as OPTIONS
 
     assert set(SETTINGS) - set(OPTIONS) == {"evaluate", "keep_checkpoints", "cluster"}
     assert set(OPTIONS) <= set(SETTINGS)
 
 
 def test_a_stray_word_is_refused() -> None:
-    from lockstep.options import arguments
+    from lockstep.cli.job_options import arguments
 
     with pytest.raises(JobError, match="unexpected argument 'cnn'"):
         arguments(["cnn"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cli import app
+from lockstep.cli.main import app
 from lockstep.job.job import SETTINGS
 from lockstep.recipes.datasets import fetch
 from tests import command

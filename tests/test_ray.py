@@ -113,7 +113,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ray_is_missing(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['ray'] = None; sys.argv[1:] = ['run', 'mnist', '--on', 'ray']\n"
-        "from lockstep.cli import main; main()"
+        "from lockstep.cli.main import main; main()"
     )
     done = python("-", cwd=tmp_path, script=script)
     assert done.returncode == 1

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import lockstep
-from lockstep import cli
 from lockstep.agent import evaluation_rounds as evaluation
+from lockstep.cli import main as cli
 from lockstep.errors import TaskError
 from lockstep.results.result import Result
 from lockstep.state.fault_injection import Fault

@@ -1,5 +1,5 @@
 """`python -m lockstep`."""
 
-from lockstep.cli import main
+from lockstep.cli.main import main
 
 main()

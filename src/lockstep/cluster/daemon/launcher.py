@@ -183,7 +183,7 @@ def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextM
         IdentityError: it names none.
         LockstepError: the cluster cannot be reached, or does not let this machine in.
     """
-    from lockstep.cluster.commands import read_token
+    from lockstep.cli.cluster_commands import read_token
     from lockstep.cluster.ray.launcher import address_in, on_ray
 
     ray = address_in(on)

@@ -290,6 +290,6 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    from lockstep.cli import guarded
+    from lockstep.cli.main import guarded
 
     guarded(lambda: typer.run(main))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lockstep.cluster import commands
+from lockstep.cli import cluster_commands as commands
+from lockstep.cli.job_options import Workers, arguments, given, takes_settings
 from lockstep.errors import JobError, LockstepError
-from lockstep.options import Workers, arguments, given, takes_settings
 
 if TYPE_CHECKING:
     from lockstep.agent.job_offer import Launcher
@@ -248,7 +248,7 @@ def predict(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine: what Lockstep needs, and a small run on one and on two workers."""
-    from lockstep.doctor import examine
+    from lockstep.cli.doctor import examine
 
     checks = examine()
     if as_json:
