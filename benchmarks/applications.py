@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import lockstep
+from lockstep.job.faults import Fault
 from lockstep.job.task_source import resolve
 from lockstep.recipes.text.rewriting import Rewriting
 from lockstep.results.result import Result
-from lockstep.state.fault_injection import Fault
 
 RECIPES: dict[str, dict[str, Any]] = {
     "mnist": {"model": "cnn"},

@@ -37,7 +37,7 @@ from benchmarks.harm import (
 )
 from benchmarks.process import adopt_orphans, descendants
 from lockstep.errors import LockstepError, StoppedError, WorkerLostError
-from lockstep.state.fault_injection import AROUND, PHASES
+from lockstep.job.faults import AROUND, PHASES
 
 STALL_SECONDS = 1.0
 GRACE_SECONDS = 5.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import lockstep
 from benchmarks.process import descendants
-from lockstep.state.fault_injection import AROUND, PHASES, Fault
+from lockstep.job.faults import AROUND, PHASES, Fault
 from tests.test_embeddings import Clicks
 from tests.zoo import MORE, ZOO
 

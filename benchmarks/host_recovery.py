@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 
 if TYPE_CHECKING:
     import torch

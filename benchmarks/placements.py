@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.state.fault_injection import Fault
+from lockstep.job.faults import Fault
 
 STEPS, SHARDS = 24, 4
 PLACEMENTS: dict[str, tuple[int, dict[str, int]]] = {

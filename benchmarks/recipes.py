@@ -24,7 +24,8 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks import models, process, report, run
 from lockstep import recipes
 from lockstep.data.fetching import make_fetch
-from lockstep.job.job import Job, Parameters, Task
+from lockstep.job.job import Job
+from lockstep.job.task import Parameters, Task
 
 COMPARED = (
     "mnist", "vision", "recommend", "clicks", "translate", "summarise", "game", "cartpole"

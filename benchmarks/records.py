@@ -23,7 +23,7 @@ from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
 from lockstep.agent import worker_group as crew
-from lockstep.planning.memory_layout import Audit
+from lockstep.planning.digest_sample import Audit
 from lockstep.results.ledger import Ledger
 
 if TYPE_CHECKING:

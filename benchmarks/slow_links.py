@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 import lockstep
 from benchmarks.models import LARGE_WIDTH, WORLD
 from benchmarks.report import table
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 from lockstep.recipes.datasets import load_fashion_mnist
 
 BATCH = 16 * WORLD

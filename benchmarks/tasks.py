@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import models
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.job.job import Task
-from lockstep.state.fault_injection import Fault
+from lockstep.job.faults import Fault
+from lockstep.job.task import Task
 
 LETHAL = ("kill", "segfault", "exit")
 HOW = {

@@ -18,9 +18,10 @@ import numpy as np
 from lockstep.agent import membership
 from lockstep.agent.membership import Members, Status
 from lockstep.agent.recovery import resume
-from lockstep.planning.memory_layout import Block, own_blocks
+from lockstep.planning.blocks import Block, own_blocks
 from lockstep.planning.sampling import home_shards
-from lockstep.state.control_segment import RING, Control, ControlShape, Phase, progress_of
+from lockstep.planning.step_phases import Phase, progress_of
+from lockstep.state.control_segment import RING, Control, ControlShape
 from lockstep.system.shared_memory import Segment
 
 AHEAD = 3

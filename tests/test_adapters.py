@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 import lockstep
 from lockstep.adapters.module import ModuleTask
 from lockstep.errors import JobError, LockstepError, TaskError
-from lockstep.job.job import Task
-from lockstep.job.task_source import code_digest
+from lockstep.job.code_digest import code_digest
+from lockstep.job.task import Task
 from tests import reference
 from tests.tasks import Blobs, blobs
 

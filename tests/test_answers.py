@@ -15,7 +15,7 @@ import lockstep
 from lockstep.adapters.transformers.predictions import padded_left
 from lockstep.api.prediction import Predicted
 from lockstep.errors import TaskError
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 from tests import command, reference, reviews
 from tests.tasks import blobs
 from tests.test_adapters import from_blobs

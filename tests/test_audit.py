@@ -11,8 +11,9 @@ import pytest
 
 import lockstep
 from lockstep.errors import IntegrityError, NonFiniteError
+from lockstep.job.faults import Fault
 from lockstep.planning.sampling import home_shards
-from lockstep.state.fault_injection import SLOW_SECONDS, Fault
+from lockstep.state.fault_injection import SLOW_SECONDS
 from tests.zoo import ZOO
 
 CNN = ZOO["cnn"]

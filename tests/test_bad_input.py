@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 import lockstep
 from lockstep import errors
 from lockstep.errors import LockstepError
+from lockstep.job.faults import Fault
 from lockstep.job.job import Job
 from lockstep.job.job_file import read_job_file
 from lockstep.job.task_source import source_of
 from lockstep.results.checkpoint import list_checkpoints, open_checkpoint
 from lockstep.results.run_folder import RunFolder
-from lockstep.state.fault_injection import Fault
+from lockstep.system.machine import available_bytes
 from lockstep.system.seeding import derive
-from lockstep.system.shared_memory import available_bytes
 from lockstep.worker import build_state as building
 from tests import command
 from tests.command import TASKS
@@ -185,7 +185,7 @@ def test_memory_is_counted_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError(f"{nbytes} bytes were asked for")
 
     monkeypatch.setattr("lockstep.system.shared_memory.Segment.create", create)
-    monkeypatch.setattr("lockstep.system.shared_memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("lockstep.system.machine.available_bytes", lambda: 1000)
     task = Blobs()
     with pytest.raises(errors.ResourceError, match="the run's shared memory"):
         building.build(task, task.model(), shards=2, seats=2, clip=False)

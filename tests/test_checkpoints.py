@@ -23,12 +23,11 @@ from lockstep.results.checkpoint import (
     MODEL,
     REST,
     list_checkpoints,
-    non_finite_tensors,
     open_checkpoint,
     write_checkpoint,
 )
 from lockstep.state.allocation import dense_stride
-from lockstep.state.fingerprint import fingerprint, tensor_digests
+from lockstep.state.fingerprint import fingerprint, non_finite_tensors, tensor_digests
 from lockstep.system.shared_memory import Segment
 
 SHAPES: dict[str, tuple[torch.Tensor, str]] = {

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.planning.slot_map import Arrangement
-from lockstep.state.fault_injection import Fault
+from lockstep.job.faults import Fault
+from lockstep.planning.shard_placement import Arrangement
 from lockstep.state.gradient_codecs import CODECS, RUN
 from lockstep.system.seeding import derive, seed_everything
 from tests.faulty import assert_same, events

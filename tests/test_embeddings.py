@@ -14,18 +14,11 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import lockstep
-from lockstep.collectives.table_sum import (
-    DENSE,
-    LARGE,
-    SparseSum,
-    SparseTables,
-    Table,
-    TableGradient,
-    TableSum,
-    find_tables,
-    keep_sparse,
-)
-from lockstep.worker.gradient_hooks import tree, tree_sum
+from lockstep.collectives.table_sum import SparseSum, TableSum
+from lockstep.collectives.tree_sum import tree_sum
+from lockstep.planning.reduction_tree import tree
+from lockstep.state.embedding_tables import DENSE, LARGE, Table, TableGradient, find_tables
+from lockstep.worker.sparse_autograd import SparseTables, keep_sparse
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
 

@@ -10,21 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.agent.regroup_messages import Standing
 from lockstep.collectives.exchange_thread import Early
-from lockstep.collectives.table_sum import Node
 from lockstep.coordinator import host_membership as fleet
-from lockstep.coordinator.host_membership import Arrange, Fleet, Hold, Standing, decide, settle
+from lockstep.coordinator.host_membership import Arrange, Fleet, Hold, decide, settle
 from lockstep.errors import JobError
-from lockstep.planning.memory_layout import Range
-from lockstep.planning.plan import share
-from lockstep.planning.slot_map import (
-    Arrangement,
-    fill_buckets,
-    leaf_slots,
-    most_subtrees,
-    subtrees,
-)
-from lockstep.worker.gradient_hooks import tree
+from lockstep.planning.byte_ranges import Range
+from lockstep.planning.reduction_tree import Node, leaf_slots, most_subtrees, subtrees, tree
+from lockstep.planning.shard_placement import Arrangement, share
+from lockstep.planning.slot_map import fill_buckets
 
 # Who sums what.
 

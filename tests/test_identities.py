@@ -17,9 +17,10 @@ from lockstep.errors import (
     RefusedError,
 )
 from lockstep.net.certificate_authority import Authority, make_request, store
+from lockstep.net.certificates import check_name, fingerprint
 from lockstep.net.enrolment import join
 from lockstep.net.frames import Kind
-from lockstep.net.identity import Identity, check_name, fingerprint
+from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import make_secret, read_secret
 from tests.hosts import LIMIT, Cluster
 from tests.joinable import Joinable, joinable, mode

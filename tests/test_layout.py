@@ -13,20 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lockstep.optim.probes import Kind, may_cut
-from lockstep.planning.memory_layout import (
-    ALIGN,
+from lockstep.planning.blocks import (
     BLOCK,
     GROUP,
     SPARSE_BLOCKS,
     Block,
-    Entry,
-    Layout,
-    Range,
     cut_blocks,
     group_blocks,
-    merge_ranges,
     own_blocks,
 )
+from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
+from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.state.allocation import contiguous_stride, dense_stride
 
 # Blocks.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import lockstep
 from lockstep.errors import JobError, LockstepError, OptimizerError, TaskError
-from lockstep.job.job import Parameters
+from lockstep.job.task import Parameters
 from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
 from tests.tasks import Blobs, blobs

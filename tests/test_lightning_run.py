@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.job.job import Parameters
+from lockstep.job.faults import Fault
 from lockstep.job.position import Place
-from lockstep.state.fault_injection import Fault
+from lockstep.job.task import Parameters
 from tests import reference
 from tests.faulty import events
 from tests.reference import fetch

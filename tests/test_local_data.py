@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.data.fetching import Order
+from lockstep.data.sample_order import Order
 from lockstep.errors import DataLostError, JobError, RefusedError
+from lockstep.job.faults import Fault
 from lockstep.planning.data_partition import (
     Holding,
     check_open,
@@ -21,7 +22,6 @@ from lockstep.planning.data_partition import (
     shard_ranges,
 )
 from lockstep.planning.sampling import Sampling
-from lockstep.state.fault_injection import Fault
 from tests import reference
 from tests.faulty import events, yard
 from tests.many import HELD, KEPT, Agents, Kept

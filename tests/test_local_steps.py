@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.errors import OptimizerError
+from lockstep.job.faults import Fault
 from lockstep.optim.local_sgd import divide
-from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import derive, seed_everything
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard

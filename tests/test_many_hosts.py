@@ -18,7 +18,7 @@ from lockstep.errors import (
     RefusedError,
     StoppedError,
 )
-from lockstep.state.fault_injection import PHASES, Fault
+from lockstep.job.faults import PHASES, Fault
 from tests.faulty import assert_same, events, yard
 from tests.paced import PACE
 from tests.sites import PACED, TASK, WAIT, Live, Site, ended_well, site, slow

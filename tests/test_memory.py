@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from lockstep.errors import ResourceError
-from lockstep.planning.memory_layout import (
-    Range,
-)
+from lockstep.planning.byte_ranges import Range
 from lockstep.state.control_segment import Control, ControlShape
 from lockstep.state.snapshot import Base, BasePart, steps_between
-from lockstep.system import shared_memory as memory
+from lockstep.system import machine
 from lockstep.system.shared_memory import Segment
 
 # Memory.
@@ -45,7 +43,7 @@ def test_a_segment_may_be_closed_under_a_view() -> None:
 
 
 def test_a_segment_larger_than_the_memory_is_refused() -> None:
-    nbytes = 2 * memory.available_bytes() + 2**40
+    nbytes = 2 * machine.available_bytes() + 2**40
     with pytest.raises(ResourceError, match="not enough memory for the slots segment") as caught:
         Segment.create("slots", nbytes)
     assert f"{nbytes / 2**20:,.0f} MiB" in caught.value.expected

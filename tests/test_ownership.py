@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.coordinator.host_membership import Standing, settle_parts
-from lockstep.planning.memory_layout import ALIGN, Range
+from lockstep.agent.regroup_messages import Standing
+from lockstep.coordinator.host_membership import settle_parts
+from lockstep.job.faults import Fault
+from lockstep.planning.byte_ranges import ALIGN, Range
 from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded
 from lockstep.planning.slot_map import SlotMap
-from lockstep.state.fault_injection import Fault
 from tests.faulty import assert_same, events
 from tests.sites import Site, check_joining_and_leaving, ended_well, site, slow, yard
 

@@ -23,9 +23,9 @@ from lockstep.agent.failure_log import LOST_LOADERS
 from lockstep.agent.local_host import Seat
 from lockstep.agent.recovery import POISON_DEATHS
 from lockstep.errors import PoisonError, StoppedError, WorkerLostError
-from lockstep.job.job import Parameters
-from lockstep.planning.memory_layout import cut_blocks, own_blocks
-from lockstep.state.fault_injection import Fault
+from lockstep.job.faults import Fault
+from lockstep.job.task import Parameters
+from lockstep.planning.blocks import cut_blocks, own_blocks
 from lockstep.system.unix_channel import Channel
 from tests.faulty import Yard, events, until, yard
 from tests.zoo import ZOO

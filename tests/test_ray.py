@@ -33,7 +33,8 @@ from lockstep.errors import (
     WorkerLostError,
     from_message,
 )
-from lockstep.net.certificate_authority import Authority, name_in
+from lockstep.net.certificate_authority import Authority
+from lockstep.net.certificates import name_in
 from tests.command import python
 from tests.daemons import Daemon
 from tests.faulty import Yard, assert_same, await_event, events, until, yard

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import lockstep
 from lockstep import recipes
 from lockstep.errors import DataError, JobError
+from lockstep.job.faults import Fault
 from lockstep.recipes.cartpole import (
     CARTS,
     DISCOUNT,
@@ -34,7 +35,6 @@ from lockstep.recipes.connect_four.opponents import OPPONENTS
 from lockstep.recipes.connect_four.self_play import self_play
 from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, Net, evaluator, game
 from lockstep.results.result import Result
-from lockstep.state.fault_injection import Fault
 from lockstep.system.seeding import seed_everything
 from tests import command
 from tests.faulty import assert_same, assert_struck

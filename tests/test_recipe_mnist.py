@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 from lockstep import recipes
 from lockstep.errors import JobError
-from lockstep.job.job import Job, Parameters
+from lockstep.job.job import Job
+from lockstep.job.task import Parameters
 from lockstep.recipes.datasets import fetch
 from lockstep.recipes.mnist import DATA_EPOCHS, Mnist, distort, mnist
 

@@ -14,7 +14,9 @@ import lockstep
 from benchmarks.applications import curve
 from lockstep import recipes
 from lockstep.errors import DataError
-from lockstep.job.job import Job, Task
+from lockstep.job.faults import Fault
+from lockstep.job.job import Job
+from lockstep.job.task import Task
 from lockstep.recipes.clicks import Clicks, auc, clicks, hashed, ranges_of
 from lockstep.recipes.datasets import fetch
 from lockstep.recipes.datasets.idx import to_idx
@@ -23,7 +25,6 @@ from lockstep.recipes.datasets.tables import read_table
 from lockstep.recipes.mnist import Mnist
 from lockstep.recipes.recommend import LENGTH, Recommend, ranking, recommend, unseen
 from lockstep.recipes.vision import Vision, jitter, vision
-from lockstep.state.fault_injection import Fault
 from tests.faulty import assert_same, assert_struck
 
 CLASSES, SIDE = 3, 12

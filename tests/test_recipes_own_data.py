@@ -13,7 +13,8 @@ import torch
 
 import lockstep
 from lockstep.errors import DataError, JobError
-from lockstep.job.job import Job, Task
+from lockstep.job.job import Job
+from lockstep.job.task import Task
 from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
 from lockstep.recipes.cartpole import cartpole

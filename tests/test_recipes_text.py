@@ -13,11 +13,11 @@ import torch
 import lockstep
 from lockstep import recipes
 from lockstep.errors import DataError, JobError
+from lockstep.job.faults import Fault
 from lockstep.job.job import Job
 from lockstep.recipes.datasets import fetch
 from lockstep.recipes.text.rewriting import Rewriting
 from lockstep.recipes.translate import compare, translate
-from lockstep.state.fault_injection import Fault
 from tests.faulty import assert_same, assert_struck
 
 NAMES = ("translate", "summarise")

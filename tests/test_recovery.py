@@ -11,10 +11,10 @@ import pytest
 import lockstep
 from lockstep.agent import worker_group as crew
 from lockstep.agent.recovery import POISON_DEATHS
-from lockstep.data.fetching import Order
+from lockstep.data.sample_order import Order
 from lockstep.errors import PoisonError
+from lockstep.job.faults import PHASES, Fault
 from lockstep.planning.sampling import Sampling
-from lockstep.state.fault_injection import PHASES, Fault
 from tests.faulty import HOW, Yard, assert_same, assert_struck, events, yard
 from tests.zoo import ZOO, Entry
 from tests.zoo.vectors import SAMPLES

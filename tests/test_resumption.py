@@ -9,14 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.agent.membership import Status, Target
-from lockstep.agent.recovery import (
-    Patience,
-    Resumption,
-    resume,
-    stalled,
-    step_in_flight,
-)
-from lockstep.state.control_segment import Phase, progress_of
+from lockstep.agent.recovery import Resumption, resume, step_in_flight
+from lockstep.agent.stall_policy import Patience, stalled
+from lockstep.planning.step_phases import Phase, progress_of
 from tests.simulated import Simulation
 
 S, C, R, N, U = Phase.STARTED, Phase.COMPUTED, Phase.REDUCED, Phase.NORMED, Phase.UPDATED

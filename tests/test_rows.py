@@ -13,7 +13,8 @@ from torch import nn
 
 import lockstep
 from lockstep.optim.probes import Kind, may_step_rows
-from lockstep.optim.row_update import RowGradient, put_rows, step_rows
+from lockstep.optim.row_update import RowGradient, step_rows
+from lockstep.state.embedding_tables import put_rows
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
 from tests.test_sparse import SETTINGS, Sparse, run

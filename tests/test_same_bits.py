@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import lockstep
 from lockstep.errors import TaskError
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 from lockstep.results.ledger import read_ledger
 from tests import reference
 from tests.zoo import MORE, ZOO, Entry

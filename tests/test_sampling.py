@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.data.fetching import Order, Rows
+from lockstep.data.fetching import Rows
 from lockstep.data.loader import FetchTimes, wants_loaders
+from lockstep.data.sample_order import Order
 from lockstep.planning.sampling import Sampling, home_shards
 from lockstep.system import seeding as seeds
 from tests import reference

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 from lockstep.optim import lr_schedule as schedule
 from lockstep.planning.sampling import Sampling
 

@@ -17,8 +17,8 @@ import lockstep
 from lockstep.agent import evaluation_rounds as evaluation
 from lockstep.cli import main as cli
 from lockstep.errors import TaskError
+from lockstep.job.faults import Fault
 from lockstep.results.result import Result
-from lockstep.state.fault_injection import Fault
 from lockstep.worker import evaluate as held_out
 from tests.faulty import events
 from tests.tasks import HELD_OUT, Blobs

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.job.task_source import Source, code_digest, resolve
+from lockstep.job.code_digest import code_digest
+from lockstep.job.task_source import Source, resolve
 from lockstep.planning.eval_batches import combine
 from tests import command
 from tests.command import TASKS

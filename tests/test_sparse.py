@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import lockstep
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.state.fault_injection import Fault
+from lockstep.job.faults import Fault
 from tests import reference
 from tests.test_same_bits import assert_equals_reference, assert_same_run
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.collectives.table_sum import Node
-from lockstep.worker.gradient_hooks import CHUNK, Reducer, combine_buffers, depth, tree
+from lockstep.collectives.tree_sum import CHUNK, Reducer, combine_buffers
+from lockstep.planning.reduction_tree import Node, depth, tree
 from tests import reference
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.temporary import LOCK, TemporaryFolder
+from lockstep.system.folders import LOCK, TemporaryFolder
 
 PREFIX = "lockstep-test-"
 OWNER = f"""

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 import lockstep
 from lockstep.errors import TaskError
-from lockstep.job.job import Parameters, Task
-from lockstep.state.fault_injection import Fault
+from lockstep.job.faults import Fault
+from lockstep.job.task import Parameters, Task
 from tests import reference
 
 timm = pytest.importorskip("timm", reason="needs timm")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 import lockstep
 from lockstep.errors import JobError, TaskError
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 from tests.test_adapters import assert_same
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
+from lockstep.collectives.tree_sum import combine_buffers
 from lockstep.errors import LockstepError, OptimizerError, TaskError
-from lockstep.job.job import Parameters
+from lockstep.job.task import Parameters
 from lockstep.optim.introspection import check_known, discover_state
 from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.sampling import Sampling
 from lockstep.state import shared_state as state
 from lockstep.worker import build_state as building
-from lockstep.worker.gradient_hooks import combine_buffers
 from lockstep.worker.model_checks import check_model, held_tensors
 from tests.zoo.buffers import Counted, Viewed
 from tests.zoo.parameters import Complex, Lookahead, Odd

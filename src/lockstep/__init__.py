@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from lockstep.adapters.lightning.task import from_lightning
     from lockstep.adapters.module import from_module
     from lockstep.adapters.transformers.task import from_transformers
-    from lockstep.agent.forkserver_client import preloaded
+    from lockstep.agent.preload import preloaded
     from lockstep.api.background import Run, start
-    from lockstep.api.prediction import evaluate, predict
+    from lockstep.api.evaluation import evaluate
+    from lockstep.api.prediction import predict
     from lockstep.api.training import plan, resume, run
     from lockstep.api.verification import verify
     from lockstep.errors import LockstepError
-    from lockstep.job.job import Job, Parameters, Task
+    from lockstep.job.job import Job
+    from lockstep.job.task import Parameters, Task
     from lockstep.optim.chained import Together
     from lockstep.results.result import Result
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 from tests.zoo.buffers import (
     Buffers,
     ChannelsLast,

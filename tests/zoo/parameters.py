@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lockstep.job.job import Parameters
+from lockstep.job.task import Parameters
 from tests.zoo.vectors import CLASSES, FEATURES, By, Vectors, Wide
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
-from lockstep.job.job import Parameters
+from lockstep.job.task import Parameters
 from tests.zoo.vectors import HELD_OUT, SAMPLES, By, whole
 
 

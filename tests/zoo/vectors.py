@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
 from torch.utils.data import Dataset, TensorDataset
 
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 
 SAMPLES, HELD_OUT, BATCH, STEPS = 109, 31, 26, 12
 FEATURES, CLASSES = 12, 4

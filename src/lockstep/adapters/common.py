@@ -12,7 +12,7 @@ from lockstep.errors import JobError
 if TYPE_CHECKING:
     from torch import nn
 
-    from lockstep.job.job import Task
+    from lockstep.job.task import Task
 
 
 def need(package: str, extra: str) -> ModuleType:

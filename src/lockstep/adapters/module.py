@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.adapters.common import answer_by, build_data, build_model, check_callable
 from lockstep.errors import TaskError
-from lockstep.job.job import Parameters, Task
-from lockstep.optim.introspection import check_schedule
+from lockstep.job.task import Parameters, Task
+from lockstep.optim.lr_schedule import check_schedule
 
 if TYPE_CHECKING:
     import torch

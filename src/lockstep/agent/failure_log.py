@@ -10,7 +10,8 @@ from typing import Any
 from lockstep.agent.local_host import Host, Seat
 from lockstep.agent.membership import Status
 from lockstep.agent.observer import Sink
-from lockstep.agent.recovery import POISON_DEATHS, Patience, Resumption, stalled
+from lockstep.agent.recovery import POISON_DEATHS, Resumption
+from lockstep.agent.stall_policy import Patience, stalled
 from lockstep.agent.step_log import History
 from lockstep.errors import (
     IntegrityError,
@@ -19,8 +20,8 @@ from lockstep.errors import (
     PoisonError,
     WorkerLostError,
 )
-from lockstep.results.checkpoint import non_finite_tensors
-from lockstep.state.control_segment import Phase, describe_progress, progress_of
+from lockstep.planning.step_phases import Phase, describe_progress, progress_of
+from lockstep.state.fingerprint import non_finite_tensors
 
 STEP_DEATHS = 40
 """Workers that may die without a step being committed in between before the run stops."""
@@ -139,7 +140,7 @@ class Failures:
             )
 
     def _poison(self, what: str, step: int, number: int, how: str) -> PoisonError:
-        from lockstep.data.fetching import Order  # torch, which only this needs
+        from lockstep.data.sample_order import Order
 
         if what == "shard":
             name, where = f"shard {number} of step {step}", "the training set"

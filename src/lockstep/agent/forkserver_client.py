@@ -6,7 +6,6 @@ loaded a task, for a trial, or one that has loaded torch alone, for many runs (`
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -14,12 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from lockstep.errors import WorkerLostError, from_message
-from lockstep.system import numerics
-from lockstep.system.shared_memory import set_allocator
 from lockstep.system.unix_channel import Channel, Closed, Message
 
 LOAD_SECONDS = 600.0
@@ -29,11 +25,6 @@ FORK_SECONDS = 30.0
 """How long it may take to fork, on a machine that has much else to do."""
 END_SECONDS = 5.0
 STDERR = 2
-READ_ONCE = (
-    "ATEN_", "CUDA_", "DNNL_", "GLIBC_", "GOMP_", "KMP_", "LD_", "MALLOC_", "MKL_", "OMP_",
-    "ONEDNN_", "PYTHON", "TORCH",
-)  # fmt: skip
-"""How the names of variables begin that Python, torch and its libraries read when they start."""
 
 
 class NurseryProcess:
@@ -192,67 +183,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"  # a real-time signal has no name
-
-
-# A nursery for many runs.
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Preloaded:
-    """A nursery with torch and without a task."""
-
-    nursery: NurseryProcess
-    fixed: Mapping[str, str]
-    owner: int
-
-    def suits(self, environment: Mapping[str, str]) -> bool:
-        """Whether a clone of it is what a new process with this environment would be."""
-        return os.getpid() == self.owner and _fixed(environment) == self.fixed
-
-
-_preloaded: _Preloaded | None = None
-
-
-@contextlib.contextmanager
-def preloaded() -> Iterator[None]:
-    """While this is open, runs of this process begin in a fraction of a second.
-
-    A process that has torch loaded is kept, and their nurseries are its forks: for searches over
-    settings, notebooks, tests. They have the limits and the control group that this process had
-    when it was opened. A run whose environment asks for other numerics, or sets another variable
-    that is read at the start alone, loads torch for itself. Leave it after the last run has ended:
-    it takes what still goes on with it.
-
-    Raises:
-        WorkerLostError: torch cannot be loaded.
-    """
-    global _preloaded
-    environment = environment_for("native")
-    nursery, before = NurseryProcess.start(environment), _preloaded
-    try:
-        nursery.ask({"op": "preload"}, "preloaded", LOAD_SECONDS)
-        _preloaded = _Preloaded(nursery=nursery, fixed=_fixed(environment), owner=os.getpid())
-        yield
-    finally:
-        _preloaded = before
-        nursery.close()
-
-
-def environment_for(profile: str) -> dict[str, str]:
-    """This process's environment, with what a nursery of this numerics profile needs."""
-    environment = dict(os.environ)
-    numerics.set_environment(profile, environment)
-    set_allocator(environment)
-    return environment
-
-
-def new_nursery(environment: Mapping[str, str]) -> NurseryProcess:
-    """A nursery without a task: a clone of the preloaded one if that comes to the same."""
-    if _preloaded is not None and _preloaded.suits(environment):
-        with contextlib.suppress(WorkerLostError):  # somebody has killed it
-            return _preloaded.nursery.clone(environment)
-    return NurseryProcess.start(environment)
-
-
-def _fixed(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_ONCE)}

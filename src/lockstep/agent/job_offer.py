@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ProtocolError
 from lockstep.net.blob_transfer import Bill
 
 if TYPE_CHECKING:
-    from lockstep.net.identity import Identity
-    from lockstep.net.transport import Report
+    pass
 
 Address = tuple[str, int]
 
@@ -91,29 +90,3 @@ def _records(message: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not all(isinstance(text, str) for text in (path, *keep)):
         raise TypeError("a name is not a text")
     return {"path": path, "keep": list(keep)}
-
-
-class Launcher(Protocol):
-    """Brings agents to hosts. The master uses it as a context manager.
-
-    Whatever starts machines (`up` and `join`, Ray, torchrun, SLURM) is one of these to the master;
-    agents then connect to the offer's address by themselves.
-    """
-
-    identity: Identity
-    """The master's own."""
-    host: str
-    """The address on which the master listens."""
-    workers: int | None
-    """How many workers the master's own host would run; None: as its cores allow."""
-    report: Report
-    """Told of a host whose agent cannot take part, and why. The master puts its own here."""
-
-    def offer(self, offer: Offer) -> tuple[str, ...]:
-        """Start an agent for this job on every host, and on each that is added until `close`.
-
-        Returns the names of the hosts that there are now, without the master's own.
-        """
-
-    def close(self) -> None:
-        """Offer the job to nobody any more. Agents end by themselves when their master does."""

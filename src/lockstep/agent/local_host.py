@@ -19,15 +19,15 @@ from lockstep.agent.forkserver_client import (
     LOAD_SECONDS,
     NurseryProcess,
     describe_exit,
-    environment_for,
-    new_nursery,
 )
-from lockstep.job.task_source import Source, working_folder
+from lockstep.agent.preload import environment_for, new_nursery
+from lockstep.job.task_source import Source
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
 from lockstep.state.control_segment import Control, ControlShape
 from lockstep.state.snapshot import Base
+from lockstep.system.folders import working_folder
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed, Message
 

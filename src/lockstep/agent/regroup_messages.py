@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from lockstep.coordinator.host_membership import Action
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,3 +36,30 @@ class Orders:
     def copying(self) -> list[str]:
         """The hosts that get the state from the source."""
         return [name for name, action in self.actions.items() if action == "copy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """In what state a host is at rest."""
+
+    whole: int | None
+    """After how many steps its state is; None: it is torn, or not there yet."""
+    base: int | None
+    """The same of its base; None: it has none."""
+    address: tuple[str, int] = ("", 0)
+    """Where it listens to other hosts in this generation."""
+
+    def to_message(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"whole": self.whole, "base": self.base, "address": list(self.address)}
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> Standing:
+        host, port = message["address"]
+        return Standing(
+            whole=message["whole"], base=message["base"], address=(str(host), int(port))
+        )
+
+
+Action = Literal["keep", "back", "copy"]
+"""The state stays; the base is put back; it is copied from the source."""

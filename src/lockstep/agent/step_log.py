@@ -9,11 +9,12 @@ from blake3 import blake3
 
 from lockstep.agent.local_host import Host
 from lockstep.agent.observer import Sink
-from lockstep.agent.recovery import Patience, step_in_flight
-from lockstep.clock import Clock
+from lockstep.agent.recovery import step_in_flight
+from lockstep.agent.stall_policy import Patience
 from lockstep.planning.plan import Plan
+from lockstep.planning.step_phases import Phase, progress_of
 from lockstep.results.ledger import StepRecord
-from lockstep.state.control_segment import DIGEST_BYTES, RING, Phase, progress_of
+from lockstep.state.control_segment import DIGEST_BYTES, RING
 
 MARK_STEPS, MARKS = 64, 64
 """Of every so many steps a digest is kept, of so many of them."""
@@ -114,3 +115,36 @@ class History:
         self.committed_at = float(control.times[place])
         self.patience.step_took(self.clock.committed(self.committed_at, size))
         self.loss = loss
+
+
+class Clock:
+    """Counts samples and seconds between commits.
+
+    The time between rests counts, from the first commit after each rest on; the first `warm_up`
+    seconds do not.
+    """
+
+    def __init__(self, warm_up: float = 0.0) -> None:
+        self.samples, self.seconds = 0, 0.0
+        self._warm_up = warm_up
+        self._begun: float | None = None
+        self._last: float | None = None
+
+    def committed(self, at: float, samples: int) -> float:
+        """Count a step of so many samples, committed at this time; returns how long it took."""
+        self._begun = at if self._begun is None else self._begun
+        took = at - self._last if self._last is not None else 0.0
+        if self._last is not None and at - self._begun >= self._warm_up:
+            self.samples += samples
+            self.seconds += took
+        self._last = at
+        return took
+
+    def rest(self) -> None:
+        """Leave the time until the next commit out."""
+        self._last = None
+
+    @property
+    def rate(self) -> float:
+        """Samples per second."""
+        return self.samples / self.seconds if self.seconds else 0.0

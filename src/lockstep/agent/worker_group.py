@@ -19,16 +19,15 @@ from lockstep.agent.local_host import Event, Host
 from lockstep.agent.membership import Members
 from lockstep.agent.observer import Sink
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
-from lockstep.agent.regroup_messages import Orders
-from lockstep.agent.step_log import History
-from lockstep.clock import Clock
+from lockstep.agent.regroup_messages import Action, Orders, Standing
+from lockstep.agent.step_log import Clock, History
 from lockstep.collectives.host_mesh import Station
-from lockstep.coordinator.host_membership import Action, Standing
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
 from lockstep.planning.host_role import Roles
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
-from lockstep.state.control_segment import RING, Phase, Stage, progress_of
+from lockstep.planning.step_phases import Phase, Stage, progress_of
+from lockstep.state.control_segment import RING
 from lockstep.state.snapshot import steps_between
 from lockstep.system.unix_channel import Closed, Message
 

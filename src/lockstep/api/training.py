@@ -9,18 +9,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent.job_offer import Launcher
 from lockstep.agent.local_host import Host
-from lockstep.agent.observer import NullSink
-from lockstep.coordinator.coordinator import Coordinator, Schedule
+from lockstep.api.core_trials import decompose_by_trial
+from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.host_group import Hosts
+from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_job import open_hosts, spread
 from lockstep.coordinator.run_control import Desk
+from lockstep.coordinator.stop_schedule import Schedule
 from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
-from lockstep.job.job import SETTINGS, Job, Task
+from lockstep.job.job import SETTINGS, Job
+from lockstep.job.task import Task
 from lockstep.job.task_source import Source, source_of
+from lockstep.planning.core_split import Facts
 from lockstep.planning.data_partition import check_same, check_together
-from lockstep.planning.plan import Division, Facts, Plan, choose, close, decompose, divisions
+from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import list_checkpoints
 from lockstep.results.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.results.recorder import Recorder
@@ -28,7 +31,7 @@ from lockstep.results.report import write_report
 from lockstep.results.restart import Restart, find_restart
 from lockstep.results.result import Result
 from lockstep.results.run_folder import RunFolder
-from lockstep.system import numerics
+from lockstep.system import machine
 
 Taskish = Task | str | Job
 
@@ -64,7 +67,7 @@ def run(
         job, facts = _complete(job, explicit, host)
         check_together(job.data, alone=on is None)
         hosts = others.enter_context(open_hosts(on, source, job, explicit, host)) if on else None
-        plan = _decompose(job, facts, host) if hosts is None else spread(job, facts, hosts)
+        plan = decompose_by_trial(job, facts, host) if hosts is None else spread(job, facts, hosts)
         profile = host.set_up(plan) if hosts is None else hosts.set_up(plan, host)
         with RunFolder.create(job.out, source.label) as folder:
             manifest = make_manifest(source, job, plan, profile, host.facts)
@@ -130,7 +133,7 @@ def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: An
     job, explicit = _to_job(task, args, settings)
     with Host.start(source_of(job), explicit) as host:
         job, facts = _complete(job, explicit, host)
-        return _decompose(job, facts, host)
+        return decompose_by_trial(job, facts, host)
 
 
 def _train(
@@ -224,46 +227,4 @@ def _complete(job: Job, explicit: dict[str, Any], host: Host) -> tuple[Job, Fact
         settings.pop("steps", None)
     names = {field.name for field in dataclasses.fields(Facts)}
     facts = {name: value for name, value in loaded.items() if name in names}
-    return job.replace(**settings), Facts(cores=numerics.cores(), **facts)
-
-
-def _decompose(job: Job, facts: Facts, host: Host) -> Plan:
-    """Stage 1. Candidates for the division of the cores are timed, each in a clone."""
-    candidates = divisions(job, facts)
-    if len(candidates) == 1:
-        return decompose(job, facts, candidates[0])
-    rates = dict.fromkeys(candidates, 0.0)
-    begun = time.monotonic()
-    for trial in range(MOST_TRIALS):
-        for division in candidates:
-            rates[division] = max(rates[division], _measure(job, facts, division, host))
-        if trial + 1 >= TRIALS and not close(list(rates.values())):
-            break
-        if time.monotonic() - begun > TRIALS_SECONDS:
-            break  # long steps: their times vary less
-    best, why = choose(list(rates.items()))
-    return decompose(job, facts, best, why)
-
-
-TRIALS, MOST_TRIALS = 2, 4
-"""Of each candidate, in turn; more where it is close. The best one counts: what disturbs a trial
-can only slow it."""
-TRIAL_SECONDS, WARM_UP_SECONDS = 0.4, 0.15
-TRIALS_SECONDS = 5.0
-"""When no more trials are begun."""
-
-
-def _measure(job: Job, facts: Facts, division: Division, host: Host) -> float:
-    """Samples per second of a division, in a moment of training that is thrown away."""
-    trial = decompose(job.replace(evaluate=False), facts, division)
-    schedule = Schedule(
-        steps=trial.steps,
-        steps_per_epoch=trial.steps_per_epoch,
-        seconds=TRIAL_SECONDS,
-        ahead_seconds=0.1,
-    )
-    with host.clone() as clone:
-        clone.set_up(trial)
-        coordinator = Coordinator(clone, trial, schedule, NullSink(), warm_up=WARM_UP_SECONDS)
-        coordinator.run()
-        return coordinator.clock.rate
+    return job.replace(**settings), Facts(cores=machine.cores(), **facts)

@@ -11,9 +11,10 @@ from typing import Any
 
 from lockstep.agent.local_host import Host
 from lockstep.agent.observer import NullSink
-from lockstep.coordinator.coordinator import Coordinator, Schedule
+from lockstep.coordinator.coordinator import Coordinator
+from lockstep.coordinator.stop_schedule import Schedule
 from lockstep.errors import IntegrityError, JobError
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 from lockstep.planning.data_partition import check_together
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import (

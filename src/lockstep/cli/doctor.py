@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import LockstepError
-from lockstep.job.job import Parameters, Task
-from lockstep.system import futex, numerics
-from lockstep.system.shared_memory import Segment, available_bytes
+from lockstep.job.task import Parameters, Task
+from lockstep.system import futex, machine, numerics
+from lockstep.system.machine import available_bytes
+from lockstep.system.shared_memory import Segment
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def examine() -> list[Check]:
         Check(
             name="processor",
             good=platform.machine() == "x86_64",
-            found=f"{platform.machine()}, {numerics.cores()} cores for us",
+            found=f"{platform.machine()}, {machine.cores()} cores for us",
         ),
         Check(
             name="futex",

@@ -17,7 +17,7 @@ from lockstep.cli.job_options import Workers, arguments, given, takes_settings
 from lockstep.errors import JobError, LockstepError
 
 if TYPE_CHECKING:
-    from lockstep.agent.job_offer import Launcher
+    from lockstep.coordinator.launcher import Launcher
     from lockstep.results.result import Result
 
 app = typer.Typer(
@@ -71,7 +71,7 @@ def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
     if on is None:
         yield None
         return
-    from lockstep.cluster.daemon.launcher import open_launcher
+    from lockstep.cli.launchers import open_launcher
 
     with open_launcher(on, state, commands.report) as launcher:
         yield launcher
@@ -193,8 +193,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
-    from lockstep.api.prediction import evaluate as evaluate_run
-    from lockstep.results.run_folder import plain
+    from lockstep.api.evaluation import evaluate as evaluate_run
+    from lockstep.system.json_files import plain
 
     with _launcher(on, state) as launcher:
         found = evaluate_run(run, workers=workers, args=arguments(ctx.args), on=launcher)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lockstep.state.control_segment import Control
 from lockstep.system import futex
-from lockstep.system.numerics import cores
+from lockstep.system.machine import cores
 
 NAP = 0.02
 """Seconds: the longest single sleep before the epoch and the parent are looked at again."""

@@ -12,18 +12,12 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lockstep.planning.memory_layout import Layout, Range, overlap
+from lockstep.planning.byte_ranges import Range, overlap
+from lockstep.planning.memory_layout import Layout
 from lockstep.planning.ownership import Duties
-from lockstep.planning.slot_map import (
-    AGAIN,
-    Arrangement,
-    Bucket,
-    HostPart,
-    SlotMap,
-    TableMap,
-    cut,
-    leaf_slots,
-)
+from lockstep.planning.reduction_tree import leaf_slots
+from lockstep.planning.shard_placement import Arrangement, HostPart
+from lockstep.planning.slot_map import AGAIN, Bucket, SlotMap, TableMap, cut
 from lockstep.state.control_segment import RING, Control
 
 Item = tuple[int, memoryview]

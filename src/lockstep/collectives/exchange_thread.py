@@ -19,7 +19,8 @@ from lockstep.collectives.exchange_plan import Gradient, Item, Parcels
 from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport
-from lockstep.state.control_segment import DIGEST_BYTES, Phase, Stage, exchange_of, progress_of
+from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
+from lockstep.state.control_segment import DIGEST_BYTES
 from lockstep.system import futex
 
 LOOK_SECONDS = 0.1

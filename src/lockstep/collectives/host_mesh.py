@@ -21,11 +21,11 @@ from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending, Report, await_slip
+from lockstep.planning.byte_ranges import Range
 from lockstep.planning.host_role import Roles
-from lockstep.planning.memory_layout import Range
 from lockstep.planning.slot_map import cut
 from lockstep.state.control_segment import RING
-from lockstep.system import numerics
+from lockstep.system import machine
 
 CONNECT_SECONDS = 5.0
 STATE_SECONDS = 600.0
@@ -132,7 +132,7 @@ class Station:
             seats,
             failed,
             clip=plan.sum_limit is not None,
-            spare=numerics.cores() > plan.workers * plan.threads,
+            spare=machine.cores() > plan.workers * plan.threads,
         )
         self._exchanger.start(step)
 

@@ -12,11 +12,12 @@ import torch
 
 from lockstep.collectives.gradient_presence import Mask, Presence
 from lockstep.collectives.table_sum import SparseSum, sum_tables
-from lockstep.planning.memory_layout import Block, Range, overlap, own_blocks
-from lockstep.planning.slot_map import leaf_slots
+from lockstep.collectives.tree_sum import Reducer
+from lockstep.planning.blocks import Block, own_blocks
+from lockstep.planning.byte_ranges import Range, overlap
+from lockstep.planning.reduction_tree import leaf_slots, tree
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import SharedState, storage_run
-from lockstep.worker.gradient_hooks import Reducer, tree
 
 
 def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[Slot]:

@@ -16,209 +16,16 @@ the sum as a sparse tensor.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
-from lockstep.errors import TaskError
-from lockstep.optim.row_update import put_rows
-
-LARGE = 1 << 20
-"""Elements: tables from this size on are treated so."""
-MANY = 4
-"""A gradient is kept dense where a shard looks up more than one row in so many."""
-DENSE = -1
-"""Instead of the number of rows: the slot has the dense gradient."""
+from lockstep.planning.reduction_tree import Node
+from lockstep.state.embedding_tables import DENSE, Part, TableGradient, put_rows
 
 Sum = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
 """`(leaves, out)`: the sum of 1-D leaves, in the order of the tree."""
-
-
-Node = int | tuple["Node", "Node"]
-"""The order of a sum: a shard, or two such orders (see `gradients.tree`)."""
-
-
-class Redo(Exception):
-    """A table turned out to need the dense form: compute the shard again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A parameter of which a shard touches some rows."""
-
-    rows: int
-    width: int
-    module: nn.Embedding | None
-    """The plain embedding that is run in the sparse form, and can be run in the dense one. None:
-    the model itself asks for sparse gradients, and the optimizer is to get them."""
-    by_rows: bool = False
-    """Whether the optimizer is run on touched rows alone (see `rows`)."""
-
-    @property
-    def asked(self) -> bool:
-        """Whether the optimizer gets a sparse gradient."""
-        return self.module is None
-
-
-def find_tables(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, Table]:
-    """The tables of a model, by the index of their parameter."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    found = {}
-    for index, parameter in enumerate(params):
-        holders = owners.get(id(parameter), [])
-        if any(getattr(holder, "sparse", False) is True for holder in holders):
-            if parameter.ndim == 2 and parameter.is_contiguous():
-                rows, width = parameter.shape
-                found[index] = Table(rows=rows, width=width, module=None)
-        elif parameter.numel() >= LARGE and len(holders) == 1 and _suits(holders[0]):
-            module = holders[0]
-            assert isinstance(module, nn.Embedding)
-            rows, width = parameter.shape
-            found[index] = Table(rows=rows, width=width, module=module)
-    return found
-
-
-def _suits(module: nn.Module) -> bool:
-    """Whether a module is a plain embedding whose sparse gradient has the same rows."""
-    return (
-        type(module) is nn.Embedding
-        and not module.sparse
-        and module.max_norm is None
-        and not module.scale_grad_by_freq
-        and module.weight.is_contiguous()
-        and not module.weight._backward_hooks
-    )
-
-
-class SparseTables:
-    """The tables of a model that are run in the sparse form. One per worker."""
-
-    def __init__(self, tables: Mapping[int, Table]) -> None:
-        self._modules = {
-            index: table.module for index, table in tables.items() if table.module is not None
-        }
-        self._calls: dict[int, int] = {}
-        for index, module in self._modules.items():
-            module.sparse = True
-            module.register_forward_pre_hook(self._counter(index))
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._modules
-
-    def begin(self) -> None:
-        """A shard begins."""
-        self._calls.clear()
-
-    def store(
-        self, index: int, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor
-    ) -> None:
-        """Keep a gradient in a slot.
-
-        Args:
-            index: the parameter's.
-            gradient: as autograd has left it, rows x width.
-            home: the slot's room for it, rows x width. Its first rows get the touched ones.
-            numbers: 1 + rows, int64: gets how many they are, and which, ascending.
-
-        Raises:
-            Redo: its bits would not be those of the dense form.
-        """
-        if not gradient.is_sparse or self._calls.get(index) != 1:
-            self.give_up(index)
-        looked_up, values = gradient._indices()[0], gradient._values()
-        if len(looked_up) * MANY > len(home):
-            home.copy_(_summed(values, looked_up, len(home)))
-            numbers[0] = DENSE
-            return
-        rows, inverse = torch.unique(looked_up, return_inverse=True)
-        home[: len(rows)] = _summed(values, inverse, len(rows))
-        numbers[1 : len(rows) + 1] = rows
-        numbers[0] = len(rows)
-
-    def give_up(self, index: int) -> None:
-        """Run a table in the dense form from now on.
-
-        Raises:
-            Redo: always; the shard in hand is to be computed again.
-        """
-        self._modules.pop(index).sparse = False
-        raise Redo
-
-    def _counter(self, index: int):  # type: ignore[no-untyped-def]  # a hook, as nn.Module wants it
-        def count(_: nn.Module, __: object) -> None:
-            self._calls[index] = self._calls.get(index, 0) + 1
-
-        return count
-
-
-def keep_sparse(
-    name: str, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor
-) -> None:
-    """Keep a gradient that the model asks to be sparse, as `SparseTables.store` does.
-
-    Raises:
-        TaskError: it is dense.
-    """
-    if not gradient.is_sparse:
-        raise TaskError(
-            f"the gradient of {name} is dense in part",
-            expected="a sparse gradient: the module that holds it has sparse=True",
-            found="its weight is used elsewhere, too",
-            fix="build the module with sparse=False",
-        )
-    gradient = gradient.coalesce()
-    count = gradient._nnz()
-    home[:count] = gradient._values()
-    numbers[1 : count + 1] = gradient._indices()[0]
-    numbers[0] = count
-
-
-def _summed(values: torch.Tensor, numbers: torch.Tensor, rows: int) -> torch.Tensor:
-    """The gradient of a table of so many rows, by the kernel that `nn.Embedding` uses itself."""
-    summed: torch.Tensor = torch.ops.aten.embedding_dense_backward(values, numbers, rows, -1, False)
-    return summed
-
-
-@dataclass(frozen=True)
-class TableGradient:
-    """A shard's gradient of a table, as a slot has it."""
-
-    home: torch.Tensor
-    """Rows x width: the touched rows, or all."""
-    numbers: torch.Tensor
-    """Their count and numbers, or `DENSE`."""
-
-    def part(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The touched rows from `first` to before `last`: numbers and values; None: all."""
-        count = int(self.numbers[0])
-        if count == DENSE:
-            return None
-        numbers = self.numbers[1 : count + 1]
-        mine = slice(*np.searchsorted(numbers.numpy(), (first, last)).tolist())
-        return numbers[mine], self.home[mine]
-
-    def keep(self, part: Part) -> None:
-        """Make this the gradient that has these rows."""
-        named, rows = part
-        self.home[: len(named)] = rows
-        self.numbers[1 : len(named) + 1] = named
-        self.numbers[0] = len(named)
-
-    def dense(self, first: int, last: int) -> torch.Tensor:
-        """The rows from `first` to before `last`, with their zeros."""
-        part = self.part(first, last)
-        if part is None:
-            return self.home[first:last]
-        numbers, values = part
-        spread = self.home.new_zeros(last - first, self.home.shape[1])
-        put_rows(spread, numbers - first, values)
-        return spread
 
 
 class TableSum:
@@ -330,10 +137,6 @@ class SparseSum:
             return _some(self.leaves[node].part(self._first, self._first + self._rows))
         left, right = self.merge(node[0]), self.merge(node[1])
         return add_parts(left, right, self._first + self._rows)
-
-
-Part = tuple[torch.Tensor, torch.Tensor]
-"""Numbers of rows, ascending, and the rows."""
 
 
 def add_parts(left: Part, right: Part, rows: int) -> Part:

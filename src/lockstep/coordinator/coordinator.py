@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lockstep.agent import membership
@@ -18,6 +17,7 @@ from lockstep.agent.local_host import Host
 from lockstep.agent.observer import Sink
 from lockstep.agent.worker_group import Crew
 from lockstep.coordinator.run_control import Request
+from lockstep.coordinator.stop_schedule import Schedule
 from lockstep.errors import StoppedError
 from lockstep.planning.plan import Plan
 from lockstep.state.control_segment import RING
@@ -31,40 +31,6 @@ AHEAD_STEPS = (4, RING - 16)
 PARTS_SECONDS, PARTS_SHARE = 10.0, 0.02
 """Between two times at which hosts give the master what each alone has of the state; longer, where
 that would take more of a run's time than this share. The loss of a host costs the steps since."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """At which steps the run comes to rest, and for what."""
-
-    steps: int
-    steps_per_epoch: int
-    evaluate: bool = False
-    checkpoint_steps: int | None = None
-    checkpoint_seconds: float | None = None
-    seconds: float | None = None
-    """Stop for good when so many seconds of steps have been timed."""
-    ahead_seconds: float = 0.5
-    """How far the lease runs ahead of what has been recorded."""
-
-    def evaluates_at(self, step: int) -> bool:
-        """Whether held-out data are evaluated after `step` committed steps."""
-        ends = step == self.steps or (step > 0 and step % self.steps_per_epoch == 0)
-        return self.evaluate and ends
-
-    def checkpoints_at(self, step: int) -> bool:
-        """Whether a checkpoint is written after `step` committed steps."""
-        every = self.checkpoint_steps
-        return step == self.steps or (every is not None and step > 0 and step % every == 0)
-
-    def next_stop(self, step: int) -> int:
-        """The first stop after `step`."""
-        stops = [self.steps]
-        if self.evaluate:
-            stops.append((step // self.steps_per_epoch + 1) * self.steps_per_epoch)
-        if self.checkpoint_steps is not None:
-            stops.append((step // self.checkpoint_steps + 1) * self.checkpoint_steps)
-        return min(stops)
 
 
 class Coordinator(Crew):

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.agent.answer_chunks import Answers
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.job_offer import Launcher, Offer
+from lockstep.agent.job_offer import Offer
 from lockstep.agent.local_host import Host
-from lockstep.agent.regroup_messages import Orders
+from lockstep.agent.regroup_messages import Orders, Standing
 from lockstep.collectives.host_mesh import Station
 from lockstep.coordinator import host_membership as fleet
 from lockstep.coordinator.divergence_check import Agreement
-from lockstep.coordinator.host_membership import Fleet, Standing
+from lockstep.coordinator.host_membership import Fleet
+from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.rendezvous import Roster, about
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.net.blob_transfer import Store
@@ -28,7 +29,8 @@ from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, ignore
 from lockstep.planning.data_partition import Holdings, Samples, check_whole, held_out_batches
 from lockstep.planning.ownership import Ownership
-from lockstep.planning.plan import Plan, share_batches
+from lockstep.planning.plan import Plan
+from lockstep.planning.shard_placement import share_batches
 
 if TYPE_CHECKING:
     from lockstep.coordinator.coordinator import Coordinator

@@ -12,33 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+
+from lockstep.agent.regroup_messages import Action, Standing
 
 MOST_TROUBLES = 2
 """How often two hosts may lose each other, without a step in between, before one has to go."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """In what state a host is at rest."""
-
-    whole: int | None
-    """After how many steps its state is; None: it is torn, or not there yet."""
-    base: int | None
-    """The same of its base; None: it has none."""
-    address: tuple[str, int] = ("", 0)
-    """Where it listens to other hosts in this generation."""
-
-    def to_message(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"whole": self.whole, "base": self.base, "address": list(self.address)}
-
-    @staticmethod
-    def from_message(message: Mapping[str, Any]) -> Standing:
-        host, port = message["address"]
-        return Standing(
-            whole=message["whole"], base=message["base"], address=(str(host), int(port))
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +26,6 @@ class Member:
     workers: int
     standing: Standing | None = None
     """As it was said in this generation."""
-
-
-Action = Literal["keep", "back", "copy"]
-"""The state stays; the base is put back; it is copied from the source."""
 
 
 @dataclass(frozen=True, kw_only=True)

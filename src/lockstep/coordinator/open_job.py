@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.agent.agent import facts_of
-from lockstep.agent.job_offer import Launcher
 from lockstep.agent.local_host import Host
 from lockstep.coordinator.host_group import Hosts
+from lockstep.coordinator.launcher import Launcher
 from lockstep.errors import JobError
 from lockstep.job.code_archive import pack
 from lockstep.job.job import Job
 from lockstep.job.task_source import Source
 from lockstep.net.blob_transfer import Bill
+from lockstep.planning.core_split import Division, Facts
 from lockstep.planning.data_partition import Holdings, divide
 from lockstep.planning.ownership import ownership_of
-from lockstep.planning.plan import Division, Facts, Plan, decompose
+from lockstep.planning.plan import Plan, decompose
 
 
 def open_hosts(

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lockstep.agent.job_offer import Launcher, Offer
+from lockstep.agent.job_offer import Offer
 from lockstep.agent.local_host import Host
 from lockstep.coordinator.host_membership import in_order
+from lockstep.coordinator.launcher import Launcher
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -30,8 +31,9 @@ from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard
 from lockstep.planning.data_partition import Samples, check_open
 from lockstep.planning.ownership import Ownership
-from lockstep.planning.plan import Plan, share
-from lockstep.system import numerics
+from lockstep.planning.plan import Plan
+from lockstep.planning.shard_placement import share
+from lockstep.system import machine
 
 MOST_SAMPLES = 1 << 48
 GATHER_SECONDS = 600.0
@@ -53,7 +55,7 @@ class Roster:
         self.link, self._launcher, self._facts = link, launcher, facts
         self.ownership = ownership
         self.master = launcher.identity.node
-        self.capacities = {self.master: launcher.workers or numerics.cores()}
+        self.capacities = {self.master: launcher.workers or machine.cores()}
         """By host, how many workers it would run. The master's own is the first."""
         self._samples = {self.master: samples}
         self.ready: dict[str, int] = {}

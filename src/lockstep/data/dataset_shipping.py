@@ -23,7 +23,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lockstep.data.sample_codec import Tree, pack_sample, pack_tensor, unpack_sample, unpack_tensor
 from lockstep.errors import DataError
-from lockstep.system.shared_memory import Segment, check_available
+from lockstep.system.machine import check_available
+from lockstep.system.shared_memory import Segment
 
 ALIGN = 64
 """Bytes: where torch's own tensors begin."""

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from lockstep.job.job import Task
-from lockstep.planning.sampling import Indices, Sampling
+from lockstep.data.sample_order import Indices
+from lockstep.job.task import Task
 from lockstep.system.seeding import derive, seed_everything
 
 Fetch = Callable[[int, Sequence[int] | Indices], Any]
@@ -93,34 +93,3 @@ def _as_index(indices: Sequence[int] | Indices) -> torch.Tensor:
 
 def _as_list(indices: Sequence[int] | Indices) -> list[int]:
     return indices.tolist() if isinstance(indices, np.ndarray) else list(indices)
-
-
-class Order:
-    """The training set's order in each data epoch: `torch.randperm` under the epoch's seed.
-
-    Where the set lies in parts, each has an order of its own.
-    """
-
-    def __init__(self, sampling: Sampling, part: int = 0) -> None:
-        """`part`: the one whose samples are counted from 0."""
-        self.sampling = sampling
-        self._first = sum(samples for samples, _ in sampling.all_parts[:part])
-        self._epoch = -1
-        self._order: Indices = np.empty(0, np.int64)
-
-    def indices(self, step: int, shard: int) -> Indices:
-        """The samples of a shard of a step."""
-        epoch = self.sampling.data_epoch(step)
-        if epoch != self._epoch:
-            self._order, self._epoch = self._draw(epoch), epoch
-        start, stop = self.sampling.shard_span(step, shard)
-        return self._order[start:stop]
-
-    def _draw(self, epoch: int) -> Indices:
-        drawn, before = [], -self._first
-        for part, (samples, _) in enumerate(self.sampling.all_parts):
-            which = (epoch, part) if self.sampling.parts else (epoch,)
-            generator = torch.Generator().manual_seed(derive(self.sampling.seed, "order", *which))
-            drawn.append(before + torch.randperm(samples, generator=generator).numpy())
-            before += samples
-        return np.concatenate(drawn) if len(drawn) > 1 else drawn[0]

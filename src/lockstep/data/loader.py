@@ -16,10 +16,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from lockstep.data.fetching import Fetch, Order, Rows
-from lockstep.data.loader_ipc import Handover
+from lockstep.data.fetching import Fetch, Rows
+from lockstep.data.loader_ipc import Handover, Nameless
+from lockstep.data.sample_order import Order
 from lockstep.errors import TaskError
-from lockstep.nameless import Nameless
 from lockstep.planning.sampling import Sampling
 from lockstep.system.processes import die_with_parent, own_file_positions
 

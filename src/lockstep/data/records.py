@@ -15,7 +15,7 @@ from lockstep.data.user_files import GZIP
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
-    from lockstep.job.job import Task
+    from lockstep.job.task import Task
 
 Record = dict[str, Any]
 PARQUET = (".parquet", ".pq")

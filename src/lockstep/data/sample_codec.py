@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lockstep.errors import DataError
-from lockstep.worker.model_checks import STORED
+from lockstep.system.dtypes import STORED
 
 Tree = Any
 """What JSON can hold."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lockstep.errors import DataError
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 
 
 def build_sets(task: Task, *, alone: bool) -> tuple[Dataset[Any], Dataset[Any] | None]:

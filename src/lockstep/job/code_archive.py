@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, JobError
-from lockstep.job.task_source import working_folder
+from lockstep.system.folders import working_folder
 
 MAX_FILES, MAX_SOURCE = 2000, 4 << 20
 """How many files an archive may have, and how many bytes they may have together."""

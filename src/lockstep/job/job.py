@@ -5,158 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.errors import JobError, TaskError
-from lockstep.job.position import Place
-from lockstep.state.fault_injection import Fault
+from lockstep.errors import JobError
+from lockstep.job.faults import Fault
+from lockstep.job.task import Task
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.data import Dataset
-
-
-class Task:
-    """The user's code. Subclass it; `model`, `train_data`, `loss` and `optimizer` are required.
-
-    One instance is made per run and forked into every worker. Methods that draw random numbers
-    may use torch's, Python's and NumPy's global generators: they are seeded before each call
-    (`lockstep.system.seeding` says from what), so the draws do not depend on the number of workers.
-    """
-
-    scheduler_interval: Literal["step", "data_epoch"] = "step"
-    """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
-    planned_batch_size: int | None = None
-    """Samples of an optimizer update in this run. Set by Lockstep before it calls `scheduler`."""
-
-    def model(self) -> nn.Module:
-        """Build the model, on the CPU, freshly initialised."""
-        raise NotImplementedError
-
-    def train_data(self) -> Dataset[Any]:
-        """The training set: a map-style data set (`__len__` and `__getitem__`).
-
-        `__getitems__(indices)`, if there, fetches a batch's samples at once, as in PyTorch.
-        A `TensorDataset` is indexed without touching single samples.
-        """
-        raise NotImplementedError
-
-    def eval_data(self) -> Dataset[Any] | None:
-        """The held-out set, or None. Evaluated after every data epoch: every sample once."""
-        return None
-
-    def told(self, place: Place) -> None:
-        """Where in the run the calls that follow belong: of how many steps which, and which batch.
-
-        Called before `optimizer` and `scheduler` (with the run's beginning), and before each
-        call of `loss`, `metrics`, `outputs`, `score` and `predict`, for what depends on the step,
-        such as a weight that rises. What is kept must be made of `place` alone, not of what was
-        kept before: a worker computes some shards only. Default: nothing.
-        """
-
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """The mean loss over the samples of `batch`: a scalar tensor with a graph."""
-        raise NotImplementedError
-
-    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
-        """An optimizer over `params`; `params.named()` gives names, to make groups from."""
-        raise NotImplementedError
-
-    def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        """A learning-rate schedule for `optimizer`, or None."""
-        return None
-
-    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
-        """Held-out metrics of one batch, called without gradients and in eval mode.
-
-        Each value is either one number per sample (a tensor of shape `[n]`, bool allowed) or
-        one number: the mean over the batch. Both are averaged over samples, in float64, in
-        the order of the data. The default is the loss.
-        """
-        try:
-            return {"loss": self.loss(model, batch)}
-        except Exception as error:
-            error.add_note(
-                "Task.metrics is not defined: held-out data go through loss(), without gradients"
-            )
-            raise
-
-    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | Sequence[Any]]:
-        """What `score` needs to know of one held-out batch; default: nothing.
-
-        Called as `metrics` is. Each value has one entry per sample: a tensor of shape `[n, ...]`
-        of numbers or booleans, or a list of `n` things that JSON can hold, such as texts.
-        """
-        return {}
-
-    def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
-        """Metrics that are no means over samples, such as AUC or BLEU.
-
-        Called in one worker with the `outputs` of all held-out samples, in the order of the data:
-        tensors of shape `[N, ...]` (float64, int64 or bool) and lists of length N. What it
-        returns joins the means of `metrics`; the numbers are those of any number of workers.
-        """
-        return {}
-
-    def baseline(self) -> Mapping[str, float]:
-        """What something trivial reaches on the held-out data, by the names of the metrics.
-
-        Called in one worker after the last step; shown beside the metrics. Default: nothing.
-        """
-        return {}
-
-    def fitted(self) -> str:
-        """What the training data decide besides the parameters, as a text: a vocabulary, ranges,
-        the names of classes. Default: nothing.
-
-        Called after `model`. A run records its digest, and where the data give another one, the
-        run's model is neither evaluated nor asked for predictions.
-        """
-        return ""
-
-    def from_record(self, record: Mapping[str, Any]) -> Any:
-        """A record of a file to predict from, as a sample: what `collate` takes.
-
-        A record is a row of a JSONL or Parquet file, its columns by name.
-        """
-        raise TaskError(
-            f"{type(self).__name__} does not say what a record is",
-            expected="Task.from_record(record): the sample that a row of the file stands for",
-            fix="define it beside Task.predict; of an adapter it is an argument, from_record=",
-        )
-
-    def predict(self, model: nn.Module, batch: Any) -> Sequence[Mapping[str, Any]]:
-        """What is predicted of a batch of samples: for each a row of what JSON can hold.
-
-        Called as `metrics` is, with what `collate` makes of samples.
-        """
-        raise TaskError(
-            f"{type(self).__name__} does not say what it predicts",
-            expected="Task.predict(model, batch): a list with a mapping for each sample",
-            fix="define it, beside Task.from_record; of an adapter it is an argument, predict=",
-        )
-
-    def collate(self, samples: list[Any]) -> Any:
-        """Samples to a batch; the default is torch's `default_collate`."""
-        from torch.utils.data import default_collate
-
-        return default_collate(samples)
-
-
-class Parameters(list["nn.Parameter"]):
-    """The model's parameters that require gradients, in the model's order."""
-
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self._named = list(named)
-        super().__init__(parameter for _, parameter in self._named)
-
-    def named(self) -> list[tuple[str, nn.Parameter]]:
-        """`(name, parameter)` pairs, as `nn.Module.named_parameters` gives them."""
-        return list(self._named)
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)

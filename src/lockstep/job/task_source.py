@@ -13,20 +13,20 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from blake3 import blake3
-
 from lockstep.errors import JobError, TaskError
-from lockstep.job.job import Job, Task
-from lockstep.offered import check_defined, check_shipped
-from lockstep.results.run_folder import plain
+from lockstep.job.code_digest import code_digest, parts_made_from
+from lockstep.job.job import Job
+from lockstep.job.task import Task
+from lockstep.system.folders import working_folder
+from lockstep.system.json_files import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,23 +123,6 @@ def _absolute(name: str) -> str:
     return name
 
 
-def working_folder() -> str:
-    """The folder that this process works in, from where tasks are found.
-
-    Raises:
-        JobError: it is gone.
-    """
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        raise JobError(
-            "the folder that this process works in is gone",
-            expected="a folder that is there: tasks are found from it, and workers work in it",
-            found="it was deleted, or another one has taken its place",
-            fix="cd to a folder that is there, and start again",
-        ) from None
-
-
 def resolve(source: Source) -> tuple[Task, Job | None]:
     """The task, and the job that came with it if the name leads to a recipe.
 
@@ -157,7 +140,7 @@ def resolve(source: Source) -> tuple[Task, Job | None]:
         found = _call(maker, source)
         made = found.task if isinstance(found, Job) else found
         if isinstance(made, Task) and inspect.isroutine(maker):
-            made.made_from = (*_made_from(made), maker)  # type: ignore[attr-defined]
+            made.made_from = (*parts_made_from(made), maker)  # type: ignore[attr-defined]
     if isinstance(found, Job):
         if isinstance(found.task, str):
             raise JobError(
@@ -299,37 +282,40 @@ def _import_module(name: str) -> ModuleType:
         raise
 
 
-def code_digest(task: Task) -> str:
-    """A digest of the file that defines the task, or of its methods' source; "" if unknown.
+def check_shipped(module: str, folder: str) -> None:
+    """Check that importing a module takes it from the folder of code that was sent.
 
-    A task of an adapter names what it was made from in `made_from`: that is the user's code. So is
-    the function that a name led to.
+    Raises:
+        JobError: it is not there, or another one of this name is in use.
     """
-    parts = (type(task), *_made_from(task))
-    found = dict.fromkeys(data for part in parts if (data := _code(part)))  # each file once
-    return blake3(b"".join(found)).hexdigest()[:32] if found else ""
+    top = module.partition(".")[0]
+    used = top in sys.modules
+    if used or PathFinder.find_spec(top, [folder]) is None:
+        raise JobError(
+            f"the module {module!a} is not in the code that was shipped",
+            expected="the module of the task, under a name of its own",
+            found="one that Python or Lockstep itself uses" if used else "none",
+            fix="name a task of the code that is shipped",
+        )
 
 
-def _made_from(task: Task) -> tuple[Any, ...]:
-    """What a task was made from, and what a task among that was made from."""
-    parts = getattr(task, "made_from", ())
-    return tuple(
-        inner for part in parts
-        for inner in (part, *(_made_from(part) if isinstance(part, Task) else ()))
-    )  # fmt: skip
+def check_defined(found: Any, module: ModuleType) -> None:
+    """Check that a name of a module is not that of something it has merely imported.
 
+    `os.system` can be called with arguments of the offer as well as any function that makes a job.
 
-def _code(part: Any) -> bytes:
-    """The file that defines a class, a function, or an object's class."""
-    if isinstance(part, functools.partial):
-        part = part.func
-    kind = part if inspect.isclass(part) or inspect.isroutine(part) else type(part)
-    try:
-        path = inspect.getsourcefile(kind)
-        return Path(path).read_bytes() if path else inspect.getsource(kind).encode()
-    except (OSError, TypeError):
-        try:  # in a notebook, whose classes have no file, but whose functions have a cell
-            methods = [value for value in vars(kind).values() if inspect.isfunction(value)]
-            return "".join(map(inspect.getsource, methods)).encode()
-        except (OSError, TypeError):
-            return b""
+    Raises:
+        JobError: it is neither a task nor defined in the module's package.
+    """
+    while isinstance(found, functools.partial):
+        found = found.func
+    if isinstance(found, Task) or (isinstance(found, type) and issubclass(found, Task)):
+        return
+    home = getattr(found, "__module__", None) or "no module"
+    if home.partition(".")[0] != module.__name__.partition(".")[0]:
+        raise JobError(
+            f"an offered name leads out of the module {module.__name__}",
+            expected="a task, or a function that is defined there",
+            found=f"something of {home}",
+            fix="define a function there that returns the job",
+        )

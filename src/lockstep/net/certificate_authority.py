@@ -4,8 +4,8 @@
     STATE/authority/authority.pem  its certificate
     STATE/authority/issued/NAME    a mark for each name that has a certificate
 
-It lives on the host that hands out tokens. Keys are on the curve P-256. This is the one module
-that needs the package `cryptography`, and so the extra `net`.
+It lives on the host that hands out tokens. Keys are on the curve P-256. This is what needs
+the package `cryptography`, and so the extra `net`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lockstep.errors import IdentityError, RefusedError, ResourceError
+from lockstep.errors import IdentityError, RefusedError
+from lockstep.net.certificates import (
+    check_name,
+    common_name,
+    load_certificate,
+    missing_cryptography,
+)
 from lockstep.net.identity import (
     AUTHORITY,
     CERTIFICATE,
     KEY,
     Identity,
-    check_name,
     check_private,
     private_folder,
     write_private,
@@ -36,12 +41,7 @@ try:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 except ImportError as error:
-    raise ResourceError(
-        "certificates need the package cryptography",
-        expected="the extra `net`",
-        found="no cryptography in this environment",
-        fix="pip install 'lockstep-dlp[net]'",
-    ) from error
+    raise missing_cryptography() from error
 
 AUTHORITY_KEY = "authority.key"
 AUTHORITY_SECONDS = 10 * 365 * 86400.0
@@ -73,7 +73,7 @@ class Authority:
         self.certificate = (folder / AUTHORITY).read_text()
         """In PEM."""
         self._key = _load_key(folder / AUTHORITY_KEY)
-        self._certificate = _load_certificate(self.certificate.encode())
+        self._certificate = load_certificate(self.certificate.encode())
 
     @staticmethod
     def open(folder: Path) -> Authority:
@@ -103,7 +103,7 @@ class Authority:
             RefusedError: the request is unusable, or its name has a certificate already.
         """
         asked = _load_request(request)
-        name = _common_name(asked.subject)
+        name = common_name(asked.subject)
         try:
             descriptor = os.open(
                 private_folder(self.folder / "issued") / name, os.O_CREAT | os.O_EXCL, 0o600
@@ -162,7 +162,7 @@ def store(folder: Path, certificate: bytes, authority: str) -> None:
     Raises:
         IdentityError: the certificate is not for that key, or not of that CA.
     """
-    issued, ca = _load_certificate(certificate), _load_certificate(authority.encode())
+    issued, ca = load_certificate(certificate), load_certificate(authority.encode())
     try:
         issued.verify_directly_issued_by(ca)
         if issued.public_key() != _load_key(folder / KEY).public_key():
@@ -176,15 +176,6 @@ def store(folder: Path, certificate: bytes, authority: str) -> None:
     (folder / AUTHORITY).unlink(missing_ok=True)
     write_private(folder / AUTHORITY, authority.encode())
     write_private(folder / CERTIFICATE, certificate)
-
-
-def name_in(certificate: bytes) -> str:
-    """The name of the host in a certificate in PEM. Verifies nothing.
-
-    Raises:
-        IdentityError: there is none.
-    """
-    return _common_name(_load_certificate(certificate).subject)
 
 
 def _make_authority(folder: Path) -> None:
@@ -216,7 +207,7 @@ def _node_certificate(
     subject_id = x509.SubjectKeyIdentifier.from_public_key(request.public_key())
     authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
     purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    name = _common_name(request.subject)
+    name = common_name(request.subject)
     return (
         x509.CertificateBuilder()
         .subject_name(_name(name))
@@ -253,7 +244,7 @@ def _load_request(request: bytes) -> x509.CertificateSigningRequest:
             raise ValueError("another kind of key than P-256")
         if not asked.is_signature_valid:
             raise ValueError("a signature of another key")
-        _common_name(asked.subject)
+        common_name(asked.subject)
     except (ValueError, TypeError, IdentityError, UnsupportedAlgorithm) as error:
         raise RefusedError(
             "the certificate request was refused",
@@ -261,15 +252,6 @@ def _load_request(request: bytes) -> x509.CertificateSigningRequest:
             found=error.found if isinstance(error, IdentityError) else str(error)[:200],
         ) from error
     return asked
-
-
-def _load_certificate(content: bytes) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(content)
-    except ValueError as error:
-        raise IdentityError(
-            "a certificate cannot be read", expected="PEM", found=str(error)[:200]
-        ) from error
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -301,11 +283,6 @@ def _signed(
 
 def _name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _common_name(subject: x509.Name) -> str:
-    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return check_name(str(names[0].value) if len(names) == 1 else "")
 
 
 def _moment(now: float | None) -> datetime.datetime:

@@ -31,14 +31,9 @@ from lockstep.errors import (
     RefusedError,
     to_message,
 )
+from lockstep.net.certificates import fingerprint, one_certificate
 from lockstep.net.frames import Kind, Message
-from lockstep.net.identity import (
-    Identity,
-    fingerprint,
-    newcomer_context,
-    one_certificate,
-    peer_name,
-)
+from lockstep.net.identity import Identity, newcomer_context, peer_name
 from lockstep.net.join_tokens import Token, TokenBook
 from lockstep.net.sockets import (
     Deadline,

@@ -10,9 +10,7 @@ name in it, and nothing that the peer says, is who the peer is.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import ssl
 import stat
 from collections.abc import Mapping
@@ -21,25 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import IdentityError
+from lockstep.net.certificates import check_name, name_in
 from lockstep.net.tls_stream import TlsStream
 
-NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 KEY, CERTIFICATE, AUTHORITY = "node.key", "node.pem", "authority.pem"
-
-
-def check_name(name: str) -> str:
-    """The name, if a host may have it.
-
-    Raises:
-        IdentityError: it is too long, or has characters that are not allowed.
-    """
-    if not NAME.fullmatch(name):
-        raise IdentityError(
-            "this is not a name for a host",
-            expected="1 to 63 of a-z, 0-9, '.', '_' and '-', with a letter or digit at both ends",
-            found=repr(name[:80]),
-        )
-    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +48,7 @@ class Identity:
                     fix="join the cluster with a token",
                 )
         check_private(folder / KEY)
-        from lockstep.net import certificate_authority as authority
-
-        node = authority.name_in((folder / CERTIFICATE).read_bytes())
-        return Identity(node=node, folder=folder)
+        return Identity(node=name_in((folder / CERTIFICATE).read_bytes()), folder=folder)
 
     def server_context(self) -> ssl.SSLContext:
         """For connections that other hosts open: they must show a certificate of the same CA."""
@@ -124,35 +104,6 @@ def peer_name(sock: TlsStream) -> str:
     subject = [pair for entry in certificate.get("subject", ()) for pair in entry]
     names = [value for kind, value in subject if kind == "commonName"]
     return check_name(names[0] if len(names) == 1 else "")
-
-
-def fingerprint(certificate: str) -> bytes:
-    """SHA-256 of a certificate in PEM, taken over its DER: 32 bytes.
-
-    Raises:
-        IdentityError: it is not PEM.
-    """
-    return hashlib.sha256(_der(certificate)).digest()
-
-
-def one_certificate(text: str) -> str:
-    """The certificate in a PEM text, and nothing else that the text may hold.
-
-    A fingerprint covers the first certificate alone; OpenSSL would trust a second one as well.
-
-    Raises:
-        IdentityError: it is not PEM.
-    """
-    return ssl.DER_cert_to_PEM_cert(_der(text))
-
-
-def _der(certificate: str) -> bytes:
-    try:
-        return ssl.PEM_cert_to_DER_cert(certificate)
-    except ValueError as error:
-        raise IdentityError(
-            "this is not a certificate", expected="PEM", found=str(error)
-        ) from error
 
 
 def private_folder(folder: Path) -> Path:

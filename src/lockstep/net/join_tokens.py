@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass, field
 
 from lockstep.errors import IdentityError, RefusedError
-from lockstep.net.identity import fingerprint
+from lockstep.net.certificates import fingerprint
 
 PREFIX = "lockstep1-"
 SECRET_BYTES = 32

@@ -12,21 +12,17 @@ from torch import nn
 
 from lockstep.collectives.gradient_presence import Mask, Presence
 from lockstep.collectives.table_sum import TableSum
+from lockstep.collectives.tree_sum import Reducer
+from lockstep.optim.chained import bare_step
 from lockstep.optim.introspection import check_known
 from lockstep.optim.row_update import step_rows
 from lockstep.optim.update_groups import Grouping, OwnedBlock, Run, SparseTable, UpdateGroup
-from lockstep.planning.memory_layout import Block
+from lockstep.planning.blocks import Block
+from lockstep.planning.reduction_tree import tree
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.gradient_slots import Slot
-from lockstep.state.shared_state import (
-    PRESENT,
-    SharedState,
-    load_value,
-    storage_run,
-    store_value,
-)
-from lockstep.stepping import bare_step
-from lockstep.worker.gradient_hooks import Reducer, tree
+from lockstep.state.optimizer_state import load_value, store_value
+from lockstep.state.shared_state import PRESENT, SharedState, storage_run
 
 
 class Owner:

@@ -12,32 +12,16 @@ import copy
 import random
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lockstep.errors import OptimizerError, TaskError
+from lockstep.errors import OptimizerError
 from lockstep.optim.chained import Together
-from lockstep.planning.memory_layout import Block
-
-NUMBER_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateKey:
-    """One value that an optimizer keeps per tensor."""
-
-    name: str
-    form: str
-    """`like` (a tensor of as many elements as the block), `tensor`, or a Python number's type."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    rebound: bool
-    """Whether the optimizer may replace the object, rather than change it in place."""
+from lockstep.planning.blocks import Block
+from lockstep.state.optimizer_state import NUMBER_TYPES, StateKey
 
 
 def param_groups_of(
@@ -62,28 +46,6 @@ def param_groups_of(
                     fix="build the optimizer from `params` alone",
                 )
     return groups
-
-
-def check_schedule(scheduler: object) -> None:
-    """Refuse what `Task.scheduler` may not return.
-
-    Raises:
-        TaskError: it cannot be stepped as a schedule.
-    """
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise TaskError(
-            "Task.scheduler returned a ReduceLROnPlateau, which waits for a metric",
-            expected="a schedule that depends on the number of steps alone",
-            found="ReduceLROnPlateau",
-            fix="use another, for instance torch.optim.lr_scheduler.CosineAnnealingLR",
-        )
-    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
-        raise TaskError(
-            "Task.scheduler did not return a scheduler",
-            expected="a torch.optim.lr_scheduler.LRScheduler, or None",
-            found=repr(type(scheduler)),
-            fix="return the scheduler itself; several in turn are a SequentialLR",
-        )
 
 
 @contextlib.contextmanager

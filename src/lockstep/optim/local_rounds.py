@@ -17,21 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.job.job import Parameters
-from lockstep.optim.introspection import StateKey, check_known
+from lockstep.job.task import Parameters
+from lockstep.optim.introspection import check_known
 from lockstep.optim.local_sgd import LocalSteps, Samples, divide
 from lockstep.optim.lr_schedule import Schedule
-from lockstep.planning.memory_layout import Range, cut_evenly
+from lockstep.planning.byte_ranges import Range, cut_evenly
 from lockstep.planning.sampling import Sampling
 from lockstep.state.gradient_slots import Slot, as_tensor
 from lockstep.state.module_state import Modes, PrivateBuffers
-from lockstep.state.shared_state import (
-    SharedState,
-    load_value,
-    local_flags,
-    local_name,
-    store_value,
-)
+from lockstep.state.optimizer_state import StateKey, load_value, store_value
+from lockstep.state.shared_state import SharedState, local_flags, local_name
 
 Homes = list[list[tuple[StateKey, torch.Tensor]]]
 """By trainable parameter: where each value of its optimizer state lies in a slot."""

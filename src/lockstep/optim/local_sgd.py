@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.errors import DataError
-from lockstep.job.job import Parameters, Task
 from lockstep.job.position import Place
+from lockstep.job.task import Parameters, Task
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lockstep.job.job import Task
-from lockstep.optim.introspection import check_schedule
+from lockstep.errors import TaskError
+from lockstep.job.task import Task
 
 REMEMBERED = 1024
 """Steps: how far back the schedule goes without being run from its beginning."""
@@ -91,3 +92,25 @@ def _options(optimizer: torch.optim.Optimizer) -> Options:
         }
         for group in optimizer.param_groups
     ]
+
+
+def check_schedule(scheduler: object) -> None:
+    """Refuse what `Task.scheduler` may not return.
+
+    Raises:
+        TaskError: it cannot be stepped as a schedule.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TaskError(
+            "Task.scheduler returned a ReduceLROnPlateau, which waits for a metric",
+            expected="a schedule that depends on the number of steps alone",
+            found="ReduceLROnPlateau",
+            fix="use another, for instance torch.optim.lr_scheduler.CosineAnnealingLR",
+        )
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TaskError(
+            "Task.scheduler did not return a scheduler",
+            expected="a torch.optim.lr_scheduler.LRScheduler, or None",
+            found=repr(type(scheduler)),
+            fix="return the scheduler itself; several in turn are a SequentialLR",
+        )

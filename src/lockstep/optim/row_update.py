@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+
+from lockstep.state.embedding_tables import put_rows
 
 
 class RowGradient(torch.Tensor):
@@ -128,20 +129,3 @@ def step_rows(
             put_rows(state[name], numbers, value)
         else:
             state[name] = value
-
-
-def put_rows(table: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
-    """Copy rows to their places: `table.index_copy_(0, numbers, rows)`, in half of its time.
-
-    NumPy moves an element of any size at once, so a row is made one.
-
-    Args:
-        table: rows x width, contiguous, of any type.
-        numbers: `[n]`, int64, each from 0 to before the table's rows, none twice.
-        rows: `[n, width]`, contiguous, of the table's type.
-    """
-    if not len(numbers):
-        return
-    row = np.dtype((np.void, table.shape[1] * table.dtype.itemsize))
-    places, values = (tensor.view(torch.uint8).numpy().view(row) for tensor in (table, rows))
-    places[numbers.numpy()] = values

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lockstep.collectives.table_sum import SparseSum, TableSum
-from lockstep.optim.introspection import StateKey
-from lockstep.planning.memory_layout import Block, group_blocks
+from lockstep.planning.blocks import Block, group_blocks
 from lockstep.state.gradient_slots import Slot
-from lockstep.state.shared_state import PRESENT, SharedState, load_value, state_name
+from lockstep.state.optimizer_state import StateKey, load_value
+from lockstep.state.shared_state import PRESENT, SharedState, state_name
 
 Run = tuple[list[torch.Tensor], torch.Tensor] | TableSum
 """What is summed at once: the shards' runs, 1-D, and where their sum goes; or a table's rows."""

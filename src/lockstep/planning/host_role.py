@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lockstep.planning.byte_ranges import Range, complement
 from lockstep.planning.data_partition import shard_ranges
-from lockstep.planning.memory_layout import Layout, Range, complement
+from lockstep.planning.memory_layout import Layout
 from lockstep.planning.ownership import Duties, Ownership
 from lockstep.planning.plan import Plan
-from lockstep.planning.slot_map import Arrangement, SlotMap
+from lockstep.planning.shard_placement import Arrangement
+from lockstep.planning.slot_map import SlotMap
 
 
 @dataclass(frozen=True, kw_only=True)

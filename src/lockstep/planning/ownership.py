@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lockstep.planning.memory_layout import Range, cut_evenly
+from lockstep.planning.byte_ranges import Range, cut_evenly
 from lockstep.planning.slot_map import SlotMap
 
 Returns = Literal["nothing", "sums", "parameters"]

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lockstep.errors import DataError, JobError
+from lockstep.job.faults import NOBODY
 from lockstep.job.job import Job
 from lockstep.job.position import Place
+from lockstep.planning.core_split import Division, Facts
 from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
 from lockstep.planning.sampling import Sampling
-from lockstep.state.control_segment import MAX_STEPS
-from lockstep.state.fault_injection import NOBODY
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What the plan needs to know about the task and the machine."""
-
-    train_samples: int
-    eval_samples: int
-    cores: int
+from lockstep.planning.step_phases import MAX_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,100 +140,6 @@ class Plan:
         tuples = {name: tuple(message[name]) for name in ("reasons", "faults", "servers")}
         holdings = from_message(message.get("holdings", ()))
         return Plan(**{**message, **tuples, "holdings": holdings})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Division:
-    """A way to divide the machine's cores."""
-
-    workers: int
-    threads: int
-    shards: int
-
-    def __str__(self) -> str:
-        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{workers} x {threads}, {self.shards} shard{'s' * (self.shards > 1)}"
-
-
-def divisions(job: Job, facts: Facts) -> list[Division]:
-    """The ways worth trying, the preferred one first. One: there is nothing to choose."""
-    cores = facts.cores
-    if job.workers is not None:
-        counts = [job.workers]
-    else:
-        counts = [cores >> k for k in range(cores.bit_length()) if cores >> k]
-        counts = list(dict.fromkeys([*counts, 1]))
-    found = []
-    for workers in counts:
-        threads = job.threads or max(1, cores // workers)
-        shards = job.shards or workers
-        if shards >= workers:
-            found.append(Division(workers=workers, threads=threads, shards=shards))
-    return found
-
-
-def share(workers: int, capacities: Mapping[str, int]) -> dict[str, int]:
-    """Share workers out among hosts, in proportion to what each would run.
-
-    Raises:
-        JobError: some host would have none.
-    """
-    total, before = sum(capacities.values()), 0
-    shares = {}
-    for name, capacity in capacities.items():
-        shares[name] = workers * (before + capacity) // total - workers * before // total
-        before += capacity
-    idle = [name for name, count in shares.items() if not count]
-    if idle:
-        raise JobError(
-            "there are too few workers for all hosts",
-            expected=f"at least one for each of {len(capacities)} hosts",
-            found=f"{workers}; host {', '.join(idle)} would have none",
-            fix="ask for more workers (and shards), or use fewer hosts",
-        )
-    return shares
-
-
-def share_batches(
-    batches: Sequence[int], workers: Mapping[str, int], master: str
-) -> dict[str, list[int]]:
-    """Share held-out batches out among hosts by their workers; the master has the first ones."""
-    total, before = sum(workers.values()), workers[master]
-    rest = list(batches[: len(batches) * before // total + 1])
-    shares = {master: rest}
-    for name, count in workers.items():
-        if name != master:
-            first = max(len(rest), len(batches) * before // total)
-            before += count
-            shares[name] = list(batches[first : len(batches) * before // total])
-    return shares
-
-
-PREFERENCE = 1.03
-"""A later division must be faster by this factor: near ties always go the same way."""
-
-
-CLOSE = 1.15
-"""The fastest must beat the next by this factor, or they are measured once more."""
-
-
-def close(rates: Sequence[float]) -> bool:
-    """Whether the two fastest are too close to be told apart by a short trial."""
-    best, *others = sorted(rates, reverse=True)
-    return any(best < other * CLOSE for other in others[:1])
-
-
-def choose(rates: Sequence[tuple[Division, float]]) -> tuple[Division, str]:
-    """Pick a division by its measured samples per second, and say why."""
-    best, best_rate = rates[0]
-    for division, rate in rates[1:]:
-        if rate > best_rate * PREFERENCE:
-            best, best_rate = division, rate
-    if len(rates) == 1:
-        return best, f"{best}: nothing else fits the settings"
-    listed = "; ".join(f"{division}: {rate:,.0f} samples/s" for division, rate in rates)
-    return best, f"{best}: fastest of those measured ({listed})"
 
 
 def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan:

@@ -7,12 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
-
-Indices = npt.NDArray[np.int64]
-
-
 Part = tuple[int, int]
 """`(samples, shards)`: what one owner has, and how many shards are made of it."""
 

@@ -10,95 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.planning.memory_layout import Range
-from lockstep.planning.sampling import home_shards
-
-
-def subtrees(shards: int, first: int, last: int) -> list[range]:
-    """The fewest complete subtrees, of the tree over `shards`, that are the run `first:last`."""
-    found = []
-    while first < last:
-        size = 1
-        while first % (2 * size) == 0 and size < shards and min(first + 2 * size, shards) <= last:
-            size *= 2
-        found.append(range(first, min(first + size, shards)))
-        first = found[-1].stop
-    return found
-
-
-def most_subtrees(shards: int) -> int:
-    """How many subtrees of more than one shard a run can have."""
-    return min(shards // 2, 2 * max((shards - 1).bit_length() - 1, 1)) if shards > 1 else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostPart:
-    """One host's part in an arrangement."""
-
-    name: str
-    workers: int
-    shards: range
-    """The shards that it computes."""
-    subtrees: tuple[range, ...]
-    """The same, as complete subtrees."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """Which host computes which shards, as long as the hosts stay the same."""
-
-    shards: int
-    parts: tuple[HostPart, ...]
-
-    @staticmethod
-    def of(
-        shards: int,
-        workers: Mapping[str, int],
-        group: int = 0,
-        owned: Mapping[str, range] | None = None,
-    ) -> Arrangement:
-        """Divide the shards among hosts, in this order, by their numbers of workers.
-
-        `group`: hosts get whole groups of so many shards, which are summed by themselves; 0: there
-        are none. `owned`: by host, the shards that nobody else can compute, if they have been
-        divided so.
-        """
-        total, before = sum(workers.values()), 0
-        parts = []
-        unit = group or 1
-        for name, count in workers.items():
-            first = unit * home_shards(shards // unit, total, before).start
-            before += count
-            last = unit * home_shards(shards // unit, total, before - 1).stop if count else first
-            if owned:
-                first, last = owned[name].start, owned[name].stop
-            trees = subtrees(shards, first, last)
-            if group:
-                trees = [range(start, start + group) for start in range(first, last, group)]
-            parts.append(
-                HostPart(
-                    name=name,
-                    workers=count,
-                    shards=range(first, last),
-                    subtrees=tuple(trees),
-                )
-            )
-        return Arrangement(shards=shards, parts=tuple(parts))
-
-    @property
-    def subtrees(self) -> tuple[range, ...]:
-        """All hosts' subtrees, in order: together they cover all shards."""
-        return tuple(tree for part in self.parts for tree in part.subtrees)
-
-    def part(self, name: str) -> HostPart:
-        return next(part for part in self.parts if part.name == name)
-
-    def others(self, name: str) -> tuple[HostPart, ...]:
-        return tuple(part for part in self.parts if part.name != name)
+from lockstep.planning.byte_ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,19 +115,3 @@ def cut(item: Range, most: int = FRAME_BYTES) -> Iterator[Range]:
     """A range in pieces that can be sent, of at most so many bytes."""
     for start in range(0, item.nbytes, most):
         yield Range(offset=item.offset + start, nbytes=min(most, item.nbytes - start))
-
-
-def leaf_slots(parts: Sequence[range], mine: range, shards: int) -> dict[int, int]:
-    """For each subtree, by its first shard, the slot that has its sum.
-
-    Sums that this host makes itself, of more than one shard, lie behind the shards' own slots: the
-    gradients that they are made of are still needed, should a worker die.
-    """
-    found, behind = {}, shards
-    for tree in parts:
-        if len(tree) > 1 and tree.start in mine:
-            found[tree.start] = behind
-            behind += 1
-        else:
-            found[tree.start] = tree.start
-    return found

@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
 from lockstep.errors import DataError
-from lockstep.job.job import Job, Parameters, Task
+from lockstep.job.job import Job
+from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least
 
 CARTS, LENGTH = 8, 512

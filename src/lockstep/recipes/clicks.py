@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
 from lockstep.errors import DataError
-from lockstep.job.job import Job, Parameters, Task
+from lockstep.job.job import Job
+from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least, texts
 from lockstep.recipes.datasets import load_adult
 from lockstep.recipes.datasets.tables import (

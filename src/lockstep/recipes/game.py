@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
-from lockstep.job.job import Job, Parameters, Task
+from lockstep.job.job import Job
+from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least
 from lockstep.recipes.connect_four.opponents import OPPONENTS, Choose, Match, play, scripted
 from lockstep.recipes.connect_four.rules import COLUMNS, State, new_game, planes

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import DataError, JobError
-from lockstep.job.job import Job, Parameters, Task
+from lockstep.job.job import Job
+from lockstep.job.task import Parameters, Task
 from lockstep.recipes import texts
 from lockstep.recipes.datasets import load_mnist
 

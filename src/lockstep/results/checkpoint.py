@@ -17,6 +17,7 @@ from blake3 import blake3
 from lockstep.errors import IntegrityError, ResourceError
 from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.state.fingerprint import entry_array, fingerprint, tensor_digests
+from lockstep.system.json_files import file_digest, write_json
 from lockstep.system.shared_memory import Segment
 
 MODEL, REST, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json"
@@ -105,24 +106,6 @@ def _is_good(path: Path, digest: str) -> bool:
         return _manifest_digest(open_checkpoint(path).manifest) == digest
     except IntegrityError:
         return False
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is whole or the old one stays."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE3 of a file."""
-    digest = blake3()
-    digest.update_mmap(path)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,20 +262,3 @@ def remove_partial(folder: Path) -> None:
     """Remove what a master left that was killed while it wrote. Called by the run's one master."""
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
-
-
-def non_finite_tensors(layout: Layout, state: bytes | memoryview) -> list[str]:
-    """Names of the parameters that hold a NaN or an infinity."""
-    view = memoryview(state)
-    found = []
-    for entry in layout.entries:
-        mask = _EXPONENT.get(entry.dtype)
-        if mask is not None and entry.kind == "param":
-            words = entry_array(entry, view)
-            exponent = words.dtype.type(mask)
-            if bool(np.any((words & exponent) == exponent)):
-                found.append(entry.name)
-    return found

@@ -10,7 +10,8 @@ from typing import Any
 from blake3 import blake3
 
 from lockstep.errors import DataError, IntegrityError, JobError
-from lockstep.job.job import SETTINGS, Job, Task
+from lockstep.job.job import SETTINGS, Job
+from lockstep.job.task import Task
 from lockstep.job.task_source import Source, source_of
 from lockstep.planning.plan import Plan
 

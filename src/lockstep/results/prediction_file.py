@@ -18,8 +18,7 @@ from typing import Any
 
 from lockstep.data.records import PARQUET, JsonLines, pyarrow
 from lockstep.errors import DataError, RunFolderError, disk_errors
-from lockstep.results.checkpoint import write_json
-from lockstep.results.run_folder import plain
+from lockstep.system.json_files import plain, write_json
 
 JOURNAL_SECONDS = 1.0
 """At most so much work is lost with the process."""

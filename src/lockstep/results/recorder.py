@@ -14,7 +14,7 @@ from lockstep.agent.local_host import Host
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.job.task_source import Source
 from lockstep.planning.plan import Plan
-from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_json, write_model
+from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_model
 from lockstep.results.ledger import FIRST, Ledger, StepRecord
 from lockstep.results.progress import Progress
 from lockstep.results.restart import Restart
@@ -22,6 +22,7 @@ from lockstep.results.result import Result
 from lockstep.results.run_folder import Events, RunFolder
 from lockstep.state.control_segment import Stat
 from lockstep.state.fingerprint import fingerprint, tensor_digests
+from lockstep.system.json_files import write_json
 
 
 class Recorder:

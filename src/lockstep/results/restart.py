@@ -17,8 +17,8 @@ from lockstep.results.checkpoint import (
 )
 from lockstep.results.ledger import Line, read_ledger
 from lockstep.results.manifest import differences
-from lockstep.results.result import with_nan
 from lockstep.results.run_folder import RunFolder
+from lockstep.system.json_files import with_nan
 
 
 @dataclass(frozen=True, kw_only=True)

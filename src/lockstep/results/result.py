@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
 from lockstep.job.task_source import Source, resolve
-from lockstep.results.run_folder import RunFolder, plain
+from lockstep.results.run_folder import RunFolder
+from lockstep.system.json_files import plain, with_nan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,8 +89,3 @@ class Result:
             source = Source(name=recorded["name"], args=recorded["args"])
         content["metrics"] = with_nan(content["metrics"])
         return Result(**{**content, "folder": Path(path), "source": source})
-
-
-def with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Metrics as JSON has them, with NaN for what was not finite."""
-    return {name: math.nan if value is None else value for name, value in metrics.items()}

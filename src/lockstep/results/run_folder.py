@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import RunFolderError, disk_errors
-from lockstep.results.checkpoint import write_json
+from lockstep.system.json_files import plain, write_json
 
 
 class RunFolder:
@@ -140,17 +139,6 @@ def _exists(out: str) -> RunFolderError:
         expected="a path where nothing is yet",
         fix=f"choose another, or go on with it: lockstep resume {out}",
     )
-
-
-def plain(content: Any) -> Any:
-    """The content with null in the place of the numbers that JSON does not have."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [plain(value) for value in content]
-    return content
 
 
 class Events:

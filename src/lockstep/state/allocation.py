@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.collectives.table_sum import Table
-from lockstep.optim.introspection import StateKey
-from lockstep.planning.memory_layout import Allocator, Block, Entry, Kind, Layout, Range
+from lockstep.planning.blocks import Block
+from lockstep.planning.byte_ranges import Range
+from lockstep.planning.memory_layout import Allocator, Entry, Kind, Layout
+from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
+from lockstep.state.optimizer_state import StateKey
 from lockstep.state.shared_state import PRESENT, local_flags, local_name, residual_name, state_name
 
 

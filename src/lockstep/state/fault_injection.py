@@ -6,70 +6,20 @@ first, so that a test can tell that it did.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lockstep.errors import JobError
+from lockstep.job.faults import Fault
 from lockstep.system.processes import parent_of
 
 if TYPE_CHECKING:
     from lockstep.state.control_segment import Control
 
-PHASES = (
-    "load", "forward", "backward", "slot", "barrier", "reduce", "update_begin", "update_end",
-    "update_done", "commit", "audit", "evaluate",
-)  # fmt: skip
-"""Where in a step a fault can strike."""
 
-BETWEEN_HOSTS = ("exchange", "return")
-"""Where else in a step on several hosts: before they give each other their sums, and, where
-each sums or updates a share for all, what has become of it."""
-
-AROUND = ("start", "join")
-"""Where else: before a worker has said that it is there, in a seat whose last word was this step's;
-and when it has been told that it is a member, from this step on."""
-
-ANYWHERE = (*PHASES, *BETWEEN_HOSTS, *AROUND)
-
-KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host")
-"""SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on; a
-flipped bit in the gradient (phase `slot`) or in a parameter (phase `barrier`); SIGKILL to the
-process that leads the host's workers, and so to all of its host."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """One fault: what happens to which worker, when."""
-
-    seat: int
-    """The worker's seat; -1: whoever gets there first."""
-    step: int
-    phase: str
-    kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host"] = "kill"
-    repeat: bool = False
-    """Strike again at every replacement: a poisoned shard."""
-    shard: int | None = None
-    """Only while on this shard."""
-    host: str | None = None
-    """Only on the host of this name."""
-
-    def __post_init__(self) -> None:
-        if self.phase not in ANYWHERE or self.kind not in KINDS:
-            raise JobError(
-                f"there is no fault {self.kind!r} in phase {self.phase!r}",
-                expected=f"one of {', '.join(KINDS)} in one of {', '.join(ANYWHERE)}",
-            )
-
-
-MAX_FAULTS = 64
-NOBODY = -2
-"""The seat of a fault that strikes nobody."""
 LOCKS = 1 << 40
 """Where the faults' record locks lie in the control segment's file: past the shards' claims."""
 SLOW_SECONDS = 0.05
@@ -136,8 +86,3 @@ class FaultScript:
                 signal.pause()  # the nursery dies with its parent, and this worker with it
             case "slow":
                 self.slow_down = SLOW_SECONDS
-
-
-def to_message(faults: Sequence[Fault]) -> list[dict[str, Any]]:
-    """JSON-ready."""
-    return [dataclasses.asdict(fault) for fault in faults]

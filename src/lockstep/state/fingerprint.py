@@ -54,3 +54,20 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     for name in sorted(digests):
         whole.update(f"{name}\0{digests[name]}\n".encode())
     return whole.hexdigest()
+
+
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
+
+
+def non_finite_tensors(layout: Layout, state: bytes | memoryview) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity."""
+    view = memoryview(state)
+    found = []
+    for entry in layout.entries:
+        mask = _EXPONENT.get(entry.dtype)
+        if mask is not None and entry.kind == "param":
+            words = entry_array(entry, view)
+            exponent = words.dtype.type(mask)
+            if bool(np.any((words & exponent) == exponent)):
+                found.append(entry.name)
+    return found

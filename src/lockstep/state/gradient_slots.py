@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.collectives.table_sum import Table, TableGradient
-from lockstep.planning.memory_layout import ALIGN, Range, merge_ranges
+from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
 from lockstep.planning.slot_map import SlotMap, TableMap
+from lockstep.state.embedding_tables import Table, TableGradient
 
 
 @dataclass

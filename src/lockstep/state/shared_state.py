@@ -9,18 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from lockstep.collectives.table_sum import Table
-from lockstep.optim.introspection import NUMBER_TYPES, StateKey
-from lockstep.planning.memory_layout import Block, Entry, Layout, Range
+from lockstep.planning.blocks import Block
+from lockstep.planning.byte_ranges import Range
+from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.planning.slot_map import SlotMap
 from lockstep.state.control_segment import Control
+from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
 from lockstep.state.gradient_slots import Slot, as_tensor, map_slot
+from lockstep.state.optimizer_state import StateKey
 from lockstep.system.shared_memory import Segment
 
 PRESENT = "lockstep.present"
@@ -189,19 +190,3 @@ def storage_run(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     """A block's run of a dense tensor, 1-D, in storage order."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return flat[block.start : block.stop]
-
-
-def store_value(home: torch.Tensor, value: Any) -> None:
-    """Write one value of optimizer state, a tensor or a number, to its shared place."""
-    if isinstance(value, torch.Tensor):
-        if value.data_ptr() != home.data_ptr():
-            home.copy_(value.reshape(home.shape))
-    else:
-        home.fill_(value)
-
-
-def load_value(home: torch.Tensor, key: StateKey) -> Any:
-    """What the optimizer shall see in its state: the shared tensor, or a Python number."""
-    if key.form in NUMBER_TYPES:
-        return NUMBER_TYPES[key.form](home.item())
-    return home

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep.planning.memory_layout import Range, merge_ranges
+from lockstep.planning.byte_ranges import Range, merge_ranges
 from lockstep.state.control_segment import Control
 from lockstep.system.shared_memory import Segment
 

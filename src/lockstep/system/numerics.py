@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import MutableMapping
 from typing import Any
@@ -90,16 +89,3 @@ def probe() -> str:
         for result in results:
             digest.update(result.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
-
-
-def cores() -> int:
-    """The cores that this process may use: its affinity, and the control group's quota."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here
-    return count

@@ -8,6 +8,9 @@ import fcntl
 import os
 import signal
 import stat
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,3 +51,26 @@ def own_file_positions() -> None:
                 os.dup2(again, fd, inheritable=os.get_inheritable(fd))
             finally:
                 os.close(again)
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at the first signal; a second one raises `KeyboardInterrupt`.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored. To be used in the main thread.
+    """
+    before: dict[int, Any] = {}
+
+    def signalled(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
+        stop()
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:
+            before[each] = signal.signal(each, signalled)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,9 +7,8 @@ import gc
 import mmap
 import os
 from collections.abc import MutableMapping
-from pathlib import Path
 
-from lockstep.errors import ResourceError
+from lockstep.system.machine import available_bytes, check_available, not_enough_memory
 
 ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
@@ -52,7 +51,7 @@ class Segment:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
             os.close(fd)
-            raise _shortage(what, size, available_bytes()) from error
+            raise not_enough_memory(what, size, available_bytes()) from error
         return cls(fd, nbytes)
 
     def close(self) -> None:
@@ -67,33 +66,3 @@ class Segment:
 
     def __len__(self) -> int:
         return self.nbytes
-
-
-def available_bytes() -> int:
-    """Memory that can still be had: the machine's, or the control group's if that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(used.read_text()))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, or no limit
-    return available
-
-
-def check_available(what: str, nbytes: int) -> None:
-    """Raise `ResourceError` unless `nbytes` more can be had for `what`."""
-    available = available_bytes()
-    if nbytes > available:
-        raise _shortage(what, nbytes, available)
-
-
-def _shortage(what: str, nbytes: int, available: int) -> ResourceError:
-    return ResourceError(
-        f"not enough memory for {what}",
-        expected=f"{nbytes / 2**20:,.0f} MiB",
-        found=f"{available / 2**20:,.0f} MiB available",
-        fix="use fewer shards (each needs one gradient), a smaller model, or a larger machine",
-    )

@@ -21,7 +21,7 @@ import torch
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError
-from lockstep.planning.memory_layout import Block
+from lockstep.planning.blocks import Block
 from lockstep.state.control_segment import RING
 from lockstep.state.gradient_slots import Slot
 from lockstep.state.shared_state import SharedState

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.collectives.table_sum import Table, find_tables
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.job.job import Parameters, Task
-from lockstep.optim.introspection import StateKey, discover_state, initial_state, param_groups_of
+from lockstep.job.task import Parameters, Task
+from lockstep.optim.introspection import discover_state, initial_state, param_groups_of
 from lockstep.optim.local_sgd import LocalSteps
 from lockstep.optim.probes import Kind, check_independent, may_cut, may_step_rows
-from lockstep.planning.memory_layout import Block, cut_blocks
-from lockstep.planning.slot_map import most_subtrees
+from lockstep.planning.blocks import Block, cut_blocks
+from lockstep.planning.reduction_tree import most_subtrees
 from lockstep.state.allocation import Contents, Places, place
 from lockstep.state.control_segment import Control, ControlShape
+from lockstep.state.embedding_tables import Table, find_tables
 from lockstep.state.gradient_codecs import CODECS
 from lockstep.state.gradient_slots import make_slot
-from lockstep.state.shared_state import PRESENT, SharedState, block_shape, store_value
-from lockstep.system.shared_memory import Segment, check_available
+from lockstep.state.optimizer_state import StateKey, store_value
+from lockstep.state.shared_state import PRESENT, SharedState, block_shape
+from lockstep.system.machine import check_available
+from lockstep.system.shared_memory import Segment
 
 
 def build(

@@ -16,8 +16,8 @@ import torch
 
 from lockstep.data.fetching import Fetch
 from lockstep.errors import TaskError
-from lockstep.job.job import Task
 from lockstep.job.position import Place
+from lockstep.job.task import Task
 from lockstep.planning.eval_batches import BatchSums, Outputs, batch_range
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lockstep.collectives.table_sum import Redo
 from lockstep.data.loader import Loader
 from lockstep.errors import NonFiniteError, TaskError
-from lockstep.job.job import Task
 from lockstep.job.position import Place
+from lockstep.job.task import Task
 from lockstep.optim.local_rounds import Rounds
 from lockstep.planning.sampling import Sampling
 from lockstep.state.fault_injection import FaultScript
@@ -25,6 +24,7 @@ from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.gradient_hooks import SlotWriter
 from lockstep.worker.model_checks import held_tensors
+from lockstep.worker.sparse_autograd import Redo
 
 
 class ShardGradients:

@@ -15,8 +15,10 @@ from lockstep.data.dataset_shipping import Sets, read_sets
 from lockstep.data.fetching import make_fetch
 from lockstep.data.records import samples_of
 from lockstep.data.user_datasets import build_sets, length_of
-from lockstep.job.job import SETTINGS, Job, Task
-from lockstep.job.task_source import Source, code_digest, resolve
+from lockstep.job.code_digest import code_digest
+from lockstep.job.job import SETTINGS, Job
+from lockstep.job.task import Task
+from lockstep.job.task_source import Source, resolve
 from lockstep.optim.local_sgd import LocalSteps
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything

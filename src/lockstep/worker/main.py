@@ -19,17 +19,19 @@ from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
 from lockstep.data.fetching import make_fetch
 from lockstep.data.loader import Loader
 from lockstep.data.records import Samples
-from lockstep.job.job import Task
+from lockstep.job.task import Task
 from lockstep.optim.block_owner import Owner
 from lockstep.optim.lr_schedule import Schedule
+from lockstep.planning.blocks import own_blocks
+from lockstep.planning.byte_ranges import Range, cut_evenly
 from lockstep.planning.eval_batches import batch_range
-from lockstep.planning.memory_layout import Range, cut_evenly, own_blocks
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import home_shards
-from lockstep.state.control_segment import Stat, describe_progress
+from lockstep.planning.step_phases import describe_progress
+from lockstep.state.control_segment import Stat
 from lockstep.state.fault_injection import FaultScript
 from lockstep.state.shared_state import SharedState
-from lockstep.system import numerics
+from lockstep.system import machine, numerics
 from lockstep.system.unix_channel import Channel, Closed, Message
 from lockstep.worker.build_state import build
 from lockstep.worker.error_report import describe_error
@@ -94,7 +96,7 @@ class Worker:
         self.shared, self.control = session.shared, session.shared.control
         self.sampling = plan.sampling
         self.fetch = make_fetch(session.task, session.train, plan.seed)
-        spare = numerics.cores() - plan.workers * plan.threads
+        spare = machine.cores() - plan.workers * plan.threads
         self.loader = Loader(
             self.fetch,
             self.sampling,

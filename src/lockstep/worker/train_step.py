@@ -14,31 +14,27 @@ from lockstep.collectives.grad_norm import NormLimit
 from lockstep.collectives.gradient_compression import Compressor
 from lockstep.collectives.gradient_presence import Presence, Summed
 from lockstep.collectives.subtree_sum import ShareSum, SubtreeSums
+from lockstep.collectives.tree_sum import combine_buffers
 from lockstep.data.loader import Loader
-from lockstep.job.job import Task
+from lockstep.job.faults import Fault
 from lockstep.job.position import Place
+from lockstep.job.task import Task
 from lockstep.optim.block_owner import Owner
 from lockstep.optim.local_rounds import LocalUpdate, Rounds
 from lockstep.optim.local_sgd import LocalSteps
 from lockstep.optim.lr_schedule import Schedule
-from lockstep.planning.memory_layout import Audit, Block, Range, own_blocks
+from lockstep.planning.blocks import Block, own_blocks
+from lockstep.planning.byte_ranges import Range
+from lockstep.planning.digest_sample import Audit
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import Sampling
-from lockstep.state.control_segment import (
-    DIGEST_BYTES,
-    RING,
-    Phase,
-    Stage,
-    Stat,
-    exchange_of,
-    progress_of,
-)
-from lockstep.state.fault_injection import Fault, FaultScript
+from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
+from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
+from lockstep.state.fault_injection import FaultScript
 from lockstep.state.shared_state import SharedState
 from lockstep.state.snapshot import BasePart
 from lockstep.worker.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.forward_backward import ShardGradients
-from lockstep.worker.gradient_hooks import combine_buffers
 from lockstep.worker.shard_claims import Claims
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from lockstep.errors import OptimizerError, TaskError
-from lockstep.job.job import Parameters
-from lockstep.optim.introspection import check_schedule
+from lockstep.job.task import Parameters
+from lockstep.optim.lr_schedule import check_schedule
 
 FORMS = (
     'an optimizer; [optimizer]; ([optimizer], [scheduler]); {"optimizer": ..., "lr_scheduler": ...}'

@@ -17,8 +17,8 @@ from lockstep.adapters.lightning.predictions import rows_of
 from lockstep.adapters.lightning.trainer_stub import NoTrainer, Stage
 from lockstep.adapters.lightning.validation_state import Kept, check_held, held, separate_metrics
 from lockstep.errors import JobError, TaskError
-from lockstep.job.job import Parameters, Task
 from lockstep.job.position import Place
+from lockstep.job.task import Parameters, Task
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from lockstep.adapters.transformers.token_metrics import (
     token_sums,
 )
 from lockstep.errors import JobError, TaskError
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 
 if TYPE_CHECKING:
     import torch

@@ -6,21 +6,19 @@ Messages are lines of JSON. One connection is one asker: what it has opened is c
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import NetworkError, ProtocolError, from_message
 from lockstep.net.frames import Message
 from lockstep.net.sockets import closed, end
+from lockstep.system.unix_socket import Lines, short_path
 
 SOCKET = "up.sock"
-MAX_LINE = 1 << 20
 MAX_CALLERS = 64
 ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 0.5
@@ -28,41 +26,6 @@ _SECOND = struct.pack("ll", 1, 0)
 """A `struct timeval`."""
 Put = Callable[[str, Message | None], None]
 """Told what a caller says; None when it is gone. Called from several threads."""
-
-
-class Lines:
-    """Messages on a stream socket, each a line."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._read = b""
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message. Raises OSError."""
-        self.sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> Message | None:
-        """The next message; None at the end of the stream.
-
-        Raises:
-            TimeoutError: it has not come within the socket's timeout.
-            ProtocolError: it is no message.
-        """
-        while b"\n" not in self._read:
-            if len(self._read) > MAX_LINE:
-                raise ProtocolError("a line is too long", expected=f"{MAX_LINE} bytes at most")
-            data = self.sock.recv(65536)
-            if not data:
-                return None
-            self._read += data
-        line, _, self._read = self._read.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict):
-            raise ProtocolError("a line is no message", expected="an object in JSON")
-        return message
 
 
 class Counter:
@@ -77,7 +40,7 @@ class Counter:
         self._closing = False
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _short_path(folder) as place:
+        with short_path(self._path) as place:
             self._listener.bind(place)
         self._path.chmod(0o600)
         self._listener.listen(8)
@@ -200,7 +163,7 @@ class CounterConnection(LinesConnection):
         """
         self._sock.settimeout(timeout)
         try:
-            with _short_path(self._folder) as place:
+            with short_path(self._folder / SOCKET) as place:
                 self._sock.connect(place)
         except OSError as error:
             gone = closed("`lockstep up`", f"that it runs with --state {self._folder}", str(error))
@@ -227,13 +190,3 @@ def ask(folder: Path, message: Mapping[str, Any]) -> Message:
     if answer.get("op") == "error":
         raise from_message({"kind": "", **{k: str(v) for k, v in answer.items()}})
     return answer
-
-
-@contextlib.contextmanager
-def _short_path(folder: Path) -> Iterator[str]:
-    """A path for the socket of a folder, however long the folder's own path is."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
-    finally:
-        os.close(descriptor)

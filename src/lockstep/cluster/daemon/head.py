@@ -13,7 +13,6 @@ from typing import Any
 from lockstep.cluster.daemon.control_socket import Counter
 from lockstep.cluster.daemon.reconnecting_line import JOB, facts
 from lockstep.cluster.daemon.registry import Board, Close, Event, Gone, Here, Open, decide, parse
-from lockstep.cluster.signals import stop_signals
 from lockstep.cluster.state_folder import AUTHORITY, NODE, UP, State, check_host, host_name
 from lockstep.errors import (
     IdentityError,
@@ -28,6 +27,7 @@ from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report
+from lockstep.system.processes import stop_signals
 
 LOOK_SECONDS = 0.5
 LONGEST_TOKEN_SECONDS = 7 * 86400.0

@@ -10,7 +10,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +25,7 @@ from lockstep.cluster.daemon.reconnecting_line import (
     Met,
     Said,
 )
-from lockstep.cluster.state_folder import State, default_state, host_name
+from lockstep.cluster.state_folder import State, host_name
 from lockstep.errors import LockstepError, PeerTimeoutError, from_message
 from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
@@ -174,22 +173,3 @@ class Cluster:
             why = f"{error}\n  the job goes on with the hosts that it has"
             self.report("cluster", why)
             self._show("cluster", why)
-
-
-def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextManager[Cluster]:
-    """The launcher that `--on` names: `up` for this machine's cluster, `ray`, or a token file.
-
-    Raises:
-        IdentityError: it names none.
-        LockstepError: the cluster cannot be reached, or does not let this machine in.
-    """
-    from lockstep.cli.cluster_commands import read_token
-    from lockstep.cluster.ray.launcher import address_in, on_ray
-
-    ray = address_in(on)
-    if ray is not None:
-        return on_ray(ray, show)
-    folder = state or default_state()
-    if on == "up":
-        return Cluster.of_this_machine(folder, show)
-    return Cluster.of_token(read_token(on), folder, show)

@@ -25,7 +25,6 @@ from lockstep.cluster.daemon.reconnecting_line import (
     Said,
 )
 from lockstep.cluster.daemon.restart_policy import Died, Done, Offered, Stint, Withdrawn, decide
-from lockstep.cluster.signals import stop_signals
 from lockstep.cluster.state_folder import (
     CLUSTER,
     CODE,
@@ -42,6 +41,7 @@ from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report
+from lockstep.system.processes import stop_signals
 
 JOIN_SECONDS = 30.0
 WITHDRAWN_SECONDS = 30.0

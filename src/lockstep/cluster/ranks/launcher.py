@@ -11,21 +11,16 @@ that all have in a file. The result of rank 0 is one JSON document on stdout.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Self
+from typing import Self
 
 import typer
 
 from lockstep.agent.job_offer import Offer
-from lockstep.cluster.ranks.cluster_spec import on_ranks, place_in
-from lockstep.cluster.ranks.rank_environment import Place, place_of
+from lockstep.cli.rank_command import main
+from lockstep.cluster.ranks.rank_environment import Place
 from lockstep.cluster.state_folder import (
     SECRET,
     State,
@@ -33,15 +28,12 @@ from lockstep.cluster.state_folder import (
     default_state,
     is_loopback,
 )
-from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import (
     IdentityError,
     JobError,
     PeerClosedError,
     PeerTimeoutError,
 )
-from lockstep.job.job import Job
-from lockstep.job.job_file import SUFFIXES, read_job_file
 from lockstep.net.enrolment import JoinServer, join
 from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import RankInvitation, SharedSecret, make_secret, read_secret
@@ -190,103 +182,9 @@ def _name(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def main(
-    job: Annotated[str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file.")],
-    secret: Annotated[
-        Path | None, typer.Option(help="The secret that all hosts share: lockstep secret FILE.")
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Where rank 0 lets the others in.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", "-w", min=1, help="Worker processes on this host.")
-    ] = None,
-    out: Annotated[str | None, typer.Option(help="The run folder, on rank 0.")] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="Which entry of the job file's `cluster` this is: worker:0, ps:0."),
-    ] = None,
-    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for others.")] = 1800.0,
-) -> None:
-    """Take part in a job as the rank that torchrun or SLURM has given this process, or as an entry
-    of the cluster that the job file describes."""
-    signal.signal(signal.SIGTERM, _end)
-    wanted = read_job(job)
-    place = _place(wanted, task)
-    if port is not None:
-        place = replace(place, port=port)
-    shared = shared_secret(place, secret)
-    with TemporaryFolder("lockstep-rank-") as folder:
-        if place.rank == 0:
-            _lead(place, shared, folder.path, wanted, workers, out, wait)
-        else:
-            _follow(place, shared, folder.path, wanted, workers, wait)
-
-
-def _place(job: Job, task: str | None) -> Place:
-    if (job.cluster is None) != (task is None):
-        raise JobError(
-            "the job file's cluster and --task do not fit each other",
-            expected="both, or neither",
-            found="no --task" if task is None else "no `cluster` in the job file",
-            fix="add the one, or leave out the other",
-        )
-    if job.cluster is None or task is None:
-        return place_of(os.environ)
-    return place_in(job.cluster, task)
-
-
-def _lead(
-    place: Place,
-    shared: SharedSecret,
-    folder: Path,
-    job: Job,
-    workers: int | None,
-    out: str | None,
-    wait: float,
-) -> None:
-    from lockstep.api.training import run
-
-    job = job if job.cluster is None else on_ranks(job)
-    with Ranks(place, shared, folder, workers=workers, wait=wait) as ranks:
-        result = run(job.replace(out=out) if out else job, on=ranks)
-    print(json.dumps(result.to_message()))
-
-
-def _follow(
-    place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
-) -> None:
-    from lockstep.agent.agent import serve
-    from lockstep.job.task_source import source_of
-    from lockstep.system import numerics
-
-    expected, host = source_of(job).name, own_address(place)
-    identity, offer = enter(place, shared, folder, wait)
-    if offer.task != expected:
-        raise JobError(
-            "rank 0 runs another job than this rank was started for",
-            expected=expected,
-            found=ascii(offer.task),
-            fix="start all ranks with the same command",
-        )
-    workers = workers or numerics.cores()
-    serve(identity, offer, workers=workers, host=host, report=show)
-
-
-def read_job(name: str) -> Job:
-    """The job that a name or a job file describes."""
-    return read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
-
-
 def show(who: str, why: str) -> None:
     """Say on stderr what happens."""
     print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
-
-
-def _end(number: int, _: FrameType | None) -> None:
-    """Leave by way of everything that has to be closed."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

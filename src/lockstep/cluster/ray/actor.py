@@ -12,9 +12,9 @@ from typing import Any
 
 from lockstep.agent.job_offer import Offer
 from lockstep.cluster.daemon.agent_processes import Agents, Ended
-from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import LockstepError, to_message
 from lockstep.net import certificate_authority as authority
+from lockstep.system.folders import TemporaryFolder
 
 
 class RayAgent:

@@ -31,7 +31,6 @@ from typing import Any
 
 from lockstep.agent.job_offer import Offer
 from lockstep.cluster.daemon import agent_processes as agents
-from lockstep.cluster.daemon.control_socket import Lines
 from lockstep.cluster.ray import node_agents as seats
 from lockstep.cluster.ray.actor import RayAgent
 from lockstep.cluster.ray.node_agents import Forget, Node, Reserve, Seats, Start
@@ -45,7 +44,9 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
-from lockstep.net.certificate_authority import Authority, name_in
+from lockstep.net.certificate_authority import Authority
+from lockstep.net.certificates import name_in
+from lockstep.system.unix_socket import Lines
 
 LOOK_SECONDS = 1.0
 """How often Ray is asked for nodes and for agents that have ended."""

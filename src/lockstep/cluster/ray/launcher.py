@@ -18,7 +18,6 @@ from pathlib import Path
 
 from lockstep.cluster.daemon.control_socket import LOOK_SECONDS, LinesConnection
 from lockstep.cluster.daemon.launcher import Cluster
-from lockstep.cluster.temporary import TemporaryFolder
 from lockstep.errors import (
     JobError,
     PeerClosedError,
@@ -28,6 +27,7 @@ from lockstep.errors import (
 )
 from lockstep.net.frames import Message
 from lockstep.net.transport import Report, ignore
+from lockstep.system.folders import TemporaryFolder
 
 START_SECONDS = 60.0
 """How long the driver may take to import Ray and to connect."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep.errors import DataError, JobError
-from lockstep.job.job import Parameters, Task
+from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least
 from lockstep.recipes.datasets.text_pairs import Split
 from lockstep.recipes.text.beam import write

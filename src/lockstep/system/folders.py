@@ -1,5 +1,4 @@
-"""Folders for what lasts as long as a process: keys above all. They go with their owner, and where
-that was killed, with the next one of their kind that starts on the machine."""
+"""Folders: the working folder, and temporary ones that go with their owner."""
 
 from __future__ import annotations
 
@@ -12,6 +11,26 @@ import tempfile
 import weakref
 from pathlib import Path
 from typing import Self
+
+from lockstep.errors import JobError
+
+
+def working_folder() -> str:
+    """The folder that this process works in, from where tasks are found.
+
+    Raises:
+        JobError: it is gone.
+    """
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise JobError(
+            "the folder that this process works in is gone",
+            expected="a folder that is there: tasks are found from it, and workers work in it",
+            found="it was deleted, or another one has taken its place",
+            fix="cd to a folder that is there, and start again",
+        ) from None
+
 
 LOCK, UNLOCKED = "lock", "lock.new"
 """The owner holds a lock on the first, which has that from the beginning: it is made as the second.

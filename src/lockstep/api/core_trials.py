@@ -1,0 +1,59 @@
+"""Core trials: candidate core splits timed, each in a forked clone."""
+
+from __future__ import annotations
+
+import time
+
+from lockstep.agent.local_host import Host
+from lockstep.agent.observer import NullSink
+from lockstep.coordinator.coordinator import Coordinator
+from lockstep.coordinator.stop_schedule import Schedule
+from lockstep.job.job import Job
+from lockstep.planning.core_split import Division, Facts, choose, close, divisions
+from lockstep.planning.plan import Plan, decompose
+
+
+def decompose_by_trial(job: Job, facts: Facts, host: Host) -> Plan:
+    """Stage 1. Candidates for the division of the cores are timed, each in a clone."""
+    candidates = divisions(job, facts)
+    if len(candidates) == 1:
+        return decompose(job, facts, candidates[0])
+    rates = dict.fromkeys(candidates, 0.0)
+    begun = time.monotonic()
+    for trial in range(MOST_TRIALS):
+        for division in candidates:
+            rates[division] = max(rates[division], _measure(job, facts, division, host))
+        if trial + 1 >= TRIALS and not close(list(rates.values())):
+            break
+        if time.monotonic() - begun > TRIALS_SECONDS:
+            break  # long steps: their times vary less
+    best, why = choose(list(rates.items()))
+    return decompose(job, facts, best, why)
+
+
+TRIALS, MOST_TRIALS = 2, 4
+"""Of each candidate, in turn; more where it is close. The best one counts: what disturbs a trial
+can only slow it."""
+
+
+TRIAL_SECONDS, WARM_UP_SECONDS = 0.4, 0.15
+
+
+TRIALS_SECONDS = 5.0
+"""When no more trials are begun."""
+
+
+def _measure(job: Job, facts: Facts, division: Division, host: Host) -> float:
+    """Samples per second of a division, in a moment of training that is thrown away."""
+    trial = decompose(job.replace(evaluate=False), facts, division)
+    schedule = Schedule(
+        steps=trial.steps,
+        steps_per_epoch=trial.steps_per_epoch,
+        seconds=TRIAL_SECONDS,
+        ahead_seconds=0.1,
+    )
+    with host.clone() as clone:
+        clone.set_up(trial)
+        coordinator = Coordinator(clone, trial, schedule, NullSink(), warm_up=WARM_UP_SECONDS)
+        coordinator.run()
+        return coordinator.clock.rate

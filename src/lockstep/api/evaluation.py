@@ -1,0 +1,85 @@
+"""Evaluate: the held-out metrics of a stored model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.api.stored_model import EvaluationObserver, load_stored, newest_checkpoint, set_up
+from lockstep.coordinator.launcher import Launcher
+from lockstep.coordinator.run_control import Desk
+from lockstep.errors import RunFolderError
+from lockstep.job.job import Job
+from lockstep.job.task import Task
+from lockstep.planning.data_partition import check_same, check_together
+from lockstep.results.manifest import check_fitted, differences, recorded_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What `evaluate` found."""
+
+    metrics: dict[str, float]
+    baseline: dict[str, float]
+    step: int
+    """After how many steps the model was taken."""
+    samples: int
+    workers: int
+    notes: tuple[str, ...]
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    workers: int | None = None,
+    args: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+    on: Launcher | None = None,
+) -> Evaluated:
+    """Evaluate a run's model on its task's held-out data.
+
+    Args:
+        run: the run folder.
+        workers: how many workers; default: as many as the run had, or as the hosts would run. The
+            numbers do not depend on it.
+        args: arguments of the task to be changed, such as `{"data": path}` where it takes one.
+        task: the task, where the run was given an object and not a name.
+        on: what brings agents to other hosts; None: this host alone.
+
+    Raises:
+        RunFolderError: there is no model.
+        LockstepError: the task cannot be evaluated.
+    """
+    Job(task="", workers=workers)  # refuses what is out of range
+    model = newest_checkpoint(run)
+    settings = model.manifest["job"]
+    check_together(settings.get("data", "build"), alone=on is None)
+    source = recorded_source(model.manifest, task, Path(run))
+    source = dataclasses.replace(source, args={**source.args, **(args or {})})
+    heard, desk = EvaluationObserver(), Desk()
+    with desk, load_stored(source, settings, on) as (host, hosts):
+        facts = host.facts
+        check_fitted(run, model.manifest, facts)
+        plan = model.plan(workers, hosts)
+        if plan.holdings and hosts is not None:
+            check_same(plan.holdings, hosts.roster.samples)
+        else:
+            plan = dataclasses.replace(plan, eval_samples=facts["eval_samples"])
+        if not plan.eval_samples:
+            raise RunFolderError(
+                f"the task of {run} has no held-out data",
+                expected="a data set from Task.eval_data",
+                fix="define it, and evaluate with the changed task",
+            )
+        set_up(model, plan, host, hosts, heard, desk, evaluate=True).run()
+    return Evaluated(
+        metrics=heard.metrics,
+        baseline=heard.baseline,
+        step=model.checkpoint.step,
+        samples=plan.eval_samples,
+        workers=plan.workers,
+        notes=(*model.notes, *heard.losses, *differences(model.manifest, facts)),
+    )

@@ -1,0 +1,103 @@
+"""Tree sum: gradients summed and buffers merged along the reduction tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lockstep.errors import TaskError
+from lockstep.planning.reduction_tree import Node, depth, tree
+from lockstep.state.shared_state import SharedState
+from lockstep.system.dtypes import CONSTANT
+
+CHUNK = 1 << 15
+"""Elements: sums of more than two shards are made in pieces of this size, within the cache."""
+
+
+def tree_sum(
+    node: Node, leaves: Sequence[torch.Tensor], out: torch.Tensor, spare: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Sum 1-D leaves of equal length along the tree, into `out`; a lone leaf is returned itself.
+
+    `spare` holds one temporary per level of the tree, each at least as long as a leaf.
+    """
+    if isinstance(node, int):
+        return leaves[node]
+    left = tree_sum(node[0], leaves, out, spare)
+    right = tree_sum(node[1], leaves, spare[0][: out.numel()], spare[1:])
+    return torch.add(left, right, out=out)
+
+
+class Reducer:
+    """Sums runs of the shards' slots. One per worker; it holds the temporaries."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self._spare: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._levels = max(len(shared.slots) - 1, 1).bit_length()
+
+    def sum(
+        self, present: tuple[bool, ...], leaves: Sequence[torch.Tensor], out: torch.Tensor
+    ) -> None:
+        """Put the sum of the present leaves (1-D, as long as `out`) into `out`, piece by piece."""
+        node = tree(present)
+        if node is None:
+            return
+        size = out.numel()
+        if isinstance(node, int):
+            out.copy_(leaves[node])
+        elif depth(node) == 1 or size <= CHUNK:
+            tree_sum(node, leaves, out, self._temporaries(out.dtype))
+        else:
+            spare = self._temporaries(out.dtype)
+            for start in range(0, size, CHUNK):
+                piece = [leaf[start : start + CHUNK] for leaf in leaves]
+                tree_sum(node, piece, out[start : start + CHUNK], spare)
+
+    def _temporaries(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        if dtype not in self._spare:
+            self._spare[dtype] = [torch.empty(CHUNK, dtype=dtype) for _ in range(self._levels)]
+        return self._spare[dtype]
+
+
+def combine_buffers(
+    committed: torch.Tensor, slots: Sequence[torch.Tensor], weights: Sequence[float]
+) -> None:
+    """Merge what the shards left in one buffer, in tree order, into the committed one.
+
+    `weights` are the shards' shares n/N of the step's samples; shards without samples are left
+    out. Floating-point buffers take the weighted mean, except where all shards agree: constants
+    stay as they are. Integer and boolean buffers take the maximum.
+
+    Raises:
+        TaskError: a buffer has changed whose type cannot be computed with.
+    """
+    used = [(slot, weight) for slot, weight in zip(slots, weights, strict=True) if weight]
+    values = [slot for slot, _ in used]
+    if len(values) == 1:
+        committed.copy_(values[0])
+    elif committed.dtype in CONSTANT:
+        before = committed.flatten().view(torch.uint8)
+        if not all(torch.equal(value.flatten().view(torch.uint8), before) for value in values):
+            raise TaskError(
+                f"the forward pass changed a buffer of {committed.dtype}",
+                expected="a buffer of a type whose mean or maximum can be taken",
+                found=f"shape {tuple(committed.shape)} {committed.dtype}",
+                fix="use int64 or float32 for what changes",
+            )
+    elif committed.is_floating_point() or committed.is_complex():
+        scaled = [slot * weight for slot, weight in used]
+        present = tuple(bool(weight) for weight in weights)
+        places = iter(scaled)
+        leaves = [next(places).flatten() if has else committed.flatten() for has in present]
+        node = tree(present)
+        assert node is not None
+        spare = [torch.empty_like(leaves[0]) for _ in range(depth(node))]
+        mean = tree_sum(node, leaves, torch.empty_like(leaves[0]), spare).view(committed.shape)
+        same = torch.stack([value == values[0] for value in values]).all(0)
+        committed.copy_(torch.where(same, values[0], mean))
+    else:
+        highest = values[0]
+        for value in values[1:]:
+            highest = torch.maximum(highest, value)
+        committed.copy_(highest)

@@ -1,0 +1,39 @@
+"""Stop schedule: at which steps a run comes to rest, and for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """At which steps the run comes to rest, and for what."""
+
+    steps: int
+    steps_per_epoch: int
+    evaluate: bool = False
+    checkpoint_steps: int | None = None
+    checkpoint_seconds: float | None = None
+    seconds: float | None = None
+    """Stop for good when so many seconds of steps have been timed."""
+    ahead_seconds: float = 0.5
+    """How far the lease runs ahead of what has been recorded."""
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether held-out data are evaluated after `step` committed steps."""
+        ends = step == self.steps or (step > 0 and step % self.steps_per_epoch == 0)
+        return self.evaluate and ends
+
+    def checkpoints_at(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step` committed steps."""
+        every = self.checkpoint_steps
+        return step == self.steps or (every is not None and step > 0 and step % every == 0)
+
+    def next_stop(self, step: int) -> int:
+        """The first stop after `step`."""
+        stops = [self.steps]
+        if self.evaluate:
+            stops.append((step // self.steps_per_epoch + 1) * self.steps_per_epoch)
+        if self.checkpoint_steps is not None:
+            stops.append((step // self.checkpoint_steps + 1) * self.checkpoint_steps)
+        return min(stops)
