@@ -45,7 +45,7 @@ RUN_SECONDS = 180.0
 """A run that takes longer hangs."""
 MASTERS = "the master and the nursery"
 """The name of the runs whose masters are killed; the others' are those of `SCENARIOS`."""
-PACED = f"{Path(__file__).parent.parent / 'tests' / 'paced.py'}:Paced"
+PACED = f"{Path(__file__).parent.parent / 'tests' / 'support' / 'paced_task.py'}:Paced"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any
 import lockstep
 from benchmarks.process import descendants
 from lockstep.job.faults import AROUND, PHASES, Fault
-from tests.test_embeddings import Clicks
+from tests.collectives.test_table_sum import Clicks
 from tests.zoo import MORE, ZOO
 
 STEPS = 60

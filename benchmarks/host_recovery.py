@@ -79,8 +79,8 @@ def wait_for(folder: Path, wanted: Callable[[list[dict[str, Any]]], bool]) -> li
 def measure(times: int) -> dict[str, list[float]]:
     """Milliseconds: from each kill, and from each joining, to the next committed step."""
     import lockstep
-    from tests.hosts import Cluster
-    from tests.many import Agents
+    from tests.support.agents_on_loopback import Agents
+    from tests.support.tls_hosts import Cluster
 
     found: dict[str, list[float]] = {"died": [], "joined": []}
     with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as name:

@@ -34,8 +34,8 @@ def member_lockstep(args: argparse.Namespace) -> dict[str, Any]:
     """The master of a run on several hosts."""
     import lockstep
     from benchmarks import models
-    from tests.hosts import Cluster
-    from tests.many import Agents
+    from tests.support.agents_on_loopback import Agents
+    from tests.support.tls_hosts import Cluster
 
     others = {f"host-{number}": 1 for number in range(1, args.hosts)}
     agents = Agents(Cluster(Path(args.folder)), others, 1, Network(args.hosts, args.network))

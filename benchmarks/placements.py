@@ -38,8 +38,8 @@ TASK = "benchmarks.tasks:Benchmark"
 def on_hosts(folder: Path, here: int, others: Mapping[str, int], changes: Mapping[str, Any]) -> Any:
     """A run on several hosts, of which the last is killed; its result."""
     import lockstep
-    from tests.hosts import Cluster
-    from tests.many import Agents
+    from tests.support.agents_on_loopback import Agents
+    from tests.support.tls_hosts import Cluster
 
     folder.mkdir()
     agents = Agents(Cluster(folder), others, here)

@@ -24,7 +24,7 @@ from hypothesis import settings
 
 import lockstep
 from lockstep.system import processes as processes_module
-from tests import fuzzing
+from tests.support import fuzzing
 
 settings.register_profile("lockstep", deadline=None, derandomize=True, database=None)
 settings.load_profile("lockstep")

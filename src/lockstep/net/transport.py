@@ -3,7 +3,7 @@
 Tensors go by key: the receiver says beforehand into which memory the bytes of a key belong, and
 they are written there. Messages are small JSON objects. Both go on at once, in all directions.
 
-What every transport promises, and `tests/test_transport.py` checks for each:
+What every transport promises, and `tests/net/test_transport_contract.py` checks for each:
 
 - What arrives is whole, and what one peer sends arrives in the order in which it was sent.
 - `send` and `expect` return at once. Between two hosts that both expect what they are sent,

@@ -1,0 +1,191 @@
+"""What a cluster decides: who is offered which job, which tasks a host takes, who a rank is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lockstep.agent.job_offer import Offer
+from lockstep.cluster.daemon.admission import Allowed, refusal
+from lockstep.cluster.daemon.agent_processes import why
+from lockstep.cluster.daemon.reconnecting_line import LONGEST_PAUSE, pause
+from lockstep.cluster.daemon.registry import (
+    Board,
+    Close,
+    Event,
+    Gone,
+    Here,
+    Open,
+    Spoke,
+    decide,
+    parse,
+)
+from lockstep.cluster.ranks.rank_environment import Place, first_host, place_of
+from lockstep.errors import (
+    JobError,
+    ProtocolError,
+    to_message,
+)
+
+NOWHERE = ("127.0.0.1", 9)
+
+
+def an_offer(task: str = "mnist", job: str = "job", master: str = "a") -> Offer:
+    return Offer(job=job, master=master, address=NOWHERE, task=task)
+
+
+def told(board: Board, *events: Event) -> tuple[Board, list[tuple[str, str]]]:
+    """The board after some events, and who was told what after the last one."""
+    commands: tuple[object, ...] = ()
+    for event in events:
+        board, commands = decide(board, event)
+    return board, [(each.to, each.message["op"]) for each in commands]  # type: ignore[attr-defined]
+
+
+def test_a_job_is_offered_to_all_who_are_there_and_who_come() -> None:
+    board, said = told(Board(), Here("b", 2), Here("a", 1), Open("@1", an_offer()))
+    assert said == [("@1", "opened"), ("b", "offer")]  # not to its master
+    board, said = told(board, Here("c", 1))
+    assert said == [("c", "offer")]
+    board, said = told(board, Spoke("c", "job", "taken", ""), Gone("c"))
+    assert said == [("@1", "agent")]  # its agent is lost
+    board, said = told(board, Close("@2", "job"))
+    assert said == []  # it is another's
+    board, said = told(board, Close("@1", "job"))
+    assert said == [("a", "withdraw"), ("b", "withdraw")]
+    assert not told(board, Here("d", 1))[1]
+
+
+def test_a_job_ends_with_who_offers_it() -> None:
+    board, said = told(Board(), Here("b", 2), Open("@1", an_offer()), Gone("@1"))
+    assert said == [("b", "withdraw")]
+    assert not board.postings
+    board, said = told(board, Open("g", an_offer(master="g")), Open("@1", an_offer()))
+    assert said == [("@1", "error")]
+    assert board.postings["job"].asker == "g"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"op": "here"},
+        {"op": "here", "workers": 0},
+        {"op": "here", "workers": "1"},
+        {"op": "open", "offer": {}},
+        {"op": "open", "offer": "x"},
+        {"op": "agent", "job": "j", "state": "odd", "why": ""},
+        {"op": ["close"], "job": "j"},
+    ],
+)
+def test_messages_that_say_nothing(message: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError):
+        parse("b", message)
+
+
+@pytest.mark.parametrize(
+    ("task", "allow", "found"),
+    [
+        ("mnist", (), None),
+        ("/x/y.py:Task", ("/x/y.py",), "the path of a file"),
+        ("os:system", (), "the module 'os'"),
+        ("os:system", ("o", "system", "lockstep"), "the module 'os'"),
+        ("tests.support.named_tasks:Blobs", ("tests",), None),
+        ("tests.support.named_tasks:Blobs", ("tests.support.named_tasks:Blobs",), None),
+        (
+            "tests.support.named_tasks:Other",
+            ("tests.support.named_tasks:Blobs",),
+            "the module 'tests.support.named_tasks'",
+        ),
+        ("nowhere.at.all:Task", ("nowhere",), "none in the folder"),
+    ],
+)
+def test_which_tasks_a_host_takes(task: str, allow: tuple[str, ...], found: str | None) -> None:
+    error = refusal(an_offer(task), Allowed(modules=allow), "b")
+    if found is None:
+        assert error is None
+    else:
+        assert isinstance(error, JobError)
+        assert "host b" in error.what
+        assert found in error.found
+
+
+def test_pauses_between_attempts_are_bounded() -> None:
+    pauses = [pause(failures) for failures in (*range(8), 10**6)]
+    assert pauses == sorted(pauses)
+    assert 0 < pauses[0] < 1
+    assert pauses[-1] == LONGEST_PAUSE
+
+
+def test_how_an_agent_ended() -> None:
+    error = JobError("no such task", expected="one", found="none", fix="write it")
+    assert why(0, b"") is None
+    assert str(why(2, json.dumps(to_message(error)).encode())) == str(error)
+    for code, said, found in ((-9, b"", "signal 9"), (1, b"[]", "exit code 1")):
+        died = why(code, said)
+        assert died is not None
+        assert died.found == found
+
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "r",
+    "TORCHELASTIC_RESTART_COUNT": "3",
+}
+SLURM = {
+    "SLURM_PROCID": "2",
+    "SLURM_NTASKS": "3",
+    "SLURM_NNODES": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "70001",
+    "SLURM_STEP_ID": "4",
+    "SLURM_JOB_NODELIST": "node[07-09]",
+}
+
+
+def test_places() -> None:
+    assert place_of(TORCHRUN) == Place(
+        rank=1, size=2, host="10.0.0.1", port=29501, job="torchrun 10.0.0.1:29500 r 3"
+    )
+    assert place_of(SLURM) == Place(
+        rank=2, size=3, host="node07", port=15000 + 70005 % 15000, job="slurm 70001 4 0"
+    )
+    assert place_of({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({}, "nothing says which process"),
+        ({**TORCHRUN, "LOCAL_RANK": "1"}, "several processes of the job are on this host"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "several processes of the job are on this host"),
+        ({**TORCHRUN, "MASTER_ADDR": ""}, "the variable MASTER_ADDR is missing"),
+        ({**TORCHRUN, "RANK": "-1"}, "the variable RANK is no number"),
+        ({**TORCHRUN, "RANK": "2"}, "the place of this process is none"),
+        ({**SLURM, "SLURM_LOCALID": "1"}, "several processes of the job are on this host"),
+        ({**SLURM, "SLURM_NNODES": "2"}, "several processes of the job are on this host"),
+    ],
+)
+def test_places_that_cannot_be(environment: dict[str, str], what: str) -> None:
+    with pytest.raises(JobError, match=what):
+        place_of(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("login", "login"),
+        ("a1,b[2-3]", "a1"),
+        ("node[07-09,12],login", "node07"),
+        ("node[3,1]", "node3"),
+        ("r[1-2]n[04-05].x", "r1n04.x"),
+    ],
+)
+def test_the_first_of_a_list_of_hosts(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
