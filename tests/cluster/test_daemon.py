@@ -264,9 +264,8 @@ def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
         for rank in ("0", "1"):
             place = {**TORCHRUN, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             daemon = Daemon(
-                *("-w", "1", "job.yaml"),
+                *("rank", "-w", "1", "job.yaml"),
                 cwd=tmp_path,
-                module="lockstep.cluster.ranks.launcher",
                 environment={**place, "XDG_STATE_HOME": str(tmp_path)},
             )
             ranks.append(stack.enter_context(daemon))
@@ -290,9 +289,8 @@ def test_a_cluster_of_workers_and_parameter_servers(tmp_path: Path, alone: str) 
         daemons = [
             stack.enter_context(
                 Daemon(
-                    *("-w", "1", "--task", task, "job.yaml"),
+                    *("rank", "-w", "1", "--task", task, "job.yaml"),
                     cwd=tmp_path,
-                    module="lockstep.cluster.ranks.launcher",
                     environment={"XDG_STATE_HOME": str(tmp_path)},
                 )
             )

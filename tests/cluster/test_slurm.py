@@ -53,7 +53,7 @@ def start(nodes: SlurmNodes, tmp_path: Path) -> Iterator[Start]:
     def begin(
         *arguments: str, environment: dict[str, str] = HERE, pace: float = 0.0
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "lockstep.cluster.ranks.launcher", "--secret", "shared",
+        command = [sys.executable, "-m", "lockstep", "rank", "--secret", "shared",
                    "-w", "1", "--out", "run", "job.yaml"]  # fmt: skip
         started.append(
             nodes.srun([*arguments, *command], tmp_path, {**environment, PACE: str(pace)})

@@ -23,6 +23,7 @@ from lockstep.planning.blocks import (
     own_blocks,
 )
 from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
+from lockstep.planning.digest_sample import plan_audit
 from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.state.allocation import contiguous_stride, dense_stride
 
@@ -127,10 +128,10 @@ def test_who_digests_what() -> None:
         )
         for number, (name, kind) in enumerate(kinds.items())
     )  # fmt: skip
-    audit = Layout(
+    audit = plan_audit(Layout(
         entries=entries, blocks=(), trainable=("a", "b", "a.b"), state_bytes=65536, slots_bytes=0,
         exported=(),
-    ).audit()  # fmt: skip
+    ))  # fmt: skip
     seen: dict[str, bool] = {}
     for step in range(0, 64 * audit.every, audit.every):
         apart, others = audit.split(step, {0, 1})

@@ -11,6 +11,7 @@ from lockstep.agent.local_host import Host
 from lockstep.agent.observer import Sink
 from lockstep.agent.recovery import step_in_flight
 from lockstep.agent.stall_policy import Patience
+from lockstep.planning.digest_sample import plan_audit
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, progress_of
 from lockstep.results.ledger import StepRecord
@@ -26,7 +27,7 @@ class History:
     def __init__(self, host: Host, plan: Plan, sink: Sink, clock: Clock, step: int) -> None:
         assert host.layout is not None
         self.host, self.plan, self.sink, self.clock = host, plan, sink, clock
-        self.control, self.audit = host.control, host.layout.audit()
+        self.control, self.audit = host.control, plan_audit(host.layout)
         self.step = step
         """How many steps are committed and recorded."""
         self.seats: tuple[int, ...] = ()

@@ -205,8 +205,7 @@ def _to_job(
             "the job describes a cluster, whose processes are started one by one",
             expected="a job without `cluster`",
             found=f"cluster = {dict(job.cluster)}",
-            fix="on each host: python -m lockstep.cluster.ranks.launcher --task worker:0 JOB; or "
-            "leave `cluster` out",
+            fix="on each host: lockstep rank --task worker:0 JOB; or leave `cluster` out",
         )
     default = Job(task="")
     explicit = {

@@ -14,6 +14,7 @@ import typer
 
 from lockstep.cli import cluster_commands as commands
 from lockstep.cli.job_options import Workers, arguments, given, takes_settings
+from lockstep.cli.rank_command import rank, read_job
 from lockstep.errors import JobError, LockstepError
 
 if TYPE_CHECKING:
@@ -309,14 +310,12 @@ def list_data(as_json: Json = False) -> None:
 
 
 commands.add_to(app)
+app.command()(rank)
 
 
 def _job(name: str, extra: list[str]) -> tuple[Any]:
     """The job that the command line names, with the recipe's arguments."""
-    from lockstep.job.job import Job
-    from lockstep.job.job_file import SUFFIXES, read_job_file
-
-    job = read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+    job = read_job(name)
     return (job.replace_args({**job.args, **arguments(extra)}),)
 
 

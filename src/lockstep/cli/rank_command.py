@@ -9,21 +9,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.cluster.ranks.cluster_spec import on_ranks, place_in
-from lockstep.cluster.ranks.launcher import Ranks, enter, own_address, shared_secret, show
-from lockstep.cluster.ranks.rank_environment import Place, place_of
 from lockstep.errors import JobError
-from lockstep.job.job import Job
-from lockstep.job.job_file import SUFFIXES, read_job_file
-from lockstep.net.shared_secret import SharedSecret
-from lockstep.system.folders import TemporaryFolder
+
+if TYPE_CHECKING:
+    from lockstep.cluster.ranks.rank_environment import Place
+    from lockstep.job.job import Job
+    from lockstep.net.shared_secret import SharedSecret
 
 
-def main(
+def rank(
     job: Annotated[str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file.")],
     secret: Annotated[
         Path | None, typer.Option(help="The secret that all hosts share: lockstep secret FILE.")
@@ -43,6 +41,9 @@ def main(
 ) -> None:
     """Take part in a job as the rank that torchrun or SLURM has given this process, or as an entry
     of the cluster that the job file describes."""
+    from lockstep.cluster.ranks.launcher import shared_secret
+    from lockstep.system.folders import TemporaryFolder
+
     signal.signal(signal.SIGTERM, _end)
     wanted = read_job(job)
     place = _place(wanted, task)
@@ -57,6 +58,9 @@ def main(
 
 
 def _place(job: Job, task: str | None) -> Place:
+    from lockstep.cluster.ranks.cluster_spec import place_in
+    from lockstep.cluster.ranks.rank_environment import place_of
+
     if (job.cluster is None) != (task is None):
         raise JobError(
             "the job file's cluster and --task do not fit each other",
@@ -79,6 +83,8 @@ def _lead(
     wait: float,
 ) -> None:
     from lockstep.api.training import run
+    from lockstep.cluster.ranks.cluster_spec import on_ranks
+    from lockstep.cluster.ranks.launcher import Ranks
 
     job = job if job.cluster is None else on_ranks(job)
     with Ranks(place, shared, folder, workers=workers, wait=wait) as ranks:
@@ -90,6 +96,7 @@ def _follow(
     place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
     from lockstep.agent.agent import serve
+    from lockstep.cluster.ranks.launcher import enter, own_address, show
     from lockstep.job.task_source import source_of
     from lockstep.system import machine
 
@@ -108,6 +115,9 @@ def _follow(
 
 def read_job(name: str) -> Job:
     """The job that a name or a job file describes."""
+    from lockstep.job.job import Job
+    from lockstep.job.job_file import SUFFIXES, read_job_file
+
     return read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lockstep.planning.byte_ranges import Range, overlap
+from lockstep.planning.digest_sample import plan_audit
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.ownership import Duties
 from lockstep.planning.reduction_tree import leaf_slots
@@ -70,7 +71,7 @@ class Parcels:
         self._slots, self._state = slots, state
         self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
         self._groups = {tree.start: place for place, tree in enumerate(arrangement.subtrees)}
-        self._audit = layout.audit()
+        self._audit = plan_audit(layout)
         self._params = {
             name: layout.ranges_of(share.params, ("param",))
             for name, share in duties.shares.items()

@@ -61,8 +61,7 @@ class Job:
     """The names of the hosts that are servers."""
     cluster: Mapping[str, Sequence[str]] | None = None
     """`{"worker": ["host:port", ...], "ps": [...]}`: the processes of the job, each of them started
-    by `python -m lockstep.cluster.ranks.launcher --task worker:0 JOB` (see
-    `cluster.description`)."""
+    by `lockstep rank --task worker:0 JOB` (see `lockstep.cluster.ranks.cluster_spec`)."""
     seed: int = 0
     clip_grad_norm: float | None = None
     """Maximum of the global gradient norm, as `torch.nn.utils.clip_grad_norm_` has it; with

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container
 from dataclasses import dataclass
 
 from lockstep.planning.byte_ranges import ALIGN
-from lockstep.planning.memory_layout import APART, Entry
+from lockstep.planning.memory_layout import APART, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +71,17 @@ PER_STEP = 2
 """The largest number of units that a step records."""
 
 
-def plan_audit(entries: Iterable[Entry], owners: Mapping[str, int]) -> Audit:
-    """Cut the state into digest units. `owners` are the trainable parameters of the entries."""
-    entries = list(entries)
-    total = sum(entry.nbytes for entry in entries)
+def plan_audit(layout: Layout) -> Audit:
+    """Cut the state into digest units."""
+    total = sum(entry.nbytes for entry in layout.entries)
     least, most = UNIT_BYTES
     length = min(max(math.ceil(total / PARTS / ALIGN) * ALIGN, least), most)
     params: list[Unit] = []
     others: list[Unit] = []
-    for entry in entries:
+    for entry in layout.entries:
         if entry.kind in APART:
             continue  # losses would show that it has changed
-        param = owners.get(entry.name)
+        param = layout.param_of.get(entry.name)
         mine = params if entry.kind == "param" and param is not None else others
         parts = max(1, math.ceil(entry.nbytes / length))
         for part in range(parts):

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from lockstep.planning.blocks import Block
 from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
-from lockstep.planning.digest_sample import Audit, plan_audit
 
 Kind = Literal["param", "buffer", "optim", "flag", "residual", "local"]
 """`residual` is what a group of shards has left out, `local` what a shard's own optimizer keeps."""
@@ -66,15 +65,12 @@ class Layout:
     exported: tuple[tuple[str, str], ...]
     """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
 
-    def audit(self) -> Audit:
-        return plan_audit(self.entries, self._params)
-
     def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[Range]:
         """The bytes of the state segment that are these trainable parameters', of such kinds."""
         return merge_ranges(
             Range(offset=entry.offset, nbytes=entry.nbytes)
             for entry in self.entries
-            if entry.kind in kinds and self._params.get(entry.name) in params
+            if entry.kind in kinds and self.param_of.get(entry.name) in params
         )
 
     def apart(self, kind: Kind, numbers: Container[int]) -> list[Range]:
@@ -87,7 +83,7 @@ class Layout:
         )
 
     @functools.cached_property
-    def _params(self) -> dict[str, int]:
+    def param_of(self) -> dict[str, int]:
         """By entry, the trainable parameter that it is, or whose optimizer state it is."""
         numbers = {name: number for number, name in enumerate(self.trainable)}
         found = {}

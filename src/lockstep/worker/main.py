@@ -24,6 +24,7 @@ from lockstep.optim.block_owner import Owner
 from lockstep.optim.lr_schedule import Schedule
 from lockstep.planning.blocks import own_blocks
 from lockstep.planning.byte_ranges import Range, cut_evenly
+from lockstep.planning.digest_sample import plan_audit
 from lockstep.planning.eval_batches import batch_range
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import home_shards
@@ -112,7 +113,7 @@ class Worker:
             self.sampling,
             self.loader,
             session.schedule,
-            self.shared.layout.audit(),
+            plan_audit(self.shared.layout),
             place=plan.place,
             seed=plan.seed,
             autocast=plan.precision == "bf16",

@@ -1,8 +1,8 @@
 """A job whose processes are started one on each host: by torchrun, by SLURM, or by hand.
 
-    torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep.cluster.ranks.launcher --secret FILE
-    job.yaml srun --ntasks-per-node=1 python -m lockstep.cluster.ranks.launcher --secret FILE
-    job.yaml python -m lockstep.cluster.ranks.launcher --secret FILE --task worker:0 job.yaml
+    torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep rank --secret FILE job.yaml
+    srun --ntasks-per-node=1 lockstep rank --secret FILE job.yaml
+    lockstep rank --secret FILE --task worker:0 job.yaml
 
 Rank 0 is the master; the others become its agents. They enter with what they make of a secret
 that all have in a file. The result of rank 0 is one JSON document on stdout.
@@ -16,10 +16,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-import typer
-
 from lockstep.agent.job_offer import Offer
-from lockstep.cli.rank_command import main
 from lockstep.cluster.ranks.rank_environment import Place
 from lockstep.cluster.state_folder import (
     SECRET,
@@ -185,9 +182,3 @@ def _name(rank: int) -> str:
 def show(who: str, why: str) -> None:
     """Say on stderr what happens."""
     print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    from lockstep.cli.main import guarded
-
-    guarded(lambda: typer.run(main))

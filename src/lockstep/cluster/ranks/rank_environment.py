@@ -43,8 +43,8 @@ def place_of(environment: Mapping[str, str]) -> Place:
         expected="the variables of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), "
         "or those of srun (SLURM_PROCID, SLURM_NTASKS, SLURM_JOB_NODELIST, SLURM_JOB_ID)",
         found="neither RANK nor SLURM_PROCID",
-        fix="torchrun --nnodes N --nproc-per-node 1 ... -m lockstep.cluster.ranks.launcher JOB, "
-        "or: srun --ntasks-per-node=1 python -m lockstep.cluster.ranks.launcher JOB",
+        fix="torchrun --nnodes N --nproc-per-node 1 ... -m lockstep rank JOB, "
+        "or: srun --ntasks-per-node=1 lockstep rank JOB",
     )
 
 
