@@ -23,7 +23,7 @@ from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
 from lockstep.agent import worker_group as crew
-from lockstep.planning.digest_sample import Audit
+from lockstep.planning.digest_sample import DigestSample
 from lockstep.results.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Unrecorded(Benchmark):
     """Takes the digests out of the workers: they are forks of the process that builds the model."""
 
     def model(self) -> nn.Module:
-        Audit.units = lambda self, step: ()  # type: ignore[method-assign]
+        DigestSample.units = lambda self, step: ()  # type: ignore[method-assign]
         return super().model()
 
 
@@ -56,7 +56,7 @@ def unrecorded() -> Iterator[None]:
     with (
         # Plain functions: mocks keep their calls, which costs more than what is taken away.
         mock.patch.object(crew, "steps_between", _never),
-        mock.patch.object(Audit, "units", _nothing),
+        mock.patch.object(DigestSample, "units", _nothing),
         mock.patch.object(Ledger, "commit", _nothing),
     ):
         yield

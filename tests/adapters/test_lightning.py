@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 import lockstep
 from lockstep.errors import JobError, LockstepError, OptimizerError, TaskError
 from lockstep.job.task import Parameters
-from lockstep.optim.lr_schedule import Schedule
+from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.sampling import Sampling
 from tests.adapters.test_module import accuracy, assert_same
 from tests.support.named_tasks import Blobs, blobs
@@ -162,7 +162,7 @@ def test_every_form_of_one_optimizer(form: Callable[[Any], Any], rates: list[flo
     task = lockstep.from_lightning(Net(), data_class())
     optimizer = task.optimizer(Parameters(task.model().named_parameters()))
     sampling = Sampling(samples=30, batch_size=16, shards=1, seed=0)
-    schedule = Schedule(task, optimizer, sampling)
+    schedule = LrSchedule(task, optimizer, sampling)
     found = []
     for step in (0, 1, 2, 3, 4):
         schedule.go_to(step)

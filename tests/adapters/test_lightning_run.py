@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.job.faults import Fault
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.job.task import Parameters
 from tests.adapters.test_lightning import PlainNet, lightning_classes
 from tests.adapters.test_module import NUMBERS, assert_same
@@ -62,7 +62,7 @@ def rising(data_epoch: int, step: int, batch: int) -> float:
 class PlainKnowing(PlainNet):
     scheduler_interval: Literal["step", "data_epoch"] = "step"
 
-    def told(self, place: Place) -> None:
+    def told(self, place: Position) -> None:
         self.place = place
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -244,7 +244,7 @@ def evaluated_once(task: lockstep.Task) -> Mapping[str, float]:
     """What `score` makes of one batch, as a worker calls the methods."""
     model = task.model()
     batch = torch.utils.data.default_collate([blobs(6, seed=2)[index] for index in range(6)])
-    beginning = Place(training=True, step=0, steps=9, steps_per_epoch=4, batch=0, samples=6)
+    beginning = Position(training=True, step=0, steps=9, steps_per_epoch=4, batch=0, samples=6)
     task.told(beginning.at_batch(4, 0, 6))
     task.metrics(model, batch)
     return task.score({name: list(v) for name, v in task.outputs(model, batch).items()})

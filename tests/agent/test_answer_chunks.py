@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from lockstep.agent import answer_chunks as pieces
-from lockstep.agent.answer_chunks import PIECE, Answers, in_pieces
+from lockstep.agent.answer_chunks import PIECE, AnswerAssembler, in_pieces
 from lockstep.errors import TaskError
 from lockstep.net.frames import Kind, message_frame
 
 LONG = {"text": '"\\é' * PIECE, "nothing": math.nan, "infinite": -math.inf}
 
 
-def add(taken: Answers, host: str, number: int, piece: dict[str, Any]) -> Any:
+def add(taken: AnswerAssembler, host: str, number: int, piece: dict[str, Any]) -> Any:
     return taken.add(host, {"round": number, **piece})
 
 
 def test_pieces_are_put_together_whoever_sends_at_the_same_time() -> None:
-    taken = Answers()
+    taken = AnswerAssembler()
     taken.begin(3)
     long, short = list(in_pieces(7, LONG)), list(in_pieces(8, [1.5]))
     assert (len(long), len(short)) == (11, 1)
@@ -41,7 +41,7 @@ def test_a_piece_fits_into_a_message_whatever_is_in_it() -> None:
 
 
 def test_what_comes_of_an_earlier_round_is_passed_over() -> None:
-    taken = Answers()
+    taken = AnswerAssembler()
     whole = list(in_pieces(7, LONG))
     taken.begin(1)
     add(taken, "b", 1, whole[0])
@@ -66,7 +66,7 @@ def test_what_comes_of_an_earlier_round_is_passed_over() -> None:
     ],
 )
 def test_what_is_no_piece(message: dict[str, Any]) -> None:
-    taken = Answers()
+    taken = AnswerAssembler()
     taken.begin(1)
     with pytest.raises((KeyError, TypeError, ValueError)):
         taken.add("b", message)

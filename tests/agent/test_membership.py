@@ -22,7 +22,6 @@ from lockstep.agent.membership import (
     Form,
     GiveUp,
     Hello,
-    Members,
     Regroup,
     Rested,
     Resumed,
@@ -30,6 +29,7 @@ from lockstep.agent.membership import (
     Spoilt,
     Status,
     Target,
+    WorkerMembership,
     decide,
 )
 
@@ -40,7 +40,7 @@ class Shell:
     """Simulated workers by seat, and the machine that decides about them."""
 
     def __init__(self, target: int, seats: int) -> None:
-        self.members = Members(target=target, seats=seats)
+        self.members = WorkerMembership(target=target, seats=seats)
         self.workers: dict[int, str] = {}
         self.epoch_raised = False
         """Whether the workers at work will rest at their next barrier."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lockstep.agent.membership import Status, Target
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
-from lockstep.agent.stall_policy import Patience, stalled
+from lockstep.agent.stall_policy import StallTimeout, stalled
 from lockstep.planning.step_phases import Phase, progress_of
 from tests.support.simulated_host import Simulation
 
@@ -110,26 +110,26 @@ def test_each_has_its_own_limit() -> None:
     assert stalled(words((5, S), (5, S)), [3.0, 3.0], [30.0, 2.0])[0] == [1]
 
 
-def learned(*steps: float) -> Patience:
-    patience = Patience(None)
+def learned(*steps: float) -> StallTimeout:
+    patience = StallTimeout(None)
     for seconds in steps:
         patience.step_took(seconds)
     return patience
 
 
 def test_patience_is_longer_than_any_step() -> None:
-    assert learned().limit() == Patience.FIRST
-    assert learned(0.0, 0.9, 0.3).limit() == Patience.LEAST
+    assert learned().limit() == StallTimeout.FIRST
+    assert learned(0.0, 0.9, 0.3).limit() == StallTimeout.LEAST
     assert learned(0.0, 0.9, 7.0).limit() == pytest.approx(70.0)
 
 
 def test_patience_with_what_has_not_been_done_before() -> None:
-    assert learned(*[0.001] * 10).limit(first=True) == Patience.FIRST
+    assert learned(*[0.001] * 10).limit(first=True) == StallTimeout.FIRST
 
 
 def test_no_patience_with_a_stopped_process() -> None:
-    assert learned().limit(stopped=True) == Patience.STOPPED
-    assert learned(60.0, 60.0, 60.0).limit(stopped=True) == Patience.STOPPED
+    assert learned().limit(stopped=True) == StallTimeout.STOPPED
+    assert learned(60.0, 60.0, 60.0).limit(stopped=True) == StallTimeout.STOPPED
 
 
 def test_patience_learns_from_silence_that_ended() -> None:
@@ -152,7 +152,7 @@ def test_patience_grows_with_those_given_up_on() -> None:
 
 
 def test_patience_as_it_is_set() -> None:
-    patience = Patience(0.5)
+    patience = StallTimeout(0.5)
     assert patience.limit() == patience.limit(stopped=True) == patience.limit(first=True) == 0.5
     patience.step_took(100.0)
     assert patience.limit() == 0.5

@@ -16,7 +16,7 @@ import torch
 import lockstep
 from lockstep.data.records import open_records, samples_of
 from lockstep.errors import DataError, JobError, ResourceError, RunFolderError, TaskError
-from lockstep.results.prediction_file import RowFile, write_parquet
+from lockstep.results.prediction_file import PredictionFile, write_parquet
 from tests.support import command
 from tests.support.named_tasks import BATCH, Blobs, Fails, Predicts, blobs
 
@@ -174,13 +174,13 @@ def test_a_record_that_the_task_refuses(tmp_path: Path) -> None:
 def test_begun_but_nothing_written(tmp_path: Path) -> None:
     """Then other data may have the name; with a row written they may not."""
     out = tmp_path / "out.jsonl"
-    with RowFile(out, {"data": 1}):
+    with PredictionFile(out, {"data": 1}):
         pass
-    with RowFile(out, {"data": 2}) as rows:
+    with PredictionFile(out, {"data": 2}) as rows:
         rows.add([{"a": 1}])
     with pytest.raises(RunFolderError, match="was begun with another model"):
-        RowFile(out, {"data": 3})
-    with RowFile(out, {"data": 2}) as rows:
+        PredictionFile(out, {"data": 3})
+    with PredictionFile(out, {"data": 2}) as rows:
         assert rows.rows == 1
         rows.finish()
     assert lines_of(out) == [{"a": 1}]
@@ -212,7 +212,7 @@ def test_settings_out_of_range(settings: dict[str, int], tmp_path: Path) -> None
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="make the folder"):
-        RowFile(tmp_path / "nowhere" / "out.jsonl", {})
+        PredictionFile(tmp_path / "nowhere" / "out.jsonl", {})
 
 
 def test_records_that_are_packed(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_records_that_are_packed(tmp_path: Path) -> None:
 
 
 def write_all(out: Path, rows: list[dict[str, Any]]) -> None:
-    with RowFile(out, {}) as file:
+    with PredictionFile(out, {}) as file:
         for start in range(0, len(rows), 500):
             file.add(rows[start : start + 500])
 
@@ -239,7 +239,7 @@ def test_a_full_disk_and_the_same_again(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, known)
         signal.signal(signal.SIGXFSZ, handler)
     assert not out.exists()
-    with RowFile(out, {}) as file:
+    with PredictionFile(out, {}) as file:
         assert file.rows % 500 == 0
         assert file.rows < 5000
         file.add(rows[file.rows :])
@@ -249,10 +249,10 @@ def test_a_full_disk_and_the_same_again(tmp_path: Path) -> None:
 
 def test_two_at_once(tmp_path: Path) -> None:
     with (
-        RowFile(tmp_path / "out.jsonl", {"a": 1}),
+        PredictionFile(tmp_path / "out.jsonl", {"a": 1}),
         pytest.raises(RunFolderError, match="another process is writing"),
     ):
-        RowFile(tmp_path / "out.jsonl", {"a": 1})
+        PredictionFile(tmp_path / "out.jsonl", {"a": 1})
 
 
 def test_the_commands(tmp_path: Path) -> None:

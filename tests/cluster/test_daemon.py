@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.ranks.cluster_spec import on_ranks, place_in
-from lockstep.cluster.ranks.launcher import MASTER, Ranks, enter, own_address, shared_secret
-from lockstep.cluster.ranks.rank_environment import Place, place_of
+from lockstep.cluster.ranks.launcher import MASTER, RankLauncher, enter, own_address, shared_secret
+from lockstep.cluster.ranks.rank_environment import RankPlace, place_of
 from lockstep.errors import (
     IdentityError,
     JobError,
@@ -173,7 +173,7 @@ def test_agents_that_are_killed_and_hosts_that_are_killed(cluster: Loopback) -> 
     reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(LIMIT)
-        offer = Offer(job="one", master="a", address=listener.getsockname(), task="blobs:Blobs")
+        offer = JobOffer(job="one", master="a", address=listener.getsockname(), task="blobs:Blobs")
         with cluster.launcher(reports) as launcher:
             assert launcher.offer(offer) == ("b",)
             os.kill(waiting_agent(member, listener), signal.SIGKILL)
@@ -182,7 +182,7 @@ def test_agents_that_are_killed_and_hosts_that_are_killed(cluster: Loopback) -> 
             assert "signal 9" in reason
             assert "another one is started" in reason
             waiting_agent(member, listener)
-        offer = Offer(job="two", master="a", address=listener.getsockname(), task="blobs:Blobs")
+        offer = JobOffer(job="two", master="a", address=listener.getsockname(), task="blobs:Blobs")
         with cluster.launcher(reports) as launcher:
             assert launcher.offer(offer) == ("b",)
             agent = os.pidfd_open(waiting_agent(member, listener))
@@ -207,13 +207,13 @@ def test_no_up(tmp_path: Path) -> None:
 def test_ranks_enter_with_the_shared_secret(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    place = Place(rank=0, size=3, host="127.0.0.1", port=port, job="j")
-    others = [Place(rank=rank, size=3, host="127.0.0.1", port=port, job="j") for rank in (1, 2)]
+    place = RankPlace(rank=0, size=3, host="127.0.0.1", port=port, job="j")
+    others = [RankPlace(rank=rank, size=3, host="127.0.0.1", port=port, job="j") for rank in (1, 2)]
     shared = SharedSecret(secret=bytes(32), job="j")
     wrong = SharedSecret(secret=bytes(31) + b"1", job="j")
     with (
         ThreadPoolExecutor(2) as pool,
-        Ranks(place, shared, tmp_path / "0", workers=None, wait=LIMIT) as ranks,
+        RankLauncher(place, shared, tmp_path / "0", workers=None, wait=LIMIT) as ranks,
     ):
         # They may come before it listens.
         coming = [
@@ -239,7 +239,7 @@ def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
     assert shared_secret(place, tmp_path / "s").job == place.job
     with pytest.raises(NetworkError):
         enter(
-            Place(rank=1, size=2, host="127.0.0.1", port=1, job="j"),
+            RankPlace(rank=1, size=2, host="127.0.0.1", port=1, job="j"),
             shared_secret(place, tmp_path / "s"),
             tmp_path / "n",
             0.0,
@@ -249,7 +249,7 @@ def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
 def test_a_name_of_rank_0_that_leads_nowhere() -> None:
     """As SLURM's names of nodes may."""
     with pytest.raises(IdentityError, match="no interface leads to node1") as caught:
-        own_address(Place(rank=1, size=2, host="node1.invalid", port=1, job="j"))
+        own_address(RankPlace(rank=1, size=2, host="node1.invalid", port=1, job="j"))
     assert "SLURM: MASTER_ADDR=ADDRESS" in caught.value.fix
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lockstep
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.ray.actor import RayAgent
 from lockstep.cluster.ray.launcher import address_in, check_address, on_ray
 from lockstep.cluster.ray.node_agents import (
@@ -143,7 +143,7 @@ def test_no_secret_goes_through_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert name_in(ca.sign(request)) == "host-a"
     other = RayAgent()  # a certificate for its key is of no use to the first
     certificate = ca.sign(other.request("host-b"))
-    offer = Offer(job="job", master="master", address=("127.0.0.1", 9), task="mnist")
+    offer = JobOffer(job="job", master="master", address=("127.0.0.1", 9), task="mnist")
     said = actor.serve(certificate, ca.certificate, offer.to_message(), 1, "127.0.0.1")
     assert from_message(said).found == "it is for another key"
     other.end()

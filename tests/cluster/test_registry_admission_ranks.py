@@ -6,22 +6,22 @@ import json
 
 import pytest
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.cluster.daemon.agent_processes import why
 from lockstep.cluster.daemon.reconnecting_line import LONGEST_PAUSE, pause
 from lockstep.cluster.daemon.registry import (
-    Board,
     Close,
     Event,
     Gone,
     Here,
     Open,
+    Registry,
     Spoke,
     decide,
     parse,
 )
-from lockstep.cluster.ranks.rank_environment import Place, first_host, place_of
+from lockstep.cluster.ranks.rank_environment import RankPlace, first_host, place_of
 from lockstep.errors import (
     JobError,
     ProtocolError,
@@ -31,11 +31,11 @@ from lockstep.errors import (
 NOWHERE = ("127.0.0.1", 9)
 
 
-def an_offer(task: str = "mnist", job: str = "job", master: str = "a") -> Offer:
-    return Offer(job=job, master=master, address=NOWHERE, task=task)
+def an_offer(task: str = "mnist", job: str = "job", master: str = "a") -> JobOffer:
+    return JobOffer(job=job, master=master, address=NOWHERE, task=task)
 
 
-def told(board: Board, *events: Event) -> tuple[Board, list[tuple[str, str]]]:
+def told(board: Registry, *events: Event) -> tuple[Registry, list[tuple[str, str]]]:
     """The board after some events, and who was told what after the last one."""
     commands: tuple[object, ...] = ()
     for event in events:
@@ -44,7 +44,7 @@ def told(board: Board, *events: Event) -> tuple[Board, list[tuple[str, str]]]:
 
 
 def test_a_job_is_offered_to_all_who_are_there_and_who_come() -> None:
-    board, said = told(Board(), Here("b", 2), Here("a", 1), Open("@1", an_offer()))
+    board, said = told(Registry(), Here("b", 2), Here("a", 1), Open("@1", an_offer()))
     assert said == [("@1", "opened"), ("b", "offer")]  # not to its master
     board, said = told(board, Here("c", 1))
     assert said == [("c", "offer")]
@@ -58,7 +58,7 @@ def test_a_job_is_offered_to_all_who_are_there_and_who_come() -> None:
 
 
 def test_a_job_ends_with_who_offers_it() -> None:
-    board, said = told(Board(), Here("b", 2), Open("@1", an_offer()), Gone("@1"))
+    board, said = told(Registry(), Here("b", 2), Open("@1", an_offer()), Gone("@1"))
     assert said == [("b", "withdraw")]
     assert not board.postings
     board, said = told(board, Open("g", an_offer(master="g")), Open("@1", an_offer()))
@@ -150,10 +150,10 @@ SLURM = {
 
 
 def test_places() -> None:
-    assert place_of(TORCHRUN) == Place(
+    assert place_of(TORCHRUN) == RankPlace(
         rank=1, size=2, host="10.0.0.1", port=29501, job="torchrun 10.0.0.1:29500 r 3"
     )
-    assert place_of(SLURM) == Place(
+    assert place_of(SLURM) == RankPlace(
         rank=2, size=3, host="node07", port=15000 + 70005 % 15000, job="slurm 70001 4 0"
     )
     assert place_of({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"

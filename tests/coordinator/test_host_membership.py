@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.agent.regroup_messages import Standing
+from lockstep.agent.regroup_messages import HostStatus
 from lockstep.collectives.exchange_thread import Early
 from lockstep.coordinator import host_membership as fleet
-from lockstep.coordinator.host_membership import Arrange, Fleet, Hold, decide, settle
+from lockstep.coordinator.host_membership import Arrange, Hold, HostMembership, decide, settle
 from lockstep.errors import JobError
-from lockstep.planning.byte_ranges import Range
+from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.reduction_tree import Node, leaf_slots, most_subtrees, subtrees, tree
-from lockstep.planning.shard_placement import Arrangement, share
+from lockstep.planning.shard_placement import ShardPlacement, share
 from lockstep.planning.slot_map import fill_buckets
 
 # Who sums what.
@@ -40,7 +40,7 @@ def test_hosts_sum_the_tree_that_one_host_sums(data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
     present = data.draw(st.lists(st.booleans(), min_size=shards, max_size=shards))
     workers = {f"h{i}": count for i, count in enumerate(counts)}
-    arrangement = Arrangement.of(shards, workers)
+    arrangement = ShardPlacement.of(shards, workers)
     trees = arrangement.subtrees
     assert [shard for each in trees for shard in each] == list(range(shards))
     places: dict[int, Node] = {}
@@ -66,7 +66,7 @@ def test_room_for_sums(shards: int, data: st.DataObject) -> None:
 
 def test_hosts_with_a_power_of_two_of_shards_send_one_sum_each() -> None:
     for hosts, each in itertools.product((2, 4, 8), (1, 2, 4)):
-        arrangement = Arrangement.of(hosts * each, {str(i): each for i in range(hosts)})
+        arrangement = ShardPlacement.of(hosts * each, {str(i): each for i in range(hosts)})
         assert len(arrangement.subtrees) == hosts
 
 
@@ -75,14 +75,14 @@ def test_buckets_have_every_gradient_once(sizes: list[int], tables: set[int]) ->
     places, offset = {}, 0
     for index, size in enumerate(sizes):
         if index not in tables:
-            places[index] = Range(offset=offset, nbytes=4 * size)
+            places[index] = ByteRange(offset=offset, nbytes=4 * size)
         offset += -(-4 * size // 256) * 256
     buckets = fill_buckets(places)
     assert sorted(param for bucket in buckets for param in bucket.params) == sorted(places)
     for bucket in buckets:
         assert list(bucket.params) == sorted(bucket.params, reverse=True)
         low, high = places[bucket.params[-1]], places[bucket.params[0]]
-        assert bucket.place == Range(
+        assert bucket.place == ByteRange(
             offset=low.offset, nbytes=high.offset + high.nbytes - low.offset
         )
         assert not any(low.offset <= places[t].offset < high.offset for t in tables & places.keys())
@@ -109,8 +109,8 @@ def test_workers_are_shared_out() -> None:
 # Where hosts go on.
 
 
-def standing(whole: int | None, base: int | None = None) -> Standing:
-    return Standing(whole=whole, base=base)
+def standing(whole: int | None, base: int | None = None) -> HostStatus:
+    return HostStatus(whole=whole, base=base)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ def standing(whole: int | None, base: int | None = None) -> Standing:
     ],
 )
 def test_the_newest_whole_state_counts(
-    standings: dict[str, Standing], step: int, source: str, actions: dict[str, str]
+    standings: dict[str, HostStatus], step: int, source: str, actions: dict[str, str]
 ) -> None:
     assert settle(standings, "m") == (step, source, actions)
 
 
-def run(*events: fleet.Event) -> tuple[Fleet, list[fleet.Command]]:
-    state = Fleet(master="m")
+def run(*events: fleet.Event) -> tuple[HostMembership, list[fleet.Command]]:
+    state = HostMembership(master="m")
     said: list[fleet.Command] = []
     for event in events:
         state, commands, reason = decide(state, event)
@@ -190,7 +190,7 @@ EVENTS = st.one_of(
         st.sampled_from("mbcd"),
         st.integers(1, 9),
         st.builds(
-            Standing,
+            HostStatus,
             whole=st.one_of(st.none(), st.integers(4, 5)),
             base=st.one_of(st.none(), st.integers(1, 4)),
         ),
@@ -209,7 +209,7 @@ EVENTS = st.one_of(
 
 @given(st.lists(EVENTS, max_size=30))
 def test_whatever_happens_the_fleet_is_valid(events: Sequence[fleet.Event]) -> None:
-    state, _, _ = decide(Fleet(master="m"), fleet.Present("m", 1))
+    state, _, _ = decide(HostMembership(master="m"), fleet.Present("m", 1))
     state, _, _ = decide(state, fleet.Stood("m", 1, standing(4)))
     for event in events:
         before = state
@@ -242,7 +242,7 @@ def test_the_sum_over_hosts_has_the_bits_of_one() -> None:
     whole = tree((True,) * 12)
     assert whole is not None
     for counts in ({"a": 1, "b": 2}, {"a": 3, "b": 1, "c": 1}, {"a": 5, "b": 7}):
-        trees = Arrangement.of(12, counts).subtrees
+        trees = ShardPlacement.of(12, counts).subtrees
         sums = {}
         for each in trees:
             node = tree(tuple(shard in each for shard in range(12)))

@@ -20,7 +20,7 @@ from lockstep.data.dataset_shipping import read_sets, write_sets
 from lockstep.data.fetching import make_fetch
 from lockstep.data.sample_codec import DTYPES, pack_sample, unpack_sample
 from lockstep.errors import DataError, IntegrityError, LockstepError, StoppedError
-from lockstep.net.blob_transfer import Store
+from lockstep.net.blob_transfer import BlobServer
 from tests.support.agents_on_loopback import Agents, Listed
 from tests.support.harmed_runs import assert_same, events, yard
 from tests.support.multi_host_runs import PACED, TASK, WAIT, Live, Site, ended_well, site
@@ -273,12 +273,12 @@ def test_the_same_bits_as_with_data_that_is_there(
 
 
 def test_data_that_is_altered_on_the_way(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = Store.put
+    put = BlobServer.put
 
-    def altered(self: Store, hold: Any, content: memoryview) -> None:
+    def altered(self: BlobServer, hold: Any, content: memoryview) -> None:
         put(self, hold, b"!" + bytes(content[1:]))
 
-    monkeypatch.setattr(Store, "put", altered)
+    monkeypatch.setattr(BlobServer, "put", altered)
     on = site.agents({"b": 1})
     with pytest.raises(IntegrityError, match="host b: the data that host master has sent is not"):
         run(site, on, "OnlyHere")
@@ -305,15 +305,15 @@ class Striking:
 
     def __init__(self, on: Agents, name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.struck = False
-        serve = Store.serve
+        serve = BlobServer.serve
 
-        def strike(store: Store, peer: str, message: Any) -> None:
+        def strike(store: BlobServer, peer: str, message: Any) -> None:
             if peer == name and message["piece"] == piece and not self.struck:
                 self.struck = True
                 on.signal(name)
             serve(store, peer, message)
 
-        monkeypatch.setattr(Store, "serve", strike)
+        monkeypatch.setattr(BlobServer, "serve", strike)
 
 
 LARGE = {"fill": (64 << 20) // (4 * SAMPLES)}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.job.faults import Fault
-from lockstep.planning.shard_placement import Arrangement
+from lockstep.planning.shard_placement import ShardPlacement
 from lockstep.state.gradient_codecs import CODECS, RUN
 from lockstep.system.seeding import derive, seed_everything
 from tests.support.harmed_runs import assert_same, events
@@ -73,10 +73,10 @@ def test_zeros_stay_zeros(kind: str) -> None:
 
 
 def test_hosts_get_whole_groups() -> None:
-    arrangement = Arrangement.of(12, {"a": 1, "b": 2, "c": 3}, 2)
+    arrangement = ShardPlacement.of(12, {"a": 1, "b": 2, "c": 3}, 2)
     assert arrangement.subtrees == tuple(range(at, at + 2) for at in range(0, 12, 2))
     assert [len(part.subtrees) for part in arrangement.parts] == [1, 2, 3]
-    crowded = Arrangement.of(4, {"a": 8, "b": 8, "c": 8}, 2)
+    crowded = ShardPlacement.of(4, {"a": 8, "b": 8, "c": 8}, 2)
     assert crowded.subtrees == (range(2), range(2, 4)), "with more hosts than groups some have none"
 
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.data.sample_order import Order
+from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import DataLostError, JobError, RefusedError
 from lockstep.job.faults import Fault
 from lockstep.planning.data_partition import (
-    Holding,
+    DataPart,
     check_open,
     check_same,
     divide,
@@ -65,7 +65,7 @@ def test_every_sample_once_on_its_own_host(
     for part, (holding, owned) in enumerate(
         zip(holdings, shard_ranges(holdings).values(), strict=True)
     ):
-        order = Order(sampling, part)
+        order = SampleOrder(sampling, part)
         seen = [n for step in steps for shard in owned for n in order.indices(step, shard).tolist()]
         assert sorted(seen) == list(range(holding.train))
     for step in steps:
@@ -105,7 +105,7 @@ SAMPLES = {
     host: (KEPT[name][1] - KEPT[name][0], HELD[name][1] - HELD[name][0])
     for host, name in NAMES.items()
 }
-HOLDINGS: tuple[Holding, ...] = divide(SAMPLES, VITAL["shards"])
+HOLDINGS: tuple[DataPart, ...] = divide(SAMPLES, VITAL["shards"])
 
 
 def run(site: Site, on: Agents, **changes: Any) -> lockstep.Result:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
-from lockstep.agent.regroup_messages import Standing
+from lockstep.agent.regroup_messages import HostStatus
 from lockstep.coordinator.host_membership import settle_parts
 from lockstep.job.faults import Fault
-from lockstep.planning.byte_ranges import ALIGN, Range
+from lockstep.planning.byte_ranges import ALIGN, ByteRange
 from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded
 from lockstep.planning.slot_map import SlotMap
 from tests.support.harmed_runs import assert_same, events
@@ -36,9 +36,9 @@ def slot_map(sizes: Sequence[int]) -> SlotMap:
     """A slot with gradients of so many bytes."""
     grads, offset = {}, 0
     for param, nbytes in enumerate(sizes):
-        grads[param] = Range(offset=offset, nbytes=nbytes)
+        grads[param] = ByteRange(offset=offset, nbytes=nbytes)
         offset += -(-nbytes // ALIGN) * ALIGN
-    nothing = Range(offset=offset, nbytes=0)
+    nothing = ByteRange(offset=offset, nbytes=0)
     return SlotMap(
         nbytes=offset, grads=grads, tables=(), buffers=nothing, packed=nothing, total=0, restored=0
     )
@@ -99,8 +99,8 @@ def test_a_sum_is_cut_evenly_whatever_the_parameters() -> None:
     assert max(sizes) < 1.01 * sum(sizes) / 3
 
 
-def standing(whole: int | None, base: int | None = 2) -> Standing:
-    return Standing(whole=whole, base=base)
+def standing(whole: int | None, base: int | None = 2) -> HostStatus:
+    return HostStatus(whole=whole, base=base)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 import lockstep
 from benchmarks.harm import live_workers, loaders_of
 from lockstep.agent.failure_log import LOST_LOADERS
-from lockstep.agent.local_host import Seat
+from lockstep.agent.local_host import WorkerHandle
 from lockstep.agent.recovery import POISON_DEATHS
 from lockstep.errors import PoisonError, StoppedError, WorkerLostError
 from lockstep.job.faults import Fault
@@ -122,7 +122,7 @@ def test_a_worker_has_died_before_it_is_killed() -> None:
     with subprocess.Popen(["true"]) as process:
         pidfd = os.pidfd_open(process.pid)
     stack = os.memfd_create("stack")
-    seat = Seat(number=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
+    seat = WorkerHandle(number=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
     assert seat.python_stack() == ""
     seat.kill()
     seat.close()

@@ -11,7 +11,7 @@ import pytest
 import lockstep
 from lockstep.agent import worker_group as crew
 from lockstep.agent.recovery import POISON_DEATHS
-from lockstep.data.sample_order import Order
+from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import PoisonError
 from lockstep.job.faults import PHASES, Fault
 from lockstep.planning.sampling import Sampling
@@ -184,7 +184,7 @@ def test_a_poisoned_shard_stops_the_run(yard: Yard) -> None:
     sampling = Sampling(
         samples=SAMPLES, batch_size=settings["batch_size"], shards=6, seed=settings["seed"]
     )
-    samples = Order(sampling).indices(13, 4).tolist()
+    samples = SampleOrder(sampling).indices(13, 4).tolist()
     assert "shard 4 of step 13" in caught.value.what
     assert ", ".join(map(str, samples)) in caught.value.found
     assert len(events(folder, "died")) == POISON_DEATHS

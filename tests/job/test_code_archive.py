@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep as package
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.code_archive import MAX_SOURCE, pack, unpack
-from lockstep.job.task_source import Source, resolve
-from lockstep.net.blob_transfer import Bill, Store
+from lockstep.job.task_source import TaskSource, resolve
+from lockstep.net.blob_transfer import BlobInfo, BlobServer
 from tests.cluster.test_daemon import RUN, alone, waiting_agent
 from tests.support.agents_on_loopback import Agents
 from tests.support.command import TASKS, lockstep
@@ -197,12 +197,12 @@ def test_flipped_bits_stay_inside(
 )
 def test_names_that_lead_out_of_a_module(name: str) -> None:
     with pytest.raises(JobError, match="leads out of the module"):
-        resolve(Source(name=f"tests.support.named_tasks:{name}", offered=True))
+        resolve(TaskSource(name=f"tests.support.named_tasks:{name}", offered=True))
 
 
 def test_names_of_a_module(here: Path) -> None:
     task, _ = resolve(
-        Source(name="tests.support.named_tasks:Blobs", args={"lr": 0.5}, offered=True)
+        TaskSource(name="tests.support.named_tasks:Blobs", args={"lr": 0.5}, offered=True)
     )
     assert task.lr == 0.5  # type: ignore[attr-defined]
 
@@ -210,16 +210,16 @@ def test_names_of_a_module(here: Path) -> None:
 @pytest.mark.parametrize("name", ["os:system", "torch:load", "elsewhere:Task"])
 def test_modules_that_were_not_shipped(here: Path, name: str) -> None:
     with pytest.raises(JobError, match="is not in the code that was shipped"):
-        resolve(Source(name=name, folder=str(here), offered=True))
+        resolve(TaskSource(name=name, folder=str(here), offered=True))
 
 
 # Who takes it.
 
-BILL = Bill(digest="ab" * 32, nbytes=10)
+BILL = BlobInfo(digest="ab" * 32, nbytes=10)
 
 
-def an_offer(task: str, bill: Bill | None = BILL) -> Offer:
-    return Offer(job="job", master="a", address=("127.0.0.1", 9), task=task, code=bill)
+def an_offer(task: str, bill: BlobInfo | None = BILL) -> JobOffer:
+    return JobOffer(job="job", master="a", address=("127.0.0.1", 9), task=task, code=bill)
 
 
 def test_which_code_a_host_takes() -> None:
@@ -229,7 +229,7 @@ def test_which_code_a_host_takes() -> None:
         (an_offer("mine:Task"), Allowed(modules=("mine", "mine:Task"))),  # its name says nothing
         (an_offer("mnist"), Allowed()),
         (an_offer("mine:Task"), Allowed(code=("cd" * 32,))),
-        (an_offer("mine:Task", Bill(digest=BILL.digest, nbytes=1 << 30)), allowed),
+        (an_offer("mine:Task", BlobInfo(digest=BILL.digest, nbytes=1 << 30)), allowed),
     ):
         error = refusal(offer, rules, "b")
         assert isinstance(error, JobError)
@@ -239,7 +239,7 @@ def test_which_code_a_host_takes() -> None:
 
 def test_offers_with_code() -> None:
     for bill in (BILL, None):
-        assert Offer.from_message(an_offer("mine:Task", bill).to_message()).code == bill
+        assert JobOffer.from_message(an_offer("mine:Task", bill).to_message()).code == bill
 
 
 def of_the_master(cluster: Loopback) -> Path:
@@ -280,7 +280,7 @@ def test_code_goes_with_whoever_was_killed(cluster: Loopback) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(LIMIT)
         for job in ("one", "two"):
-            offer = Offer(
+            offer = JobOffer(
                 job=job, master="a", address=listener.getsockname(), task="x:Y", code=BILL
             )
             with cluster.launcher() as launcher:
@@ -343,12 +343,12 @@ def test_a_file_reaches_a_host(
 def test_code_that_is_altered_on_the_way(
     tmp_path: Path, run_shipped: Callable[..., package.Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = Store.put
+    put = BlobServer.put
 
-    def altered(self: Store, hold: Any, content: bytes) -> None:
+    def altered(self: BlobServer, hold: Any, content: bytes) -> None:
         put(self, hold, content.replace(b"dropout", b"DROPOUT", 1))
 
-    monkeypatch.setattr(Store, "put", altered)
+    monkeypatch.setattr(BlobServer, "put", altered)
     on = Agents(Cluster(tmp_path / "site"), {"b": 1})
     with pytest.raises(IntegrityError, match="host b: the code that host master has sent"):
         run_shipped(on)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lockstep.job.position import Place
-from lockstep.optim.local_sgd import LocalSteps
+from lockstep.job.position import Position
+from lockstep.optim.local_sgd import LocalSGD
 from tests.support.named_tasks import Blobs
 
-BEGINNING = Place(training=True, step=0, steps=10, steps_per_epoch=4, batch=0, samples=16)
+BEGINNING = Position(training=True, step=0, steps=10, steps_per_epoch=4, batch=0, samples=16)
 
 
 class Told(Blobs):
-    def told(self, place: Place) -> None:
+    def told(self, place: Position) -> None:
         self.place = place
 
 
@@ -26,7 +26,7 @@ def test_steps_and_held_out_batches() -> None:
 def test_updates_within_rounds() -> None:
     """A task with local steps counts its own updates; its held-out batches are as ever."""
     task = Told()
-    rounds = LocalSteps(task, 3)
+    rounds = LocalSGD(task, 3)
     rounds.told(BEGINNING.at_step(5, samples=9))
     assert (task.place.step, task.place.batch, task.place.steps) == (15, 3, 30)
     rounds.begin_update(2)

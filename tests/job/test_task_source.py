@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.job.code_digest import code_digest
-from lockstep.job.task_source import Source, resolve
+from lockstep.job.task_source import TaskSource, resolve
 from lockstep.planning.eval_batches import combine
 from tests.support import command
 from tests.support.command import TASKS
@@ -204,7 +204,7 @@ def test_what_a_name_may_lead_to(
     """A class, a function that returns a job, or an object, also inside another."""
     more = "\nREADY = Blobs(4)\nclass Inside:\n    task = Blobs(5)\n"
     (tmp_path / "mine.py").write_text(TASKS.read_text() + more)
-    task, job = resolve(Source(name=f"{tmp_path}/mine.py:{attribute}", args=args))
+    task, job = resolve(TaskSource(name=f"{tmp_path}/mine.py:{attribute}", args=args))
     assert vars(task)["lr"] == lr
     assert (job.steps if job else None) == steps
 
@@ -216,7 +216,7 @@ def test_a_function_is_part_of_the_code(tmp_path: Path) -> None:
     for lr in (1, 1, 2):
         text = f"from tests.support.named_tasks import Blobs\ndef task():\n    return Blobs({lr})\n"
         (tmp_path / "mine.py").write_text(text)
-        task, _ = resolve(Source(name=f"{tmp_path}/mine.py:task"))
+        task, _ = resolve(TaskSource(name=f"{tmp_path}/mine.py:task"))
         digests.append(code_digest(task))
     assert digests[0] == digests[1] != digests[2]
 
@@ -242,7 +242,7 @@ def test_names_that_lead_nowhere(
 ) -> None:
     (tmp_path / "mine.py").write_text(TASKS.read_text())
     with pytest.raises(kind, match=says):
-        resolve(Source(name=name.format(tmp_path)))
+        resolve(TaskSource(name=name.format(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["mine:Blobs", "mine.py:Blobs", f"{TASKS}:Blobs"])

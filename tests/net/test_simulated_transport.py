@@ -10,7 +10,7 @@ import pytest
 from lockstep.errors import NetworkError, PeerClosedError, PeerTimeoutError
 from lockstep.net import simulated_transport as memory
 from lockstep.net.frames import HEADER, Kind
-from lockstep.net.simulated_transport import Fault, MemoryTransport, Network
+from lockstep.net.simulated_transport import MemoryTransport, Network, NetworkFault
 from lockstep.net.transport import Key, Pending
 
 LONG = 1000.0
@@ -43,7 +43,7 @@ def test_time_passes_only_while_all_wait() -> None:
 
 
 def test_delay() -> None:
-    fault = Fault(source="a", target="b", frame=2, kind="delay", seconds=5.0)
+    fault = NetworkFault(source="a", target="b", frame=2, kind="delay", seconds=5.0)
     network = Network(faults=[fault])
     a, b = network.join("a"), network.join("b")
     arrivals = []
@@ -57,7 +57,7 @@ def test_delay() -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, HEADER.size, HEADER.size + 40])
 def test_cut(keep: int) -> None:
-    fault = Fault(source="a", target="b", frame=2, kind="cut", keep=keep)
+    fault = NetworkFault(source="a", target="b", frame=2, kind="cut", keep=keep)
     network = Network(faults=[fault])
     a, b = network.join("a"), network.join("b")
     (_, whole, _), (sent, cut, into) = send(a, b, 1), send(a, b, 2)
@@ -79,7 +79,7 @@ def test_cut(keep: int) -> None:
 
 
 def test_drop_is_one_way_and_silent() -> None:
-    fault = Fault(source="a", target="b", frame=2, kind="drop")
+    fault = NetworkFault(source="a", target="b", frame=2, kind="drop")
     network = Network(faults=[fault])
     a, b = network.join("a"), network.join("b")
     send(a, b, 1)[1].wait(LONG)
@@ -94,7 +94,7 @@ def test_drop_is_one_way_and_silent() -> None:
 
 
 def test_stall_is_silent_both_ways_and_leaves_others_alone() -> None:
-    fault = Fault(source="a", target="b", frame=1, kind="stall")
+    fault = NetworkFault(source="a", target="b", frame=1, kind="stall")
     network = Network(faults=[fault])
     a, b, c = network.join("a"), network.join("b"), network.join("c")
     for source, target in ((a, b), (b, a)):
@@ -106,7 +106,7 @@ def test_stall_is_silent_both_ways_and_leaves_others_alone() -> None:
 
 
 def test_close() -> None:
-    fault = Fault(source="a", target="b", frame=2, kind="close")
+    fault = NetworkFault(source="a", target="b", frame=2, kind="close")
     network = Network(faults=[fault])
     a, b = network.join("a"), network.join("b")
     (_, whole, _), (_, missing, _) = send(a, b, 1), send(a, b, 2)

@@ -19,7 +19,7 @@ from lockstep.collectives.tree_sum import combine_buffers
 from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.job.task import Parameters
 from lockstep.optim.introspection import check_known, discover_state
-from lockstep.optim.lr_schedule import Schedule
+from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.sampling import Sampling
 from lockstep.state import shared_state as state
 from lockstep.worker import build_state as building
@@ -252,5 +252,5 @@ def test_a_schedule_that_cannot_be_stepped_is_refused(
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     task = With(lambda _: optimizer, schedule)
     with pytest.raises(TaskError) as error:
-        Schedule(task, optimizer, Sampling(samples=8, batch_size=4, shards=1, seed=0))
+        LrSchedule(task, optimizer, Sampling(samples=8, batch_size=4, shards=1, seed=0))
     assert says in message(error)

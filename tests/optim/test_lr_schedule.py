@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def begin(name: str, rate: str) -> tuple[schedule.Schedule, Callable[[], list[dict[str, Any]]]]:
+def begin(name: str, rate: str) -> tuple[schedule.LrSchedule, Callable[[], list[dict[str, Any]]]]:
     make, interval = SCHEDULES[name]
     weights = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
     groups: list[dict[str, Any]] = [
@@ -60,7 +60,7 @@ def begin(name: str, rate: str) -> tuple[schedule.Schedule, Callable[[], list[di
             for group in optimizer.param_groups
         ]
 
-    return schedule.Schedule(Scheduled(make, interval), optimizer, sampling), options
+    return schedule.LrSchedule(Scheduled(make, interval), optimizer, sampling), options
 
 
 @pytest.mark.parametrize("remembered", [1024, 3])

@@ -22,8 +22,8 @@ from lockstep.planning.blocks import (
     group_blocks,
     own_blocks,
 )
-from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
-from lockstep.planning.digest_sample import plan_audit
+from lockstep.planning.byte_ranges import ALIGN, ByteRange, merge_ranges
+from lockstep.planning.digest_sample import plan_digest_sample
 from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.state.allocation import contiguous_stride, dense_stride
 
@@ -74,7 +74,7 @@ def test_owners_share_evenly(sizes: list[int], workers: int) -> None:
 
 
 @st.composite
-def disjoint_ranges(draw: st.DrawFn) -> list[Range]:
+def disjoint_ranges(draw: st.DrawFn) -> list[ByteRange]:
     """Ranges as the layout has them: some touch, some have padding or more between them."""
     ranges, cursor = [], 0
     for _ in range(draw(st.integers(0, 12))):
@@ -82,17 +82,17 @@ def disjoint_ranges(draw: st.DrawFn) -> list[Range]:
         if gap != "touch":
             cursor = math.ceil(cursor / ALIGN) * ALIGN + (gap == "apart") * 3 * ALIGN
         nbytes = draw(st.integers(1, 1000))
-        ranges.append(Range(offset=cursor, nbytes=nbytes))
+        ranges.append(ByteRange(offset=cursor, nbytes=nbytes))
         cursor += nbytes
     return draw(st.permutations(ranges))
 
 
-def bytes_of(ranges: Sequence[Range]) -> set[int]:
+def bytes_of(ranges: Sequence[ByteRange]) -> set[int]:
     return {at for item in ranges for at in range(item.offset, item.offset + item.nbytes)}
 
 
 @given(disjoint_ranges())
-def test_merged_ranges_cover_the_same_bytes(ranges: list[Range]) -> None:
+def test_merged_ranges_cover_the_same_bytes(ranges: list[ByteRange]) -> None:
     merged = merge_ranges(ranges)
     assert merge_ranges(merged) == merged
     ends = [item.offset + item.nbytes for item in merged]
@@ -128,7 +128,7 @@ def test_who_digests_what() -> None:
         )
         for number, (name, kind) in enumerate(kinds.items())
     )  # fmt: skip
-    audit = plan_audit(Layout(
+    audit = plan_digest_sample(Layout(
         entries=entries, blocks=(), trainable=("a", "b", "a.b"), state_bytes=65536, slots_bytes=0,
         exported=(),
     ))  # fmt: skip

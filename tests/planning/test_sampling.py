@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.data.fetching import Rows
+from lockstep.data.fetching import TensorRows
 from lockstep.data.loader import FetchTimes, wants_loaders
-from lockstep.data.sample_order import Order
+from lockstep.data.sample_order import SampleOrder
 from lockstep.planning.sampling import Sampling, home_shards
 from lockstep.system import seeding as seeds
 from tests.support import reference_loop as reference
@@ -27,7 +27,7 @@ samplings = st.builds(
 
 @given(samplings, st.integers(0, 3))
 def test_every_sample_once_per_data_epoch(sampling: Sampling, data_epoch: int) -> None:
-    order = Order(sampling)
+    order = SampleOrder(sampling)
     first = data_epoch * sampling.steps_per_epoch
     steps = range(first, first + sampling.steps_per_epoch)
     seen = [i for s in steps for v in range(sampling.shards) for i in order.indices(s, v).tolist()]
@@ -55,9 +55,9 @@ def test_shards_partition_the_batch(sampling: Sampling, step: int) -> None:
 def test_order_does_not_depend_on_what_was_asked_before(
     sampling: Sampling, steps: list[int]
 ) -> None:
-    order = Order(sampling)
+    order = SampleOrder(sampling)
     for step in steps:
-        assert order.indices(step, 0).tolist() == Order(sampling).indices(step, 0).tolist()
+        assert order.indices(step, 0).tolist() == SampleOrder(sampling).indices(step, 0).tolist()
 
 
 @given(st.integers(1, 64), st.data())
@@ -96,7 +96,7 @@ def test_seeds_of_near_numbers_differ() -> None:
 
 def test_batches_fetched_together_are_those_fetched_alone_and_aligned() -> None:
     generator = torch.Generator().manual_seed(3)
-    rows = Rows((torch.randn(50, 7, generator=generator), torch.arange(50)))
+    rows = TensorRows((torch.randn(50, 7, generator=generator), torch.arange(50)))
     wanted = [np.array([3, 1, 4]), np.array([15]), np.arange(20, 33)]
     together = rows.several(wanted)
     for indices, batch in zip(wanted, together, strict=True):
@@ -107,7 +107,7 @@ def test_batches_fetched_together_are_those_fetched_alone_and_aligned() -> None:
 
 
 def test_large_batches_are_fetched_one_by_one() -> None:
-    rows = Rows((torch.zeros(4, 1 << 16),))
+    rows = TensorRows((torch.zeros(4, 1 << 16),))
     assert rows.ahead(8) == 1
     assert rows.ahead(1) > 1
 

@@ -15,7 +15,7 @@ import lockstep
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
-from lockstep.optim.lr_schedule import Schedule
+from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.sampling import Sampling
 from lockstep.recipes.cartpole import cartpole
 from lockstep.recipes.clicks import Clicks, clicks
@@ -215,7 +215,7 @@ def test_the_rate_falls_to_nothing_with_any_batch_size(tmp_path: Path) -> None:
         for batch in (1, 2):
             optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
             sampling = Sampling(samples=samples, batch_size=batch, shards=1, seed=0)
-            schedule = Schedule(task, optimizer, sampling)
+            schedule = LrSchedule(task, optimizer, sampling)
             steps = int((8 if samples == 2 else 4) * sampling.steps_per_epoch)
             rates = []
             for step in range(steps + 1):

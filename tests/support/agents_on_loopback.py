@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from benchmarks.namespaces import Network
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.net.transport import Report, ignore
 from tests.support.tls_hosts import Cluster
 from tests.zoo.samples import Noisy
@@ -210,16 +210,16 @@ class Agents:
         self.workers: int | None = here
         self.report: Report = ignore
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._offer: Offer | None = None
+        self._offer: JobOffer | None = None
 
-    def offer(self, offer: Offer) -> tuple[str, ...]:
+    def offer(self, offer: JobOffer) -> tuple[str, ...]:
         self._offer = offer
         for name, workers in self.names.items():
             self.start(name, workers)
         return tuple(self.names)
 
     @property
-    def offered(self) -> Offer:
+    def offered(self) -> JobOffer:
         """The job. Asked once it is offered."""
         assert self._offer is not None
         return self._offer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.cluster.daemon.control_socket import ask
-from lockstep.cluster.daemon.launcher import Cluster
+from lockstep.cluster.daemon.launcher import ClusterLauncher
 from tests.support.command import TASKS
 from tests.support.daemons import Daemon
 
@@ -48,9 +48,11 @@ class Loopback:
         daemon.until("waits for jobs")
         return daemon
 
-    def launcher(self, reports: queue.SimpleQueue[tuple[str, str]] | None = None) -> Cluster:
+    def launcher(
+        self, reports: queue.SimpleQueue[tuple[str, str]] | None = None
+    ) -> ClusterLauncher:
         shown = reports or queue.SimpleQueue()
-        return Cluster.of_this_machine(self.folder / "a", lambda *said: shown.put(said))
+        return ClusterLauncher.of_this_machine(self.folder / "a", lambda *said: shown.put(said))
 
     def hosts(self) -> dict[str, dict[str, str]]:
         """By host, what it says of each job."""

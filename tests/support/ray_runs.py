@@ -10,7 +10,7 @@ import pytest
 from ray._private.services import get_node_ip_address
 
 import lockstep
-from lockstep.cluster.daemon.launcher import Cluster
+from lockstep.cluster.daemon.launcher import ClusterLauncher
 from tests.support.harmed_runs import Event, await_event
 from tests.support.ray_cluster import LIMIT, RayNodes
 from tests.support.ray_tls import credentials
@@ -60,7 +60,7 @@ def hosts_in(event: Event) -> set[str]:
 class Watched:
     """A run in the background, on a cluster, while its gate is closed."""
 
-    def __init__(self, on: Cluster, out: str, workers: int) -> None:
+    def __init__(self, on: ClusterLauncher, out: str, workers: int) -> None:
         self.out = out
         self.run = lockstep.start(TASK, on=on, workers=workers, out=out, quiet=True, **SETTINGS)
 

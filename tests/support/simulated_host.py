@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from lockstep.agent import membership
-from lockstep.agent.membership import Members, Status
+from lockstep.agent.membership import Status, WorkerMembership
 from lockstep.agent.recovery import resume
 from lockstep.planning.blocks import Block, own_blocks
 from lockstep.planning.sampling import home_shards
 from lockstep.planning.step_phases import Phase, progress_of
-from lockstep.state.control_segment import RING, Control, ControlShape
+from lockstep.state.control_segment import RING, ControlSegment, ControlShape
 from lockstep.system.shared_memory import Segment
 
 AHEAD = 3
@@ -60,7 +60,7 @@ class Simulation:
         self.blocks = [Block(param=n, start=0, stop=s, whole=True) for n, s in enumerate(blocks)]
         count = len(blocks)
         shape = ControlShape(shards=shards, seats=seats, params=count)
-        self.control = Control(Segment.create("control", shape.nbytes()), shape)
+        self.control = ControlSegment(Segment.create("control", shape.nbytes()), shape)
         self.state = np.zeros((count + 1, 2), np.int64)
         """A block is two words, which an update writes one after the other: between, it is torn.
         The last are the committed buffers, which rank 0 writes from the slots."""
@@ -74,7 +74,7 @@ class Simulation:
         self.slots: list[Any] = [None] * shards
         self.reduced: list[Any] = [None] * count
         self.claims: dict[int, int] = {}
-        self.members = Members(target=workers, seats=seats)
+        self.members = WorkerMembership(target=workers, seats=seats)
         self.processes: dict[int, Process] = {}
         self.seats: tuple[int, ...] = ()
         self.idle: dict[int, int] = {}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lockstep.errors import ResourceError
-from lockstep.planning.byte_ranges import Range
-from lockstep.state.control_segment import Control, ControlShape
-from lockstep.state.snapshot import Base, BasePart, steps_between
+from lockstep.planning.byte_ranges import ByteRange
+from lockstep.state.control_segment import ControlSegment, ControlShape
+from lockstep.state.snapshot import Snapshot, SnapshotPart, steps_between
 from lockstep.system import machine
 from lockstep.system.shared_memory import Segment
 
@@ -66,13 +66,15 @@ def test_a_shortage_at_allocation_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_base_is_copied_part_by_part_and_put_back() -> None:
     shape = ControlShape(shards=1, seats=1, params=1)
-    control = Control(Segment.create("control", shape.nbytes()), shape)
+    control = ControlSegment(Segment.create("control", shape.nbytes()), shape)
     state, kept = Segment.create("state", 8192), Segment.create("base", 8192)
-    base = Base(control, state, kept)
+    base = Snapshot(control, state, kept)
     first, second = bytes(range(256)) * 32, bytes(range(255, -1, -1)) * 32
     state.map[:8192] = first
     assert bytes(base.take(3)) == first
-    part = BasePart(state, kept, [Range(offset=256, nbytes=400), Range(offset=1024, nbytes=1)])
+    part = SnapshotPart(
+        state, kept, [ByteRange(offset=256, nbytes=400), ByteRange(offset=1024, nbytes=1)]
+    )
     state.map[:8192] = second
     part.refresh()
     base.put_back()

@@ -18,12 +18,12 @@ from typing import Any
 from lockstep.agent import membership
 from lockstep.agent.answer_chunks import in_pieces
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.job_offer import Offer
-from lockstep.agent.local_host import Host
-from lockstep.agent.observer import NullSink
-from lockstep.agent.regroup_messages import Orders
-from lockstep.agent.worker_group import Crew
-from lockstep.collectives.host_mesh import Station
+from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import NullObserver
+from lockstep.agent.regroup_messages import RegroupOrder
+from lockstep.agent.worker_group import WorkerGroup
+from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import (
     JobError,
     LockstepError,
@@ -35,9 +35,9 @@ from lockstep.errors import (
     to_message,
 )
 from lockstep.job.code_archive import unpack
-from lockstep.job.task_source import Source
+from lockstep.job.task_source import TaskSource
 from lockstep.net.blob_transfer import fetch
-from lockstep.net.control_link import Link
+from lockstep.net.control_link import ControlLink
 from lockstep.net.handshake import gather
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
@@ -52,7 +52,7 @@ PLAN_SECONDS = 1800.0
 
 def serve(
     identity: Identity,
-    offer: Offer,
+    offer: JobOffer,
     *,
     workers: int,
     host: str,
@@ -84,11 +84,11 @@ def serve(
         )
         stack.callback(transport.close)
         transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
-        link = Link(transport)
+        link = ControlLink(transport)
         stack.callback(link.close)
         agent: Agent | None = None
         try:
-            source = Source(
+            source = TaskSource(
                 name=offer.task,
                 args=dict(offer.args),
                 folder=_fetch_code(link, offer, folder, silence),
@@ -96,10 +96,10 @@ def serve(
             )
             settings, records = dict(offer.settings), offer.records
             with _fetched_data(link, offer, silence) as data:
-                local = Host.start(source, settings, records, networked=True, data=data)
+                local = LocalHost.start(source, settings, records, networked=True, data=data)
             stack.enter_context(local)
             local.name = identity.node
-            station = Station(identity, host, offer.job, report, link.wake, silence)
+            station = HostMesh(identity, host, offer.job, report, link.wake, silence)
             stack.callback(station.close)
             agent = Agent(local, link, station, offer.master, silence, moved)
             agent.run(workers)
@@ -112,7 +112,7 @@ def serve(
             raise
 
 
-def _fetch_code(link: Link, offer: Offer, folder: Path | None, silence: float) -> str:
+def _fetch_code(link: ControlLink, offer: JobOffer, folder: Path | None, silence: float) -> str:
     """Put the code that goes with an offer into its folder; where it is, or "" if none goes."""
     if offer.code is None:
         return ""
@@ -130,7 +130,7 @@ def _fetch_code(link: Link, offer: Offer, folder: Path | None, silence: float) -
 
 
 @contextlib.contextmanager
-def _fetched_data(link: Link, offer: Offer, silence: float) -> Iterator[Segment | None]:
+def _fetched_data(link: ControlLink, offer: JobOffer, silence: float) -> Iterator[Segment | None]:
     """The data sets or the records that the master sends, in memory, if it does."""
     if offer.data is None:
         yield None
@@ -151,9 +151,9 @@ class Agent:
 
     def __init__(
         self,
-        host: Host,
-        link: Link,
-        station: Station,
+        host: LocalHost,
+        link: ControlLink,
+        station: HostMesh,
         master: str,
         silent_seconds: float,
         moved: Callable[[], object],
@@ -265,7 +265,7 @@ class Agent:
             case "arrange":
                 assert self.crew is not None
                 self.crew.leased = message["lease"]
-                self.crew.arrange(Orders.from_message(message))
+                self.crew.arrange(RegroupOrder.from_message(message))
             case "lease":
                 assert self.crew is not None
                 self.crew.leased = message["step"]
@@ -301,7 +301,7 @@ class Agent:
             )
 
 
-def _await_end(link: Link) -> None:
+def _await_end(link: ControlLink) -> None:
     """Wait a moment for the master to take note of why this host cannot go on."""
     limit = time.monotonic() + 2.0
     while time.monotonic() < limit:
@@ -310,7 +310,7 @@ def _await_end(link: Link) -> None:
             return
 
 
-class Following(Crew):
+class Following(WorkerGroup):
     """A crew that goes as far as its master says."""
 
     agent: Agent
@@ -333,7 +333,7 @@ class Following(Crew):
         self.agent._trouble(self.station.generation, "", why)
 
 
-class Forward(NullSink):
+class Forward(NullObserver):
     """Keeps nothing, and forwards to the master what people may want to know."""
 
     def __init__(self, agent: Agent) -> None:

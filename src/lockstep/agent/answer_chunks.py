@@ -32,7 +32,7 @@ def in_pieces(batch: int, result: Any) -> Iterator[dict[str, Any]]:
         yield {"batch": batch, "piece": number, "pieces": len(pieces), "text": piece}
 
 
-class Answers:
+class AnswerAssembler:
     """Puts the pieces together that hosts send, each its own in order."""
 
     def __init__(self) -> None:

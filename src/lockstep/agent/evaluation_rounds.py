@@ -17,7 +17,7 @@ from lockstep.planning.eval_batches import Outputs, combine, gather
 from lockstep.system.unix_channel import Message
 
 if TYPE_CHECKING:
-    from lockstep.agent.worker_group import Crew
+    from lockstep.agent.worker_group import WorkerGroup
 
 Inferred = Literal["evaluate", "predict"]
 """What is made of a held-out batch: its metrics, or its predictions."""
@@ -29,7 +29,7 @@ SCORE_SECONDS = 300.0
 class Evaluation:
     """What a crew does between two rests to evaluate. It hands on the workers' answers."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: WorkerGroup) -> None:
         self.crew = crew
         self._round = 0
         self._results: dict[int, Any] = {}

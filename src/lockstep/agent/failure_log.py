@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lockstep.agent.local_host import Host, Seat
+from lockstep.agent.local_host import LocalHost, WorkerHandle
 from lockstep.agent.membership import Status
-from lockstep.agent.observer import Sink
+from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import POISON_DEATHS, Resumption
-from lockstep.agent.stall_policy import Patience, stalled
-from lockstep.agent.step_log import History
+from lockstep.agent.stall_policy import StallTimeout, stalled
+from lockstep.agent.step_log import StepLog
 from lockstep.errors import (
     IntegrityError,
     LockstepError,
@@ -35,10 +35,10 @@ LONGEST_LOOK = 0.5
 """Seconds: no more than this is counted as silence between two looks at the workers."""
 
 
-class Failures:
+class FailureLog:
     """Watches the workers of one host and keeps the record of each recovery."""
 
-    def __init__(self, host: Host, history: History, sink: Sink) -> None:
+    def __init__(self, host: LocalHost, history: StepLog, sink: RunObserver) -> None:
         self.host, self.history, self.sink = host, history, sink
         self.control = host.control
         self.evaluating = False
@@ -59,7 +59,7 @@ class Failures:
 
     # Deaths.
 
-    def died(self, seat: Seat, status: Status | None, snapshot: Snapshot) -> None:
+    def died(self, seat: WorkerHandle, status: Status | None, snapshot: Snapshot) -> None:
         """Take note of a death, and count it.
 
         Raises:
@@ -92,7 +92,7 @@ class Failures:
                  "shard": None, "batch": None, "how": why}  # fmt: skip
         self._open.append({**facts, "detection_ms": round(silent * 1e3, 2), "at": time.monotonic()})
 
-    def _where(self, seat: Seat, status: Status | None) -> dict[str, Any]:
+    def _where(self, seat: WorkerHandle, status: Status | None) -> dict[str, Any]:
         """Which worker, and what it was doing."""
         word, shard = self.control.progress(seat.number), self.control.shard(seat.number)
         step, phase = describe_progress(word)
@@ -140,11 +140,11 @@ class Failures:
             )
 
     def _poison(self, what: str, step: int, number: int, how: str) -> PoisonError:
-        from lockstep.data.sample_order import Order
+        from lockstep.data.sample_order import SampleOrder
 
         if what == "shard":
             name, where = f"shard {number} of step {step}", "the training set"
-            order = Order(self.history.sampling, self.history.plan.part)
+            order = SampleOrder(self.history.sampling, self.history.plan.part)
             indices = order.indices(step, number).tolist()
         else:
             name, where = f"held-out batch {number} after step {step}", "the held-out set"
@@ -178,7 +178,7 @@ class Failures:
             self.sink.event("recovered", **record)
         return done
 
-    def lost_loader(self, seat: Seat) -> None:
+    def lost_loader(self, seat: WorkerHandle) -> None:
         """A worker ends itself since one of its loader processes has died. What the loader was at
         is not known; when it has happened too often, workers do without and show it."""
         self._without_loader.add(seat.pid)
@@ -279,9 +279,9 @@ class Failures:
 
     def _is_stopped(self, seat: int, silent: float) -> bool:
         """Whether the process is stopped; asked only of those that have been silent for long."""
-        return silent > Patience.STOPPED / 2 and self.host.seats[seat].is_stopped()
+        return silent > StallTimeout.STOPPED / 2 and self.host.seats[seat].is_stopped()
 
-    def _kill(self, seat: Seat, status: Status, silent: float, reason: str) -> None:
+    def _kill(self, seat: WorkerHandle, status: Status, silent: float, reason: str) -> None:
         self.sink.event(
             "stalled",
             **self._where(seat, status),

@@ -27,7 +27,7 @@ END_SECONDS = 5.0
 STDERR = 2
 
 
-class NurseryProcess:
+class ForkServerClient:
     """A nursery and the conversation with it, which is for one thread at a time."""
 
     def __init__(
@@ -37,7 +37,7 @@ class NurseryProcess:
         pidfd: int,
         *,
         child: subprocess.Popen[bytes] | None = None,
-        parent: NurseryProcess | None = None,
+        parent: ForkServerClient | None = None,
     ) -> None:
         """It is this process's `child`, or the clone of a `parent`."""
         self.channel, self.pid = channel, pid
@@ -46,7 +46,7 @@ class NurseryProcess:
         self._cloning = threading.Lock()
 
     @classmethod
-    def start(cls, environment: Mapping[str, str]) -> NurseryProcess:
+    def start(cls, environment: Mapping[str, str]) -> ForkServerClient:
         """Start one that has nothing loaded yet."""
         ours, theirs = Channel.pair()
         command = [
@@ -62,7 +62,7 @@ class NurseryProcess:
         theirs.close()
         return cls(ours, child.pid, os.pidfd_open(child.pid), child=child)
 
-    def clone(self, environment: Mapping[str, str] | None = None) -> NurseryProcess:
+    def clone(self, environment: Mapping[str, str] | None = None) -> ForkServerClient:
         """Fork it, with what it has loaded; threads may do that at the same time.
 
         With `environment`, the clone has that, and this process's stderr, in place of its parent's.
@@ -74,7 +74,7 @@ class NurseryProcess:
         with self._cloning:
             request = {"op": "clone", **given}
             message, fds = self.ask(request, "cloned", FORK_SECONDS, [STDERR] if given else ())
-        return NurseryProcess(Channel.from_fd(fds[0]), message["pid"], fds[1], parent=self)
+        return ForkServerClient(Channel.from_fd(fds[0]), message["pid"], fds[1], parent=self)
 
     def ask(
         self, request: Message, event: str, seconds: float, fds: Sequence[int] = ()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ProtocolError
-from lockstep.net.blob_transfer import Bill
+from lockstep.net.blob_transfer import BlobInfo
 
 if TYPE_CHECKING:
     pass
@@ -16,7 +16,7 @@ Address = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
+class JobOffer:
     """A job that looks for hosts."""
 
     job: str
@@ -30,9 +30,9 @@ class Offer:
     args: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The explicit settings of the job, as `Host.start` takes them."""
-    code: Bill | None = None
+    code: BlobInfo | None = None
     """The archive of the task's code, if hosts have to fetch it from the master."""
-    data: Bill | None = None
+    data: BlobInfo | None = None
     """The data sets, likewise; or the file of `records`."""
     records: Mapping[str, Any] | None = None
     """Where there are predictions to be made: `{"path", "keep"}`, as `Host.start` takes them."""
@@ -52,7 +52,7 @@ class Offer:
         }
 
     @staticmethod
-    def from_message(message: Mapping[str, Any]) -> Offer:
+    def from_message(message: Mapping[str, Any]) -> JobOffer:
         """The offer in a message.
 
         Raises:
@@ -63,15 +63,15 @@ class Offer:
             texts = [message[name] for name in ("job", "master", "task")]
             if not all(isinstance(text, str) for text in (*texts, host)):
                 raise TypeError("a name is not a text")
-            return Offer(
+            return JobOffer(
                 job=message["job"],
                 master=message["master"],
                 address=(host, int(port)),
                 task=message["task"],
                 args=dict(message["args"]),
                 settings=dict(message["settings"]),
-                code=Bill.from_message(message["code"]),
-                data=Bill.from_message(message["data"]),
+                code=BlobInfo.from_message(message["code"]),
+                data=BlobInfo.from_message(message["data"]),
                 records=_records(message["records"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -17,16 +17,16 @@ from typing import Any
 from lockstep.agent.forkserver_client import (
     FORK_SECONDS,
     LOAD_SECONDS,
-    NurseryProcess,
+    ForkServerClient,
     describe_exit,
 )
-from lockstep.agent.preload import environment_for, new_nursery
-from lockstep.job.task_source import Source
+from lockstep.agent.preload import environment_for, new_forkserver
+from lockstep.job.task_source import TaskSource
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
-from lockstep.state.control_segment import Control, ControlShape
-from lockstep.state.snapshot import Base
+from lockstep.state.control_segment import ControlSegment, ControlShape
+from lockstep.state.snapshot import Snapshot
 from lockstep.system.folders import working_folder
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed, Message
@@ -35,7 +35,7 @@ STACK_SECONDS = 0.5
 
 
 @dataclass
-class Seat:
+class WorkerHandle:
     """A worker process and the two descriptors that stand for it."""
 
     number: int
@@ -89,7 +89,7 @@ class Seat:
 class Event:
     """Something that a seat's worker said (`message`), or its death (`message` is None)."""
 
-    seat: Seat
+    seat: WorkerHandle
     message: Message | None
 
 
@@ -100,13 +100,13 @@ def _search_path(here: str, shipped: str) -> list[str]:
     return [shipped, here, *path] if shipped else path
 
 
-class Host:
+class LocalHost:
     """Starts and ends the processes of one host. Use it as a context manager."""
 
-    def __init__(self, nursery: NurseryProcess) -> None:
+    def __init__(self, nursery: ForkServerClient) -> None:
         self._nursery = nursery
         self.name = platform.node() or "localhost"
-        self.seats: dict[int, Seat] = {}
+        self.seats: dict[int, WorkerHandle] = {}
         self.facts: dict[str, Any] = {}
         self.layout: Layout | None = None
         self.data: Segment | None = None
@@ -118,13 +118,13 @@ class Host:
     @classmethod
     def start(
         cls,
-        source: Source,
+        source: TaskSource,
         settings: dict[str, Any],
         records: Mapping[str, Any] | None = None,
         *,
         networked: bool = False,
         data: Segment | None = None,
-    ) -> Host:
+    ) -> LocalHost:
         """Start a nursery and have it load the task.
 
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
@@ -135,7 +135,7 @@ class Host:
             JobError: the folder that this process works in is gone.
         """
         here = working_folder()
-        nursery = new_nursery(environment_for(settings.get("numerics", "native")))
+        nursery = new_forkserver(environment_for(settings.get("numerics", "native")))
         fds = []
         if source.payload is not None:
             fds.append(os.memfd_create("lockstep-task", os.MFD_CLOEXEC))
@@ -162,7 +162,7 @@ class Host:
                 os.close(fd)
         return cls(nursery)
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> LocalHost:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,9 +182,9 @@ class Host:
             self.data = Segment(fds[0], message["data"])
         return self.facts
 
-    def clone(self) -> Host:
+    def clone(self) -> LocalHost:
         """A second host with the same task, for a trial."""
-        clone = Host(self._nursery.clone())
+        clone = LocalHost(self._nursery.clone())
         clone.facts = self.facts
         return clone
 
@@ -200,18 +200,18 @@ class Host:
         ]
         self.layout = Layout.from_message(message["layout"])
         self.state = self._segments[0]
-        self.control = Control(self._segments[2], ControlShape(**message["control"]))
-        self.base = Base(self.control, self.state, self._segments[1])
+        self.control = ControlSegment(self._segments[2], ControlShape(**message["control"]))
+        self.base = Snapshot(self.control, self.state, self._segments[1])
         self.slots, self.slot_map = self._segments[3], SlotMap.from_message(message["slots"])
         profile: dict[str, Any] = message["profile"]
         return profile
 
-    def spawn(self, number: int) -> Seat:
+    def spawn(self, number: int) -> WorkerHandle:
         """Fork a worker into a seat."""
         message, (channel_fd, pidfd) = self._nursery.ask(
             {"op": "spawn", "seat": number}, "spawned", FORK_SECONDS
         )
-        seat = Seat(
+        seat = WorkerHandle(
             number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
         )
         if number in self.seats:
@@ -228,8 +228,8 @@ class Host:
             WorkerLostError: the nursery has died.
         """
         poll = select.poll()
-        channels: dict[int, Seat] = {}
-        deaths: dict[int, Seat] = {}
+        channels: dict[int, WorkerHandle] = {}
+        deaths: dict[int, WorkerHandle] = {}
         for seat in self.seats.values():
             if seat.alive:
                 poll.register(seat.channel, select.POLLIN)
@@ -250,7 +250,7 @@ class Host:
             seat.alive = False
             yield Event(seat=seat, message=None)
 
-    def _heard(self, seat: Seat) -> Iterator[Event]:
+    def _heard(self, seat: WorkerHandle) -> Iterator[Event]:
         try:
             while seat.channel.ready():
                 message, fds = seat.channel.receive()
@@ -260,7 +260,7 @@ class Host:
         except Closed:
             return
 
-    def how_it_ended(self, seat: Seat) -> str:
+    def how_it_ended(self, seat: WorkerHandle) -> str:
         """Why a dead worker died, in words."""
         code = self._nursery.exit_code(seat.pid, 1.0)
         return "ended" if code is None else describe_exit(code)

@@ -28,7 +28,7 @@ class Status(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Members:
+class WorkerMembership:
     """The state of the membership."""
 
     target: int
@@ -168,10 +168,10 @@ class GiveUp:
 
 
 Command = Spawn | Regroup | Form | Dismiss | GiveUp
-Decision = tuple[Members, tuple[Command, ...], str]
+Decision = tuple[WorkerMembership, tuple[Command, ...], str]
 
 
-def decide(members: Members, event: Event) -> Decision:
+def decide(members: WorkerMembership, event: Event) -> Decision:
     """The next state, what to do, and why."""
     match event:
         case Begin():
@@ -205,14 +205,14 @@ def decide(members: Members, event: Event) -> Decision:
             return _form_if_at_rest(replace(members, held=False), "the hosts are regrouped")
 
 
-def _with(members: Members, seat: int, status: Status | None) -> Members:
+def _with(members: WorkerMembership, seat: int, status: Status | None) -> WorkerMembership:
     changed = {other: now for other, now in members.status.items() if other != seat}
     if status is not None:
         changed[seat] = status
     return replace(members, status=changed)
 
 
-def _hello(members: Members, seat: int) -> Decision:
+def _hello(members: WorkerMembership, seat: int) -> Decision:
     members = replace(_with(members, seat, Status.READY), failed_starts=0)
     reason = f"worker {seat} is ready to join"
     if members.regrouping:
@@ -220,7 +220,7 @@ def _hello(members: Members, seat: int) -> Decision:
     return _regroup(members, reason)
 
 
-def _died(members: Members, seat: int) -> Decision:
+def _died(members: WorkerMembership, seat: int) -> Decision:
     was = members.status.get(seat)
     members = _with(members, seat, None)
     reason = f"worker {seat} died while {was.value if was else 'away'}"
@@ -235,7 +235,7 @@ def _died(members: Members, seat: int) -> Decision:
     return _regroup(members, reason)
 
 
-def _target(members: Members, workers: int) -> Decision:
+def _target(members: WorkerMembership, workers: int) -> Decision:
     workers = max(1, min(workers, members.seats))
     members = replace(members, target=workers)
     live = members.staying
@@ -247,14 +247,14 @@ def _target(members: Members, workers: int) -> Decision:
     return members, (), reason
 
 
-def _regroup(members: Members, reason: str) -> Decision:
+def _regroup(members: WorkerMembership, reason: str) -> Decision:
     """Bring everybody to rest, if it is not under way."""
     raised: tuple[Command, ...] = () if members.regrouping else (Regroup(),)
     members, commands, reason = _form_if_at_rest(replace(members, regrouping=True), reason)
     return members, (*raised, *commands), reason
 
 
-def _form_if_at_rest(members: Members, reason: str) -> Decision:
+def _form_if_at_rest(members: WorkerMembership, reason: str) -> Decision:
     """Form the next membership if one is due and nobody works.
 
     It is not formed before somebody can be in it; at the start, not before everybody is.
@@ -274,11 +274,11 @@ def _form_if_at_rest(members: Members, reason: str) -> Decision:
     return members, (*dismissed, Form(formed), *spawned), reason
 
 
-def _what(members: Members) -> str:
+def _what(members: WorkerMembership) -> str:
     return "the hosts" if members.held else "workers to start"
 
 
-def _fill(members: Members, reason: str) -> Decision:
+def _fill(members: WorkerMembership, reason: str) -> Decision:
     """Start as many workers as are missing, in free seats."""
     missing = members.target - members.staying
     free = [seat for seat in range(members.seats) if seat not in members.status]

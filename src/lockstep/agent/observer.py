@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from lockstep.results.ledger import StepRecord
 
 
-class Sink(Protocol):
+class RunObserver(Protocol):
     """Receives the history of a run, in order. All calls come from the coordinator's thread."""
 
     def commit(self, record: StepRecord) -> None:
@@ -38,7 +38,7 @@ class Sink(Protocol):
         """
 
 
-class NullSink:
+class NullObserver:
     """Keeps nothing; for trials."""
 
     def commit(self, record: StepRecord) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lockstep.agent.forkserver_client import LOAD_SECONDS, NurseryProcess
+from lockstep.agent.forkserver_client import LOAD_SECONDS, ForkServerClient
 from lockstep.errors import WorkerLostError
 from lockstep.system import numerics
 from lockstep.system.shared_memory import set_allocator
@@ -23,7 +23,7 @@ READ_ONCE = (
 class _Preloaded:
     """A nursery with torch and without a task."""
 
-    nursery: NurseryProcess
+    nursery: ForkServerClient
     fixed: Mapping[str, str]
     owner: int
 
@@ -51,7 +51,7 @@ def preloaded() -> Iterator[None]:
     """
     global _preloaded
     environment = environment_for("native")
-    nursery, before = NurseryProcess.start(environment), _preloaded
+    nursery, before = ForkServerClient.start(environment), _preloaded
     try:
         nursery.ask({"op": "preload"}, "preloaded", LOAD_SECONDS)
         _preloaded = _Preloaded(nursery=nursery, fixed=_fixed(environment), owner=os.getpid())
@@ -69,12 +69,12 @@ def environment_for(profile: str) -> dict[str, str]:
     return environment
 
 
-def new_nursery(environment: Mapping[str, str]) -> NurseryProcess:
+def new_forkserver(environment: Mapping[str, str]) -> ForkServerClient:
     """A nursery without a task: a clone of the preloaded one if that comes to the same."""
     if _preloaded is not None and _preloaded.suits(environment):
         with contextlib.suppress(WorkerLostError):  # somebody has killed it
             return _preloaded.nursery.clone(environment)
-    return NurseryProcess.start(environment)
+    return ForkServerClient.start(environment)
 
 
 def _fixed(environment: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class RegroupOrder:
     """How a host goes on after a regrouping."""
 
     step: int
@@ -25,12 +25,12 @@ class Orders:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_message(message: Mapping[str, Any]) -> Orders:
+    def from_message(message: Mapping[str, Any]) -> RegroupOrder:
         addresses = {
             name: (str(host), int(port)) for name, (host, port) in message["addresses"].items()
         }
         names = ("step", "workers", "actions", "source")
-        return Orders(addresses=addresses, **{name: message[name] for name in names})
+        return RegroupOrder(addresses=addresses, **{name: message[name] for name in names})
 
     @property
     def copying(self) -> list[str]:
@@ -39,7 +39,7 @@ class Orders:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class HostStatus:
     """In what state a host is at rest."""
 
     whole: int | None
@@ -54,9 +54,9 @@ class Standing:
         return {"whole": self.whole, "base": self.base, "address": list(self.address)}
 
     @staticmethod
-    def from_message(message: Mapping[str, Any]) -> Standing:
+    def from_message(message: Mapping[str, Any]) -> HostStatus:
         host, port = message["address"]
-        return Standing(
+        return HostStatus(
             whole=message["whole"], base=message["base"], address=(str(host), int(port))
         )
 

@@ -26,7 +26,7 @@ def stalled(
 
 
 @dataclass
-class Patience:
+class StallTimeout:
     """How long a worker may show no sign of life: longer than anything has taken, by a margin.
 
     Who is stopped (SIGSTOP) is known to get nowhere. Who runs or sleeps may just be slow: it is

@@ -7,11 +7,11 @@ from collections.abc import Container
 
 from blake3 import blake3
 
-from lockstep.agent.local_host import Host
-from lockstep.agent.observer import Sink
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import step_in_flight
-from lockstep.agent.stall_policy import Patience
-from lockstep.planning.digest_sample import plan_audit
+from lockstep.agent.stall_policy import StallTimeout
+from lockstep.planning.digest_sample import plan_digest_sample
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, progress_of
 from lockstep.results.ledger import StepRecord
@@ -21,13 +21,15 @@ MARK_STEPS, MARKS = 64, 64
 """Of every so many steps a digest is kept, of so many of them."""
 
 
-class History:
+class StepLog:
     """Drains the ring: every step once, when all members have committed and digested it."""
 
-    def __init__(self, host: Host, plan: Plan, sink: Sink, clock: Clock, step: int) -> None:
+    def __init__(
+        self, host: LocalHost, plan: Plan, sink: RunObserver, clock: Throughput, step: int
+    ) -> None:
         assert host.layout is not None
         self.host, self.plan, self.sink, self.clock = host, plan, sink, clock
-        self.control, self.audit = host.control, plan_audit(host.layout)
+        self.control, self.audit = host.control, plan_digest_sample(host.layout)
         self.step = step
         """How many steps are committed and recorded."""
         self.seats: tuple[int, ...] = ()
@@ -40,7 +42,7 @@ class History:
         self.marks: dict[int, str] = {}
         """Digests of what was recorded of every 64th step, the newest ones: other hosts must have
         recorded the same."""
-        self.patience = Patience(plan.stall_seconds)
+        self.patience = StallTimeout(plan.stall_seconds)
         self.sampling = plan.sampling
 
     def drain(self) -> None:
@@ -118,7 +120,7 @@ class History:
         self.loss = loss
 
 
-class Clock:
+class Throughput:
     """Counts samples and seconds between commits.
 
     The time between rests counts, from the first commit after each rest on; the first `warm_up`

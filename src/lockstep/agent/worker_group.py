@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lockstep.agent import membership
 from lockstep.agent.evaluation_rounds import Evaluation, Inferred
-from lockstep.agent.failure_log import Failures
-from lockstep.agent.local_host import Event, Host
-from lockstep.agent.membership import Members
-from lockstep.agent.observer import Sink
+from lockstep.agent.failure_log import FailureLog
+from lockstep.agent.local_host import Event, LocalHost
+from lockstep.agent.membership import WorkerMembership
+from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
-from lockstep.agent.regroup_messages import Action, Orders, Standing
-from lockstep.agent.step_log import Clock, History
-from lockstep.collectives.host_mesh import Station
+from lockstep.agent.regroup_messages import Action, HostStatus, RegroupOrder
+from lockstep.agent.step_log import StepLog, Throughput
+from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
-from lockstep.planning.host_role import Roles
+from lockstep.planning.host_role import HostRole
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, Stage, progress_of
@@ -36,7 +36,7 @@ TICK = 0.05
 DISMISS_SECONDS = 10.0
 
 
-class Crew:
+class WorkerGroup:
     """The workers of a host whose state is set up, from `step` on.
 
     `plan` has this host's number of workers. `station`: its place among several hosts, where its
@@ -45,23 +45,25 @@ class Crew:
 
     def __init__(
         self,
-        host: Host,
+        host: LocalHost,
         plan: Plan,
-        sink: Sink,
+        sink: RunObserver,
         step: int | None,
         *,
         warm_up: float = 0.0,
-        station: Station | None = None,
+        station: HostMesh | None = None,
     ) -> None:
         """`step`: after how many steps the state is; None: it has to come from another host."""
         self.host, self.plan, self.sink, self.station = host, plan, sink, station
         self.control = host.control
-        self.clock = Clock(warm_up)
-        self.history = History(host, plan, sink, self.clock, step or 0)
-        self.failures = Failures(host, self.history, sink)
-        self.members = Members(target=plan.workers, seats=plan.seats, held=station is not None)
+        self.clock = Throughput(warm_up)
+        self.history = StepLog(host, plan, sink, self.clock, step or 0)
+        self.failures = FailureLog(host, self.history, sink)
+        self.members = WorkerMembership(
+            target=plan.workers, seats=plan.seats, held=station is not None
+        )
         ownership = ownership_of(plan.ownership, plan.servers, plan.compression, plan.local_steps)
-        self.roles = Roles.alone(host.name, plan, ownership)
+        self.roles = HostRole.alone(host.name, plan, ownership)
         self._has_state, self._stood = step is not None, False
         self.evaluation = Evaluation(self)
         self._idle: dict[int, int] = {}
@@ -184,7 +186,7 @@ class Crew:
         self._stood = False
         self.decide(membership.Hold())
 
-    def stands(self) -> Standing | None:
+    def stands(self) -> HostStatus | None:
         """How this host stands, once everybody rests; each generation once."""
         if self.station is None or self._stood or not self.station.generation:
             return None
@@ -194,13 +196,13 @@ class Crew:
         words = [self.control.progress(seat) for seat in self.history.seats]
         step = step_in_flight(words) if words else self.history.step
         torn = step in [self.control.updating(seat) for seat in self.history.seats]
-        return Standing(
+        return HostStatus(
             whole=step if self._has_state and not torn else None,
             base=self.control.base_step if torn or not self.roles.ownership.whole else None,
             address=self._address,
         )
 
-    def arrange(self, orders: Orders) -> None:
+    def arrange(self, orders: RegroupOrder) -> None:
         """Go on as ordered. If that cannot be, the station has a trouble, and everybody rests on.
 
         Raises:
@@ -230,7 +232,7 @@ class Crew:
         station.start(self.host, self.roles, orders.step, lambda: self.history.seats)
         self.decide(membership.Release())
 
-    def _send_state(self, orders: Orders) -> None:
+    def _send_state(self, orders: RegroupOrder) -> None:
         """Give the state to the hosts that copy it, or what each needs of it."""
         station, copying = self.station, orders.copying
         assert station is not None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.api.training import Taskish, run
-from lockstep.coordinator.run_control import Desk
+from lockstep.coordinator.run_control import RunControl
 from lockstep.results.result import Result
 
 
@@ -15,7 +15,7 @@ class Run:
     """A run that goes on in a thread of this process. Requests take effect at a step's end."""
 
     def __init__(self, task: Taskish, args: Mapping[str, Any] | None, options: dict[str, Any]):
-        self._desk = Desk()
+        self._desk = RunControl()
         self._result: Result | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(

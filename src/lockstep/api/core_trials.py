@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 
-from lockstep.agent.local_host import Host
-from lockstep.agent.observer import NullSink
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import NullObserver
 from lockstep.coordinator.coordinator import Coordinator
-from lockstep.coordinator.stop_schedule import Schedule
+from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.job.job import Job
 from lockstep.planning.core_split import Division, Facts, choose, close, divisions
 from lockstep.planning.plan import Plan, decompose
 
 
-def decompose_by_trial(job: Job, facts: Facts, host: Host) -> Plan:
+def decompose_by_trial(job: Job, facts: Facts, host: LocalHost) -> Plan:
     """Stage 1. Candidates for the division of the cores are timed, each in a clone."""
     candidates = divisions(job, facts)
     if len(candidates) == 1:
@@ -43,10 +43,10 @@ TRIALS_SECONDS = 5.0
 """When no more trials are begun."""
 
 
-def _measure(job: Job, facts: Facts, division: Division, host: Host) -> float:
+def _measure(job: Job, facts: Facts, division: Division, host: LocalHost) -> float:
     """Samples per second of a division, in a moment of training that is thrown away."""
     trial = decompose(job.replace(evaluate=False), facts, division)
-    schedule = Schedule(
+    schedule = StopSchedule(
         steps=trial.steps,
         steps_per_epoch=trial.steps_per_epoch,
         seconds=TRIAL_SECONDS,
@@ -54,6 +54,6 @@ def _measure(job: Job, facts: Facts, division: Division, host: Host) -> float:
     )
     with host.clone() as clone:
         clone.set_up(trial)
-        coordinator = Coordinator(clone, trial, schedule, NullSink(), warm_up=WARM_UP_SECONDS)
+        coordinator = Coordinator(clone, trial, schedule, NullObserver(), warm_up=WARM_UP_SECONDS)
         coordinator.run()
         return coordinator.clock.rate

@@ -10,7 +10,7 @@ from typing import Any
 
 from lockstep.api.stored_model import EvaluationObserver, load_stored, newest_checkpoint, set_up
 from lockstep.coordinator.launcher import Launcher
-from lockstep.coordinator.run_control import Desk
+from lockstep.coordinator.run_control import RunControl
 from lockstep.errors import RunFolderError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
@@ -59,7 +59,7 @@ def evaluate(
     check_together(settings.get("data", "build"), alone=on is None)
     source = recorded_source(model.manifest, task, Path(run))
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
-    heard, desk = EvaluationObserver(), Desk()
+    heard, desk = EvaluationObserver(), RunControl()
     with desk, load_stored(source, settings, on) as (host, hosts):
         facts = host.facts
         check_fitted(run, model.manifest, facts)

@@ -24,13 +24,13 @@ from lockstep.api.stored_model import (
 )
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
-from lockstep.coordinator.run_control import Desk
+from lockstep.coordinator.run_control import RunControl
 from lockstep.errors import StoppedError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
 from lockstep.planning.plan import Plan
 from lockstep.results.manifest import check_fitted, differences, recorded_source
-from lockstep.results.prediction_file import RowFile
+from lockstep.results.prediction_file import PredictionFile
 from lockstep.results.progress import Progress
 
 AT_ONCE = 8
@@ -91,7 +91,7 @@ def predict(
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = newest_checkpoint(run)
     source = recorded_source(model.manifest, task, Path(run))
-    heard, desk = EvaluationObserver(), Desk()
+    heard, desk = EvaluationObserver(), RunControl()
     records = {"path": str(Path(data).absolute()), "keep": list(keep)}
     settings = {**model.manifest["job"], "data": "build"}  # the records take the place of its data
     with desk, load_stored(source, settings, on, records) as (host, hosts):
@@ -109,7 +109,7 @@ def predict(
             "keep": list(keep),
         }
         with (
-            RowFile(Path(out), identity) as rows,
+            PredictionFile(Path(out), identity) as rows,
             Progress(enabled=not quiet, steps=0, name="predict") as display,
         ):
             first = rows.rows
@@ -143,7 +143,7 @@ def _of_run(model: StoredModel) -> dict[str, Any]:
 
 
 def _rounds(
-    coordinator: Coordinator, plan: Plan, rows: RowFile, display: Progress
+    coordinator: Coordinator, plan: Plan, rows: PredictionFile, display: Progress
 ) -> Iterator[None]:
     """Predict the batches that are not in the file yet, some in each round."""
     total = plan.eval_batches

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent.local_host import Host
-from lockstep.agent.observer import NullSink
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import NullObserver
 from lockstep.coordinator.coordinator import Coordinator
-from lockstep.coordinator.host_group import Hosts
+from lockstep.coordinator.host_group import HostGroup
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_job import RecordFile, open_hosts
-from lockstep.coordinator.run_control import Desk
-from lockstep.coordinator.stop_schedule import Schedule
+from lockstep.coordinator.run_control import RunControl
+from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.errors import IntegrityError, RunFolderError
 from lockstep.job.job import Job
-from lockstep.job.task_source import Source
+from lockstep.job.task_source import TaskSource
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.results.run_folder import RunFolder
 
 
-class EvaluationObserver(NullSink):
+class EvaluationObserver(NullObserver):
     """Keeps what an evaluation or a prediction says."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class StoredModel:
     checkpoint: Checkpoint
     notes: tuple[str, ...]
 
-    def plan(self, workers: int | None, hosts: Hosts | None, **changes: Any) -> Plan:
+    def plan(self, workers: int | None, hosts: HostGroup | None, **changes: Any) -> Plan:
         """The run's plan without steps that are left, for so many workers, or as the hosts run."""
         plan = dataclasses.replace(
             Plan.from_message(self.manifest["plan"]),
@@ -66,7 +66,7 @@ class StoredModel:
             count = min(count, plan.shards)  # the state, or the data, has a part for each shard
         return dataclasses.replace(plan, workers=count, seats=count, shards=max(count, plan.shards))
 
-    def load_into(self, host: Host) -> None:
+    def load_into(self, host: LocalHost) -> None:
         assert host.layout is not None
         self.checkpoint.load_into(host.layout, host.state)
 
@@ -97,15 +97,15 @@ def newest_checkpoint(run: str | Path) -> StoredModel:
 
 @contextmanager
 def load_stored(
-    source: Source,
+    source: TaskSource,
     settings: dict[str, Any],
     on: Launcher | None,
     records: Mapping[str, Any] | None = None,
-) -> Iterator[tuple[Host, Hosts | None]]:
+) -> Iterator[tuple[LocalHost, HostGroup | None]]:
     """This host with the task loaded, and the others that there are, if any shall take part."""
     with (
         ExitStack() as stack,
-        Host.start(source, settings, records, networked=on is not None) as host,
+        LocalHost.start(source, settings, records, networked=on is not None) as host,
     ):
         host.loaded()
         if on is None:
@@ -131,10 +131,10 @@ def opened(records: Mapping[str, Any]) -> Iterator[RecordFile]:
 def set_up(
     model: StoredModel,
     plan: Plan,
-    host: Host,
-    hosts: Hosts | None,
+    host: LocalHost,
+    hosts: HostGroup | None,
     sink: EvaluationObserver,
-    desk: Desk,
+    desk: RunControl,
     *,
     evaluate: bool = False,
 ) -> Coordinator:
@@ -146,6 +146,6 @@ def set_up(
     model.load_into(host)
     desk.take_signals()
     step = model.checkpoint.step
-    schedule = Schedule(steps=step, steps_per_epoch=max(step, 1), evaluate=evaluate)
+    schedule = StopSchedule(steps=step, steps_per_epoch=max(step, 1), evaluate=evaluate)
     own = plan if hosts is None else hosts.own_plan
     return Coordinator(host, own, schedule, sink, step, requests=desk.take, hosts=hosts)

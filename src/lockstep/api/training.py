@@ -9,18 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent.local_host import Host
+from lockstep.agent.local_host import LocalHost
 from lockstep.api.core_trials import decompose_by_trial
 from lockstep.coordinator.coordinator import Coordinator
-from lockstep.coordinator.host_group import Hosts
+from lockstep.coordinator.host_group import HostGroup
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_job import open_hosts, spread
-from lockstep.coordinator.run_control import Desk
-from lockstep.coordinator.stop_schedule import Schedule
+from lockstep.coordinator.run_control import RunControl
+from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.errors import DataLostError, JobError, LockstepError, StoppedError
 from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
-from lockstep.job.task_source import Source, source_of
+from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.core_split import Facts
 from lockstep.planning.data_partition import check_same, check_together
 from lockstep.planning.plan import Plan
@@ -41,7 +41,7 @@ def run(
     *,
     args: Mapping[str, Any] | None = None,
     quiet: bool = False,
-    desk: Desk | None = None,
+    desk: RunControl | None = None,
     on: Launcher | None = None,
     **settings: Any,
 ) -> Result:
@@ -63,7 +63,7 @@ def run(
     job, explicit = _to_job(task, args, settings)
     source = source_of(job)
     RunFolder.check_free(job.out)
-    with Host.start(source, explicit, networked=on is not None) as host, ExitStack() as others:
+    with LocalHost.start(source, explicit, networked=on is not None) as host, ExitStack() as others:
         job, facts = _complete(job, explicit, host)
         check_together(job.data, alone=on is None)
         hosts = others.enter_context(open_hosts(on, source, job, explicit, host)) if on else None
@@ -74,7 +74,7 @@ def run(
             folder.write_manifest(manifest)
             start = Restart(step=0, ledger=None)
             return _train(
-                host, hosts, job, plan, folder, source, start, begun, quiet, desk or Desk()
+                host, hosts, job, plan, folder, source, start, begun, quiet, desk or RunControl()
             )
 
 
@@ -84,7 +84,7 @@ def resume(
     workers: int | None = None,
     task: Task | None = None,
     quiet: bool = False,
-    desk: Desk | None = None,
+    desk: RunControl | None = None,
     on: Launcher | None = None,
 ) -> Result:
     """Go on with a run from its newest good checkpoint, to the same result.
@@ -108,7 +108,10 @@ def resume(
         check_together(job.data, alone=on is None)
         plan = Plan.from_message(manifest["plan"]).with_workers(workers)
         settings = manifest["job"]
-        with Host.start(source, settings, networked=on is not None) as host, ExitStack() as others:
+        with (
+            LocalHost.start(source, settings, networked=on is not None) as host,
+            ExitStack() as others,
+        ):
             check_resumed(run, manifest, host.loaded())
             hosts = (
                 others.enter_context(open_hosts(on, source, job, settings, host)) if on else None
@@ -121,7 +124,7 @@ def resume(
                 hosts.set_up(plan, host)
             start = find_restart(folder, host)
             return _train(
-                host, hosts, job, plan, folder, source, start, begun, quiet, desk or Desk()
+                host, hosts, job, plan, folder, source, start, begun, quiet, desk or RunControl()
             )
 
 
@@ -131,25 +134,25 @@ def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: An
     Where the division of the cores is open, the candidates are timed for a moment.
     """
     job, explicit = _to_job(task, args, settings)
-    with Host.start(source_of(job), explicit) as host:
+    with LocalHost.start(source_of(job), explicit) as host:
         job, facts = _complete(job, explicit, host)
         return decompose_by_trial(job, facts, host)
 
 
 def _train(
-    host: Host,
-    hosts: Hosts | None,
+    host: LocalHost,
+    hosts: HostGroup | None,
     job: Job,
     plan: Plan,
     folder: RunFolder,
-    source: Source,
+    source: TaskSource,
     start: Restart,
     begun: float,
     quiet: bool,
-    desk: Desk,
+    desk: RunControl,
 ) -> Result:
     """Stages 3 to 5, on a host that is set up: compute, synchronise, aggregate."""
-    schedule = Schedule(
+    schedule = StopSchedule(
         steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
         evaluate=plan.eval_samples > 0,
@@ -216,7 +219,7 @@ def _to_job(
     return job, explicit
 
 
-def _complete(job: Job, explicit: dict[str, Any], host: Host) -> tuple[Job, Facts]:
+def _complete(job: Job, explicit: dict[str, Any], host: LocalHost) -> tuple[Job, Facts]:
     """The job with its recipe's settings where it has none of its own, and the facts."""
     loaded = host.loaded()
     settings = {**loaded["settings"], **explicit}

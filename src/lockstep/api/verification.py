@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent.local_host import Host
-from lockstep.agent.observer import NullSink
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import NullObserver
 from lockstep.coordinator.coordinator import Coordinator
-from lockstep.coordinator.stop_schedule import Schedule
+from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.task import Task
 from lockstep.planning.data_partition import check_together
@@ -51,7 +51,7 @@ class Mismatch(Exception):
     """The replay has seen enough."""
 
 
-class Comparison(NullSink):
+class Comparison(NullObserver):
     """A sink that compares what the replay commits with the lines of a ledger."""
 
     def __init__(self, lines: list[Line]) -> None:
@@ -113,13 +113,13 @@ def verify(
     first, last = _span(steps, len(recorded))
     plan = Plan.from_message(manifest["plan"])
     plan = dataclasses.replace(plan.with_workers(workers or plan.workers), steps=last)
-    with Host.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
+    with LocalHost.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
         facts = host.loaded()
         notes = differences(manifest, facts)
         host.set_up(plan)
         start = _restore(host, lines[0], checkpoints, first)
         comparison = Comparison(recorded)
-        schedule = Schedule(steps=last, steps_per_epoch=plan.steps_per_epoch)
+        schedule = StopSchedule(steps=last, steps_per_epoch=plan.steps_per_epoch)
         step = start.step if start is not None else 0
         coordinator = Coordinator(host, plan, schedule, comparison, step)
         with contextlib.suppress(Mismatch):
@@ -187,7 +187,7 @@ def _span(steps: tuple[int | None, int | None], recorded: int) -> tuple[int, int
 
 
 def _restore(
-    host: Host, genesis: Line, checkpoints: list[Checkpoint], first: int
+    host: LocalHost, genesis: Line, checkpoints: list[Checkpoint], first: int
 ) -> Checkpoint | None:
     """Put the newest checkpoint at or before `first` in place; None: the seed's own state."""
     assert host.layout is not None
@@ -207,7 +207,11 @@ def _restore(
 
 
 def _compare_end(
-    host: Host, lines: list[Line], checkpoints: list[Checkpoint], last: int, notes: tuple[str, ...]
+    host: LocalHost,
+    lines: list[Line],
+    checkpoints: list[Checkpoint],
+    last: int,
+    notes: tuple[str, ...],
 ) -> bool:
     """Compare the whole state where the run recorded it; whether it did."""
     assert host.layout is not None

@@ -13,7 +13,7 @@ from lockstep.cluster.token_file import read_token, write_tokens
 from lockstep.errors import JobError
 
 if TYPE_CHECKING:
-    from lockstep.cluster.daemon.head import Up
+    from lockstep.cluster.daemon.head import Head
 
 StateOption = Annotated[
     Path | None,
@@ -46,7 +46,7 @@ def up(
     """Make this machine the centre of a cluster. Prints join tokens, and stays."""
     from lockstep.cluster.daemon.head import run_up
 
-    def ready(here: Up) -> None:
+    def ready(here: Head) -> None:
         report(here.identity.node, f"`lockstep up` at {here.address[0]}:{here.address[1]}")
         made = [here.token(valid) for _ in range(tokens)]
         if token_file is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from lockstep.cluster.daemon.launcher import Cluster
+from lockstep.cluster.daemon.launcher import ClusterLauncher
 from lockstep.cluster.state_folder import default_state
 from lockstep.net.transport import Report
 
 
-def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextManager[Cluster]:
+def open_launcher(
+    on: str, state: Path | None, show: Report
+) -> AbstractContextManager[ClusterLauncher]:
     """The launcher that `--on` names: `up` for this machine's cluster, `ray`, or a token file.
 
     Raises:
@@ -25,5 +27,5 @@ def open_launcher(on: str, state: Path | None, show: Report) -> AbstractContextM
         return on_ray(ray, show)
     folder = state or default_state()
     if on == "up":
-        return Cluster.of_this_machine(folder, show)
-    return Cluster.of_token(read_token(on), folder, show)
+        return ClusterLauncher.of_this_machine(folder, show)
+    return ClusterLauncher.of_token(read_token(on), folder, show)

@@ -16,7 +16,7 @@ import typer
 from lockstep.errors import JobError
 
 if TYPE_CHECKING:
-    from lockstep.cluster.ranks.rank_environment import Place
+    from lockstep.cluster.ranks.rank_environment import RankPlace
     from lockstep.job.job import Job
     from lockstep.net.shared_secret import SharedSecret
 
@@ -57,7 +57,7 @@ def rank(
             _follow(place, shared, folder.path, wanted, workers, wait)
 
 
-def _place(job: Job, task: str | None) -> Place:
+def _place(job: Job, task: str | None) -> RankPlace:
     from lockstep.cluster.ranks.cluster_spec import place_in
     from lockstep.cluster.ranks.rank_environment import place_of
 
@@ -74,7 +74,7 @@ def _place(job: Job, task: str | None) -> Place:
 
 
 def _lead(
-    place: Place,
+    place: RankPlace,
     shared: SharedSecret,
     folder: Path,
     job: Job,
@@ -84,16 +84,16 @@ def _lead(
 ) -> None:
     from lockstep.api.training import run
     from lockstep.cluster.ranks.cluster_spec import on_ranks
-    from lockstep.cluster.ranks.launcher import Ranks
+    from lockstep.cluster.ranks.launcher import RankLauncher
 
     job = job if job.cluster is None else on_ranks(job)
-    with Ranks(place, shared, folder, workers=workers, wait=wait) as ranks:
+    with RankLauncher(place, shared, folder, workers=workers, wait=wait) as ranks:
         result = run(job.replace(out=out) if out else job, on=ranks)
     print(json.dumps(result.to_message()))
 
 
 def _follow(
-    place: Place, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
+    place: RankPlace, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
     from lockstep.agent.agent import serve
     from lockstep.cluster.ranks.launcher import enter, own_address, show

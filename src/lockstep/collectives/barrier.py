@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep.state.control_segment import Control
+from lockstep.state.control_segment import ControlSegment
 from lockstep.system import futex
 from lockstep.system.machine import cores
 
@@ -29,7 +29,7 @@ class Barrier:
     """
 
     def __init__(
-        self, control: Control, seat: int, seats: Sequence[int], epoch: int, threads: int = 1
+        self, control: ControlSegment, seat: int, seats: Sequence[int], epoch: int, threads: int = 1
     ) -> None:
         self.control, self.seat, self.epoch = control, seat, epoch
         self.others = [other for other in seats if other != seat]

@@ -12,14 +12,14 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lockstep.planning.byte_ranges import Range, overlap
-from lockstep.planning.digest_sample import plan_audit
+from lockstep.planning.byte_ranges import ByteRange, overlap
+from lockstep.planning.digest_sample import plan_digest_sample
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.ownership import Duties
 from lockstep.planning.reduction_tree import leaf_slots
-from lockstep.planning.shard_placement import Arrangement, HostPart
+from lockstep.planning.shard_placement import HostShards, ShardPlacement
 from lockstep.planning.slot_map import AGAIN, Bucket, SlotMap, TableMap, cut
-from lockstep.state.control_segment import RING, Control
+from lockstep.state.control_segment import RING, ControlSegment
 
 Item = tuple[int, memoryview]
 """A tag, and the memory that it is about."""
@@ -51,17 +51,17 @@ class Gradient:
     items: list[Item]
 
 
-class Parcels:
+class ExchangePlan:
     """What this host, `node`, gives others and gets from them, under one arrangement."""
 
     def __init__(
         self,
-        control: Control,
+        control: ControlSegment,
         slots: memoryview,
         state: memoryview,
         places: SlotMap,
         layout: Layout,
-        arrangement: Arrangement,
+        arrangement: ShardPlacement,
         duties: Duties,
         node: str,
     ) -> None:
@@ -71,7 +71,7 @@ class Parcels:
         self._slots, self._state = slots, state
         self._leaves = leaf_slots(arrangement.subtrees, self.mine.shards, arrangement.shards)
         self._groups = {tree.start: place for place, tree in enumerate(arrangement.subtrees)}
-        self._audit = plan_audit(layout)
+        self._audit = plan_digest_sample(layout)
         self._params = {
             name: layout.ranges_of(share.params, ("param",))
             for name, share in duties.shares.items()
@@ -83,7 +83,7 @@ class Parcels:
             for owner in ([part.name for part in self.others] if sender.name == mine else [mine])
         }
 
-    def _list_gradients(self, sender: HostPart, owner: str) -> Iterator[Gradient]:
+    def _list_gradients(self, sender: HostShards, owner: str) -> Iterator[Gradient]:
         numbers = itertools.count(Field.GRADIENT << 28)
         if self.places.packed.nbytes:
             for tree in sender.subtrees:
@@ -98,7 +98,7 @@ class Parcels:
                 items = [(next(numbers), view) for view in views]
                 yield Gradient(tree=tree, params=bucket.params, items=items)
 
-    def _runs_of(self, bucket: Bucket, owner: str) -> list[Range]:
+    def _runs_of(self, bucket: Bucket, owner: str) -> list[ByteRange]:
         """What of a bucket an owner sums."""
         if self.duties.returns == "nothing":
             return list(cut(bucket.place))
@@ -107,21 +107,21 @@ class Parcels:
 
     # The gradients, and what goes beside them.
 
-    def gradients(self, sender: HostPart, owner: str) -> Sequence[Gradient]:
+    def gradients(self, sender: HostShards, owner: str) -> Sequence[Gradient]:
         """What a host gives to an owner, in the order in which it is sent if nothing is early."""
         return self._gradients[sender.name, owner]
 
-    def known(self, step: int, sender: HostPart, owner: str) -> Iterator[Item]:
+    def known(self, step: int, sender: HostShards, owner: str) -> Iterator[Item]:
         """What a host gives to an owner in every step; its size is known beforehand."""
         for gradient in self.gradients(sender, owner):
             yield from gradient.items
         yield from self.beside(step, sender)
 
-    def beside(self, step: int, sender: HostPart) -> Iterator[Item]:
+    def beside(self, step: int, sender: HostShards) -> Iterator[Item]:
         """What goes beside the gradients; the flags and counts say what else is to come."""
         return tagged(Field.BESIDE, self._beside(step, sender))
 
-    def _beside(self, step: int, sender: HostPart) -> Iterator[memoryview]:
+    def _beside(self, step: int, sender: HostShards) -> Iterator[memoryview]:
         control, shards = self.control, sender.shards
         if shards:
             run = slice(shards.start, shards.stop)
@@ -132,14 +132,14 @@ class Parcels:
                 yield self._view(shard, self.places.buffers)
         for tree in sender.subtrees:
             for table in self.places.tables:
-                yield self._leaf(tree, Range(offset=table.numbers.offset, nbytes=8))
+                yield self._leaf(tree, ByteRange(offset=table.numbers.offset, nbytes=8))
 
-    def told(self, sender: HostPart, owner: str) -> Iterator[Item]:
+    def told(self, sender: HostShards, owner: str) -> Iterator[Item]:
         """What the flags and counts of a host tell of: gradients that have changed after they were
         sent, and the rows of large tables that were touched."""
         return tagged(Field.TOLD, self._told(sender, owner))
 
-    def _told(self, sender: HostPart, owner: str) -> Iterator[memoryview]:
+    def _told(self, sender: HostShards, owner: str) -> Iterator[memoryview]:
         shards = sender.shards
         again = self.control.has_grad[shards.start : shards.stop] == AGAIN
         if not self.places.packed.nbytes and again.any():
@@ -154,12 +154,12 @@ class Parcels:
 
     def _rows(self, tree: range, table: TableMap) -> Iterator[memoryview]:
         (count,) = struct.unpack(
-            "=q", self._leaf(tree, Range(offset=table.numbers.offset, nbytes=8))
+            "=q", self._leaf(tree, ByteRange(offset=table.numbers.offset, nbytes=8))
         )
         rows = table.home
         if count >= 0:
-            rows = Range(offset=rows.offset, nbytes=count * table.row_bytes)
-            numbers = Range(offset=table.numbers.offset + 8, nbytes=8 * count)
+            rows = ByteRange(offset=rows.offset, nbytes=count * table.row_bytes)
+            numbers = ByteRange(offset=table.numbers.offset + 8, nbytes=8 * count)
             yield from (self._leaf(tree, piece) for piece in cut(numbers))
         yield from (self._leaf(tree, piece) for piece in cut(rows))
 
@@ -197,10 +197,10 @@ class Parcels:
 
     # Where it lies.
 
-    def _leaf(self, tree: range, item: Range) -> memoryview:
+    def _leaf(self, tree: range, item: ByteRange) -> memoryview:
         """A run of the slot that has the subtree's sum."""
         return self._view(self._leaves[tree.start], item)
 
-    def _view(self, slot: int, item: Range) -> memoryview:
+    def _view(self, slot: int, item: ByteRange) -> memoryview:
         start = slot * self.places.nbytes + item.offset
         return self._slots[start : start + item.nbytes]

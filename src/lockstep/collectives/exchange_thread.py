@@ -15,7 +15,7 @@ from functools import partial
 
 from blake3 import blake3
 
-from lockstep.collectives.exchange_plan import Gradient, Item, Parcels
+from lockstep.collectives.exchange_plan import ExchangePlan, Gradient, Item
 from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport
@@ -56,12 +56,12 @@ class CalledOff(Exception):
     """The hosts are being regrouped."""
 
 
-class Exchanger:
+class ExchangeThread:
     """One host's exchanges under one arrangement. `failed` is told, once, why it has ended."""
 
     def __init__(
         self,
-        parcels: Parcels,
+        parcels: ExchangePlan,
         transport: Transport,
         seats: Callable[[], Sequence[int]],
         failed: Callable[[NetworkError], None],

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from lockstep.collectives.gradient_presence import Presence
+from lockstep.collectives.gradient_presence import GradientPresence
 from lockstep.state.control_segment import RING
 from lockstep.state.shared_state import SharedState
 
 
-class NormLimit:
+class GradNormClipper:
     """One worker's part in limiting the norm."""
 
     def __init__(self, shared: SharedState, most: float) -> None:
@@ -27,7 +27,11 @@ class NormLimit:
         self._orders: dict[tuple[int, ...], tuple[list[int], torch.dtype]] = {}
 
     def scale(
-        self, step: int, presence: Presence, mine: Sequence[int], meet: Callable[[int], None]
+        self,
+        step: int,
+        presence: GradientPresence,
+        mine: Sequence[int],
+        meet: Callable[[int], None],
     ) -> torch.Tensor:
         """The factor that the summed gradient is to be multiplied by, at most 1.
 

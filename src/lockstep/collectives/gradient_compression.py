@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.collectives.gradient_presence import Presence
+from lockstep.collectives.gradient_presence import GradientPresence
 from lockstep.state.gradient_codecs import Codec
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState, residual_name, storage_run
 
 
@@ -46,7 +46,7 @@ class Compressor:
         codec: Codec,
         groups: Sequence[range],
         mine: range,
-        leaves: Sequence[Slot],
+        leaves: Sequence[GradientSlot],
         blocks: Sequence[int],
     ) -> None:
         """`groups` are all hosts', `mine` the shards of this one; `leaves` has the sum of each of
@@ -75,7 +75,7 @@ class Compressor:
         largest = max((shared.blocks[number].size for number in numbers), default=0)
         self._spare = torch.empty(largest), torch.empty(largest)
 
-    def compress(self, step: int, presence: Presence) -> None:
+    def compress(self, step: int, presence: GradientPresence) -> None:
         """Make this host's groups' sums small. Called when they are made."""
         for piece in self._mine:
             before, after = piece.residuals[step % 2], piece.residuals[(step + 1) % 2]

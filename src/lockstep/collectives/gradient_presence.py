@@ -7,13 +7,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from lockstep.state.control_segment import Control
+from lockstep.state.control_segment import ControlSegment
 
 Mask = tuple[bool, ...]
 """By shard: whether there is a gradient."""
 
 
-class Presence:
+class GradientPresence:
     """For each trainable parameter, which of the step's shards have a gradient for it.
 
     With `subtrees`, which together cover all shards, it is asked of whole subtrees: of each, the
@@ -21,7 +21,7 @@ class Presence:
     """
 
     def __init__(
-        self, control: Control, active: Sequence[int], subtrees: tuple[range, ...] = ()
+        self, control: ControlSegment, active: Sequence[int], subtrees: tuple[range, ...] = ()
     ) -> None:
         flags = control.has_grad
         shards = len(flags)
@@ -43,10 +43,10 @@ class Presence:
         return self._masks[param] if self.uniform is None else self.uniform
 
 
-class Summed(Presence):
+class Summed(GradientPresence):
     """Presence where everything is summed already, but the gradients of large tables."""
 
-    def __init__(self, presence: Presence, tables: Container[int]) -> None:
+    def __init__(self, presence: GradientPresence, tables: Container[int]) -> None:
         self._presence, self._tables = presence, tables
         self.uniform = None if presence.uniform is None else (True,)
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lockstep.agent.local_host import Host
-from lockstep.collectives.exchange_plan import Parcels
-from lockstep.collectives.exchange_thread import Exchanger
+from lockstep.agent.local_host import LocalHost
+from lockstep.collectives.exchange_plan import ExchangePlan
+from lockstep.collectives.exchange_thread import ExchangeThread
 from lockstep.errors import IntegrityError, NetworkError
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending, Report, await_slip
-from lockstep.planning.byte_ranges import Range
-from lockstep.planning.host_role import Roles
+from lockstep.planning.byte_ranges import ByteRange
+from lockstep.planning.host_role import HostRole
 from lockstep.planning.slot_map import cut
 from lockstep.state.control_segment import RING
 from lockstep.system import machine
@@ -46,7 +46,7 @@ class Trouble:
     why: str
 
 
-class Station:
+class HostMesh:
     """Made by an agent for one job. All but `troubles` is for the agent's main thread."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Station:
         self.generation = 0
         self.troubles: deque[Trouble] = deque()
         self._mesh: TcpTransport | None = None
-        self._exchanger: Exchanger | None = None
+        self._exchanger: ExchangeThread | None = None
 
     @property
     def name(self) -> str:
@@ -99,8 +99,8 @@ class Station:
 
     def start(
         self,
-        host: Host,
-        roles: Roles,
+        host: LocalHost,
+        roles: HostRole,
         step: int,
         seats: Callable[[], Sequence[int]],
     ) -> None:
@@ -116,7 +116,7 @@ class Station:
 
         addresses = roles.others
         plan = roles.plan
-        parcels = Parcels(
+        parcels = ExchangePlan(
             host.control,
             memoryview(host.slots.map),
             memoryview(host.state.map),
@@ -126,7 +126,7 @@ class Station:
             roles.duties,
             self.name,
         )
-        self._exchanger = Exchanger(
+        self._exchanger = ExchangeThread(
             parcels,
             self._mesh,
             seats,
@@ -156,7 +156,11 @@ class Station:
     # The state, from one host to another. Called when everybody rests on both.
 
     def send_state(
-        self, host: Host, step: int, peers: Sequence[str], part: Sequence[Range] | None = None
+        self,
+        host: LocalHost,
+        step: int,
+        peers: Sequence[str],
+        part: Sequence[ByteRange] | None = None,
     ) -> None:
         """Give the state after `step` committed steps, or a part of it, to these hosts."""
         assert self._mesh is not None
@@ -175,10 +179,10 @@ class Station:
 
     def receive_state(
         self,
-        host: Host,
+        host: LocalHost,
         step: int,
         source: str,
-        part: Sequence[Range] | None = None,
+        part: Sequence[ByteRange] | None = None,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Get the state, or a part of it, from a host, in place of this one's.
@@ -212,11 +216,11 @@ class Station:
 
 
 def _pieces(
-    host: Host, step: int, part: Sequence[Range] | None
+    host: LocalHost, step: int, part: Sequence[ByteRange] | None
 ) -> Iterator[tuple[int, memoryview]]:
     """The state, and what is known of the step before, or a part of the state; by tag."""
     state = memoryview(host.state.map)
-    ranges = [Range(offset=0, nbytes=host.state.nbytes)] if part is None else part
+    ranges = [ByteRange(offset=0, nbytes=host.state.nbytes)] if part is None else part
     pieces = itertools.chain.from_iterable(cut(run, PIECE_BYTES) for run in ranges)
     for tag, piece in enumerate(pieces):
         yield tag, state[piece.offset : piece.offset + piece.nbytes]

@@ -10,17 +10,17 @@ from functools import partial
 
 import torch
 
-from lockstep.collectives.gradient_presence import Mask, Presence
+from lockstep.collectives.gradient_presence import GradientPresence, Mask
 from lockstep.collectives.table_sum import SparseSum, sum_tables
 from lockstep.collectives.tree_sum import Reducer
 from lockstep.planning.blocks import Block, own_blocks
-from lockstep.planning.byte_ranges import Range, overlap
+from lockstep.planning.byte_ranges import ByteRange, overlap
 from lockstep.planning.reduction_tree import leaf_slots, tree
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState, storage_run
 
 
-def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[Slot]:
+def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[GradientSlot]:
     """By shard, the slot that is summed for it: for a subtree's first shard that of its sum.
 
     Without subtrees, on one host, the shards' own slots.
@@ -33,7 +33,7 @@ def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> li
 
 def dense_leaves(
     shared: SharedState, subtrees: Sequence[range], *, summed: bool
-) -> list[Slot] | None:
+) -> list[GradientSlot] | None:
     """What is summed of all gradients but those of large tables, where that is not `leaves_of`:
     the sum itself, if it is there already, or what a codec has left of each group's."""
     if summed:
@@ -72,7 +72,7 @@ class SubtreeSums:
     def __bool__(self) -> bool:
         return bool(self._sums)
 
-    def sum(self, presence: Presence) -> None:
+    def sum(self, presence: GradientPresence) -> None:
         """Make the sums. Called when all shards of the host are computed."""
         for subtree, target in self._sums:
             if presence.uniform is not None:
@@ -86,11 +86,11 @@ class SubtreeSums:
             for index in self._tables:
                 self._sum_table(index, _within(presence.of(index), subtree), target)
 
-    def _sum_block(self, block: Block, mask: Mask, target: Slot) -> None:
+    def _sum_block(self, block: Block, mask: Mask, target: GradientSlot) -> None:
         pieces = [storage_run(slot.grads[block.param], block) for slot in self.shared.slots]
         self._reducer.sum(mask, pieces, storage_run(target.grads[block.param], block))
 
-    def _sum_table(self, index: int, mask: Mask, target: Slot) -> None:
+    def _sum_table(self, index: int, mask: Mask, target: GradientSlot) -> None:
         leaves = [slot.table(index) for slot in self.shared.slots]
         table = self.shared.tables[index]
         if not table.asked:
@@ -102,7 +102,9 @@ class SubtreeSums:
 class ShareSum:
     """One worker's part of what its host sums for all. Made anew when the membership changes."""
 
-    def __init__(self, shared: SharedState, leaves: Sequence[Slot], share: Sequence[Range]) -> None:
+    def __init__(
+        self, shared: SharedState, leaves: Sequence[GradientSlot], share: Sequence[ByteRange]
+    ) -> None:
         """`leaves` are the subtrees' sums, by first shard; `share` are runs of a slot's bytes."""
         self._reducer = Reducer(shared)
         self._runs = []
@@ -113,18 +115,18 @@ class ShareSum:
                 pieces = [slot.flat[part].view(dtype) for slot in leaves]
                 self._runs.append((param, pieces, shared.total.flat[part].view(dtype)))
 
-    def sum(self, presence: Presence) -> None:
+    def sum(self, presence: GradientPresence) -> None:
         """Make the sums. Called when all subtrees' sums are there."""
         for param, pieces, total in self._runs:
             self._reducer.sum(presence.of(param), pieces, total)
 
 
-def _of_params(shared: SharedState, place: Range) -> Iterator[tuple[int, Range]]:
+def _of_params(shared: SharedState, place: ByteRange) -> Iterator[tuple[int, ByteRange]]:
     """What of a run of a slot's bytes is which parameter's gradient."""
     for param, (parameter, offset) in enumerate(
         zip(shared.params, shared.grad_offsets, strict=True)
     ):
-        home = Range(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
+        home = ByteRange(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
         common = overlap(home, place)
         if common.nbytes:
             yield param, common

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 from lockstep.agent import membership
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.local_host import Host
-from lockstep.agent.observer import Sink
-from lockstep.agent.worker_group import Crew
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import RunObserver
+from lockstep.agent.worker_group import WorkerGroup
 from lockstep.coordinator.run_control import Request
-from lockstep.coordinator.stop_schedule import Schedule
+from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.errors import StoppedError
 from lockstep.planning.plan import Plan
 from lockstep.state.control_segment import RING
 
 if TYPE_CHECKING:
-    from lockstep.coordinator.host_group import Hosts
+    from lockstep.coordinator.host_group import HostGroup
 
 AHEAD_STEPS = (4, RING - 16)
 """The least and the most steps that the lease runs ahead of what has been recorded."""
@@ -33,7 +33,7 @@ PARTS_SECONDS, PARTS_SHARE = 10.0, 0.02
 that would take more of a run's time than this share. The loss of a host costs the steps since."""
 
 
-class Coordinator(Crew):
+class Coordinator(WorkerGroup):
     """Runs a plan on a host whose state is set up, from `step` to the plan's end.
 
     With `hosts` it is the master of several: its own is one of them.
@@ -41,15 +41,15 @@ class Coordinator(Crew):
 
     def __init__(
         self,
-        host: Host,
+        host: LocalHost,
         plan: Plan,
-        schedule: Schedule,
-        sink: Sink,
+        schedule: StopSchedule,
+        sink: RunObserver,
         step: int = 0,
         *,
         warm_up: float = 0.0,
         requests: Callable[[], list[Request]] = list,
-        hosts: Hosts | None = None,
+        hosts: HostGroup | None = None,
     ) -> None:
         station = None if hosts is None else hosts.station
         super().__init__(host, plan, sink, step, warm_up=warm_up, station=station)
@@ -146,7 +146,7 @@ class Coordinator(Crew):
             and self._parts_due(self.hosts)
         )
 
-    def _parts_due(self, hosts: Hosts) -> bool:
+    def _parts_due(self, hosts: HostGroup) -> bool:
         """Whether the base is to be brought up to date with what each host alone has: from time to
         time, and before other hosts are let in, which begin with it."""
         pause = max(PARTS_SECONDS, self._gathering / PARTS_SHARE)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lockstep.agent.step_log import History
+from lockstep.agent.step_log import StepLog
 from lockstep.errors import IntegrityError
 
 
-class Agreement:
+class DivergenceCheck:
     """Holds what hosts have told until the master has recorded the step itself."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Agreement:
         """A host has recorded a step."""
         self._told[name, step] = digest
 
-    def check(self, history: History) -> None:
+    def check(self, history: StepLog) -> None:
         """Compare with what the master has recorded: losses, and parts of the state.
 
         Raises:

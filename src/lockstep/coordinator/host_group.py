@@ -10,20 +10,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lockstep.agent.answer_chunks import Answers
+from lockstep.agent.answer_chunks import AnswerAssembler
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.job_offer import Offer
-from lockstep.agent.local_host import Host
-from lockstep.agent.regroup_messages import Orders, Standing
-from lockstep.collectives.host_mesh import Station
+from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
+from lockstep.collectives.host_mesh import HostMesh
 from lockstep.coordinator import host_membership as fleet
-from lockstep.coordinator.divergence_check import Agreement
-from lockstep.coordinator.host_membership import Fleet
+from lockstep.coordinator.divergence_check import DivergenceCheck
+from lockstep.coordinator.host_membership import HostMembership
 from lockstep.coordinator.launcher import Launcher
-from lockstep.coordinator.rendezvous import Roster, about
+from lockstep.coordinator.rendezvous import Rendezvous, about
 from lockstep.errors import ProtocolError, RefusedError
-from lockstep.net.blob_transfer import Store
-from lockstep.net.control_link import Link
+from lockstep.net.blob_transfer import BlobServer
+from lockstep.net.control_link import ControlLink
 from lockstep.net.frames import Message
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, ignore
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lockstep.coordinator.coordinator import Coordinator
 
 
-class Hosts:
+class HostGroup:
     """Use it as a context manager: agents end when it is closed."""
 
     def __init__(
@@ -65,12 +65,12 @@ class Hosts:
             answer=True,
             silence=silent_seconds,
         )
-        self.cargo = Store(self._transport)
+        self.cargo = BlobServer(self._transport)
         """What other hosts may fetch."""
-        self.link = Link(self._transport, self.cargo.serve)
-        self.roster = Roster(self.link, launcher, facts, samples, ownership)
+        self.link = ControlLink(self._transport, self.cargo.serve)
+        self.roster = Rendezvous(self.link, launcher, facts, samples, ownership)
         launcher.report = report
-        self.station = Station(
+        self.station = HostMesh(
             launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
         )
         self.own_plan: Plan
@@ -80,12 +80,12 @@ class Hosts:
         come in when the base is up to date."""
         self._crew: Coordinator | None = None
         self._leased = -1
-        self._fleet = Fleet(master=self._master, whole=ownership.whole)
-        self._standings: dict[str, Standing] = {}
-        self._answers = Answers()
+        self._fleet = HostMembership(master=self._master, whole=ownership.whole)
+        self._standings: dict[str, HostStatus] = {}
+        self._answers = AnswerAssembler()
         self._asked: dict[str, set[int]] = {}
         """Held-out batches that other hosts have not answered yet."""
-        self._agreement = Agreement()
+        self._agreement = DivergenceCheck()
         self._kept: list[Heard] = []
         """What was heard while answers were waited for."""
         self._troubled_at = -1
@@ -93,7 +93,7 @@ class Hosts:
         self._held_at = 0.0
         """Since when hosts have been held without a step in between; 0: they go on."""
 
-    def __enter__(self) -> Hosts:
+    def __enter__(self) -> HostGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,15 +114,15 @@ class Hosts:
     def gather(self, **offer: Any) -> None:
         """Offer the job, and wait until the hosts that there are have loaded the task.
 
-        `offer` has what an `Offer` says of the task.
+        `offer` has what an `JobOffer` says of the task.
 
         Raises:
             LockstepError: one of them cannot take part; says why.
         """
         address = self._transport.address
-        self.roster.gather(Offer(job=self._job, master=self._master, address=address, **offer))
+        self.roster.gather(JobOffer(job=self._job, master=self._master, address=address, **offer))
 
-    def set_up(self, plan: Plan, host: Host) -> dict[str, Any]:
+    def set_up(self, plan: Plan, host: LocalHost) -> dict[str, Any]:
         """Have every host, `host` is the master's own, allocate what the plan needs, and the others
         start their workers; returns the numerics profile."""
         self.own_plan, profile = self.roster.set_up(plan, host)
@@ -316,7 +316,7 @@ class Hosts:
         sink = self._crew.sink
         match message["op"]:
             case "stood":
-                standing = Standing.from_message(message["standing"])
+                standing = HostStatus.from_message(message["standing"])
                 return [fleet.Stood(name, message["generation"], standing)]
             case "trouble":
                 peer, why = str(message["other"]), str(message["why"])
@@ -379,7 +379,7 @@ class Hosts:
     def _arrange(self, command: fleet.Arrange) -> None:
         assert self._crew is not None
         addresses = {name: self._standings[name].address for name in command.workers}
-        orders = Orders(
+        orders = RegroupOrder(
             step=command.step,
             workers=command.workers,
             addresses=addresses,

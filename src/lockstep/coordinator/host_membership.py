@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lockstep.agent.regroup_messages import Action, Standing
+from lockstep.agent.regroup_messages import Action, HostStatus
 
 MOST_TROUBLES = 2
 """How often two hosts may lose each other, without a step in between, before one has to go."""
@@ -24,12 +24,12 @@ class Member:
     """A host of the fleet."""
 
     workers: int
-    standing: Standing | None = None
+    standing: HostStatus | None = None
     """As it was said in this generation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fleet:
+class HostMembership:
     """The state of the fleet."""
 
     master: str
@@ -63,7 +63,7 @@ class Stood:
 
     name: str
     generation: int
-    standing: Standing
+    standing: HostStatus
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ class Abandon:
 
 
 Command = Hold | Arrange | Abandon
-Decision = tuple[Fleet, tuple[Command, ...], str]
+Decision = tuple[HostMembership, tuple[Command, ...], str]
 
 
-def decide(fleet: Fleet, event: Event) -> Decision:
+def decide(fleet: HostMembership, event: Event) -> Decision:
     """The next state, what to do, and why."""
     match event:
         case Present(name, workers):
@@ -153,13 +153,13 @@ def decide(fleet: Fleet, event: Event) -> Decision:
             return replace(fleet, troubles={}) if fleet.troubles else fleet, (), "a step was made"
 
 
-def _hold(fleet: Fleet, reason: str) -> Decision:
+def _hold(fleet: HostMembership, reason: str) -> Decision:
     members = {name: replace(member, standing=None) for name, member in fleet.members.items()}
     fleet = replace(fleet, members=members, generation=fleet.generation + 1, regrouping=True)
     return fleet, (Hold(fleet.generation),), reason
 
 
-def _lost(fleet: Fleet, name: str, why: str, *, drop: bool = True) -> Decision:
+def _lost(fleet: HostMembership, name: str, why: str, *, drop: bool = True) -> Decision:
     if name not in fleet.members:
         return fleet, (), f"host {name} was given up before"
     members = {other: member for other, member in fleet.members.items() if other != name}
@@ -167,7 +167,7 @@ def _lost(fleet: Fleet, name: str, why: str, *, drop: bool = True) -> Decision:
     return fleet, (Abandon(name, why, drop), *commands), reason
 
 
-def _trouble(fleet: Fleet, name: str, peer: str, why: str) -> Decision:
+def _trouble(fleet: HostMembership, name: str, peer: str, why: str) -> Decision:
     if peer not in fleet.members:
         return _hold(fleet, f"host {name}: {why}")
     pair = frozenset((name, peer))
@@ -179,7 +179,7 @@ def _trouble(fleet: Fleet, name: str, peer: str, why: str) -> Decision:
     return _hold(fleet, f"host {name} has lost host {peer}: {why}")
 
 
-def _arrange_if_all_stand(fleet: Fleet, reason: str) -> Decision:
+def _arrange_if_all_stand(fleet: HostMembership, reason: str) -> Decision:
     standings = {name: member.standing for name, member in fleet.members.items()}
     known = {name: standing for name, standing in standings.items() if standing is not None}
     if not fleet.regrouping or len(known) < len(standings):
@@ -205,7 +205,7 @@ def in_order(names: Iterable[str], master: str) -> list[str]:
     return [master, *sorted(name for name in names if name != master)]
 
 
-def settle(standings: Mapping[str, Standing], master: str) -> tuple[int, str, dict[str, Action]]:
+def settle(standings: Mapping[str, HostStatus], master: str) -> tuple[int, str, dict[str, Action]]:
     """Where all hosts go on: from the newest state that somebody has whole.
 
     Whole states are at most a step apart, since nobody updates before everybody has computed. A
@@ -234,7 +234,7 @@ def settle(standings: Mapping[str, Standing], master: str) -> tuple[int, str, di
 
 
 def settle_parts(
-    standings: Mapping[str, Standing], master: str, arranged: frozenset[str]
+    standings: Mapping[str, HostStatus], master: str, arranged: frozenset[str]
 ) -> tuple[int, str, dict[str, Action]]:
     """Where all hosts go on, where each has a part of the state: as they are, if they are the same
     as before and nobody is torn or a step behind; else from the master's base, which is whole.

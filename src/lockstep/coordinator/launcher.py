@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 
 if TYPE_CHECKING:
     from lockstep.net.identity import Identity
@@ -27,7 +27,7 @@ class Launcher(Protocol):
     report: Report
     """Told of a host whose agent cannot take part, and why. The master puts its own here."""
 
-    def offer(self, offer: Offer) -> tuple[str, ...]:
+    def offer(self, offer: JobOffer) -> tuple[str, ...]:
         """Start an agent for this job on every host, and on each that is added until `close`.
 
         Returns the names of the hosts that there are now, without the master's own.

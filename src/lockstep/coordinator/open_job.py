@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.agent.agent import facts_of
-from lockstep.agent.local_host import Host
-from lockstep.coordinator.host_group import Hosts
+from lockstep.agent.local_host import LocalHost
+from lockstep.coordinator.host_group import HostGroup
 from lockstep.coordinator.launcher import Launcher
 from lockstep.errors import JobError
 from lockstep.job.code_archive import pack
 from lockstep.job.job import Job
-from lockstep.job.task_source import Source
-from lockstep.net.blob_transfer import Bill
+from lockstep.job.task_source import TaskSource
+from lockstep.net.blob_transfer import BlobInfo
 from lockstep.planning.core_split import Division, Facts
 from lockstep.planning.data_partition import Holdings, divide
 from lockstep.planning.ownership import ownership_of
@@ -25,12 +25,12 @@ from lockstep.planning.plan import Plan, decompose
 
 def open_hosts(
     launcher: Launcher,
-    source: Source,
+    source: TaskSource,
     job: Job,
     settings: Mapping[str, Any],
-    host: Host,
+    host: LocalHost,
     records: RecordFile | None = None,
-) -> Hosts:
+) -> HostGroup:
     """Offer a job to other hosts and wait for them. `host` is the master's own, and has loaded.
 
     `settings` are those that were given, and that hosts need to load the task. `records` are sent
@@ -55,7 +55,7 @@ def open_hosts(
     name = f"{source.label}-{secrets.token_hex(8)}"
     samples = host.facts["train_samples"], host.facts["eval_samples"]
     ownership = ownership_of(job.ownership, job.servers, job.compression, job.local_steps)
-    hosts = Hosts(launcher, name, facts_of(host.facts), samples, job.host_seconds, ownership)
+    hosts = HostGroup(launcher, name, facts_of(host.facts), samples, job.host_seconds, ownership)
     try:
         data = _data_of(host) if records is None else records.content
         if data is not None:
@@ -66,8 +66,8 @@ def open_hosts(
             task=task,
             args=dict(source.args),
             settings={**settings, "host_seconds": job.host_seconds},
-            code=None if archive is None else Bill.of(archive.data),
-            data=None if data is None else Bill.of(data),
+            code=None if archive is None else BlobInfo.of(archive.data),
+            data=None if data is None else BlobInfo.of(data),
             records=None if records is None else records.request,
         )
         hosts.roster.check_servers(job.servers)
@@ -82,12 +82,12 @@ class RecordFile:
     """A file of records that other hosts are to have as well."""
 
     request: Mapping[str, Any]
-    """`{"path", "keep"}`, as `Host.start` takes it."""
+    """`{"path", "keep"}`, as `LocalHost.start` takes it."""
     content: memoryview
     """The bytes of the file."""
 
 
-def _data_of(host: Host) -> memoryview | None:
+def _data_of(host: LocalHost) -> memoryview | None:
     """The data sets, if they are to be sent."""
     return None if host.data is None else memoryview(host.data.map)[: host.data.nbytes]
 
@@ -104,7 +104,7 @@ def _shippable(task: str) -> str:
     return task
 
 
-def spread(job: Job, facts: Facts, hosts: Hosts) -> Plan:
+def spread(job: Job, facts: Facts, hosts: HostGroup) -> Plan:
     """Decompose a job for several hosts: as many workers as they would run, or as asked.
 
     Raises:

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lockstep.agent.job_offer import Offer
-from lockstep.agent.local_host import Host
+from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.local_host import LocalHost
 from lockstep.coordinator.host_membership import in_order
 from lockstep.coordinator.launcher import Launcher
 from lockstep.errors import (
@@ -25,7 +25,7 @@ from lockstep.errors import (
     from_message,
     to_message,
 )
-from lockstep.net.control_link import Link
+from lockstep.net.control_link import ControlLink
 from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard
@@ -40,12 +40,12 @@ GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
 
 
-class Roster:
+class Rendezvous:
     """The hosts of a job as they come. All calls come from the master's thread."""
 
     def __init__(
         self,
-        link: Link,
+        link: ControlLink,
         launcher: Launcher,
         facts: Mapping[str, str],
         samples: Samples,
@@ -80,7 +80,7 @@ class Roster:
         names = self.ownership.computing(list(self.capacities))
         return {name: count for name, count in self.capacities.items() if name in names}
 
-    def gather(self, offer: Offer) -> None:
+    def gather(self, offer: JobOffer) -> None:
         """Offer the job, and wait until the hosts that there are have loaded the task.
 
         Raises:
@@ -112,7 +112,7 @@ class Roster:
                 fix="correct `servers`, or start that host",
             )
 
-    def set_up(self, plan: Plan, host: Host) -> tuple[Plan, dict[str, Any]]:
+    def set_up(self, plan: Plan, host: LocalHost) -> tuple[Plan, dict[str, Any]]:
         """Have every host, `host` is the master's own, allocate what the plan needs, and the others
         start their workers; returns the plan of the master's own and the numerics profile."""
         self._plan = plan

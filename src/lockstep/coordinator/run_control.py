@@ -29,7 +29,7 @@ Request = tuple[str, int]
 """A name from `REQUESTS`, and a number: the workers wanted, for `scale`."""
 
 
-class Desk:
+class RunControl:
     """Collects requests until the coordinator takes them. Use it as a context manager."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Desk:
         self._path: Path | None = None
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> RunControl:
         return self
 
     def __exit__(

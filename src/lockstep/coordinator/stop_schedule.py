@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class StopSchedule:
     """At which steps the run comes to rest, and for what."""
 
     steps: int

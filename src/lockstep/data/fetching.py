@@ -26,7 +26,7 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     """
     plain = getattr(task.collate, "__func__", None) is Task.collate
     if type(dataset) is TensorDataset and plain:
-        return Rows(dataset.tensors)
+        return TensorRows(dataset.tensors)
     get_all = getattr(dataset, "__getitems__", None)
     if get_all is not None:
 
@@ -46,7 +46,7 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
     return fetch_each
 
 
-class Rows:
+class TensorRows:
     """Fetches batches of a `TensorDataset`: rows of each tensor."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from lockstep.data.fetching import Fetch, Rows
-from lockstep.data.loader_ipc import Handover, Nameless
-from lockstep.data.sample_order import Order
+from lockstep.data.fetching import Fetch, TensorRows
+from lockstep.data.loader_ipc import MemfdContext, TensorChannel
+from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import TaskError
 from lockstep.planning.sampling import Sampling
 from lockstep.system.processes import die_with_parent, own_file_positions
@@ -83,7 +83,7 @@ class Loader:
         self.fetch, self.sampling, self.loaders = fetch, sampling, loaders
         self.spare_cores, self.last = spare_cores, last
         self.decision = "" if loaders is None else f"loaders={loaders} by request"
-        self._order, self._part = Order(sampling, part), part
+        self._order, self._part = SampleOrder(sampling, part), part
         self._shards: Sequence[int] = ()
         self._upcoming: Iterator[Work] = iter(())
         self._planned: deque[Work] = deque()
@@ -91,7 +91,7 @@ class Loader:
         self._ahead: deque[Any] = deque()
         """The batches of the first of them."""
         self._stream: Iterator[Any] | None = None
-        self._handover = Handover(0)
+        self._handover = TensorChannel(0)
         self._times = FetchTimes()
 
     def assign(self, shards: Sequence[int], step: int) -> None:
@@ -130,7 +130,7 @@ class Loader:
     def prefetch(self) -> None:
         """Fetch what comes next now, in the worker, unless loader processes do it."""
         if self._stream is None and not self._ahead and self._planned:
-            if isinstance(self.fetch, Rows):
+            if isinstance(self.fetch, TensorRows):
                 start, stop = self.sampling.shard_span(*self._planned[0])
                 self._plan(self.fetch.ahead(stop - start))
             self._ahead.extend(self._fetch(self._planned))
@@ -207,7 +207,7 @@ class Loader:
     def _fetch(self, works: Sequence[Work]) -> list[Any]:
         """The batches of these works."""
         indices = [self._order.indices(*work) for work in works]
-        if isinstance(self.fetch, Rows) and len(works) > 1:
+        if isinstance(self.fetch, TensorRows) and len(works) > 1:
             return list(self.fetch.several(indices))
         wall, cpu = time.perf_counter(), time.thread_time()
         batches = [
@@ -221,7 +221,7 @@ class Loader:
     def _start(self) -> None:
         """Move to loader processes, from the next assigned batch on."""
         self._ahead.clear()
-        self._handover = Handover(self.loaders or 1)
+        self._handover = TensorChannel(self.loaders or 1)
         self._stream = iter(
             DataLoader(
                 _Requests(self.fetch),
@@ -229,7 +229,7 @@ class Loader:
                 batch_size=None,
                 collate_fn=_as_it_is,
                 num_workers=self.loaders or 1,
-                multiprocessing_context=Nameless(),
+                multiprocessing_context=MemfdContext(),
                 worker_init_fn=functools.partial(begin_loading, os.getpid(), self._handover),
             )
         )
@@ -239,7 +239,7 @@ class Loader:
         """What the loader processes are asked for: they run ahead of `_planned`."""
         if not self._planned:
             return
-        order, first = Order(self.sampling, self._part), self._planned[0]
+        order, first = SampleOrder(self.sampling, self._part), self._planned[0]
         for work in itertools.dropwhile(lambda item: item != first, self._work(first[0])):
             yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
 
@@ -298,7 +298,7 @@ def follow_worker(worker: int) -> None:
     own_file_positions()
 
 
-def begin_loading(worker: int, handover: Handover, loader: int) -> None:
+def begin_loading(worker: int, handover: TensorChannel, loader: int) -> None:
     """Called first in a loader process: it is the worker's, by this number."""
     follow_worker(worker)
     handover.begin(loader)

@@ -30,7 +30,7 @@ _ways: dict[int, socket.socket] = {}
 """In a worker: by its own number, the end at which a loader process's descriptors come."""
 
 
-class Handover:
+class TensorChannel:
     """The ways from so many loader processes to the worker that makes this before it forks them."""
 
     def __init__(self, loaders: int) -> None:
@@ -118,7 +118,7 @@ def _send(end: socket.socket, waiting: Waiting) -> None:
             socket.send_fds(end, [b"f"], [fd])
 
 
-class Nameless(ForkContext):
+class MemfdContext(ForkContext):
     """A context for a `DataLoader`. Every queue of it has one process that reads."""
 
     def Lock(self) -> Lock:  # type: ignore[override]

@@ -123,16 +123,16 @@ def open_records(path: str | Path, content: Path | None = None) -> Records:
     return records
 
 
-def samples_of(task: Task, request: Mapping[str, Any], fd: int = -1) -> Samples:
+def samples_of(task: Task, request: Mapping[str, Any], fd: int = -1) -> RecordDataset:
     """The samples of a file of records, `{"path", "keep"}`.
 
     `fd`: where another host's file is here. It has to stay open in this process and its forks.
     """
     content = None if fd < 0 else Path(f"/proc/self/fd/{fd}")
-    return Samples(task, open_records(request["path"], content), request["keep"])
+    return RecordDataset(task, open_records(request["path"], content), request["keep"])
 
 
-class Samples:
+class RecordDataset:
     """What a task makes of records: a data set for `collate`."""
 
     def __init__(self, task: Task, records: Records, keep: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from lockstep.planning.sampling import Sampling
 from lockstep.system.seeding import derive
 
 
-class Order:
+class SampleOrder:
     """The training set's order in each data epoch: `torch.randperm` under the epoch's seed.
 
     Where the set lies in parts, each has an order of its own.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Position:
     """What `Task.told` is told. It depends on the run alone, never on who computes."""
 
     training: bool
@@ -29,16 +29,16 @@ class Place:
         """The data epoch of the step; of held-out data, the one that the last step was of."""
         return max(self.step - (not self.training), 0) // self.steps_per_epoch
 
-    def at_step(self, step: int, samples: int) -> Place:
+    def at_step(self, step: int, samples: int) -> Position:
         """The place of a shard of so many samples in a step."""
         batch = step % self.steps_per_epoch
         return dataclasses.replace(self, training=True, step=step, batch=batch, samples=samples)
 
-    def at_batch(self, step: int, batch: int, samples: int) -> Place:
+    def at_batch(self, step: int, batch: int, samples: int) -> Position:
         """The place of a held-out batch, after so many steps."""
         return dataclasses.replace(self, training=False, step=step, batch=batch, samples=samples)
 
-    def within(self, update: int, updates: int) -> Place:
+    def within(self, update: int, updates: int) -> Position:
         """The same place, counted in updates, where a step is a round of so many of them."""
         batch = self.batch * updates + update if self.training else self.batch
         return dataclasses.replace(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import TaskError
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Task:
         """The held-out set, or None. Evaluated after every data epoch: every sample once."""
         return None
 
-    def told(self, place: Place) -> None:
+    def told(self, place: Position) -> None:
         """Where in the run the calls that follow belong: of how many steps which, and which batch.
 
         Called before `optimizer` and `scheduler` (with the run's beginning), and before each

@@ -30,7 +30,7 @@ from lockstep.system.json_files import plain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TaskSource:
     """A task's origin. `payload` is the pickled object where there is no name."""
 
     name: str
@@ -50,11 +50,11 @@ class Source:
         return "".join(c if c.isalnum() or c in "-_" else "-" for c in tail).lower()
 
 
-def source_of(job: Job) -> Source:
+def source_of(job: Job) -> TaskSource:
     """The source of a job's task."""
     if isinstance(job.task, str):
         _check_args(job.args)
-        return Source(name=_absolute(job.task), args=dict(job.args))
+        return TaskSource(name=_absolute(job.task), args=dict(job.args))
     if not isinstance(job.task, Task):
         raise JobError(
             "the task is not a Task",
@@ -66,7 +66,7 @@ def source_of(job: Job) -> Source:
     module = kind.__module__
     if module == "__main__":
         module = getattr(sys.modules["__main__"], "__file__", None) or "__main__"
-    return Source(
+    return TaskSource(
         name=_absolute(f"{module}:{kind.__qualname__}"),
         payload=_pickled(job.task),
         code=code_digest(job.task),
@@ -123,7 +123,7 @@ def _absolute(name: str) -> str:
     return name
 
 
-def resolve(source: Source) -> tuple[Task, Job | None]:
+def resolve(source: TaskSource) -> tuple[Task, Job | None]:
     """The task, and the job that came with it if the name leads to a recipe.
 
     Raises:
@@ -207,7 +207,7 @@ def _check_attributes(task: Task) -> None:
         )
 
 
-def _call(found: Any, source: Source) -> Any:
+def _call(found: Any, source: TaskSource) -> Any:
     if isinstance(found, Task) or not callable(found):
         return found
     try:
@@ -222,7 +222,7 @@ def _call(found: Any, source: Source) -> Any:
     return found(**source.args)
 
 
-def _named(source: Source) -> Any:
+def _named(source: TaskSource) -> Any:
     """What the name leads to: a recipe, or something of a module or a file."""
     if ":" in source.name:
         return _find(source)
@@ -231,7 +231,7 @@ def _named(source: Source) -> Any:
     return find(source.name)
 
 
-def _find(source: Source) -> Any:
+def _find(source: TaskSource) -> Any:
     place, _, attribute = source.name.rpartition(":")
     if source.folder:
         check_shipped(place, source.folder)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, NetworkError
-from lockstep.net.control_link import Link
+from lockstep.net.control_link import ControlLink
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key, Pending, Transport, await_slip
 
@@ -29,7 +29,7 @@ Hold = Literal["code", "data"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bill:
+class BlobInfo:
     """What there is to be fetched."""
 
     digest: str
@@ -37,19 +37,19 @@ class Bill:
     nbytes: int
 
     @staticmethod
-    def of(content: bytes | memoryview) -> Bill:
+    def of(content: bytes | memoryview) -> BlobInfo:
         """The bill of these bytes."""
-        return Bill(digest=blake3(content).hexdigest(), nbytes=len(content))
+        return BlobInfo(digest=blake3(content).hexdigest(), nbytes=len(content))
 
     @staticmethod
-    def from_message(message: Mapping[str, Any] | None) -> Bill | None:
+    def from_message(message: Mapping[str, Any] | None) -> BlobInfo | None:
         """The bill in a message, if there is one. Raises TypeError, KeyError, ValueError."""
         if message is None:
             return None
         digest, nbytes = message["digest"], message["nbytes"]
         if type(nbytes) is not int or nbytes <= 0 or not is_digest(digest):
             raise ValueError("no digest of so many bytes")
-        return Bill(digest=digest, nbytes=nbytes)
+        return BlobInfo(digest=digest, nbytes=nbytes)
 
 
 def is_digest(text: object) -> bool:
@@ -57,7 +57,7 @@ def is_digest(text: object) -> bool:
     return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
-class Store:
+class BlobServer:
     """The master's side. `serve` is called by the link's thread, whatever the master is at."""
 
     def __init__(self, transport: Transport) -> None:
@@ -85,7 +85,12 @@ class Store:
 
 
 def fetch(
-    link: Link, master: str, hold: Hold, bill: Bill, into: memoryview, silent_seconds: float
+    link: ControlLink,
+    master: str,
+    hold: Hold,
+    bill: BlobInfo,
+    into: memoryview,
+    silent_seconds: float,
 ) -> None:
     """Fetch bytes from the master into memory of their number, and compare the digest.
 

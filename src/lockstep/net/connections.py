@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from lockstep.errors import NetworkError, PeerTimeoutError, ProtocolError
 from lockstep.net.frames import TENSORS, Frame, Kind, Place, Reader, message_frame
-from lockstep.net.pending import Recency, Slip
+from lockstep.net.pending import PendingTransfer, Recency
 from lockstep.net.sockets import SILENCE_SECONDS, closed, end, peer_errors
 
 SMALL = 8 << 10
@@ -39,7 +39,7 @@ class Item:
 
     head: bytes
     body: memoryview | None = None
-    slip: Slip | None = None
+    slip: PendingTransfer | None = None
 
 
 class Outgoing:

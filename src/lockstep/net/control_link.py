@@ -22,7 +22,7 @@ tell that others were silent."""
 Serve = Callable[[str, Mapping[str, Any]], None]
 
 
-class Link:
+class ControlLink:
     """Hears in a thread of its own, so that a sign of life never waits for work to end.
 
     `fileno` is readable when there is something to take.

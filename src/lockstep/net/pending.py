@@ -33,7 +33,7 @@ def as_bytes(memory: memoryview) -> memoryview:
     return memory.cast("B")
 
 
-class Slip:
+class PendingTransfer:
     """A `Pending` that one thread completes and others wait for."""
 
     def __init__(
@@ -72,9 +72,11 @@ class Slip:
             self._ended.set()
 
 
-def sending(peer: str, key: Key, wait: Wait = threading.Event.wait) -> Slip:
+def sending(peer: str, key: Key, wait: Wait = threading.Event.wait) -> PendingTransfer:
     """A slip for a send."""
-    return Slip(peer, f"that host {peer} takes {key}", lambda: "it has not taken all of it", wait)
+    return PendingTransfer(
+        peer, f"that host {peer} takes {key}", lambda: "it has not taken all of it", wait
+    )
 
 
 class Mailbox:
@@ -85,11 +87,11 @@ class Mailbox:
     ) -> None:
         self.peer = peer
         self._progress, self._wait = progress, wait
-        self._expected: dict[Key, tuple[memoryview, Slip]] = {}
+        self._expected: dict[Key, tuple[memoryview, PendingTransfer]] = {}
         self._changed = threading.Condition()
         self._error: NetworkError | None = None
 
-    def expect(self, key: Key, into: memoryview) -> Slip:
+    def expect(self, key: Key, into: memoryview) -> PendingTransfer:
         """Set memory aside for a key.
 
         Raises:
@@ -100,7 +102,7 @@ class Mailbox:
             raise ProtocolError(
                 f"{what} is no tensor", expected=" or ".join(sorted(kind.name for kind in TENSORS))
             )
-        slip = Slip(self.peer, what, self._progress, self._wait)
+        slip = PendingTransfer(self.peer, what, self._progress, self._wait)
         memory = as_bytes(into)
         with self._changed:
             if self._error is not None:

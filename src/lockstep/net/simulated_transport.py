@@ -26,7 +26,7 @@ from lockstep.net.frames import (
     parse_message,
 )
 from lockstep.net.handshake import Facts, Hello, check_hello
-from lockstep.net.pending import Mailbox, Slip, Wait, as_bytes, sending, timed_out
+from lockstep.net.pending import Mailbox, PendingTransfer, Wait, as_bytes, sending, timed_out
 from lockstep.net.sockets import closed
 from lockstep.net.transport import Heard, Key
 
@@ -39,7 +39,7 @@ STUCK_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
+class NetworkFault:
     """What happens to the tensor number `frame`, from 1, that `source` sends to `target`."""
 
     source: str
@@ -57,7 +57,7 @@ class Fault:
 class _Tensor:
     head: bytes
     body: memoryview
-    slip: Slip
+    slip: PendingTransfer
 
 
 class _Way:
@@ -73,7 +73,7 @@ class _Way:
         """Why the receiver takes the source for lost."""
         self.come: deque[_Tensor | NetworkError] = deque()
         """What has come and is not expected yet; an error is the end."""
-        self.under_way: list[Slip] = []
+        self.under_way: list[PendingTransfer] = []
         self._reader = Reader(TENSORS, self.mailbox.place)
 
     def deliver(self) -> None:
@@ -121,12 +121,12 @@ class _Waiter:
 class Network:
     """The hosts of a test, and what lies between them."""
 
-    faults: Sequence[Fault] = ()
+    faults: Sequence[NetworkFault] = ()
     parties: int = 1
     """How many threads use it: time passes when all of them wait."""
     now: float = 0.0
     """Scripted seconds."""
-    fired: list[Fault] = field(default_factory=list)
+    fired: list[NetworkFault] = field(default_factory=list)
     """The faults that have happened."""
     hosts: dict[str, MemoryTransport] = field(default_factory=dict)
     lock: threading.Condition = field(default_factory=threading.Condition)
@@ -187,7 +187,7 @@ class Network:
                 self._waiters.remove(waiter)
 
     def wait_for(self, ended: threading.Event, seconds: float) -> bool:
-        """As `wait`, in the form in which a `Slip` wants it."""
+        """As `wait`, in the form in which a `PendingTransfer` wants it."""
         return self.wait(ended.is_set, seconds)
 
     # What hosts do. The lock is held.
@@ -272,7 +272,7 @@ class Network:
             self.lose(way, error)
             self.part(way.source, way.target, "the end of the stream between two frames")
 
-    def _strike(self, fault: Fault, way: _Way, tensor: _Tensor) -> None:
+    def _strike(self, fault: NetworkFault, way: _Way, tensor: _Tensor) -> None:
         match fault.kind:
             case "delay":
                 self._arrival(way, fault.seconds)
@@ -324,7 +324,7 @@ class MemoryTransport:
                 )
             )
 
-    def send(self, peer: str, key: Key, data: memoryview) -> Slip:
+    def send(self, peer: str, key: Key, data: memoryview) -> PendingTransfer:
         body, net = as_bytes(data), self._network
         slip = sending(peer, key, net.wait_for)
         start = head(key.kind, step=key.step, tag=key.tag, length=len(body))
@@ -333,7 +333,7 @@ class MemoryTransport:
             net.send(way, _Tensor(head=start, body=body, slip=slip))
         return slip
 
-    def expect(self, peer: str, key: Key, into: memoryview) -> Slip:
+    def expect(self, peer: str, key: Key, into: memoryview) -> PendingTransfer:
         net = self._network
         with net.lock:
             way = net.way(peer, self.node, node=self.node, what=f"{key} from host {peer}")

@@ -25,7 +25,7 @@ from lockstep.net.frames import Kind, head, message_frame
 from lockstep.net.handshake import Facts, Hello, check_hello, parse_hello
 from lockstep.net.identity import Identity, peer_name
 from lockstep.net.peer import Peer
-from lockstep.net.pending import Inbox, Slip, as_bytes, sending
+from lockstep.net.pending import Inbox, PendingTransfer, as_bytes, sending
 from lockstep.net.sockets import (
     SILENCE_SECONDS,
     Deadline,
@@ -148,7 +148,7 @@ class TcpTransport:
             fix="see that each of them runs, and can be reached at the address that it has given",
         )
 
-    def send(self, peer: str, key: Key, data: memoryview) -> Slip:
+    def send(self, peer: str, key: Key, data: memoryview) -> PendingTransfer:
         body = as_bytes(data)
         slip = sending(peer, key)
         start = head(key.kind, step=key.step, tag=key.tag, length=len(body))
@@ -156,7 +156,7 @@ class TcpTransport:
         lane.send(Item(head=start, body=body, slip=slip))
         return slip
 
-    def expect(self, peer: str, key: Key, into: memoryview) -> Slip:
+    def expect(self, peer: str, key: Key, into: memoryview) -> PendingTransfer:
         return self._peer(peer, f"{key} from host {peer}").mailbox.expect(key, into)
 
     def tell(self, peer: str, message: Mapping[str, Any]) -> None:

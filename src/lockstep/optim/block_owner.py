@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.collectives.gradient_presence import Mask, Presence
+from lockstep.collectives.gradient_presence import GradientPresence, Mask
 from lockstep.collectives.table_sum import TableSum
 from lockstep.collectives.tree_sum import Reducer
 from lockstep.optim.chained import bare_step
@@ -19,23 +19,23 @@ from lockstep.optim.row_update import step_rows
 from lockstep.optim.update_groups import Grouping, OwnedBlock, Run, SparseTable, UpdateGroup
 from lockstep.planning.blocks import Block
 from lockstep.planning.reduction_tree import tree
-from lockstep.state.fault_injection import FaultScript
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.fault_injection import FaultInjector
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.optimizer_state import load_value, store_value
 from lockstep.state.shared_state import PRESENT, SharedState, storage_run
 
 
-class Owner:
+class BlockOwner:
     """Updates the blocks of one worker. Made anew when the membership changes."""
 
     def __init__(
         self,
         shared: SharedState,
         numbers: Sequence[int],
-        faults: FaultScript,
-        slots: Sequence[Slot] | None = None,
+        faults: FaultInjector,
+        slots: Sequence[GradientSlot] | None = None,
         *,
-        dense: Sequence[Slot] | None = None,
+        dense: Sequence[GradientSlot] | None = None,
     ) -> None:
         """`numbers` are its blocks, `slots` what is summed, by shard; the shards' own if None.
 
@@ -54,7 +54,7 @@ class Owner:
         self._loaded: UpdateGroup | None = None
         self._step = bare_step(self.optimizer)
 
-    def reduce(self, presence: Presence) -> None:
+    def reduce(self, presence: GradientPresence) -> None:
         """Sum this owner's blocks into the slot of the sum, before its norm is taken."""
         for param, target in self._targets:
             self._sum_run(target, presence.of(param))
@@ -84,7 +84,7 @@ class Owner:
     def update(
         self,
         step: int,
-        presence: Presence,
+        presence: GradientPresence,
         scale: torch.Tensor | None = None,
     ) -> None:
         """Update all blocks of this owner. If it does not return, the state is torn.
@@ -103,7 +103,7 @@ class Owner:
             if self.faults is not None:
                 self.faults.at("update_end", step)
 
-    def _sum(self, group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
+    def _sum(self, group: UpdateGroup, presence: GradientPresence) -> Sequence[torch.Tensor | None]:
         if group.sparse is not None:
             present = presence.of(group.blocks[0].block.param)
             return [group.sparse.sum.sum(tree(present))]
@@ -124,7 +124,7 @@ class Owner:
         return grads
 
     def _scale(
-        self, group: UpdateGroup, presence: Presence, scale: torch.Tensor
+        self, group: UpdateGroup, presence: GradientPresence, scale: torch.Tensor
     ) -> Sequence[torch.Tensor | None]:
         assert self.shared.total is not None
         for owned in group.blocks:
@@ -133,7 +133,9 @@ class Owner:
         return self._present_grads(group, presence)
 
     @staticmethod
-    def _present_grads(group: UpdateGroup, presence: Presence) -> Sequence[torch.Tensor | None]:
+    def _present_grads(
+        group: UpdateGroup, presence: GradientPresence
+    ) -> Sequence[torch.Tensor | None]:
         return [
             gradient if any(presence.of(owned.block.param)) else None
             for owned, gradient in zip(group.blocks, group.grads, strict=True)

@@ -19,11 +19,11 @@ from torch import nn
 
 from lockstep.job.task import Parameters
 from lockstep.optim.introspection import check_known
-from lockstep.optim.local_sgd import LocalSteps, Samples, divide
-from lockstep.optim.lr_schedule import Schedule
-from lockstep.planning.byte_ranges import Range, cut_evenly
+from lockstep.optim.local_sgd import LocalSGD, ShardSamples, divide
+from lockstep.optim.lr_schedule import LrSchedule
+from lockstep.planning.byte_ranges import ByteRange, cut_evenly
 from lockstep.planning.sampling import Sampling
-from lockstep.state.gradient_slots import Slot, as_tensor
+from lockstep.state.gradient_slots import GradientSlot, as_tensor
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.optimizer_state import StateKey, load_value, store_value
 from lockstep.state.shared_state import SharedState, local_flags, local_name
@@ -50,12 +50,12 @@ class Updates:
         return place == self.steps - 1 and self.sampling.ends_epoch(number)
 
 
-class Rounds:
+class LocalRounds:
     """One worker's: a copy of the model, and the task's optimizer and schedule on it."""
 
     def __init__(
         self,
-        task: LocalSteps,
+        task: LocalSGD,
         shared: SharedState,
         sampling: Sampling,
         clip_grad_norm: float | None,
@@ -70,11 +70,11 @@ class Rounds:
         self._optimizer = self.task.optimizer(Parameters(trainable))
         self._initial = {p: copy.deepcopy(s) for p, s in self._optimizer.state.items()}
         updates = Updates(sampling=sampling, steps=task.steps)
-        self._schedule = Schedule(self.task, self._optimizer, updates)
+        self._schedule = LrSchedule(self.task, self._optimizer, updates)
         self._modes = Modes(self._model)
         self._buffers = PrivateBuffers(self._model, list(self._model.named_buffers()))
 
-    def loss(self, step: int, shard: int, slot: Slot, batch: Samples) -> torch.Tensor:
+    def loss(self, step: int, shard: int, slot: GradientSlot, batch: ShardSamples) -> torch.Tensor:
         """The mean loss over a shard's steps; its gradient is how far these have come, and the slot
         gets what the optimizer keeps."""
         begun, homes = self._homes(slot)
@@ -96,10 +96,10 @@ class Rounds:
         with torch.no_grad():
             ways = [p - moved for p, moved in zip(params, self._params, strict=True)]
         mean = (total / len(batch.samples)).float()
-        found: torch.Tensor = _Way.apply(mean, ways, *params)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _KnownGradient.apply(mean, ways, *params)  # type: ignore[no-untyped-call]
         return found
 
-    def _begin(self, shard: int, slot: Slot, begun: torch.Tensor, homes: Homes) -> None:
+    def _begin(self, shard: int, slot: GradientSlot, begun: torch.Tensor, homes: Homes) -> None:
         """Start from the committed parameters and buffers, and the shard's optimizer state."""
         with torch.no_grad():
             for local, committed in zip(self._params, self.shared.params, strict=True):
@@ -132,7 +132,7 @@ class Rounds:
         ):
             own.copy_(moved)
 
-    def _homes(self, slot: Slot) -> tuple[torch.Tensor, Homes]:
+    def _homes(self, slot: GradientSlot) -> tuple[torch.Tensor, Homes]:
         """Where a slot says which parameters have state, and where that is."""
         first = self.shared.local[0].offset
 
@@ -156,7 +156,7 @@ class LocalUpdate:
         """`mine` are the shards that this host computes."""
         state = memoryview(shared.segments["state"].map)
         slots = memoryview(shared.segments["slots"].map)
-        self.ranges: list[Range] = []
+        self.ranges: list[ByteRange] = []
         """What it changes of the state segment."""
         self._copies: dict[int, tuple[memoryview, memoryview]] = {}
         for shard in mine if shared.local else ():
@@ -186,7 +186,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return local
 
 
-class _Way(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     """A number whose gradient, with regard to each parameter, is known already."""
 
     @staticmethod

@@ -20,18 +20,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.errors import DataError
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.job.task import Parameters, Task
 
 
 @dataclass(frozen=True)
-class Samples:
+class ShardSamples:
     """What a shard is given: it is divided among its steps when these are taken."""
 
     samples: list[Any]
 
 
-class LocalSteps(Task):
+class LocalSGD(Task):
     """A task whose step is a round: `steps` steps of `task` on each shard, then the average.
 
     The task's schedule, if it has one, counts the steps within rounds.
@@ -44,7 +44,7 @@ class LocalSteps(Task):
     def model(self) -> nn.Module:
         return self.task.model()
 
-    def told(self, place: Place) -> None:
+    def told(self, place: Position) -> None:
         self._place = place
         self.begin_update(0)
 
@@ -58,8 +58,8 @@ class LocalSteps(Task):
     def eval_data(self) -> Dataset[Any] | None:
         return self.task.eval_data()
 
-    def collate(self, samples: list[Any]) -> Samples:
-        return Samples(samples)
+    def collate(self, samples: list[Any]) -> ShardSamples:
+        return ShardSamples(samples)
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         """What is exchanged is subtracted as it is: that leaves the average of the copies."""
@@ -67,10 +67,10 @@ class LocalSteps(Task):
 
     # What is done without learning is done as the task does it.
 
-    def metrics(self, model: nn.Module, batch: Samples) -> Mapping[str, torch.Tensor | float]:
+    def metrics(self, model: nn.Module, batch: ShardSamples) -> Mapping[str, torch.Tensor | float]:
         return self.task.metrics(model, self.task.collate(batch.samples))
 
-    def outputs(self, model: nn.Module, batch: Samples) -> Mapping[str, Any]:
+    def outputs(self, model: nn.Module, batch: ShardSamples) -> Mapping[str, Any]:
         return self.task.outputs(model, self.task.collate(batch.samples))
 
     def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
@@ -85,7 +85,7 @@ class LocalSteps(Task):
     def from_record(self, record: Mapping[str, Any]) -> Any:
         return self.task.from_record(record)
 
-    def predict(self, model: nn.Module, batch: Samples) -> Sequence[Mapping[str, Any]]:
+    def predict(self, model: nn.Module, batch: ShardSamples) -> Sequence[Mapping[str, Any]]:
         return self.task.predict(model, self.task.collate(batch.samples))
 
 

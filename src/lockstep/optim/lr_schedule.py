@@ -28,7 +28,7 @@ class Epochs(Protocol):
         """Whether a step is the last of its data epoch."""
 
 
-class Schedule:
+class LrSchedule:
     """Sets the options of an optimizer's groups for each step. Workers inherit it, each its own.
 
     Raises:

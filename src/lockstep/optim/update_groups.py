@@ -11,7 +11,7 @@ from torch import nn
 
 from lockstep.collectives.table_sum import SparseSum, TableSum
 from lockstep.planning.blocks import Block, group_blocks
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.optimizer_state import StateKey, load_value
 from lockstep.state.shared_state import PRESENT, SharedState, state_name
 
@@ -86,7 +86,9 @@ class UpdateGroup:
 class Grouping:
     """Makes an owner's groups."""
 
-    def __init__(self, shared: SharedState, slots: Sequence[Slot], dense: Sequence[Slot]) -> None:
+    def __init__(
+        self, shared: SharedState, slots: Sequence[GradientSlot], dense: Sequence[GradientSlot]
+    ) -> None:
         """`slots` are what is summed of large tables, `dense` of all else."""
         self.shared, self.slots, self._dense = shared, slots, dense
         self._present = shared.view(PRESENT)

@@ -19,7 +19,7 @@ Samples = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holding:
+class DataPart:
     """What one host has."""
 
     host: str
@@ -31,7 +31,7 @@ class Holding:
     """How many shards are made of its samples: with those of the hosts before it, in order."""
 
 
-Holdings = tuple[Holding, ...]
+Holdings = tuple[DataPart, ...]
 """Of all hosts, in the order of their shards, the master's first; empty: data is not divided."""
 
 
@@ -52,14 +52,14 @@ def divide(samples: Mapping[str, Samples], shards: int) -> Holdings:
     found, before = [], 0
     for host, (train, held_out) in samples.items():
         count = 1 + free * (before + train) // total - free * before // total
-        found.append(Holding(host=host, train=train, held_out=held_out, shards=count))
+        found.append(DataPart(host=host, train=train, held_out=held_out, shards=count))
         before += train
     return tuple(found)
 
 
 def from_message(message: Sequence[Mapping[str, Any]]) -> Holdings:
     """The holdings in a plan's message."""
-    return tuple(Holding(**each) for each in message)
+    return tuple(DataPart(**each) for each in message)
 
 
 def parts(holdings: Holdings) -> tuple[Part, ...]:

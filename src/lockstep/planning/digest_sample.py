@@ -11,7 +11,7 @@ from lockstep.planning.memory_layout import APART, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class DigestUnit:
     """A run of bytes of the state segment that is digested as one."""
 
     name: str
@@ -30,7 +30,7 @@ UNIT_BYTES = (4 << 10, 128 << 10)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit:
+class DigestSample:
     """Which units the ledger records after each step: a rolling sample of the state.
 
     A step records one unit of the trainable parameters and one of everything else, in turn,
@@ -38,26 +38,28 @@ class Audit:
     is looked at again and again at a cost that does not grow with the model.
     """
 
-    params: tuple[Unit, ...]
-    others: tuple[Unit, ...]
+    params: tuple[DigestUnit, ...]
+    others: tuple[DigestUnit, ...]
     every: int
     """Only every so many steps: a small model's steps are too short for a digest each."""
 
-    def units(self, step: int) -> tuple[Unit, ...]:
+    def units(self, step: int) -> tuple[DigestUnit, ...]:
         """The units that the ledger records for `step`."""
         turn, left = divmod(step, self.every)
         if left:
             return ()
         return tuple(group[turn % len(group)] for group in (self.params, self.others) if group)
 
-    def split(self, step: int, params: Container[int]) -> tuple[dict[int, Unit], dict[int, Unit]]:
+    def split(
+        self, step: int, params: Container[int]
+    ) -> tuple[dict[int, DigestUnit], dict[int, DigestUnit]]:
         """The units of `step`, by their places in it: those of these parameters, and all others.
 
         Whoever alone updates some parameters, alone has their optimizer state: it digests the
         units of theirs, and every host digests those that nobody has alone.
         """
-        apart: dict[int, Unit] = {}
-        others: dict[int, Unit] = {}
+        apart: dict[int, DigestUnit] = {}
+        others: dict[int, DigestUnit] = {}
         for place, unit in enumerate(self.units(step)):
             mine = unit.param is not None and unit.param in params
             (apart if mine else others)[place] = unit
@@ -71,13 +73,13 @@ PER_STEP = 2
 """The largest number of units that a step records."""
 
 
-def plan_audit(layout: Layout) -> Audit:
+def plan_digest_sample(layout: Layout) -> DigestSample:
     """Cut the state into digest units."""
     total = sum(entry.nbytes for entry in layout.entries)
     least, most = UNIT_BYTES
     length = min(max(math.ceil(total / PARTS / ALIGN) * ALIGN, least), most)
-    params: list[Unit] = []
-    others: list[Unit] = []
+    params: list[DigestUnit] = []
+    others: list[DigestUnit] = []
     for entry in layout.entries:
         if entry.kind in APART:
             continue  # losses would show that it has changed
@@ -89,6 +91,6 @@ def plan_audit(layout: Layout) -> Audit:
             label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
             offset = entry.offset + start
             nbytes = stop - start
-            mine.append(Unit(name=label, offset=offset, nbytes=nbytes, param=param))
+            mine.append(DigestUnit(name=label, offset=offset, nbytes=nbytes, param=param))
     every = 1 if total >= SMALL_STATE else SMALL_EVERY
-    return Audit(params=tuple(params), others=tuple(others), every=every)
+    return DigestSample(params=tuple(params), others=tuple(others), every=every)

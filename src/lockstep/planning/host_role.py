@@ -6,30 +6,30 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep.planning.byte_ranges import Range, complement
+from lockstep.planning.byte_ranges import ByteRange, complement
 from lockstep.planning.data_partition import shard_ranges
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.ownership import Duties, Ownership
 from lockstep.planning.plan import Plan
-from lockstep.planning.shard_placement import Arrangement
+from lockstep.planning.shard_placement import ShardPlacement
 from lockstep.planning.slot_map import SlotMap
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roles:
+class HostRole:
     """Who computes, sums and updates what. `host` is the one that asks."""
 
     host: str
     plan: Plan
     ownership: Ownership
-    arrangement: Arrangement
+    arrangement: ShardPlacement
     duties: Duties
 
     @staticmethod
-    def alone(host: str, plan: Plan, ownership: Ownership) -> Roles:
+    def alone(host: str, plan: Plan, ownership: Ownership) -> HostRole:
         """One host does everything."""
-        arrangement = Arrangement.of(plan.shards, {host: plan.workers}, _group(plan))
-        return Roles(
+        arrangement = ShardPlacement.of(plan.shards, {host: plan.workers}, _group(plan))
+        return HostRole(
             host=host,
             plan=plan,
             ownership=ownership,
@@ -37,15 +37,15 @@ class Roles:
             duties=Duties(shares={}),
         )
 
-    def among(self, workers: Mapping[str, int], places: SlotMap) -> Roles:
+    def among(self, workers: Mapping[str, int], places: SlotMap) -> HostRole:
         """The roles of these hosts, by their numbers of workers, in this order."""
         computing = self.ownership.computing(list(workers))
         counts = {name: count * (name in computing) for name, count in workers.items()}
-        return Roles(
+        return HostRole(
             host=self.host,
             plan=self.plan,
             ownership=self.ownership,
-            arrangement=Arrangement.of(
+            arrangement=ShardPlacement.of(
                 self.plan.shards, counts, _group(self.plan), shard_ranges(self.plan.holdings)
             ),
             duties=self.ownership.duties(list(workers), places),
@@ -78,7 +78,7 @@ class Roles:
         return self.arrangement.subtrees if self.several or self.plan.groups else ()
 
     @property
-    def sums(self) -> tuple[Range, ...]:
+    def sums(self) -> tuple[ByteRange, ...]:
         """The runs of a slot's bytes that this host sums, and returns the sums of."""
         return self.duties.shares[self.host].sums if self.duties.returns == "sums" else ()
 
@@ -93,7 +93,7 @@ class Roles:
         """The trainable parameters that some host alone updates."""
         return frozenset(param for share in self.duties.shares.values() for param in share.params)
 
-    def part_of(self, name: str, layout: Layout) -> list[Range]:
+    def part_of(self, name: str, layout: Layout) -> list[ByteRange]:
         """The bytes of the state that only the host of this name has: of the optimizer state, what
         its groups have left out, and what its shards' optimizers keep."""
         mine = self.arrangement.part(name)
@@ -105,7 +105,7 @@ class Roles:
             *layout.apart("local", mine.shards),
         ]
 
-    def needed_by(self, name: str, layout: Layout) -> list[Range] | None:
+    def needed_by(self, name: str, layout: Layout) -> list[ByteRange] | None:
         """The bytes of the state that are not for some other host alone; None: all of them."""
         if self.ownership.whole:
             return None

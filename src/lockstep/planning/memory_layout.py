@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lockstep.planning.blocks import Block
-from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
+from lockstep.planning.byte_ranges import ALIGN, ByteRange, merge_ranges
 
 Kind = Literal["param", "buffer", "optim", "flag", "residual", "local"]
 """`residual` is what a group of shards has left out, `local` what a shard's own optimizer keeps."""
@@ -65,19 +65,19 @@ class Layout:
     exported: tuple[tuple[str, str], ...]
     """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
 
-    def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[Range]:
+    def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[ByteRange]:
         """The bytes of the state segment that are these trainable parameters', of such kinds."""
         return merge_ranges(
-            Range(offset=entry.offset, nbytes=entry.nbytes)
+            ByteRange(offset=entry.offset, nbytes=entry.nbytes)
             for entry in self.entries
             if entry.kind in kinds and self.param_of.get(entry.name) in params
         )
 
-    def apart(self, kind: Kind, numbers: Container[int]) -> list[Range]:
+    def apart(self, kind: Kind, numbers: Container[int]) -> list[ByteRange]:
         """The bytes of the state segment that hold what these groups have left out, or what these
         shards' optimizers keep."""
         return merge_ranges(
-            Range(offset=entry.offset, nbytes=entry.nbytes)
+            ByteRange(offset=entry.offset, nbytes=entry.nbytes)
             for entry in self.entries
             if entry.kind == kind and int(entry.name.split("/")[1]) in numbers
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lockstep.planning.byte_ranges import Range, cut_evenly
+from lockstep.planning.byte_ranges import ByteRange, cut_evenly
 from lockstep.planning.slot_map import SlotMap
 
 Returns = Literal["nothing", "sums", "parameters"]
@@ -24,7 +24,7 @@ Returns = Literal["nothing", "sums", "parameters"]
 class Share:
     """What one host does for all others."""
 
-    sums: tuple[Range, ...] = ()
+    sums: tuple[ByteRange, ...] = ()
     """The runs of a slot's bytes that it alone sums."""
     params: tuple[int, ...] = ()
     """The trainable parameters that it alone updates."""

@@ -11,7 +11,7 @@ from typing import Any
 from lockstep.errors import DataError, JobError
 from lockstep.job.faults import NOBODY
 from lockstep.job.job import Job
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.planning.core_split import Division, Facts
 from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
 from lockstep.planning.sampling import Sampling
@@ -90,9 +90,9 @@ class Plan:
         return math.ceil(self.train_samples / self.batch_size)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Position:
         """Where the run begins."""
-        return Place(
+        return Position(
             training=True,
             step=0,
             steps=self.planned_steps or self.steps,

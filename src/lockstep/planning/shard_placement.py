@@ -11,7 +11,7 @@ from lockstep.planning.sampling import home_shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostPart:
+class HostShards:
     """One host's part in an arrangement."""
 
     name: str
@@ -23,11 +23,11 @@ class HostPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrangement:
+class ShardPlacement:
     """Which host computes which shards, as long as the hosts stay the same."""
 
     shards: int
-    parts: tuple[HostPart, ...]
+    parts: tuple[HostShards, ...]
 
     @staticmethod
     def of(
@@ -35,7 +35,7 @@ class Arrangement:
         workers: Mapping[str, int],
         group: int = 0,
         owned: Mapping[str, range] | None = None,
-    ) -> Arrangement:
+    ) -> ShardPlacement:
         """Divide the shards among hosts, in this order, by their numbers of workers.
 
         `group`: hosts get whole groups of so many shards, which are summed by themselves; 0: there
@@ -55,24 +55,24 @@ class Arrangement:
             if group:
                 trees = [range(start, start + group) for start in range(first, last, group)]
             parts.append(
-                HostPart(
+                HostShards(
                     name=name,
                     workers=count,
                     shards=range(first, last),
                     subtrees=tuple(trees),
                 )
             )
-        return Arrangement(shards=shards, parts=tuple(parts))
+        return ShardPlacement(shards=shards, parts=tuple(parts))
 
     @property
     def subtrees(self) -> tuple[range, ...]:
         """All hosts' subtrees, in order: together they cover all shards."""
         return tuple(tree for part in self.parts for tree in part.subtrees)
 
-    def part(self, name: str) -> HostPart:
+    def part(self, name: str) -> HostShards:
         return next(part for part in self.parts if part.name == name)
 
-    def others(self, name: str) -> tuple[HostPart, ...]:
+    def others(self, name: str) -> tuple[HostShards, ...]:
         return tuple(part for part in self.parts if part.name != name)
 
 

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.planning.byte_ranges import Range
+from lockstep.planning.byte_ranges import ByteRange
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableMap:
     """Where a large table's gradient lies in a slot."""
 
-    home: Range
+    home: ByteRange
     """Its rows."""
     row_bytes: int
-    numbers: Range
+    numbers: ByteRange
     """Their count, or -1 for all; then their numbers; int64."""
 
 
@@ -38,10 +38,10 @@ class Bucket:
     """Gradients that are sent at once."""
 
     params: tuple[int, ...]
-    place: Range
+    place: ByteRange
 
 
-def fill_buckets(places: Mapping[int, Range]) -> tuple[Bucket, ...]:
+def fill_buckets(places: Mapping[int, ByteRange]) -> tuple[Bucket, ...]:
     """Cut gradients into buckets, by parameter: the last layers' first, as they are made."""
     buckets: list[Bucket] = []
     for param in sorted(places, reverse=True):
@@ -50,7 +50,7 @@ def fill_buckets(places: Mapping[int, Range]) -> tuple[Bucket, ...]:
             last = buckets[-1]
             if last.place.nbytes + place.nbytes <= BUCKET_BYTES:
                 end = last.place.offset + last.place.nbytes
-                joined = Range(offset=place.offset, nbytes=end - place.offset)
+                joined = ByteRange(offset=place.offset, nbytes=end - place.offset)
                 buckets[-1] = Bucket(params=(*last.params, param), place=joined)
                 continue
         buckets.append(Bucket(params=(param,), place=place))
@@ -62,12 +62,12 @@ class SlotMap:
     """What of a slot is exchanged. Offsets are within the slot, in bytes."""
 
     nbytes: int
-    grads: Mapping[int, Range]
+    grads: Mapping[int, ByteRange]
     """Where each gradient lies, by parameter, without those of large tables."""
     tables: tuple[TableMap, ...]
-    buffers: Range
+    buffers: ByteRange
     """What the shard's forward pass has left in the model's buffers."""
-    packed: Range
+    packed: ByteRange
     """Room for gradients made small; used of slots from `restored` on."""
     total: int
     """The slot of the sum of all shards: behind theirs, and those of subtrees."""
@@ -88,18 +88,18 @@ class SlotMap:
     def from_message(message: Mapping[str, Any]) -> SlotMap:
         tables = tuple(
             TableMap(
-                home=Range(**table["home"]),
+                home=ByteRange(**table["home"]),
                 row_bytes=table["row_bytes"],
-                numbers=Range(**table["numbers"]),
+                numbers=ByteRange(**table["numbers"]),
             )
             for table in message["tables"]
         )
         return SlotMap(
             nbytes=message["nbytes"],
-            grads={param: Range(**place) for param, place in message["grads"]},
+            grads={param: ByteRange(**place) for param, place in message["grads"]},
             tables=tables,
-            buffers=Range(**message["buffers"]),
-            packed=Range(**message["packed"]),
+            buffers=ByteRange(**message["buffers"]),
+            packed=ByteRange(**message["packed"]),
             total=message["total"],
             restored=message["restored"],
         )
@@ -111,7 +111,7 @@ FRAME_BYTES = 64 << 20
 """The most that is sent at once."""
 
 
-def cut(item: Range, most: int = FRAME_BYTES) -> Iterator[Range]:
+def cut(item: ByteRange, most: int = FRAME_BYTES) -> Iterator[ByteRange]:
     """A range in pieces that can be sent, of at most so many bytes."""
     for start in range(0, item.nbytes, most):
-        yield Range(offset=item.offset + start, nbytes=min(most, item.nbytes - start))
+        yield ByteRange(offset=item.offset + start, nbytes=min(most, item.nbytes - start))

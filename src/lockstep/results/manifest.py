@@ -12,7 +12,7 @@ from blake3 import blake3
 from lockstep.errors import DataError, IntegrityError, JobError
 from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
-from lockstep.job.task_source import Source, source_of
+from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.plan import Plan
 
 IDENTITY = (
@@ -23,7 +23,7 @@ IDENTITY = (
 
 
 def make_manifest(
-    source: Source, job: Job, plan: Plan, profile: dict[str, Any], facts: dict[str, Any]
+    source: TaskSource, job: Job, plan: Plan, profile: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a new run, ready for JSON.
 
@@ -80,7 +80,7 @@ def _digest(identity: dict[str, Any]) -> str:
     return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> Source:
+def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> TaskSource:
     """The source of a recorded run's task: `task` if given, else by its name.
 
     Raises:
@@ -95,7 +95,7 @@ def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> S
             expected="the object again",
             fix=f"from Python, pass it: task={recorded['name'].rpartition(':')[2]}(...)",
         )
-    return Source(name=recorded["name"], args=recorded["args"])
+    return TaskSource(name=recorded["name"], args=recorded["args"])
 
 
 def check_fitted(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:

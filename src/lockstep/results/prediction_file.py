@@ -27,7 +27,7 @@ CHUNK = 1 << 14
 """Rows that are turned into a Parquet row group at a time."""
 
 
-class RowFile:
+class PredictionFile:
     """The file of one prediction. Use it as a context manager."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class RowFile:
             raise
         self._journalled = time.monotonic()
 
-    def __enter__(self) -> RowFile:
+    def __enter__(self) -> PredictionFile:
         return self
 
     def __exit__(

@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from lockstep.agent.local_host import Host
+from lockstep.agent.local_host import LocalHost
 from lockstep.errors import ResourceError, disk_errors
-from lockstep.job.task_source import Source
+from lockstep.job.task_source import TaskSource
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_model
 from lockstep.results.ledger import FIRST, Ledger, StepRecord
@@ -31,7 +31,7 @@ class Recorder:
     def __init__(
         self,
         folder: RunFolder,
-        host: Host,
+        host: LocalHost,
         plan: Plan,
         keep_checkpoints: int,
         start: Restart,
@@ -139,7 +139,7 @@ class Recorder:
 
     # The end.
 
-    def finish(self, steps: int, rate: float, begun: float, source: Source) -> Result:
+    def finish(self, steps: int, rate: float, begun: float, source: TaskSource) -> Result:
         """Write what remains, from the state at rest, and make the result."""
         self.settle()
         state = self._state

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.agent.local_host import Host
+from lockstep.agent.local_host import LocalHost
 from lockstep.errors import IntegrityError, disk_errors
 from lockstep.results.checkpoint import (
     Checkpoint,
@@ -35,7 +35,7 @@ class Restart:
     notes: list[str] = field(default_factory=list)
 
 
-def find_restart(folder: RunFolder, host: Host) -> Restart:
+def find_restart(folder: RunFolder, host: LocalHost) -> Restart:
     """Restore the newest good checkpoint that the ledger confirms; without one, begin again.
 
     The ledger is cut after the checkpoint's step: what was committed later is computed again, to

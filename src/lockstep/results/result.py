@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
-from lockstep.job.task_source import Source, resolve
+from lockstep.job.task_source import TaskSource, resolve
 from lockstep.results.run_folder import RunFolder
 from lockstep.system.json_files import plain, with_nan
 
@@ -45,7 +45,7 @@ class Result:
     checkpoints: list[str]
     baseline: dict[str, float] = field(default_factory=dict)
     """What something trivial reaches, by the names of the metrics: `Task.baseline`."""
-    source: Source | None = field(default=None, repr=False, compare=False)
+    source: TaskSource | None = field(default=None, repr=False, compare=False)
 
     def model(self) -> nn.Module:
         """The trained model, in eval mode: the task's own model with the trained weights."""
@@ -86,6 +86,6 @@ class Result:
             raise RunFolderError(f"{path} has no readable result: {error}") from error
         recorded, source = manifest["source"], None
         if recorded["importable"]:
-            source = Source(name=recorded["name"], args=recorded["args"])
+            source = TaskSource(name=recorded["name"], args=recorded["args"])
         content["metrics"] = with_nan(content["metrics"])
         return Result(**{**content, "folder": Path(path), "source": source})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lockstep.planning.blocks import Block
-from lockstep.planning.byte_ranges import Range
+from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.memory_layout import Allocator, Entry, Kind, Layout
 from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
@@ -20,7 +20,7 @@ from lockstep.state.shared_state import PRESENT, local_flags, local_name, residu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class StateContents:
     """What a run's shared memory has to hold."""
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Contents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Allocation:
     """Where it all lies. `layout` has the state segment, and the size of a slot."""
 
     layout: Layout
@@ -49,13 +49,13 @@ class Places:
     """Bytes into a slot, per trainable parameter: its gradient."""
     packed: list[int]
     """Bytes into a slot, per block: its gradient made small; empty without a codec."""
-    kept: Range
+    kept: ByteRange
     """Of a slot: what the shard's own optimizer keeps."""
-    local: list[Range]
+    local: list[ByteRange]
     """By shard: the same in the state segment; empty without local steps."""
 
 
-def place(contents: Contents) -> Places:
+def allocate(contents: StateContents) -> Allocation:
     """Give every tensor its place."""
     space, slot = _Space(), Allocator()
     named = list(contents.model.named_parameters())
@@ -71,7 +71,7 @@ def place(contents: Contents) -> Places:
     _place_optimizer_state(space, contents)
     local = _place_local_state(space, contents)
     size = local[0].nbytes if local else 0  # the same for each shard
-    kept = Range(offset=slot.take(size), nbytes=size)
+    kept = ByteRange(offset=slot.take(size), nbytes=size)
     packed = _place_packed(space, slot, contents, contents.codec) if contents.codec else []
     layout = Layout(
         entries=tuple(space.entries),
@@ -81,7 +81,7 @@ def place(contents: Contents) -> Places:
         slots_bytes=slot.used,
         exported=_exported(contents.model, [*named, *contents.buffers]),
     )
-    return Places(layout=layout, grads=grads, packed=packed, kept=kept, local=local)
+    return Allocation(layout=layout, grads=grads, packed=packed, kept=kept, local=local)
 
 
 class _Space(Allocator):
@@ -118,7 +118,7 @@ class _Space(Allocator):
             self.add(name, kind, key.dtype, key.shape, contiguous_stride(key.shape))
 
 
-def _place_optimizer_state(space: _Space, contents: Contents) -> None:
+def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
     """By key, then by parameter, so that an owner's state is a few long runs."""
     found: dict[str, dict[str, tuple[nn.Parameter, StateKey]]] = {}
     for block, keys in zip(contents.blocks, contents.keys, strict=True):
@@ -132,7 +132,7 @@ def _place_optimizer_state(space: _Space, contents: Contents) -> None:
     space.add(PRESENT, "flag", torch.uint8, (len(contents.blocks),), (1,))
 
 
-def _place_local_state(space: _Space, contents: Contents) -> list[Range]:
+def _place_local_state(space: _Space, contents: StateContents) -> list[ByteRange]:
     """What the shards' own optimizers keep; by shard, where that is."""
     places = []
     for shard in range(contents.shards if contents.local_keys else 0):
@@ -141,11 +141,13 @@ def _place_local_state(space: _Space, contents: Contents) -> list[Range]:
         for (name, parameter), keys in zip(contents.trainable, contents.local_keys, strict=True):
             for key in keys:
                 space.add_value(local_name(shard, name, key), "local", parameter, key)
-        places.append(Range(offset=start, nbytes=space.used - start))
+        places.append(ByteRange(offset=start, nbytes=space.used - start))
     return places
 
 
-def _place_packed(space: _Space, slot: Allocator, contents: Contents, codec: Codec) -> list[int]:
+def _place_packed(
+    space: _Space, slot: Allocator, contents: StateContents, codec: Codec
+) -> list[int]:
     """Gradients that are made small, and what of them is left out; by block, where they are."""
     for group, parity in itertools.product(range(contents.groups), (0, 1)):
         for index, (name, parameter) in enumerate(contents.trainable):

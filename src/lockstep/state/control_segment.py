@@ -79,7 +79,7 @@ def _padded(kind: Any, shape: tuple[int, ...]) -> int:
     return math.ceil(nbytes / LINE) * LINE
 
 
-class Control:
+class ControlSegment:
     """Views of the control segment. Lives as long as its `segment` is mapped."""
 
     def __init__(self, segment: Segment, shape: ControlShape) -> None:

@@ -17,7 +17,7 @@ from lockstep.job.faults import Fault
 from lockstep.system.processes import parent_of
 
 if TYPE_CHECKING:
-    from lockstep.state.control_segment import Control
+    from lockstep.state.control_segment import ControlSegment
 
 
 LOCKS = 1 << 40
@@ -26,10 +26,12 @@ SLOW_SECONDS = 0.05
 """How much longer a slowed worker takes for each shard."""
 
 
-class FaultScript:
+class FaultInjector:
     """A worker's view of the script."""
 
-    def __init__(self, script: Sequence[Mapping[str, Any]], seat: int, control: Control) -> None:
+    def __init__(
+        self, script: Sequence[Mapping[str, Any]], seat: int, control: ControlSegment
+    ) -> None:
         faults = [Fault(**item) for item in script]
         self._mine = [
             (number, fault) for number, fault in enumerate(faults) if fault.seat in (seat, -1)

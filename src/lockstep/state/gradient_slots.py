@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.planning.byte_ranges import ALIGN, Range, merge_ranges
+from lockstep.planning.byte_ranges import ALIGN, ByteRange, merge_ranges
 from lockstep.planning.slot_map import SlotMap, TableMap
 from lockstep.state.embedding_tables import Table, TableGradient
 
 
 @dataclass
-class Slot:
+class GradientSlot:
     """The shared tensors of one shard: a gradient per trainable parameter, and the buffers."""
 
     grads: list[torch.Tensor]
@@ -44,8 +44,8 @@ def make_slot(
     offsets: Sequence[int],
     buffers: Sequence[torch.Tensor],
     tables: Mapping[int, Table],
-    local: Range,
-) -> Slot:
+    local: ByteRange,
+) -> GradientSlot:
     """The views of a slot's bytes. `offsets` says where each parameter's gradient lies, `local`
     where what the shard's own optimizer keeps."""
     grads = []
@@ -65,7 +65,7 @@ def make_slot(
         numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
         offset += _aligned(8 * count)
     kept = flat[local.offset : local.offset + local.nbytes]
-    return Slot(grads=grads, buffers=homes, numbers=numbers, local=kept, flat=flat)
+    return GradientSlot(grads=grads, buffers=homes, numbers=numbers, local=kept, flat=flat)
 
 
 def _aligned(nbytes: int) -> int:
@@ -73,14 +73,14 @@ def _aligned(nbytes: int) -> int:
 
 
 def map_slot(
-    slot: Slot, tables: Mapping[int, Table], packed: Range, total: int, restored: int
+    slot: GradientSlot, tables: Mapping[int, Table], packed: ByteRange, total: int, restored: int
 ) -> SlotMap:
     """What of a slot other hosts get. `total` and `restored` number slots."""
     start = slot.flat.data_ptr()
 
-    def place(tensor: torch.Tensor) -> Range:
+    def place(tensor: torch.Tensor) -> ByteRange:
         nbytes = tensor.numel() * tensor.dtype.itemsize
-        return Range(offset=tensor.data_ptr() - start, nbytes=nbytes)
+        return ByteRange(offset=tensor.data_ptr() - start, nbytes=nbytes)
 
     dense = {index: place(grad) for index, grad in enumerate(slot.grads) if index not in tables}
     found = [
@@ -91,7 +91,7 @@ def map_slot(
         )
         for index, table in tables.items()
     ]
-    buffers = merge_ranges(map(place, slot.buffers)) or [Range(offset=0, nbytes=0)]
+    buffers = merge_ranges(map(place, slot.buffers)) or [ByteRange(offset=0, nbytes=0)]
     return SlotMap(
         nbytes=slot.flat.numel(),
         grads=dense,

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from lockstep.planning.blocks import Block
-from lockstep.planning.byte_ranges import Range
+from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.planning.slot_map import SlotMap
-from lockstep.state.control_segment import Control
+from lockstep.state.control_segment import ControlSegment
 from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
-from lockstep.state.gradient_slots import Slot, as_tensor, map_slot
+from lockstep.state.gradient_slots import GradientSlot, as_tensor, map_slot
 from lockstep.state.optimizer_state import StateKey
 from lockstep.system.shared_memory import Segment
 
@@ -49,9 +49,9 @@ class SharedState:
     """The committed buffers, in the state segment, in the order of `buffers`."""
     tables: dict[int, Table]
     """By trainable parameter."""
-    slots: list[Slot]
+    slots: list[GradientSlot]
     """By shard."""
-    sums: list[Slot]
+    sums: list[GradientSlot]
     """Room for the sums of subtrees that go to other hosts; none in a job on one host."""
     networked: bool
     """Whether other hosts may take part."""
@@ -61,18 +61,18 @@ class SharedState:
     """What makes gradients small between hosts."""
     packed_offsets: list[int]
     """Bytes: where each block lies in a slot when it is made small."""
-    restored: list[Slot]
+    restored: list[GradientSlot]
     """By group: what the codec has left of its gradients."""
-    local: list[Range]
+    local: list[ByteRange]
     """By shard: the bytes of the state segment that its own optimizer keeps, where a step is a
     round of local steps."""
     local_keys: list[list[StateKey]]
     """What that is, per trainable parameter."""
-    total: Slot | None
+    total: GradientSlot | None
     """Room for the sum of all shards: only where its norm is needed, or hosts may return sums."""
     state_bytes: torch.Tensor
     segments: dict[str, Segment]
-    control: Control
+    control: ControlSegment
 
     def entry(self, name: str) -> Entry:
         return self._entries()[name]
@@ -120,7 +120,7 @@ class SharedState:
         """What of a slot other hosts get."""
         used = self.layout.slots_bytes
         first = min(self.packed_offsets, default=used)
-        packed = Range(offset=first, nbytes=used - first if self.codec else 0)
+        packed = ByteRange(offset=first, nbytes=used - first if self.codec else 0)
         total = len(self.slots) + len(self.sums)
         restored = total + (self.total is not None)
         return map_slot(self.slots[0], self.tables, packed, total, restored)
@@ -130,12 +130,12 @@ class SharedState:
         slot = self.slots[shard]
         return shard * slot.flat.numel() + slot.local.data_ptr() - slot.flat.data_ptr()
 
-    def buffer_ranges(self) -> list[Range]:
+    def buffer_ranges(self) -> list[ByteRange]:
         """The bytes of the state segment that hold the committed buffers."""
         entries = [entry for entry in self.layout.entries if entry.kind == "buffer"]
-        return [Range(offset=entry.offset, nbytes=entry.nbytes) for entry in entries]
+        return [ByteRange(offset=entry.offset, nbytes=entry.nbytes) for entry in entries]
 
-    def block_ranges(self, number: int) -> list[Range]:
+    def block_ranges(self, number: int) -> list[ByteRange]:
         """The bytes of the state segment that an update of this block changes."""
         block = self.blocks[number]
         present = self.entry(PRESENT).offset + number
@@ -147,10 +147,12 @@ class SharedState:
                 tensors.append(storage_run(residual, block))
         start = self.state_bytes.data_ptr()
         ranges = [
-            Range(offset=tensor.data_ptr() - start, nbytes=tensor.numel() * tensor.dtype.itemsize)
+            ByteRange(
+                offset=tensor.data_ptr() - start, nbytes=tensor.numel() * tensor.dtype.itemsize
+            )
             for tensor in tensors
         ]
-        return [*ranges, Range(offset=present, nbytes=1)]
+        return [*ranges, ByteRange(offset=present, nbytes=1)]
 
 
 def state_name(param: str, block: Block, key: StateKey) -> str:

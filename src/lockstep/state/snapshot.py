@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockstep.planning.byte_ranges import Range, merge_ranges
-from lockstep.state.control_segment import Control
+from lockstep.planning.byte_ranges import ByteRange, merge_ranges
+from lockstep.state.control_segment import ControlSegment
 from lockstep.system.shared_memory import Segment
 
 COPY_BYTES_PER_SECOND = 4e9
@@ -32,10 +32,10 @@ def steps_between(state_bytes: int, workers: int, steps_per_second: float) -> in
     return max(1, round(seconds * steps_per_second))
 
 
-class BasePart:
+class SnapshotPart:
     """One worker's part of the base: what it alone writes to."""
 
-    def __init__(self, state: Segment, base: Segment, ranges: Sequence[Range]) -> None:
+    def __init__(self, state: Segment, base: Segment, ranges: Sequence[ByteRange]) -> None:
         # Slices of memoryviews are copied by memcpy: faster than a tensor's copy_, and shorter.
         here, there = memoryview(state.map), memoryview(base.map)
         runs = [slice(item.offset, item.offset + item.nbytes) for item in merge_ranges(ranges)]
@@ -48,10 +48,10 @@ class BasePart:
             kept[:] = live
 
 
-class Base:
+class Snapshot:
     """The master's end: everything at once, while all workers rest."""
 
-    def __init__(self, control: Control, state: Segment, base: Segment) -> None:
+    def __init__(self, control: ControlSegment, state: Segment, base: Segment) -> None:
         self.control, self.nbytes = control, state.nbytes
         self._state = memoryview(state.map)[: state.nbytes]
         self._base = memoryview(base.map)[: state.nbytes]

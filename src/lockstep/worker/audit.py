@@ -23,11 +23,11 @@ from blake3 import blake3
 from lockstep.errors import IntegrityError
 from lockstep.planning.blocks import Block
 from lockstep.state.control_segment import RING
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive
 
-Compute = Callable[[int, int, Slot, Any], float]
+Compute = Callable[[int, int, GradientSlot, Any], float]
 """`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""
 Report = Callable[[dict[str, Any]], None]
 
@@ -126,8 +126,8 @@ class StateGuard:
         return digest.digest(16)
 
 
-def _private_copy(slot: Slot) -> Slot:
-    return Slot(
+def _private_copy(slot: GradientSlot) -> GradientSlot:
+    return GradientSlot(
         grads=[torch.empty_like(gradient) for gradient in slot.grads],
         buffers=[torch.empty_like(buffer) for buffer in slot.buffers],
         numbers={index: torch.empty_like(numbers) for index, numbers in slot.numbers.items()},
@@ -136,7 +136,7 @@ def _private_copy(slot: Slot) -> Slot:
     )
 
 
-def _digest(slot: Slot, flags: Any, loss: float) -> bytes:
+def _digest(slot: GradientSlot, flags: Any, loss: float) -> bytes:
     """A digest of what a shard's computation left: gradients where there are any, buffers, loss,
     and what its own optimizer keeps."""
     digest = blake3(np.float64(loss).tobytes() + flags.tobytes())
@@ -146,7 +146,7 @@ def _digest(slot: Slot, flags: Any, loss: float) -> bytes:
     return digest.digest(16)
 
 
-def _copy(source: Slot, target: Slot) -> None:
+def _copy(source: GradientSlot, target: GradientSlot) -> None:
     for left, right in zip(
         (*target.grads, *target.buffers, target.local),
         (*source.grads, *source.buffers, source.local),
@@ -157,7 +157,7 @@ def _copy(source: Slot, target: Slot) -> None:
         numbers.copy_(source.numbers[index])
 
 
-def flip_gradient_bit(slot: Slot) -> None:
+def flip_gradient_bit(slot: GradientSlot) -> None:
     """Flip a bit of a gradient: the first that is not a table's, whose last row may not count."""
     flip_bit(next(grad for i, grad in enumerate(slot.grads) if i not in slot.numbers))
 

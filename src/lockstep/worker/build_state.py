@@ -12,12 +12,12 @@ from torch import nn
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.task import Parameters, Task
 from lockstep.optim.introspection import discover_state, initial_state, param_groups_of
-from lockstep.optim.local_sgd import LocalSteps
+from lockstep.optim.local_sgd import LocalSGD
 from lockstep.optim.probes import Kind, check_independent, may_cut, may_step_rows
 from lockstep.planning.blocks import Block, cut_blocks
 from lockstep.planning.reduction_tree import most_subtrees
-from lockstep.state.allocation import Contents, Places, place
-from lockstep.state.control_segment import Control, ControlShape
+from lockstep.state.allocation import Allocation, StateContents, allocate
+from lockstep.state.control_segment import ControlSegment, ControlShape
 from lockstep.state.embedding_tables import Table, find_tables
 from lockstep.state.gradient_codecs import CODECS
 from lockstep.state.gradient_slots import make_slot
@@ -52,7 +52,7 @@ def build(
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
     sparse = [trainable[index][0] for index, table in tables.items() if table.asked]
-    _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSteps))
+    _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSGD))
     kinds = [
         Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
@@ -75,7 +75,7 @@ def build(
     codec = CODECS.get(compression)
     if codec is not None:
         _check_compressible(trainable)
-    contents = Contents(
+    contents = StateContents(
         model=model,
         trainable=trainable,
         buffers=list(model.named_buffers()),
@@ -88,7 +88,7 @@ def build(
         codec=codec,
     )
     return _allocate(
-        contents, place(contents), optimizer, param_groups,
+        contents, allocate(contents), optimizer, param_groups,
         seats=seats, clip=clip, networked=networked,
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def _optimizer_of(task: Task, trainable: list[tuple[str, nn.Parameter]]) -> torc
 
 def _local_keys(task: Task, trainable: list[tuple[str, nn.Parameter]]) -> list[list[StateKey]]:
     """What a shard's own optimizer keeps per parameter; none where there are no local steps."""
-    if not isinstance(task, LocalSteps):
+    if not isinstance(task, LocalSGD):
         return []
     optimizer = task.task.optimizer(Parameters(trainable))
     groups = param_groups_of(optimizer, trainable)
@@ -177,8 +177,8 @@ def _all_keys(
 
 
 def _allocate(
-    contents: Contents,
-    places: Places,
+    contents: StateContents,
+    places: Allocation,
     optimizer: torch.optim.Optimizer,
     param_groups: list[int | None],
     *,
@@ -229,7 +229,7 @@ def _allocate(
         total=None,
         state_bytes=torch.frombuffer(segments["state"].map, dtype=torch.uint8),
         segments=segments,
-        control=Control(segments["control"], shape),
+        control=ControlSegment(segments["control"], shape),
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -251,7 +251,9 @@ def _allocate(
     return shared
 
 
-def _initial_states(contents: Contents, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def _initial_states(
+    contents: StateContents, optimizer: torch.optim.Optimizer
+) -> list[dict[str, Any]]:
     """Per block: the state that the optimizer's constructor made for it."""
     starts = []
     for block, keys in zip(contents.blocks, contents.keys, strict=True):

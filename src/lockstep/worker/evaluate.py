@@ -16,7 +16,7 @@ import torch
 
 from lockstep.data.fetching import Fetch
 from lockstep.errors import TaskError
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.planning.eval_batches import BatchSums, Outputs, batch_range
 from lockstep.state.module_state import Modes, PrivateBuffers
@@ -31,7 +31,7 @@ class Inference:
     """
 
     def __init__(
-        self, task: Task, shared: SharedState, place: Place, seed: int, *, autocast: bool
+        self, task: Task, shared: SharedState, place: Position, seed: int, *, autocast: bool
     ) -> None:
         """`place`: after how many steps the state is."""
         self.task, self.model, self.place, self.seed = task, shared.model, place, seed

@@ -29,7 +29,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from lockstep.job.task_source import Source
+from lockstep.job.task_source import TaskSource
 from lockstep.system import numerics
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed, Message
@@ -63,7 +63,7 @@ class Cloned(BaseException):
     """Leaves the loop of the process that was forked: this one serves another agent."""
 
 
-class Nursery:
+class ForkServer:
     """The state of the process, and one method per request."""
 
     def __init__(self, channel: Channel) -> None:
@@ -96,7 +96,7 @@ class Nursery:
         from lockstep.data.dataset_shipping import write_sets
         from lockstep.worker.load_task import load
 
-        source = Source(
+        source = TaskSource(
             name=request["name"],
             args=request["args"],
             payload=payload,
@@ -244,7 +244,7 @@ def _restore_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def serve(nursery: Nursery) -> bool:
+def serve(nursery: ForkServer) -> bool:
     """Answer requests until the agent closes the channel; true in a clone, that is to go on."""
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
@@ -271,7 +271,7 @@ def serve(nursery: Nursery) -> bool:
         os.close(wake_write)
 
 
-def _answer(nursery: Nursery, request: Message, fds: list[int]) -> None:
+def _answer(nursery: ForkServer, request: Message, fds: list[int]) -> None:
     handlers = {
         "preload": nursery.preload, "load": nursery.load, "setup": nursery.setup,
         "spawn": nursery.spawn, "clone": nursery.clone,
@@ -304,7 +304,7 @@ def main() -> None:
     _take_signals()
     os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
-    nursery = Nursery(Channel.from_fd(fd))
+    nursery = ForkServer(Channel.from_fd(fd))
     try:
         while True:
             # Comes after what the task registers later; in a clone, in place of what it had before.

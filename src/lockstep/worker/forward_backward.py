@@ -13,21 +13,21 @@ import torch
 
 from lockstep.data.loader import Loader
 from lockstep.errors import NonFiniteError, TaskError
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.job.task import Task
-from lockstep.optim.local_rounds import Rounds
+from lockstep.optim.local_rounds import LocalRounds
 from lockstep.planning.sampling import Sampling
-from lockstep.state.fault_injection import FaultScript
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.fault_injection import FaultInjector
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
-from lockstep.worker.gradient_hooks import SlotWriter
+from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.model_checks import held_tensors
 from lockstep.worker.sparse_autograd import Redo
 
 
-class ShardGradients:
+class ForwardBackward:
     """One worker's. Nothing that it makes depends on what it has made before."""
 
     early = False
@@ -39,12 +39,12 @@ class ShardGradients:
         shared: SharedState,
         sampling: Sampling,
         loader: Loader,
-        rounds: Rounds | None,
+        rounds: LocalRounds | None,
         *,
-        place: Place,
+        place: Position,
         seed: int,
         autocast: bool,
-        faults: FaultScript,
+        faults: FaultInjector,
     ) -> None:
         """`rounds` takes the place of the task's loss, where a step is a round of local ones.
         `place` is the run's beginning."""
@@ -53,7 +53,7 @@ class ShardGradients:
         self._rounds = rounds
         self._place = place if type(task).told is not Task.told else None
         self._fetching = 0.0
-        self._writer = SlotWriter(shared)
+        self._writer = GradientHooks(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._modes = Modes(shared.model)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
@@ -64,7 +64,9 @@ class ShardGradients:
         fetching, self._fetching = self._fetching, 0.0
         return fetching
 
-    def make(self, step: int, shard: int, slot: Slot, written: npt.NDArray[np.uint8]) -> float:
+    def make(
+        self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
+    ) -> float:
         """Forward and backward of one shard, into a slot; returns the loss."""
         begun = time.perf_counter()
         self._fault("load", step, shard)
@@ -78,7 +80,7 @@ class ShardGradients:
                 batch = self.loader.get(step, shard)  # the loss may have changed it
 
     def _differentiate(
-        self, step: int, shard: int, batch: Any, slot: Slot, written: npt.NDArray[np.uint8]
+        self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         if self._place is not None:

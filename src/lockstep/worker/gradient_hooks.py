@@ -12,7 +12,7 @@ from torch import nn
 from lockstep.errors import TaskError
 from lockstep.planning.slot_map import AGAIN
 from lockstep.state.embedding_tables import DENSE
-from lockstep.state.gradient_slots import Slot
+from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
 from lockstep.worker.sparse_autograd import SparseTables, keep_sparse
 
@@ -21,7 +21,7 @@ EARLY = 1 << 16
 on several hosts all are, and are sent while the backward pass goes on."""
 
 
-class SlotWriter:
+class GradientHooks:
     """Copies a shard's gradients into its slot: large ones as soon as autograd has finished them,
     so that a worker holds one gradient and not two, small ones all at once after the backward pass.
 
@@ -50,7 +50,10 @@ class SlotWriter:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
 
     def begin(
-        self, slot: Slot, written: npt.NDArray[np.uint8], early: tuple[int, int] | None = None
+        self,
+        slot: GradientSlot,
+        written: npt.NDArray[np.uint8],
+        early: tuple[int, int] | None = None,
     ) -> None:
         """Direct the gradients of the coming backward pass to a slot; `written` marks them.
 

@@ -18,8 +18,8 @@ from lockstep.data.user_datasets import build_sets, length_of
 from lockstep.job.code_digest import code_digest
 from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
-from lockstep.job.task_source import Source, resolve
-from lockstep.optim.local_sgd import LocalSteps
+from lockstep.job.task_source import TaskSource, resolve
+from lockstep.optim.local_sgd import LocalSGD
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
 from lockstep.worker.model_checks import check_model
@@ -40,7 +40,7 @@ class Loaded:
     """Whether the data sets are to be sent to other hosts."""
 
 
-def load(source: Source, request: Mapping[str, Any], sent: int) -> Loaded:
+def load(source: TaskSource, request: Mapping[str, Any], sent: int) -> Loaded:
     """Build everything, in the order in which random numbers are drawn.
 
     `request` is that of `Host.start`; `sent` is the descriptor of what the master has sent, if
@@ -58,7 +58,7 @@ def load(source: Source, request: Mapping[str, Any], sent: int) -> Loaded:
 
     seed, way = setting("seed"), setting("data")
     seed_everything(seed)
-    task = own if setting("local_steps") == 1 else LocalSteps(own, setting("local_steps"))
+    task = own if setting("local_steps") == 1 else LocalSGD(own, setting("local_steps"))
     model = task.model()
     check_model(model)
     ships = request["networked"] and way == "ship" and not request["data"]

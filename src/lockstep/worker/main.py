@@ -18,19 +18,19 @@ from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
 from lockstep.data.fetching import make_fetch
 from lockstep.data.loader import Loader
-from lockstep.data.records import Samples
+from lockstep.data.records import RecordDataset
 from lockstep.job.task import Task
-from lockstep.optim.block_owner import Owner
-from lockstep.optim.lr_schedule import Schedule
+from lockstep.optim.block_owner import BlockOwner
+from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.blocks import own_blocks
-from lockstep.planning.byte_ranges import Range, cut_evenly
-from lockstep.planning.digest_sample import plan_audit
+from lockstep.planning.byte_ranges import ByteRange, cut_evenly
+from lockstep.planning.digest_sample import plan_digest_sample
 from lockstep.planning.eval_batches import batch_range
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import home_shards
 from lockstep.planning.step_phases import describe_progress
 from lockstep.state.control_segment import Stat
-from lockstep.state.fault_injection import FaultScript
+from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine, numerics
 from lockstep.system.unix_channel import Channel, Closed, Message
@@ -43,7 +43,7 @@ from lockstep.worker.evaluate import (
     predict_batches,
     score,
 )
-from lockstep.worker.train_step import Part, Stepper, norm_parts
+from lockstep.worker.train_step import Assignment, TrainStep, norm_parts
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Session:
     train: Dataset[Any]
     held_out: Dataset[Any] | None
     shared: SharedState
-    schedule: Schedule
+    schedule: LrSchedule
     """As it is before the first step."""
     plan: Plan
 
@@ -82,7 +82,7 @@ class Session:
             compression=plan.compression,
             groups=plan.groups,
         )
-        schedule = Schedule(task, shared.optimizer, plan.sampling)
+        schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(
             task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
         )
@@ -106,14 +106,14 @@ class Worker:
             last=plan.steps,
             part=plan.part,
         )
-        self.faults = FaultScript(plan.faults, seat, self.control)
-        self.stepper = Stepper(
+        self.faults = FaultInjector(plan.faults, seat, self.control)
+        self.stepper = TrainStep(
             session.task,
             self.shared,
             self.sampling,
             self.loader,
             session.schedule,
-            plan_audit(self.shared.layout),
+            plan_digest_sample(self.shared.layout),
             place=plan.place,
             seed=plan.seed,
             autocast=plan.precision == "bf16",
@@ -164,8 +164,8 @@ class Worker:
         ]
         ours = [n for n, block in enumerate(shared.blocks) if block.param not in theirs]
         run = own_blocks([shared.blocks[number] for number in ours], workers)[rank]
-        share = [cut_evenly(Range(**place), workers)[rank] for place in message["sums"]]
-        part = Part(
+        share = [cut_evenly(ByteRange(**place), workers)[rank] for place in message["sums"]]
+        part = Assignment(
             seat=self.seat,
             rank=rank,
             workers=workers,
@@ -182,7 +182,7 @@ class Worker:
         )
         threads = self.session.plan.threads
         barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
-        owner = Owner(
+        owner = BlockOwner(
             shared,
             part.blocks,
             self.faults,
@@ -236,7 +236,7 @@ class Worker:
                     batch = sums["batch"] + before
                     self._answer(message, batch, {**sums, "batch": batch})
             else:
-                assert isinstance(session.held_out, Samples)
+                assert isinstance(session.held_out, RecordDataset)
                 for batch, rows in predict_batches(inference, fetch, batches, **size):
                     indices = batch_range(batch, **size)
                     self._answer(message, batch, session.held_out.beside(indices, rows))

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import fcntl
 
-from lockstep.state.control_segment import Control
+from lockstep.state.control_segment import ControlSegment
 
 
-class Claims:
+class ShardClaims:
     """One worker's claims."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: ControlSegment) -> None:
         self._fd, self._done = control.segment.fd, control.shard_done
 
     def take(self, shard: int, step: int) -> bool:

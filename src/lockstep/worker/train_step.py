@@ -10,36 +10,36 @@ from dataclasses import dataclass
 import blake3
 
 from lockstep.collectives.barrier import Barrier, Regroup
-from lockstep.collectives.grad_norm import NormLimit
+from lockstep.collectives.grad_norm import GradNormClipper
 from lockstep.collectives.gradient_compression import Compressor
-from lockstep.collectives.gradient_presence import Presence, Summed
+from lockstep.collectives.gradient_presence import GradientPresence, Summed
 from lockstep.collectives.subtree_sum import ShareSum, SubtreeSums
 from lockstep.collectives.tree_sum import combine_buffers
 from lockstep.data.loader import Loader
 from lockstep.job.faults import Fault
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.job.task import Task
-from lockstep.optim.block_owner import Owner
-from lockstep.optim.local_rounds import LocalUpdate, Rounds
-from lockstep.optim.local_sgd import LocalSteps
-from lockstep.optim.lr_schedule import Schedule
+from lockstep.optim.block_owner import BlockOwner
+from lockstep.optim.local_rounds import LocalRounds, LocalUpdate
+from lockstep.optim.local_sgd import LocalSGD
+from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.blocks import Block, own_blocks
-from lockstep.planning.byte_ranges import Range
-from lockstep.planning.digest_sample import Audit
+from lockstep.planning.byte_ranges import ByteRange
+from lockstep.planning.digest_sample import DigestSample
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import Sampling
 from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
 from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
-from lockstep.state.fault_injection import FaultScript
+from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
-from lockstep.state.snapshot import BasePart
+from lockstep.state.snapshot import SnapshotPart
 from lockstep.worker.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
-from lockstep.worker.forward_backward import ShardGradients
-from lockstep.worker.shard_claims import Claims
+from lockstep.worker.forward_backward import ForwardBackward
+from lockstep.worker.shard_claims import ShardClaims
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Assignment:
     """What one worker does in each step, as long as the membership stays as it is."""
 
     seat: int
@@ -59,7 +59,7 @@ class Part:
     """The trainable parameters whose gradient norms it takes, where there is a limit."""
     returns: Returns
     """What hosts give each other when each has summed its share."""
-    sums: tuple[Range, ...]
+    sums: tuple[ByteRange, ...]
     """What of a slot it sums for all hosts, where they return sums."""
     theirs: frozenset[int]
     """The parameters that other hosts alone update."""
@@ -73,7 +73,7 @@ def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
     return own_blocks(whole, workers)
 
 
-class Stepper:
+class TrainStep:
     """Runs steps for one worker."""
 
     def __init__(
@@ -82,14 +82,14 @@ class Stepper:
         shared: SharedState,
         sampling: Sampling,
         loader: Loader,
-        schedule: Schedule,
-        audit: Audit,
+        schedule: LrSchedule,
+        audit: DigestSample,
         *,
-        place: Place,
+        place: Position,
         seed: int,
         autocast: bool,
         clip_grad_norm: float | None,
-        faults: FaultScript,
+        faults: FaultInjector,
         audit_fraction: float,
         report: Report,
     ) -> None:
@@ -99,20 +99,20 @@ class Stepper:
         self.schedule = schedule
         self._audit_fraction, self._report = audit_fraction, report
         self._gradient_audit: GradientAudit | None = None
-        self._claims = Claims(shared.control)
+        self._claims = ShardClaims(shared.control)
         self._state = memoryview(shared.segments["state"].map)
-        rounds: Rounds | None = None
-        self._limit: NormLimit | None = None
-        if isinstance(task, LocalSteps):
-            rounds = Rounds(task, shared, sampling, clip_grad_norm)
+        rounds: LocalRounds | None = None
+        self._limit: GradNormClipper | None = None
+        if isinstance(task, LocalSGD):
+            rounds = LocalRounds(task, shared, sampling, clip_grad_norm)
         elif clip_grad_norm is not None:
-            self._limit = NormLimit(shared, clip_grad_norm)
-        self._gradients = ShardGradients(
+            self._limit = GradNormClipper(shared, clip_grad_norm)
+        self._gradients = ForwardBackward(
             task, shared, sampling, loader, rounds,
             place=place, seed=seed, autocast=autocast, faults=faults,
         )  # fmt: skip
 
-    def join(self, part: Part, barrier: Barrier, owner: Owner, step: int) -> None:
+    def join(self, part: Assignment, barrier: Barrier, owner: BlockOwner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
         self._seconds = self.control.seconds[part.seat]
@@ -132,7 +132,7 @@ class Stepper:
         segments = self.shared.segments
         if self._audit_fraction:
             self._guard.close(step - 1)
-        self._base = BasePart(
+        self._base = SnapshotPart(
             segments["state"], segments["base"], [*ranges, *buffers, *self._local.ranges]
         )
 
@@ -197,7 +197,7 @@ class Stepper:
         seconds[Stat.REDUCE] += reduced - meeting
         seconds[Stat.UPDATE] += (updated - reduced) + (copied - committed)
 
-    def _exchange(self, step: int, active: Sequence[int]) -> Presence:
+    def _exchange(self, step: int, active: Sequence[int]) -> GradientPresence:
         """See that all hosts' gradients are there, as shards or as sums of subtrees."""
         control, part = self.control, self.part
         if part.subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
@@ -208,7 +208,7 @@ class Stepper:
             self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
         if self._compressor is not None:
             self._compressor.restore()
-        presence: Presence = Presence(control, active, part.subtrees)
+        presence: GradientPresence = GradientPresence(control, active, part.subtrees)
         if part.returns == "sums":
             if control.exchanged < exchange_of(step, Stage.RETURNING):
                 self._share.sum(presence)
@@ -224,12 +224,14 @@ class Stepper:
         """Make what other hosts get: sums, and these small if asked."""
         if not self._sums and self._compressor is None:
             return
-        presence = Presence(self.control, [shard for shard in active if shard in self.part.mine])
+        presence = GradientPresence(
+            self.control, [shard for shard in active if shard in self.part.mine]
+        )
         self._sums.sum(presence)
         if self._compressor is not None:
             self._compressor.compress(step, presence)
 
-    def _await_parameters(self, step: int, presence: Presence) -> None:
+    def _await_parameters(self, step: int, presence: GradientPresence) -> None:
         """Return when what other hosts have updated is there."""
         self._fault("return", step)
         self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))

@@ -17,7 +17,7 @@ from lockstep.adapters.lightning.predictions import rows_of
 from lockstep.adapters.lightning.trainer_stub import NoTrainer, Stage
 from lockstep.adapters.lightning.validation_state import Kept, check_held, held, separate_metrics
 from lockstep.errors import JobError, TaskError
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 from lockstep.job.task import Parameters, Task
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class LightningTask(Task):
         self._left: list[dict[str, Any]] = []
         self.made_from = (module,) if datamodule is None else (module, datamodule)
 
-    def told(self, place: Place) -> None:
+    def told(self, place: Position) -> None:
         self._trainer.place = place
 
     def _prepared(self) -> Any:

@@ -7,7 +7,7 @@ import math
 from typing import Any, Literal
 
 from lockstep.errors import TaskError
-from lockstep.job.position import Place
+from lockstep.job.position import Position
 
 Stage = Literal["fit", "validate", "test", "predict"]
 
@@ -32,7 +32,7 @@ class NoTrainer:
         self._package = package
         self.callbacks: list[Any] = []
         self.stage: Stage = "fit"
-        self.place: Place | None = None
+        self.place: Position | None = None
         """Told by the run; None: it is not planned yet."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoTrainer:
@@ -84,7 +84,7 @@ class NoTrainer:
     testing = property(lambda self: self.stage == "test")
     predicting = property(lambda self: self.stage == "predict")
 
-    def _planned(self, name: str) -> Place:
+    def _planned(self, name: str) -> Position:
         if self.place is None:
             raise TaskError(
                 f"self.trainer.{name} is not known yet",

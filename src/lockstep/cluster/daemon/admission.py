@@ -11,10 +11,10 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.errors import JobError, LockstepError
 from lockstep.job.code_archive import MAX_BYTES
-from lockstep.net.blob_transfer import Bill
+from lockstep.net.blob_transfer import BlobInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Allowed:
     """Digests of archives that a master may send."""
 
 
-def refusal(offer: Offer, allowed: Allowed, name: str) -> LockstepError | None:
+def refusal(offer: JobOffer, allowed: Allowed, name: str) -> LockstepError | None:
     """Why the host of this name does not take a job; None if it does."""
     if offer.code is not None:
         return _code_refusal(offer, offer.code, allowed.code, name)
@@ -61,7 +61,7 @@ def refusal(offer: Offer, allowed: Allowed, name: str) -> LockstepError | None:
 
 
 def _code_refusal(
-    offer: Offer, code: Bill, allowed: Sequence[str], name: str
+    offer: JobOffer, code: BlobInfo, allowed: Sequence[str], name: str
 ) -> LockstepError | None:
     what = f"host {name} does not take the code that is shipped with the task {offer.task!a}"
     if code.digest not in allowed:

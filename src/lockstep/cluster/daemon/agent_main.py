@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.agent_processes import MOVED
 from lockstep.errors import LockstepError, to_message
 from lockstep.net.identity import Identity
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def _serve(order: dict[str, Any], moved: Callable[[], object]) -> None:
-    offer = Offer.from_message(order["offer"])
+    offer = JobOffer.from_message(order["offer"])
     identity = Identity.load(Path(order["identity"]))
     from lockstep.agent.agent import serve
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.errors import LockstepError, WorkerLostError, from_message
 
 END_SECONDS = 5.0
@@ -56,7 +56,7 @@ class Agents:
         return self._children[job].pid
 
     def start(
-        self, offer: Offer, *, identity: str, workers: int, host: str, folder: Path | None
+        self, offer: JobOffer, *, identity: str, workers: int, host: str, folder: Path | None
     ) -> None:
         """Start an agent. It takes the place of the one of the same job, which must have ended.
 

@@ -28,7 +28,7 @@ Put = Callable[[str, Message | None], None]
 """Told what a caller says; None when it is gone. Called from several threads."""
 
 
-class Counter:
+class ControlSocket:
     """Serves callers until it is closed."""
 
     def __init__(self, folder: Path, put: Put) -> None:
@@ -148,7 +148,7 @@ class LinesConnection:
         self._sock.close()
 
 
-class CounterConnection(LinesConnection):
+class ControlConnection(LinesConnection):
     """A caller's side of `up`'s counter; a `Connection`."""
 
     def __init__(self, folder: Path) -> None:
@@ -178,7 +178,7 @@ def ask(folder: Path, message: Mapping[str, Any]) -> Message:
         NetworkError: none runs with this folder, or it does not answer.
         LockstepError: it refuses.
     """
-    connection = CounterConnection(folder)
+    connection = ControlConnection(folder)
     try:
         connection.open(ANSWER_SECONDS)
         connection.tell(message)

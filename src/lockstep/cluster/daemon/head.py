@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.cluster.daemon.control_socket import Counter
+from lockstep.cluster.daemon.control_socket import ControlSocket
 from lockstep.cluster.daemon.reconnecting_line import JOB, facts
-from lockstep.cluster.daemon.registry import Board, Close, Event, Gone, Here, Open, decide, parse
+from lockstep.cluster.daemon.registry import Close, Event, Gone, Here, Open, Registry, decide, parse
 from lockstep.cluster.state_folder import AUTHORITY, NODE, UP, State, check_host, host_name
 from lockstep.errors import (
     IdentityError,
@@ -41,7 +41,7 @@ class Heard:
     message: Message | None
 
 
-class Up:
+class Head:
     """The daemon. Everything is decided in the thread that calls `run`, event by event."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Up:
         """
         self._report = report
         self._events: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
-        self._board = Board()
+        self._board = Registry()
         self._closing = threading.Event()
         check_host(host)
         with contextlib.ExitStack() as stack:
@@ -91,7 +91,9 @@ class Up:
             state.write(UP, {"ports": [self.address[1], self._joins.address[1]]})
             self._counter = stack.enter_context(
                 contextlib.closing(
-                    Counter(state.path, lambda who, message: self._events.put(Heard(who, message)))
+                    ControlSocket(
+                        state.path, lambda who, message: self._events.put(Heard(who, message))
+                    )
                 )
             )
             self._stack = stack.pop_all()
@@ -189,7 +191,7 @@ class Up:
                 self._report(self._name_of(who), f"offers job {job!a} no more")
 
 
-def hosts(board: Board) -> list[dict[str, Any]]:
+def hosts(board: Registry) -> list[dict[str, Any]]:
     """The members, for people: name, workers, and the state of each open job."""
     return [
         {"name": name, "workers": member.workers, "jobs": dict(member.jobs)}
@@ -249,17 +251,17 @@ def run_up(
     host: str,
     port: int,
     report: Report,
-    ready: Callable[[Up], None],
+    ready: Callable[[Head], None],
 ) -> None:
     """Serve a cluster until a signal comes. `ready` is called once all is there.
 
     Raises:
-        LockstepError: see `Up`.
+        LockstepError: see `Head`.
     """
     state = State(path)
     with (
         state.lock(),
-        contextlib.closing(Up(state, name=name, host=host, port=port, report=report)) as up,
+        contextlib.closing(Head(state, name=name, host=host, port=port, report=report)) as up,
     ):
         ready(up)
         up.run()

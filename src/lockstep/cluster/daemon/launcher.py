@@ -13,16 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from lockstep.agent.job_offer import Offer
-from lockstep.cluster.daemon.control_socket import CounterConnection, ask
+from lockstep.agent.job_offer import JobOffer
+from lockstep.cluster.daemon.control_socket import ControlConnection, ask
 from lockstep.cluster.daemon.node import enrol, home_of, listening_address
 from lockstep.cluster.daemon.reconnecting_line import (
     Connection,
     HostConnection,
-    Line,
     LineEvent,
     Lost,
     Met,
+    ReconnectingLine,
     Said,
 )
 from lockstep.cluster.state_folder import State, host_name
@@ -38,7 +38,7 @@ TAKE_SECONDS = 5.0
 """How long hosts may take to say whether they take a job."""
 
 
-class Cluster:
+class ClusterLauncher:
     """Brings agents to the hosts of a cluster. A `Launcher`, for one job."""
 
     def __init__(
@@ -53,8 +53,8 @@ class Cluster:
         self.workers: int | None = None
         self.report: Report = ignore
         self._dial, self._show = dial, show
-        self._offer: Offer | None = None
-        self._line: Line | None = None
+        self._offer: JobOffer | None = None
+        self._line: ReconnectingLine | None = None
         self._changed = threading.Condition()
         self._hosts: dict[str, str] | None = None
         """What each host has said of the job; None before `up` has answered."""
@@ -63,7 +63,7 @@ class Cluster:
         """Whether the line is lost, and that was said."""
 
     @staticmethod
-    def of_this_machine(state: Path, show: Report) -> Cluster:
+    def of_this_machine(state: Path, show: Report) -> ClusterLauncher:
         """The cluster of the `up` that runs on this machine.
 
         Raises:
@@ -71,10 +71,10 @@ class Cluster:
         """
         here = ask(state, {"op": "info"})
         identity = State(state).identity()
-        return Cluster(identity, here["address"][0], lambda: CounterConnection(state), show)
+        return ClusterLauncher(identity, here["address"][0], lambda: ControlConnection(state), show)
 
     @staticmethod
-    def of_token(token: Token, state: Path, show: Report) -> Cluster:
+    def of_token(token: Token, state: Path, show: Report) -> ClusterLauncher:
         """The cluster that a token invites to. The token is used up the first time.
 
         Raises:
@@ -86,7 +86,9 @@ class Cluster:
         else:
             home = enrol(guest, token, f"{host_name()}-{secrets.token_hex(3)}")
         identity, host = guest.identity(), listening_address(None, home)
-        return Cluster(identity, host, lambda: HostConnection(identity, home, host, ignore), show)
+        return ClusterLauncher(
+            identity, host, lambda: HostConnection(identity, home, host, ignore), show
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +96,7 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def offer(self, offer: Offer) -> tuple[str, ...]:
+    def offer(self, offer: JobOffer) -> tuple[str, ...]:
         """Offer the job to all hosts, and to those that come later, until `close`.
 
         Returns the names of the hosts that have not refused it. Those that do are reported.
@@ -105,7 +107,7 @@ class Cluster:
         """
         assert self._offer is None, "a launcher is for one job"
         self._offer = offer
-        self._line = Line(self._dial, self._on)
+        self._line = ReconnectingLine(self._dial, self._on)
         self._line.start()
         self._wait(OPEN_SECONDS, lambda: self._hosts is not None)
         self._wait(TAKE_SECONDS, lambda: all((self._hosts or {}).values()))

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.cluster.daemon.agent_processes import END_SECONDS, Agents, Ended
 from lockstep.cluster.daemon.reconnecting_line import (
     HostConnection,
-    Line,
     LineEvent,
     Lost,
     Met,
+    ReconnectingLine,
     Said,
 )
 from lockstep.cluster.daemon.restart_policy import Died, Done, Offered, Stint, Withdrawn, decide
@@ -58,7 +58,7 @@ class Stop:
 class Running:
     """A job that this host takes part in."""
 
-    offer: Offer
+    offer: JobOffer
     stint: Stint
     folder: Path | None = None
     """Where the code is that the master sends, if it does."""
@@ -114,7 +114,7 @@ def listening_address(host: str | None, home: Home) -> str:
     return "127.0.0.1" if is_loopback(home.address[0]) else address_towards(home.address)
 
 
-class Member:
+class Node:
     """The daemon. Everything is done in the thread that calls `run`, event by event."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Member:
         self._events: queue.SimpleQueue[LineEvent | Ended | Stop] = queue.SimpleQueue()
         self._agents = Agents(self._events.put)
         self._running: dict[str, Running] = {}
-        self._line: Line | None = None
+        self._line: ReconnectingLine | None = None
         self._trouble = ""
 
     def run(self) -> None:
@@ -145,7 +145,7 @@ class Member:
             RefusedError, IdentityError: the cluster does not have this host any more.
         """
         with stop_signals(lambda: self._events.put(Stop())):
-            self._line = Line(self._dial, self._events.put)
+            self._line = ReconnectingLine(self._dial, self._events.put)
             self._line.start()
             try:
                 while self._handle():
@@ -193,7 +193,7 @@ class Member:
         try:
             match message:
                 case {"op": "offer", "offer": dict(offer)}:
-                    self._offered(Offer.from_message(offer))
+                    self._offered(JobOffer.from_message(offer))
                 case {"op": "withdraw", "job": str(job)}:
                     self._withdrawn(job)
                 case _:
@@ -201,7 +201,7 @@ class Member:
         except ProtocolError as error:
             self.report(self.home.node, str(error))
 
-    def _offered(self, offer: Offer) -> None:
+    def _offered(self, offer: JobOffer) -> None:
         job = offer.job
         if job in self._running:  # `up` has come back, and so has the job
             running = self._running[job]
@@ -299,7 +299,7 @@ def run_member(
     with state.lock():
         home = enrol(state, token, name) if token else home_of(state)
         with state.emptied(CODE) as code:
-            member = Member(
+            member = Node(
                 state.identity(),
                 home,
                 host=listening_address(host, home),

@@ -74,7 +74,7 @@ class Lost:
 LineEvent = Met | Said | Lost
 
 
-class Line:
+class ReconnectingLine:
     """Tells of what happens on it, once started, by calling `put` in its thread."""
 
     def __init__(self, dial: Callable[[], Connection], put: Callable[[LineEvent], None]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.errors import JobError, ProtocolError, to_message
 
 STATES = ("taken", "refused", "ended", "failed")
@@ -34,12 +34,12 @@ class Member:
 class Posting:
     """A job that is open to hosts."""
 
-    offer: Offer
+    offer: JobOffer
     asker: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Board:
+class Registry:
     """The state of the cluster."""
 
     members: Mapping[str, Member] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Open:
     """Somebody offers a job."""
 
     asker: str
-    offer: Offer
+    offer: JobOffer
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Tell:
     message: Mapping[str, Any]
 
 
-Decision = tuple[Board, tuple[Tell, ...]]
+Decision = tuple[Registry, tuple[Tell, ...]]
 
 
-def decide(board: Board, event: Event) -> Decision:
+def decide(board: Registry, event: Event) -> Decision:
     """The next state, and who is to be told what."""
     match event:
         case Here(name, workers):
@@ -124,7 +124,7 @@ def decide(board: Board, event: Event) -> Decision:
             return _spoke(board, name, job, state, why)
 
 
-def _gone(board: Board, name: str) -> Decision:
+def _gone(board: Registry, name: str) -> Decision:
     members = {other: member for other, member in board.members.items() if other != name}
     jobs = [job for job, posting in board.postings.items() if posting.asker == name]
     told = tuple(
@@ -136,7 +136,7 @@ def _gone(board: Board, name: str) -> Decision:
     return board, (*told, *others)
 
 
-def _open(board: Board, asker: str, offer: Offer) -> Decision:
+def _open(board: Registry, asker: str, offer: JobOffer) -> Decision:
     posting = board.postings.get(offer.job)
     if posting is not None and posting.asker != asker:
         error = JobError(
@@ -149,7 +149,7 @@ def _open(board: Board, asker: str, offer: Offer) -> Decision:
     return replace(board, postings=postings), (opened, *(_offer(name, offer) for name in hosts))
 
 
-def _close(board: Board, jobs: list[str]) -> Decision:
+def _close(board: Registry, jobs: list[str]) -> Decision:
     if not jobs:
         return board, ()
     postings = {job: posting for job, posting in board.postings.items() if job not in jobs}
@@ -163,7 +163,7 @@ def _close(board: Board, jobs: list[str]) -> Decision:
     return replace(board, postings=postings, members=members), told
 
 
-def _spoke(board: Board, name: str, job: str, state: str, why: str) -> Decision:
+def _spoke(board: Registry, name: str, job: str, state: str, why: str) -> Decision:
     member, posting = board.members.get(name), board.postings.get(job)
     if member is None or posting is None:
         return board, ()  # it has crossed with the end of one of them
@@ -172,7 +172,7 @@ def _spoke(board: Board, name: str, job: str, state: str, why: str) -> Decision:
     return board, (_agent(posting.asker, name, job, state, why),)
 
 
-def _offer(to: str, offer: Offer) -> Tell:
+def _offer(to: str, offer: JobOffer) -> Tell:
     return Tell(to, {"op": "offer", "offer": offer.to_message()})
 
 
@@ -193,7 +193,7 @@ def parse(who: str, message: Mapping[str, Any]) -> Event:
         case {"op": "here", "workers": int(workers)} if workers > 0:
             return Here(who, workers)
         case {"op": "open", "offer": dict(offer)}:
-            return Open(who, Offer.from_message(offer))
+            return Open(who, JobOffer.from_message(offer))
         case {"op": "close", "job": str(job)}:
             return Close(who, job)
         case {"op": "agent", "job": str(job), "state": str(state), "why": str(why)} if (

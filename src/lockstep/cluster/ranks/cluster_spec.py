@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lockstep.cluster.ranks.rank_environment import Place
+from lockstep.cluster.ranks.rank_environment import RankPlace
 from lockstep.errors import JobError
 from lockstep.job.job import Job
 
@@ -62,7 +62,7 @@ def _entry(task: str, text: object) -> Entry:
     return Entry(task=task, host=host, port=int(port))
 
 
-def place_in(cluster: Cluster, task: str) -> Place:
+def place_in(cluster: Cluster, task: str) -> RankPlace:
     """The place of the process that is told that it is this entry.
 
     Raises:
@@ -76,7 +76,7 @@ def place_in(cluster: Cluster, task: str) -> Place:
         )
     described = json.dumps({kind: list(cluster.get(kind, ())) for kind in ("worker", "ps")})
     rank = tasks.index(task)
-    return Place(
+    return RankPlace(
         rank=rank,
         size=len(entries),
         host=entries[0].host,

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Self
 
-from lockstep.agent.job_offer import Offer
-from lockstep.cluster.ranks.rank_environment import Place
+from lockstep.agent.job_offer import JobOffer
+from lockstep.cluster.ranks.rank_environment import RankPlace
 from lockstep.cluster.state_folder import (
     SECRET,
     State,
@@ -40,11 +40,17 @@ ATTEMPT_SECONDS, PAUSE_SECONDS = 10.0, 0.5
 MASTER = "rank-0"
 
 
-class Ranks:
+class RankLauncher:
     """Brings agents to the other ranks, which are there already. A `Launcher`, of rank 0."""
 
     def __init__(
-        self, place: Place, shared: SharedSecret, folder: Path, *, workers: int | None, wait: float
+        self,
+        place: RankPlace,
+        shared: SharedSecret,
+        folder: Path,
+        *,
+        workers: int | None,
+        wait: float,
     ) -> None:
         """`workers` is for rank 0's own host; the others may enter for `wait` seconds."""
         from lockstep.net.certificate_authority import Authority  # needs the extra
@@ -62,7 +68,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def offer(self, offer: Offer) -> tuple[str, ...]:
+    def offer(self, offer: JobOffer) -> tuple[str, ...]:
         """Let the other ranks in, and tell each of the job. Returns their names.
 
         Raises:
@@ -105,7 +111,9 @@ class Ranks:
             self._server = None
 
 
-def enter(place: Place, shared: SharedSecret, folder: Path, wait: float) -> tuple[Identity, Offer]:
+def enter(
+    place: RankPlace, shared: SharedSecret, folder: Path, wait: float
+) -> tuple[Identity, JobOffer]:
     """What a rank is told by rank 0, as soon as that listens, within `wait` seconds.
 
     Raises:
@@ -121,7 +129,7 @@ def enter(place: Place, shared: SharedSecret, folder: Path, wait: float) -> tupl
             identity, greeting = join(
                 invitation, folder / "node", _name(place.rank), timeout=ATTEMPT_SECONDS
             )
-            return identity, Offer.from_message(greeting.get("offer", {}))
+            return identity, JobOffer.from_message(greeting.get("offer", {}))
         except (PeerClosedError, PeerTimeoutError) as error:
             if time.monotonic() > limit:
                 error.fix = "see whether rank 0 runs, and that all have the same --port"
@@ -129,7 +137,7 @@ def enter(place: Place, shared: SharedSecret, folder: Path, wait: float) -> tupl
         time.sleep(PAUSE_SECONDS)  # there is nothing that would tell when it listens
 
 
-def own_address(place: Place) -> str:
+def own_address(place: RankPlace) -> str:
     """The address that others reach this host at.
 
     Raises:
@@ -155,7 +163,7 @@ def own_address(place: Place) -> str:
     return found
 
 
-def shared_secret(place: Place, path: Path | None) -> SharedSecret:
+def shared_secret(place: RankPlace, path: Path | None) -> SharedSecret:
     """The job's secret, from a file; on this machine alone, from one that is made on first use.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 from typing import Any
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.agent_processes import Agents, Ended
 from lockstep.errors import LockstepError, to_message
 from lockstep.net import certificate_authority as authority
@@ -53,7 +53,7 @@ class RayAgent:
                 code = self._folder.path / "code"
                 code.mkdir()
                 agents.start(
-                    Offer.from_message(offer),
+                    JobOffer.from_message(offer),
                     identity=str(self._identity),
                     workers=workers,
                     host=host,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent.job_offer import Offer
+from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon import agent_processes as agents
 from lockstep.cluster.ray import node_agents as seats
 from lockstep.cluster.ray.actor import RayAgent
@@ -80,7 +80,7 @@ class Driver:
     def __init__(self, ray: Any, lines: Lines, authority: Authority) -> None:
         self._ray, self._lines, self._authority = ray, lines, authority
         self._own: str = ray.get_runtime_context().get_node_id()
-        self._offer: Offer | None = None
+        self._offer: JobOffer | None = None
         self._seats: Seats = {}
         self._agents: dict[str, Agent] = {}
         """By the id of the node."""
@@ -95,7 +95,7 @@ class Driver:
                 message = self._hear()
                 match message:
                     case {"op": "open", "offer": dict(offer)}:
-                        self._open(Offer.from_message(offer))
+                        self._open(JobOffer.from_message(offer))
                     case None:
                         return False
                     case {"op": "close"}:
@@ -118,13 +118,13 @@ class Driver:
         with contextlib.suppress(OSError):  # that the master is gone is heard
             self._lines.send(message)
 
-    def _open(self, offer: Offer) -> None:
+    def _open(self, offer: JobOffer) -> None:
         self._offer = offer
         self._look(offer)
         hosts = [agent.host for agent in self._agents.values()]
         self._say(op="opened", job=offer.job, hosts=hosts)
 
-    def _look(self, offer: Offer) -> None:
+    def _look(self, offer: JobOffer) -> None:
         """Compare the agents that there are with the nodes, and see who has answered."""
         self._seats, commands = seats.look(self._seats, self._nodes())
         for command in commands:
@@ -190,7 +190,7 @@ class Driver:
             self._ray.kill(agent.actor)
         self._places.forget(node)
 
-    def _answered(self, node: str, offer: Offer) -> None:
+    def _answered(self, node: str, offer: JobOffer) -> None:
         """An actor has answered, or is dead."""
         agent = self._agents[node]
         try:
@@ -205,7 +205,7 @@ class Driver:
             error = WorkerLostError("its actor died", found=str(died).strip()[:500])
         self._ended(node, error)
 
-    def _enrol(self, agent: Agent, node: Node, request: bytes, offer: Offer) -> None:
+    def _enrol(self, agent: Agent, node: Node, request: bytes, offer: JobOffer) -> None:
         """Give an actor the certificate that it asks for, and its order.
 
         Raises:

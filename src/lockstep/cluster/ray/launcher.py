@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.cluster.daemon.control_socket import LOOK_SECONDS, LinesConnection
-from lockstep.cluster.daemon.launcher import Cluster
+from lockstep.cluster.daemon.launcher import ClusterLauncher
 from lockstep.errors import (
     JobError,
     PeerClosedError,
@@ -38,7 +38,7 @@ CLIENT = "ray://"
 
 
 @contextlib.contextmanager
-def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[Cluster]:
+def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[ClusterLauncher]:
     """A launcher that has an agent on every node of a Ray cluster but this machine's own.
 
     `address` is that of the cluster's head, `HOST:PORT`, or `auto`: what $RAY_ADDRESS says, or the
@@ -63,7 +63,7 @@ def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[Cluster]:
             def dial() -> DriverConnection:
                 return fresh.pop() if fresh else DriverConnection(authority.folder, address)
 
-            with Cluster(identity, first.address, dial, show) as cluster:
+            with ClusterLauncher(identity, first.address, dial, show) as cluster:
                 yield cluster
 
 

@@ -31,7 +31,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class NodeAgent:
     """A node's place for an agent."""
 
     node: Node
@@ -41,7 +41,7 @@ class Seat:
     """Whether it is to get another one."""
 
 
-Seats = Mapping[str, Seat]
+Seats = Mapping[str, NodeAgent]
 """By the id of the node."""
 
 
@@ -76,7 +76,7 @@ def look(seats: Seats, nodes: Iterable[Node]) -> tuple[Seats, tuple[Command, ...
     new = tuple(node for node in there.values() if node.id not in seats)
     vacant = tuple(seat.node for seat in seats.values() if seat.vacant and seat.node.id in there)
     found = {each: seat for each, seat in seats.items() if each in there}
-    found |= {node.id: Seat(node=node) for node in new}
+    found |= {node.id: NodeAgent(node=node) for node in new}
     for node in vacant:
         found[node.id] = replace(found[node.id], agents=found[node.id].agents + 1, vacant=False)
     reserve = (Reserve(new),) if new else ()
