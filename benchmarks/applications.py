@@ -41,7 +41,7 @@ STEPS, SHARDS = 40, 3
 
 def bits(name: str) -> list[tuple[str, str]]:
     """`(workers, fingerprint)` of each run of the first steps of a recipe."""
-    killed = (Fault(seat=1, step=STEPS // 2, phase="backward"),)
+    killed = (Fault(worker_id=1, step=STEPS // 2, phase="backward"),)
     runs = [("1", 1, ()), ("2", 2, ()), ("3", 3, ()), ("3, one killed", 3, killed)]
     found = []
     for label, workers, faults in runs:

@@ -70,10 +70,10 @@ def draw_faults(rng: random.Random, scenario: Scenario, workers: int) -> tuple[F
         flips = scenario.settings.get("audit") == 1.0 and rng.random() < FLIPS
         phase = "slot" if flips else rng.choice(phases)
         if phase in AROUND:  # somebody has to start: its predecessor dies first
-            faults.append(Fault(seat=-1, step=step, phase="reduce"))
+            faults.append(Fault(worker_id=-1, step=step, phase="reduce"))
         faults.append(
             Fault(
-                seat=-1 if phase in (*AROUND, "evaluate") else rng.randrange(workers),
+                worker_id=-1 if phase in (*AROUND, "evaluate") else rng.randrange(workers),
                 step=_evaluated(scenario, step) if phase == "evaluate" else step,
                 phase=phase,
                 kind="flip" if flips else rng.choice(KINDS),  # type: ignore[arg-type]  # literals
@@ -157,7 +157,7 @@ class Meddler:
         else:
             self.running.pause()
             time.sleep(self.rng.uniform(0, 0.2))
-            self.running.go_on()
+            self.running.unpause()
         self.done["the run", name] += 1
         return 0
 

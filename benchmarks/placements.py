@@ -44,7 +44,7 @@ def on_hosts(folder: Path, here: int, others: Mapping[str, int], changes: Mappin
     folder.mkdir()
     agents = Agents(Cluster(folder), others, here)
     killed = list(others)[-1]
-    fault = Fault(seat=0, host=killed, step=STEPS // 2, phase="exchange", kind="host")
+    fault = Fault(worker_id=0, host=killed, step=STEPS // 2, phase="exchange", kind="host")
     workers = here + sum(n for name, n in others.items() if name not in changes.get("servers", ()))
     try:
         return lockstep.run(

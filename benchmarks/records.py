@@ -22,7 +22,7 @@ import lockstep
 from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
-from lockstep.agent import worker_group as crew
+from lockstep.agent import worker_group as worker_group
 from lockstep.planning.digest_sample import DigestSample
 from lockstep.results.ledger import Ledger
 
@@ -55,7 +55,7 @@ def unrecorded() -> Iterator[None]:
     """Takes the base and the ledger out of the master."""
     with (
         # Plain functions: mocks keep their calls, which costs more than what is taken away.
-        mock.patch.object(crew, "steps_between", _never),
+        mock.patch.object(worker_group, "steps_between", _never),
         mock.patch.object(DigestSample, "units", _nothing),
         mock.patch.object(Ledger, "commit", _nothing),
     ):

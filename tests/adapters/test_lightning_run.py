@@ -86,7 +86,7 @@ def test_the_numbers_of_the_run(run_folders: Callable[[], str]) -> None:
     assert_same(make, plain, run_folders, among=(1, 2))
     result = lockstep.run(
         make(), workers=3, shards=3, threads=1, quiet=True, out=run_folders(),
-        faults=(Fault(seat=1, step=4, phase="backward"),), **NUMBERS,
+        faults=(Fault(worker_id=1, step=4, phase="backward"),), **NUMBERS,
     )  # fmt: skip
     assert len(result.recoveries) == 1
     wanted = reference.train(plain, shards=3, **NUMBERS)
@@ -195,7 +195,7 @@ def test_metrics_and_lists_of_validation(run_folders: Callable[[], str]) -> None
     _, data_class = lightning_classes()
     net = measuring_class()()
     settings: dict[str, Any] = {**NUMBERS, "shards": 3, "threads": 1, "quiet": True}
-    strike = (Fault(seat=1, step=8, phase="evaluate"),)
+    strike = (Fault(worker_id=1, step=8, phase="evaluate"),)
     results = [
         lockstep.run(
             lockstep.from_lightning(net, data_class()),
@@ -245,7 +245,7 @@ def evaluated_once(task: lockstep.Task) -> Mapping[str, float]:
     model = task.model()
     batch = torch.utils.data.default_collate([blobs(6, seed=2)[index] for index in range(6)])
     beginning = Position(training=True, step=0, steps=9, steps_per_epoch=4, batch=0, samples=6)
-    task.told(beginning.at_batch(4, 0, 6))
+    task.set_position(beginning.at_batch(4, 0, 6))
     task.metrics(model, batch)
     return task.score({name: list(v) for name, v in task.outputs(model, batch).items()})
 

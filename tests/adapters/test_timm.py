@@ -101,7 +101,7 @@ def test_a_model_of_timm(
     alone = run(workers=1, shards=1)
     assert (alone.folder / "model.safetensors").read_bytes() == wanted.file()
     summed = reference.train(Plain(make), shards=3, **NUMBERS)
-    killed = run(workers=3, shards=3, faults=(Fault(seat=1, step=2, phase="backward"),))
+    killed = run(workers=3, shards=3, faults=(Fault(worker_id=1, step=2, phase="backward"),))
     results = [*(run(workers=workers, shards=3) for workers in (1, 2, 3)), killed]
     for result in results:
         assert (result.folder / "model.safetensors").read_bytes() == summed.file()

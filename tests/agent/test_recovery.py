@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.agent.membership import Status, Target
+from lockstep.agent.membership import Status, TargetChanged
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
 from lockstep.agent.stall_policy import StallTimeout, stalled
 from lockstep.planning.step_phases import Phase, progress_of
@@ -46,32 +46,32 @@ def test_a_step_is_committed_when_all_have_updated(
 
 def test_open_shards_are_shared_out() -> None:
     done = [7, 6, 7, 6, 6, 6, 7]
-    found = resume(words((7, C), (7, S)), [6, 6], done, base_step=5, workers=3)
+    found = resume(words((7, C), (7, S)), [6, 6], done, snapshot_step=5, workers=3)
     assert found == Resumption(step=7, back=None, todo=((1,), (3,), (4, 5)))
 
 
 def test_a_torn_state_goes_back_to_the_base() -> None:
-    found = resume(words((7, U), (7, C)), [7, 6], [7, 7, 7], base_step=5, workers=2)
+    found = resume(words((7, U), (7, C)), [7, 6], [7, 7, 7], snapshot_step=5, workers=2)
     assert found == Resumption(step=5, back=2, todo=((0,), (1, 2)))
 
 
 def test_gradients_are_kept_where_the_base_is_of_the_same_step() -> None:
-    found = resume(words((7, C), (7, C)), [6, 7], [7, 7], base_step=7, workers=1)
+    found = resume(words((7, C), (7, C)), [6, 7], [7, 7], snapshot_step=7, workers=1)
     assert found == Resumption(step=7, back=0, todo=((),))
 
 
 def test_all_gradients_and_no_update_yet() -> None:
-    found = resume(words((7, C), (7, C)), [6, 6], [7, 7], base_step=3, workers=1)
+    found = resume(words((7, C), (7, C)), [6, 6], [7, 7], snapshot_step=3, workers=1)
     assert found == Resumption(step=7, back=None, todo=((),))
 
 
 def test_committed_though_nobody_could_go_on() -> None:
-    found = resume(words((7, U), (7, U)), [7, 7], [7, 7], base_step=3, workers=1)
+    found = resume(words((7, U), (7, U)), [7, 7], [7, 7], snapshot_step=3, workers=1)
     assert found == Resumption(step=8, back=None, todo=((0, 1),))
 
 
 def test_more_workers_than_open_shards() -> None:
-    found = resume(words((3, S)), [2], [3, 2, 3], base_step=3, workers=3)
+    found = resume(words((3, S)), [2], [3, 2, 3], snapshot_step=3, workers=3)
     assert sorted(map(len, found.todo)) == [0, 0, 1]
 
 
@@ -82,7 +82,7 @@ def test_more_workers_than_open_shards() -> None:
 )
 def test_every_open_shard_is_given_out_once(step: int, done: list[bool], workers: int) -> None:
     shard_done = [step - (not d) for d in done]
-    found = resume(words((step, S)), [step - 1], shard_done, base_step=0, workers=workers)
+    found = resume(words((step, S)), [step - 1], shard_done, snapshot_step=0, workers=workers)
     given_out = sorted(shard for part in found.todo for shard in part)
     assert given_out == [shard for shard, d in enumerate(done) if not d]
     assert max(map(len, found.todo)) - min(map(len, found.todo)) <= 1
@@ -164,18 +164,18 @@ def test_patience_as_it_is_set() -> None:
 def play(world: Simulation, dice: random.Random, deaths: int) -> None:
     """Let workers and the master act in a random order, and workers die anywhere."""
     for _ in range(dice.randrange(300)):
-        seats = sorted(world.processes)
-        seat = dice.choice(seats)
+        worker_ids = sorted(world.processes)
+        worker_id = dice.choice(worker_ids)
         writes = dice.choice((0, 1, 2, 3, 5, 8, 13))
-        while writes and world.move(seat):
+        while writes and world.move(worker_id):
             writes -= 1
-        starting = world.members.status.get(seat) is Status.STARTING
+        starting = world.members.status.get(worker_id) is Status.STARTING
         if dice.random() < 0.04 and world.deaths < deaths and not starting:
-            world.kill(seat)
+            world.kill(worker_id)
         if dice.random() < 0.8:
-            world.hear(dice.choice(seats))
+            world.hear(dice.choice(worker_ids))
         if dice.random() < 0.02:
-            world.decide(Target(dice.randint(1, world.members.seats)))
+            world.decide(TargetChanged(dice.randint(1, world.members.max_workers)))
         if dice.random() < 0.3:
             world.tick()
         if dice.random() < 0.1:
@@ -187,10 +187,10 @@ def finish(world: Simulation) -> None:
     for _ in range(20_000):
         if world.finished:
             return
-        for seat in sorted(world.processes):
-            world.move(seat)
-        for seat in sorted(world.processes):
-            world.hear(seat)
+        for worker_id in sorted(world.processes):
+            world.move(worker_id)
+        for worker_id in sorted(world.processes):
+            world.hear(worker_id)
         world.tick()
     raise AssertionError(f"no end: {world.members}")
 
@@ -201,12 +201,12 @@ def test_every_block_is_updated_once_by_every_step(seed: int) -> None:
     """Whoever dies between whichever two writes; and no more is redone than has to be."""
     dice = random.Random(seed)
     shards = dice.randint(1, 6)
-    seats = dice.randint(min(2, shards), shards)
+    max_workers = dice.randint(min(2, shards), shards)
     world = Simulation(
         shards=shards,
         blocks=[dice.choice((1, 4, 6)) for _ in range(dice.randint(1, 6))],
-        workers=dice.randint(1, seats),
-        seats=seats,
+        workers=dice.randint(1, max_workers),
+        max_workers=max_workers,
         steps=5,
         clip=dice.random() < 0.3,
         every=dice.randint(1, 3),

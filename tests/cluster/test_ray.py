@@ -56,15 +56,15 @@ A, B = node("a"), node("b")
 
 
 def test_every_node_gets_an_agent_and_loses_it_when_it_is_gone() -> None:
-    seats, commands = look({}, [A, B])
+    node_agents, commands = look({}, [A, B])
     assert commands == (Reserve((A, B)), Start(A), Start(B))
-    seats, commands = look(seats, [A, B])
+    node_agents, commands = look(node_agents, [A, B])
     assert commands == ()
-    seats, commands = look(seats, [B, node("c")])
+    node_agents, commands = look(node_agents, [B, node("c")])
     assert commands == (Forget("a"), Reserve((node("c"),)), Start(node("c")))
-    seats, commands = look(seats, [])
+    node_agents, commands = look(node_agents, [])
     assert commands == (Forget("b"), Forget("c"))
-    assert not seats
+    assert not node_agents
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,19 @@ def test_every_node_gets_an_agent_and_loses_it_when_it_is_gone() -> None:
     ],
 )
 def test_who_is_followed_by_another_agent(error: LockstepError | None, again: bool) -> None:
-    seats, _ = look({}, [A, B])
-    seats, follows = end(seats, "a", error)
+    node_agents, _ = look({}, [A, B])
+    node_agents, follows = end(node_agents, "a", error)
     assert follows.startswith("another one") == again
-    assert look(seats, [A, B])[1] == ((Start(A),) if again else ())
-    assert look(seats, [B])[1] == (Forget("a"),)
+    assert look(node_agents, [A, B])[1] == ((Start(A),) if again else ())
+    assert look(node_agents, [B])[1] == (Forget("a"),)
 
 
 def test_agents_are_started_a_bounded_number_of_times() -> None:
-    seats: Seats = {}
+    node_agents: Seats = {}
     started = 0
-    while Start(A) in (found := look(seats, [A]))[1]:
+    while Start(A) in (found := look(node_agents, [A]))[1]:
         started += 1
-        seats, why = end(found[0], "a", WorkerLostError("its actor died"))
+        node_agents, why = end(found[0], "a", WorkerLostError("its actor died"))
     assert started == MOST_AGENTS
     assert "not started again" in why
 

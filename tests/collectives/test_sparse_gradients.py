@@ -113,7 +113,7 @@ def test_one_shard(run_folders: Callable[[], str]) -> None:
 def test_a_death_in_the_middle_of_an_update(run_folders: Callable[[], str]) -> None:
     task = Sparse("sparse-adam")
     calm = run(task, run_folders(), 2)
-    fault = Fault(seat=1, step=5, phase="update_end")
+    fault = Fault(worker_id=1, step=5, phase="update_end")
     harmed = run(task, run_folders(), 2, faults=(fault,), audit=0.5)
     assert len(harmed.recoveries) == 1
     assert harmed.fingerprint == calm.fingerprint

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 
 from lockstep.agent.regroup_messages import HostStatus
 from lockstep.collectives.exchange_thread import Early
-from lockstep.coordinator import host_membership as fleet
-from lockstep.coordinator.host_membership import Arrange, Hold, HostMembership, decide, settle
+from lockstep.coordinator import host_membership as host_membership
+from lockstep.coordinator.host_membership import (
+    HostMembership,
+    PauseHosts,
+    ResumeHosts,
+    decide,
+    settle,
+)
 from lockstep.errors import JobError
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.reduction_tree import Node, leaf_slots, most_subtrees, subtrees, tree
@@ -131,9 +137,9 @@ def test_the_newest_whole_state_counts(
     assert settle(standings, "m") == (step, source, actions)
 
 
-def run(*events: fleet.Event) -> tuple[HostMembership, list[fleet.Command]]:
+def run(*events: host_membership.Event) -> tuple[HostMembership, list[host_membership.Command]]:
     state = HostMembership(master="m")
-    said: list[fleet.Command] = []
+    said: list[host_membership.Command] = []
     for event in events:
         state, commands, reason = decide(state, event)
         assert reason
@@ -141,14 +147,14 @@ def run(*events: fleet.Event) -> tuple[HostMembership, list[fleet.Command]]:
     return state, said
 
 
-BOTH = (fleet.Present("m", 1), fleet.Present("b", 2))
+BOTH = (host_membership.HostReady("m", 1), host_membership.HostReady("b", 2))
 
 
 def test_all_stand_before_any_goes_on() -> None:
-    state, said = run(*BOTH, fleet.Stood("m", 2, standing(0)))
-    assert said == [Hold(1), Hold(2)]
-    state, (order,), _ = decide(state, fleet.Stood("b", 2, standing(None)))
-    assert isinstance(order, Arrange)
+    state, said = run(*BOTH, host_membership.HostPaused("m", 2, standing(0)))
+    assert said == [PauseHosts(1), PauseHosts(2)]
+    state, (order,), _ = decide(state, host_membership.HostPaused("b", 2, standing(None)))
+    assert isinstance(order, ResumeHosts)
     assert (order.workers, order.source) == ({"m": 1, "b": 2}, "m")
     assert order.actions == {"m": "keep", "b": "copy"}
     assert not state.regrouping
@@ -156,37 +162,50 @@ def test_all_stand_before_any_goes_on() -> None:
 
 def test_what_is_said_of_an_earlier_generation_is_not_heard() -> None:
     state, _ = run(*BOTH)
-    for event in (fleet.Stood("b", 1, standing(9)), fleet.Trouble("b", 1, "m", "old")):
+    for event in (
+        host_membership.HostPaused("b", 1, standing(9)),
+        host_membership.ExchangeFailed("b", 1, "m", "old"),
+    ):
         assert decide(state, event)[:2] == (state, ())
 
 
 def test_a_loss_begins_another_generation() -> None:
-    state, _ = run(*BOTH, fleet.Stood("m", 2, standing(0)), fleet.Stood("b", 2, standing(0)))
-    state, lost, reason = decide(state, fleet.Lost("b", "it died"))
-    assert lost == (fleet.Abandon("b", "it died"), Hold(3))
+    state, _ = run(
+        *BOTH,
+        host_membership.HostPaused("m", 2, standing(0)),
+        host_membership.HostPaused("b", 2, standing(0)),
+    )
+    state, lost, reason = decide(state, host_membership.HostLost("b", "it died"))
+    assert lost == (host_membership.AbandonHost("b", "it died"), PauseHosts(3))
     assert "b" in reason
     assert set(state.members) == {"m"}
-    assert decide(state, fleet.Lost("b", "again"))[1] == ()
+    assert decide(state, host_membership.HostLost("b", "again"))[1] == ()
 
 
 def test_two_that_cannot_reach_each_other_part() -> None:
     """The second time without a step in between; the master stays, whoever complains."""
     for who, whom in (("m", "b"), ("b", "m")):
         state, _ = run(*BOTH)
-        state, first, _ = decide(state, fleet.Trouble(who, 2, whom, "no connection"))
-        assert first == (Hold(3),)
-        moved, _, _ = decide(state, fleet.Moved())
-        _, (gone, hold), _ = decide(state, fleet.Trouble(who, 3, whom, "no connection"))
-        assert hold == Hold(4)
-        assert isinstance(gone, fleet.Abandon)
+        state, first, _ = decide(
+            state, host_membership.ExchangeFailed(who, 2, whom, "no connection")
+        )
+        assert first == (PauseHosts(3),)
+        moved, _, _ = decide(state, host_membership.StepsCommitted())
+        _, (gone, hold), _ = decide(
+            state, host_membership.ExchangeFailed(who, 3, whom, "no connection")
+        )
+        assert hold == PauseHosts(4)
+        assert isinstance(gone, host_membership.AbandonHost)
         assert gone.name == "b"
-        assert decide(moved, fleet.Trouble(who, 3, whom, "no connection"))[1] == (Hold(4),)
+        assert decide(moved, host_membership.ExchangeFailed(who, 3, whom, "no connection"))[1] == (
+            PauseHosts(4),
+        )
 
 
 EVENTS = st.one_of(
-    st.builds(fleet.Present, st.sampled_from("bcd"), st.integers(1, 3)),
+    st.builds(host_membership.HostReady, st.sampled_from("bcd"), st.integers(1, 3)),
     st.builds(
-        fleet.Stood,
+        host_membership.HostPaused,
         st.sampled_from("mbcd"),
         st.integers(1, 9),
         st.builds(
@@ -195,36 +214,38 @@ EVENTS = st.one_of(
             base=st.one_of(st.none(), st.integers(1, 4)),
         ),
     ),
-    st.builds(fleet.Lost, st.sampled_from("bcd"), st.just("gone")),
+    st.builds(host_membership.HostLost, st.sampled_from("bcd"), st.just("gone")),
     st.builds(
-        fleet.Trouble,
+        host_membership.ExchangeFailed,
         st.sampled_from("mbcd"),
         st.integers(1, 9),
         st.sampled_from(["", "m", "b", "c", "d"]),
         st.just("trouble"),
     ),
-    st.just(fleet.Moved()),
+    st.just(host_membership.StepsCommitted()),
 )
 
 
 @given(st.lists(EVENTS, max_size=30))
-def test_whatever_happens_the_fleet_is_valid(events: Sequence[fleet.Event]) -> None:
-    state, _, _ = decide(HostMembership(master="m"), fleet.Present("m", 1))
-    state, _, _ = decide(state, fleet.Stood("m", 1, standing(4)))
+def test_whatever_happens_the_fleet_is_valid(events: Sequence[host_membership.Event]) -> None:
+    state, _, _ = decide(HostMembership(master="m"), host_membership.HostReady("m", 1))
+    state, _, _ = decide(state, host_membership.HostPaused("m", 1, standing(4)))
     for event in events:
         before = state
-        if isinstance(event, fleet.Stood) and event.name == "m":
-            event = fleet.Stood("m", event.generation, standing(4))  # it always has a state
+        if isinstance(event, host_membership.HostPaused) and event.name == "m":
+            event = host_membership.HostPaused(
+                "m", event.generation, standing(4)
+            )  # it always has a state
         state, commands, reason = decide(state, event)
         assert reason
         assert "m" in state.members, "the master is never given up"
         assert state.generation >= before.generation
         for command in commands:
-            if isinstance(command, Arrange):
+            if isinstance(command, ResumeHosts):
                 assert command.workers.keys() == state.members.keys() == command.actions.keys()
                 assert command.actions[command.source] != "copy"
                 assert command.generation == state.generation
-            if isinstance(command, Hold):
+            if isinstance(command, PauseHosts):
                 assert command.generation == state.generation > before.generation
                 assert state.regrouping
         if state.generation > before.generation:
@@ -259,5 +280,9 @@ def test_the_sum_over_hosts_has_the_bits_of_one() -> None:
 @pytest.mark.parametrize("closed", [True, False])
 def test_who_is_gone_is_not_dropped(closed: bool) -> None:
     """Another agent may have connected under its name before its loss is decided on."""
-    _, said = run(fleet.Present("m", 1), fleet.Present("b", 1), fleet.Lost("b", "why", closed))
-    assert fleet.Abandon("b", "why", drop=not closed) in said
+    _, said = run(
+        host_membership.HostReady("m", 1),
+        host_membership.HostReady("b", 1),
+        host_membership.HostLost("b", "why", closed),
+    )
+    assert host_membership.AbandonHost("b", "why", drop=not closed) in said

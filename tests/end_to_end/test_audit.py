@@ -31,7 +31,7 @@ def events(result_folder: Any, name: str) -> list[dict[str, Any]]:
 
 def test_a_flipped_gradient_bit_is_found_and_put_right(run_folders: Callable[[], str]) -> None:
     clean = train(run_folders())
-    flip = Fault(seat=-1, step=3, phase="slot", kind="flip")
+    flip = Fault(worker_id=-1, step=3, phase="slot", kind="flip")
     audited = train(run_folders(), audit=1.0, faults=(flip,))
     assert audited.fingerprint == clean.fingerprint
     (found,) = events(audited.folder, "corrupt")
@@ -43,7 +43,7 @@ def test_a_flipped_gradient_bit_is_found_and_put_right(run_folders: Callable[[],
 
 def test_a_flipped_parameter_bit_is_found_and_put_right(run_folders: Callable[[], str]) -> None:
     clean = train(run_folders())
-    flip = Fault(seat=2, step=4, phase="barrier", kind="flip")
+    flip = Fault(worker_id=2, step=4, phase="barrier", kind="flip")
     audited = train(run_folders(), audit=1.0, faults=(flip,))
     assert audited.fingerprint == clean.fingerprint
     (found,) = events(audited.folder, "corrupt")
@@ -56,7 +56,7 @@ def test_a_flipped_parameter_bit_is_found_and_put_right(run_folders: Callable[[]
 
 
 def test_a_state_that_changes_again_and_again_stops_the_run(run_folder: str) -> None:
-    flip = Fault(seat=2, step=4, phase="barrier", kind="flip", repeat=True)
+    flip = Fault(worker_id=2, step=4, phase="barrier", kind="flip", repeat=True)
     with pytest.raises(IntegrityError, match="changed in memory 3 times between steps 3 and 4"):
         train(run_folder, audit=1.0, faults=(flip,))
 
@@ -72,7 +72,7 @@ def test_a_slow_worker_holds_back_only_the_shard_that_it_is_on(
 ) -> None:
     settings = {"workers": 2, "shards": 12, "steps": 10}
     clean = train(run_folders(), **settings)
-    slow = Fault(seat=1, step=0, phase="load", kind="slow")
+    slow = Fault(worker_id=1, step=0, phase="load", kind="slow")
     slowed = train(run_folders(), **settings, faults=(slow,))
     assert slowed.fingerprint == clean.fingerprint
     own = len(home_shards(12, 2, 1)) * SLOW_SECONDS * 10

@@ -188,7 +188,7 @@ def test_memory_is_counted_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("lockstep.system.machine.available_bytes", lambda: 1000)
     task = Blobs()
     with pytest.raises(errors.ResourceError, match="the run's shared memory"):
-        building.build(task, task.model(), shards=2, seats=2, clip=False)
+        building.build(task, task.model(), shards=2, max_workers=2, clip=False)
 
 
 # A loss that is not finite.
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite(run_folders: Callable[[], str]) -> None:
     """
     step = first_step_with(Poisoned.sample)
     assert 0 < step < SETTINGS["steps"] - 1
-    late = Fault(seat=0, step=step - 1, phase="audit", kind="stop")
+    late = Fault(worker_id=0, step=step - 1, phase="audit", kind="stop")
     task = f"{TASKS}:Poisoned"
     folder, clean_folder = Path(run_folders()), run_folders()
     with pytest.raises(errors.NonFiniteError, match=f"at step {step}, shard 1:") as caught:

@@ -152,7 +152,7 @@ def test_workers_die_and_the_run_is_replayed(run_folders: Callable[[], str]) -> 
     task = By("Adam", lr=0.01)
     wanted = lockstep.run(task, workers=1, out=run_folders(), **settings)
     faults = tuple(
-        Fault(seat=-1, step=4 * place + 3, phase=phase)
+        Fault(worker_id=-1, step=4 * place + 3, phase=phase)
         for place, phase in enumerate(("backward", "reduce", "update_end", "commit"))
     )
     found = lockstep.run(task, workers=2, out=run_folders(), faults=faults, **settings)
@@ -175,8 +175,10 @@ def test_same_bits_on_hosts(site: Site, kind: str, name: str) -> None:
 def test_a_host_dies_with_its_residuals(site: Site) -> None:
     on = site.agents({"b": 1, "c": 1}, 1)
     faults = (
-        Fault(seat=0, host="b", step=7, phase="exchange"),  # a worker: its host goes on by itself
-        Fault(seat=0, host="c", step=11, phase="exchange", kind="host"),
+        Fault(
+            worker_id=0, host="b", step=7, phase="exchange"
+        ),  # a worker: its host goes on by itself
+        Fault(worker_id=0, host="c", step=11, phase="exchange", kind="host"),
     )
     found = site.check("channels-last", on, steps=16, faults=faults, compression="topk", groups=6)
     assert [event["host"] for event in events(found.folder, "host_lost")] == ["c"]

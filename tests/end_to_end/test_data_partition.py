@@ -136,7 +136,7 @@ def test_the_numbers_are_those_of_all_samples_together(
 ) -> None:
     """For any number of workers, and though one dies."""
     on = site.agents(others, here)
-    fault = Fault(seat=-1, host="b", step=4, phase="backward")
+    fault = Fault(worker_id=-1, host="b", step=4, phase="backward")
     found = run(site, on, faults=(fault,))
     assert_equals_reference(found, wanted())
     assert [event["host"] for event in events(found.folder, "died")] == ["b"]
@@ -150,7 +150,7 @@ def test_the_comparison_can_fail() -> None:
 
 def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(site: Site) -> None:
     on = site.agents({"b": 1, "c": 1})
-    fault = Fault(seat=-1, host="c", step=9, phase="forward", kind="host")
+    fault = Fault(worker_id=-1, host="c", step=9, phase="forward", kind="host")
     with pytest.raises(DataLostError, match="host c is lost") as raised:
         run(site, on, faults=(fault,), checkpoint_steps=4)
     assert "step-00000008" in raised.value.fix

@@ -131,7 +131,7 @@ def test_workers_die_and_the_run_is_replayed(run_folders: Callable[[], str]) -> 
     wanted = lockstep.run(task, workers=1, out=run_folders(), **settings)
     phases = ("backward", "slot", "reduce", "update_end", "commit")
     faults = tuple(
-        Fault(seat=-1, step=4 * place + 3, phase=phase) for place, phase in enumerate(phases)
+        Fault(worker_id=-1, step=4 * place + 3, phase=phase) for place, phase in enumerate(phases)
     )
     found = lockstep.run(task, workers=2, out=run_folders(), faults=faults, audit=0.5, **settings)
     assert len(events(found.folder, "died")) == len(faults)
@@ -160,8 +160,10 @@ def test_same_bits_on_hosts(site: Site, settings: dict[str, Any]) -> None:
     """A host dies with what its shards' optimizers have kept: all go back to the master's base."""
     on = site.agents({"b": 1, "c": 1}, 1)
     faults = (
-        Fault(seat=0, host="b", step=7, phase="exchange"),  # a worker: its host goes on by itself
-        Fault(seat=0, host="c", step=11, phase="exchange", kind="host"),
+        Fault(
+            worker_id=0, host="b", step=7, phase="exchange"
+        ),  # a worker: its host goes on by itself
+        Fault(worker_id=0, host="c", step=11, phase="exchange", kind="host"),
     )
     found = site.check("adam", on, steps=16, faults=faults, local_steps=2, **settings)
     assert [event["host"] for event in events(found.folder, "host_lost")] == ["c"]

@@ -82,7 +82,7 @@ def test_sparse_gradients_between_hosts(site: Site, use: str, run_folders: Any) 
 def test_a_host_dies(site: Site, others: dict[str, int]) -> None:
     """Four workers on two, three and four hosts, of which one dies in the middle of an update."""
     on = site.agents(others, 4 - sum(others.values()))
-    fault = Fault(seat=0, host="b", step=5, phase="update_end", kind="host")
+    fault = Fault(worker_id=0, host="b", step=5, phase="update_end", kind="host")
     found = site.check("cnn", on, faults=(fault,))
     (lost,) = events(found.folder, "host_lost")
     assert lost["host"] == "b"
@@ -100,7 +100,7 @@ PAIRS = list(zip(IN_STEP[::2], [*IN_STEP[1::2], "slot"], strict=False))
 def test_hosts_die_in_every_phase(site: Site, phases: tuple[str, str]) -> None:
     on = site.agents({"b": 1, "c": 1}, 1)
     faults = tuple(
-        Fault(seat=-1, host=host, step=step, phase=phase, kind="host")
+        Fault(worker_id=-1, host=host, step=step, phase=phase, kind="host")
         for host, step, phase in zip("bc", (5, 12), phases, strict=True)
     )
     found = site.check("channels-last", on, steps=20, faults=faults)
@@ -112,7 +112,7 @@ def test_workers_die_in_every_phase(site: Site) -> None:
     """On either host; what is torn on one is copied from the other."""
     on = site.agents({"b": 2}, 1)
     faults = tuple(
-        Fault(seat=-1, host=("b", "master")[place % 2], step=4 * place + 4, phase=phase)
+        Fault(worker_id=-1, host=("b", "master")[place % 2], step=4 * place + 4, phase=phase)
         for place, phase in enumerate(IN_STEP)
     )
     found = site.check("cnn", on, steps=4 * len(faults) + 8, faults=faults)
@@ -126,7 +126,7 @@ def test_every_host_is_torn_in_the_same_step(site: Site) -> None:
     """Nobody has a whole state: all go back to their bases."""
     on = site.agents({"b": 1, "c": 1}, 1)
     faults = tuple(
-        Fault(seat=0, step=step, phase=phase)
+        Fault(worker_id=0, step=step, phase=phase)
         for step, phase in ((6, "update_end"), (13, "update_begin"), (20, "update_done"))
     )
     found = site.check("channels-last", on, steps=30, faults=faults)
@@ -139,8 +139,8 @@ def test_flipped_bits_on_another_host_are_put_right(site: Site) -> None:
     """A gradient before it is sent; a parameter by a copy from the host that has it right."""
     on = site.agents({"b": 2}, 1)
     faults = (
-        Fault(seat=-1, host="b", step=4, phase="slot", kind="flip"),
-        Fault(seat=0, host="b", step=8, phase="barrier", kind="flip"),
+        Fault(worker_id=-1, host="b", step=4, phase="slot", kind="flip"),
+        Fault(worker_id=0, host="b", step=8, phase="barrier", kind="flip"),
     )
     found = site.check("cnn", on, steps=16, faults=faults, audit=1.0)
     corrupt = events(found.folder, "corrupt")
@@ -235,7 +235,7 @@ def test_an_error_on_another_host_ends_the_job(site: Site) -> None:
 def test_hosts_that_drift_apart_are_found(site: Site) -> None:
     """A bit that flips in one host's memory, where no audit looks."""
     on = site.agents({"b": 1}, 1)
-    fault = Fault(seat=0, host="b", step=30, phase="barrier", kind="flip")
+    fault = Fault(worker_id=0, host="b", step=30, phase="barrier", kind="flip")
     with pytest.raises(IntegrityError, match="host b and host master") as raised:
         site.run("mlp", on, steps=400, faults=(fault,))
     assert "step 64" in str(raised.value)

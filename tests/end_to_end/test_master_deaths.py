@@ -92,8 +92,8 @@ def test_the_nursery_is_killed(master: Start, wanted: lockstep.Result) -> None:
     """All workers go with their parent. The master says so, and the run can be resumed."""
     running = master("--workers=2", "--checkpoint-steps=20")
     running.await_step(40)
-    (nursery,) = {parent(pid) for pid in running.workers().values()}
-    os.kill(nursery, signal.SIGKILL)
+    (forkserver,) = {parent(pid) for pid in running.workers().values()}
+    os.kill(forkserver, signal.SIGKILL)
     code, said = running.end(20)
     assert code == WorkerLostError.exit_code
     assert "the nursery" in said

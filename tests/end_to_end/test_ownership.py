@@ -174,8 +174,8 @@ def test_sparse_gradients(site: Site, kind: str) -> None:
 def test_a_host_dies_that_sums_for_all(site: Site, phase: str) -> None:
     on = site.agents({"b": 1, "c": 1, "d": 1}, 1)
     faults = (
-        Fault(seat=0, host="c", step=5, phase=phase, kind="host"),
-        Fault(seat=0, host="b", step=9, phase=phase),  # and a worker
+        Fault(worker_id=0, host="c", step=5, phase=phase, kind="host"),
+        Fault(worker_id=0, host="b", step=9, phase=phase),  # and a worker
     )
     found = site.check("clip", on, steps=16, faults=faults)
     assert [event["host"] for event in events(found.folder, "host_lost")] == ["c"]
@@ -190,10 +190,10 @@ def test_a_part_of_the_state_is_lost(site: Site, kind: str) -> None:
     on = site.agents({"b": 1, "c": 1, "d": 1}, 1)
     faults = (
         # A worker: its host goes on by itself. Beside a server it has two, and one may do all.
-        Fault(seat=-1, host="d", step=7, phase="forward"),
-        Fault(seat=0, host="c", step=11, phase="update_end"),
-        Fault(seat=0, host="b", step=14, phase="return"),
-        Fault(seat=0, host="c", step=18, phase="return", kind="host"),
+        Fault(worker_id=-1, host="d", step=7, phase="forward"),
+        Fault(worker_id=0, host="c", step=11, phase="update_end"),
+        Fault(worker_id=0, host="b", step=14, phase="return"),
+        Fault(worker_id=0, host="c", step=18, phase="return", kind="host"),
     )
     found = site.check("channels-last", on, steps=24, faults=faults, **SETTINGS[kind])
     assert [event["host"] for event in events(found.folder, "host_lost")] == ["c"]

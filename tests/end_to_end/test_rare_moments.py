@@ -80,7 +80,7 @@ def test_an_audit_after_the_buffers_were_combined(yard: Yard) -> None:
     that were computed again from them would not give the bytes that they gave before."""
     blocks = cut_blocks([FEATURES * CLASSES], [True])
     assert [len(part) for part in own_blocks(blocks, 3)] == [0, 1, 0]
-    stop = Fault(seat=1, step=2, phase="update_begin", kind="stop")
+    stop = Fault(worker_id=1, step=2, phase="update_begin", kind="stop")
     settings: dict[str, Any] = {"steps": 4, "batch_size": 26, "audit": 1.0, "stall_seconds": 0.5}
     result = yard.check(OneBlock(), faults=(stop,), **settings)
     (died,) = events(result.folder, "died")
@@ -97,7 +97,7 @@ SMALL: dict[str, Any] = {"steps": 8, "batch_size": 26}
 @pytest.mark.parametrize("phase", ["start", "join"])
 def test_stopped_before_the_first_step(phase: str, yard: Yard) -> None:
     """All wait for a worker that is stopped before it has said a word, or done anything."""
-    stop = Fault(seat=1, step=0, phase=phase, kind="stop")
+    stop = Fault(worker_id=1, step=0, phase=phase, kind="stop")
     result = yard.check(Vectors(), faults=(stop,), **SMALL)
     (stalled,) = events(result.folder, "stalled")
     assert stalled["worker"] == 1
@@ -107,7 +107,7 @@ def test_stopped_before_the_first_step(phase: str, yard: Yard) -> None:
 
 
 def test_endless_in_an_evaluation(yard: Yard) -> None:
-    loop = Fault(seat=2, step=5, phase="evaluate", kind="loop")
+    loop = Fault(worker_id=2, step=5, phase="evaluate", kind="loop")
     result = yard.check(Vectors(), faults=(loop,), stall_seconds=0.5, **SMALL)
     (stalled,) = events(result.folder, "stalled")
     assert (stalled["worker"], stalled["step"], stalled["phase"]) == (2, 5, "evaluate")
@@ -122,10 +122,10 @@ def test_a_worker_has_died_before_it_is_killed() -> None:
     with subprocess.Popen(["true"]) as process:
         pidfd = os.pidfd_open(process.pid)
     stack = os.memfd_create("stack")
-    seat = WorkerHandle(number=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
-    assert seat.python_stack() == ""
-    seat.kill()
-    seat.close()
+    worker_id = WorkerHandle(number=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
+    assert worker_id.python_stack() == ""
+    worker_id.kill()
+    worker_id.close()
     theirs.close()
 
 
@@ -249,5 +249,5 @@ def test_a_checkpoint_while_paused(endless: Start, run_folder: str) -> None:
     assert written["step"] == paused["step"]
     os.kill(events(run_folder, "joined")[0]["pid"], signal.SIGKILL)
     until(lambda: len(formed(run_folder)) > 2, WAIT, "a replacement")
-    run.go_on()
+    run.unpause()
     until(lambda: events(run_folder, "recovered"), WAIT, "the next step")

@@ -103,7 +103,7 @@ def test_a_worker_that_dies_or_stops_while_it_scores(
 
 def test_a_worker_that_dies_while_it_evaluates(run_folders: Callable[[], str]) -> None:
     whole = run(Scored(), run_folders(), 2)
-    harmed = run(Scored(), run_folders(), 2, faults=(Fault(seat=1, step=5, phase="evaluate"),))
+    harmed = run(Scored(), run_folders(), 2, faults=(Fault(worker_id=1, step=5, phase="evaluate"),))
     assert len(events(harmed.folder, "died")) == 1
     assert (harmed.metrics, harmed.history) == (whole.metrics, whole.history)
 

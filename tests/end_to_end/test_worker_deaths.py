@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lockstep
-from lockstep.agent import worker_group as crew
+from lockstep.agent import worker_group as worker_group
 from lockstep.agent.recovery import POISON_DEATHS
 from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import PoisonError
@@ -36,7 +36,7 @@ def settings_of(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
 def in_every_phase(kinds: tuple[str, ...]) -> tuple[Fault, ...]:
     """A death in each phase, one after another."""
     return tuple(
-        Fault(seat=-1, step=APART * (place + 1), phase=phase, kind=kind)  # type: ignore[arg-type]
+        Fault(worker_id=-1, step=APART * (place + 1), phase=phase, kind=kind)  # type: ignore[arg-type]
         for place, (phase, kind) in enumerate(zip(PHASES, itertools.cycle(kinds), strict=False))
     )
 
@@ -85,9 +85,13 @@ TOGETHER = ("barrier", "reduce", "update_begin", "update_end", "update_done", "c
 def test_the_only_worker_dies_in_every_phase_of_one_step(name: str, yard: Yard) -> None:
     """Each successor goes on where the last one died; the state is never that of a half step."""
     faults = [
-        Fault(seat=0, step=7, phase=phase, shard=SHARD.get(phase)) for phase in (*SHARD, *TOGETHER)
+        Fault(worker_id=0, step=7, phase=phase, shard=SHARD.get(phase))
+        for phase in (*SHARD, *TOGETHER)
     ]
-    faults += [Fault(seat=0, step=8, phase="audit"), Fault(seat=0, step=10, phase="evaluate")]
+    faults += [
+        Fault(worker_id=0, step=8, phase="audit"),
+        Fault(worker_id=0, step=10, phase="evaluate"),
+    ]
     task, settings = settings_of(name)
     result = yard.check(task, faults=tuple(faults), workers=1, **settings)
     assert len(events(result.folder, "died")) == len(faults)
@@ -98,8 +102,8 @@ def test_the_only_worker_dies_in_every_phase_of_one_step(name: str, yard: Yard) 
 
 def test_two_and_all_at_once(yard: Yard) -> None:
     """Three of three at the barrier leave nobody who could go on: successors do."""
-    two = tuple(Fault(seat=seat, step=10, phase="update_end") for seat in (0, 2))
-    three = tuple(Fault(seat=seat, step=60, phase="barrier") for seat in (0, 1, 2))
+    two = tuple(Fault(worker_id=worker_id, step=10, phase="update_end") for worker_id in (0, 2))
+    three = tuple(Fault(worker_id=worker_id, step=60, phase="barrier") for worker_id in (0, 1, 2))
     task, settings = settings_of("transformer")
     result = yard.check(task, faults=two + three, **settings)
     deaths = [event["step"] for event in events(result.folder, "died")]
@@ -111,7 +115,9 @@ def test_two_and_all_at_once(yard: Yard) -> None:
 def test_deaths_while_a_recovery_is_under_way(name: str, yard: Yard) -> None:
     """In one step, the workers of all seats die in each phase, and so do their successors."""
     faults = tuple(
-        Fault(seat=seat, step=20, phase=phase) for phase in TOGETHER for seat in (0, 1, 2)
+        Fault(worker_id=worker_id, step=20, phase=phase)
+        for phase in TOGETHER
+        for worker_id in (0, 1, 2)
     )
     task, settings = settings_of(name)
     result = yard.check(task, faults=faults, **settings)
@@ -135,13 +141,13 @@ def test_steps_since_the_base_are_computed_again(
 ) -> None:
     """Schedules, buffers and optimizer state go back with the parameters, on survivors and on
     successors alike; what was recorded is not recorded twice."""
-    monkeypatch.setattr(crew, "steps_between", lambda *_: 1_000_000)
+    monkeypatch.setattr(worker_group, "steps_between", lambda *_: 1_000_000)
     entry: Entry = ZOO[name]
     settings = entry.settings()
     last = settings["steps"] - 2
     faults = (
-        Fault(seat=-1, step=last - 4, phase="update_end"),
-        Fault(seat=0, step=last, phase="update_done"),
+        Fault(worker_id=-1, step=last - 4, phase="update_end"),
+        Fault(worker_id=0, step=last, phase="update_done"),
     )
     result = yard.check(entry.task, faults=faults, **settings)
     first, *_, second = sorted(result.recoveries, key=lambda recovery: int(recovery["step"]))
@@ -154,8 +160,10 @@ def test_steps_since_the_base_are_computed_again(
 
 def test_stopped_and_endless(yard: Yard) -> None:
     """Workers that live and do nothing are replaced; the event tells where they were."""
-    stop = Fault(seat=-1, step=20, phase="backward", kind="stop")  # others may take one's shards
-    loop = Fault(seat=2, step=60, phase="update_begin", kind="loop")
+    stop = Fault(
+        worker_id=-1, step=20, phase="backward", kind="stop"
+    )  # others may take one's shards
+    loop = Fault(worker_id=2, step=60, phase="update_begin", kind="loop")
     task, settings = settings_of("transformer", stall_seconds=0.5)
     result = yard.check(task, faults=(stop, loop), **settings)
     stalls = {event["step"]: event for event in events(result.folder, "stalled")}
@@ -176,7 +184,7 @@ def test_stopped_and_endless(yard: Yard) -> None:
 
 def test_a_poisoned_shard_stops_the_run(yard: Yard) -> None:
     """It is named with its samples; the state before is kept, and without the poison goes on."""
-    poison = Fault(seat=-1, step=13, phase="forward", shard=4, repeat=True)
+    poison = Fault(worker_id=-1, step=13, phase="forward", shard=4, repeat=True)
     task, settings = settings_of("cnn")
     folder = yard.path()
     with pytest.raises(PoisonError) as caught:

@@ -218,8 +218,8 @@ def test_modules_that_were_not_shipped(here: Path, name: str) -> None:
 BILL = BlobInfo(digest="ab" * 32, nbytes=10)
 
 
-def an_offer(task: str, bill: BlobInfo | None = BILL) -> JobOffer:
-    return JobOffer(job="job", master="a", address=("127.0.0.1", 9), task=task, code=bill)
+def an_offer(task: str, blob: BlobInfo | None = BILL) -> JobOffer:
+    return JobOffer(job="job", master="a", address=("127.0.0.1", 9), task=task, code=blob)
 
 
 def test_which_code_a_host_takes() -> None:
@@ -238,8 +238,8 @@ def test_which_code_a_host_takes() -> None:
 
 
 def test_offers_with_code() -> None:
-    for bill in (BILL, None):
-        assert JobOffer.from_message(an_offer("mine:Task", bill).to_message()).code == bill
+    for blob in (BILL, None):
+        assert JobOffer.from_message(an_offer("mine:Task", blob).to_message()).code == blob
 
 
 def of_the_master(cluster: Loopback) -> Path:

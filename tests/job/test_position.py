@@ -10,7 +10,7 @@ BEGINNING = Position(training=True, step=0, steps=10, steps_per_epoch=4, batch=0
 
 
 class Told(Blobs):
-    def told(self, place: Position) -> None:
+    def set_position(self, place: Position) -> None:
         self.place = place
 
 
@@ -27,9 +27,9 @@ def test_updates_within_rounds() -> None:
     """A task with local steps counts its own updates; its held-out batches are as ever."""
     task = Told()
     rounds = LocalSGD(task, 3)
-    rounds.told(BEGINNING.at_step(5, samples=9))
+    rounds.set_position(BEGINNING.at_step(5, samples=9))
     assert (task.place.step, task.place.batch, task.place.steps) == (15, 3, 30)
     rounds.begin_update(2)
     assert (task.place.step, task.place.batch, task.place.data_epoch) == (17, 5, 1)
-    rounds.told(BEGINNING.at_batch(8, batch=1, samples=9))
+    rounds.set_position(BEGINNING.at_batch(8, batch=1, samples=9))
     assert (task.place.step, task.place.batch, task.place.data_epoch) == (24, 1, 1)

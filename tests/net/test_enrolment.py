@@ -348,7 +348,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         host="127.0.0.1", port=1, node="a", fingerprint=bytes(32), secret=bytes(32), expiry=0
     )
     monkeypatch.delitem(sys.modules, "lockstep.net.certificate_authority")
-    monkeypatch.delattr(sys.modules["lockstep.net"], "authority", raising=False)
+    monkeypatch.delattr(sys.modules["lockstep.net"], "certificate_authority", raising=False)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(ResourceError, match="need the package cryptography") as caught:
         join(token, tmp_path / "b", "b", timeout=LIMIT)

@@ -194,7 +194,7 @@ class With(Vectors):
 
 
 def build(task: With) -> state.SharedState:
-    return building.build(task, task.model(), shards=2, seats=1, clip=False)
+    return building.build(task, task.model(), shards=2, max_workers=1, clip=False)
 
 
 @pytest.mark.parametrize(

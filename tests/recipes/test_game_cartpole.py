@@ -44,7 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cartpole": {"args": {}, "batch_size": 500, "checkpoint_steps": 3},
 }
 """Steps of them take a fraction of a second; seven games are no three equal shards."""
-KILLED = (Fault(seat=1, step=3, phase="backward"),)
+KILLED = (Fault(worker_id=1, step=3, phase="backward"),)
 
 Runs = Callable[[str], Result]
 

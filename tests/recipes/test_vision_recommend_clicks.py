@@ -86,7 +86,7 @@ def test_the_same_bits(name: str, tmp_path: Path) -> None:
     whole = lockstep.run(made, workers=1, out=str(tmp_path / "1"), quiet=True)
     two = lockstep.run(made, workers=2, out=str(tmp_path / "2"), quiet=True)
     assert_same(two, whole)
-    faults = (Fault(seat=1, step=3, phase="backward"),)
+    faults = (Fault(worker_id=1, step=3, phase="backward"),)
     harmed = lockstep.run(made, workers=3, out=str(tmp_path / "3"), quiet=True, faults=faults)
     assert_struck(harmed.folder, faults)
     assert_same(harmed, whole)

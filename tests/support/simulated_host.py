@@ -53,30 +53,30 @@ class Simulation:
     """
 
     def __init__(
-        self, *, shards: int, blocks: list[int], workers: int, seats: int, steps: int,
+        self, *, shards: int, blocks: list[int], workers: int, max_workers: int, steps: int,
         clip: bool, every: int,
     ) -> None:  # fmt: skip
         self.shards, self.steps, self.clip, self.every = shards, steps, clip, every
         self.blocks = [Block(param=n, start=0, stop=s, whole=True) for n, s in enumerate(blocks)]
         count = len(blocks)
-        shape = ControlShape(shards=shards, seats=seats, params=count)
+        shape = ControlShape(shards=shards, max_workers=max_workers, params=count)
         self.control = ControlSegment(Segment.create("control", shape.nbytes()), shape)
         self.state = np.zeros((count + 1, 2), np.int64)
         """A block is two words, which an update writes one after the other: between, it is torn.
         The last are the committed buffers, which rank 0 writes from the slots."""
         self.base = self.state.copy()
-        self.control.base_step = 0
+        self.control.snapshot_step = 0
         self.written: Any = None
         """The base at the beginning of the checkpoint that is being written from it."""
         self.control.shard_done[:] = -1
-        for seat in range(seats):
-            self.control.set_updating(seat, -1)
+        for worker_id in range(max_workers):
+            self.control.set_updating(worker_id, -1)
         self.slots: list[Any] = [None] * shards
         self.reduced: list[Any] = [None] * count
         self.claims: dict[int, int] = {}
-        self.members = WorkerMembership(target=workers, seats=seats)
+        self.members = WorkerMembership(target=workers, max_workers=max_workers)
         self.processes: dict[int, Process] = {}
-        self.seats: tuple[int, ...] = ()
+        self.worker_ids: tuple[int, ...] = ()
         self.idle: dict[int, int] = {}
         self.recorded = 0
         """Steps in the ledger."""
@@ -85,7 +85,7 @@ class Simulation:
         self.deaths = self.times_back = 0
         self.stopping = False
         """Whether the lease is not extended any more, so that everybody comes to rest."""
-        self.decide(membership.Begin())
+        self.decide(membership.GroupStarted())
 
     def close(self) -> None:
         """Let go of the shared memory."""
@@ -100,9 +100,9 @@ class Simulation:
         """A point between two writes."""
         yield True
 
-    def live(self, seat: int) -> Life:
+    def live(self, worker_id: int) -> Life:
         """As `worker.Worker.serve`."""
-        process = self.processes[seat]
+        process = self.processes[worker_id]
         process.said.append("hello")
         step = 0
         while True:
@@ -112,10 +112,10 @@ class Simulation:
             if message["op"] == "stop":
                 return
             if message["op"] == "join":
-                worker = _Worker(self, seat, message["seats"], message["epoch"])
+                worker = _Worker(self, worker_id, message["seats"], message["epoch"])
                 step, todo = message["step"], message["todo"]
                 if message["refresh"]:
-                    yield from worker.refresh_base(step)
+                    yield from worker.refresh_snapshot(step)
             else:
                 todo = None
             try:
@@ -126,102 +126,102 @@ class Simulation:
             except Regroup:
                 process.said.append("regroup")
 
-    def move(self, seat: int) -> bool:
+    def move(self, worker_id: int) -> bool:
         """Let a worker go on by one write; whether it could."""
-        process = self.processes[seat]
+        process = self.processes[worker_id]
         if not process.alive:
             return False
         try:
             return next(process.life)
         except StopIteration:
-            self._end(process, seat)
+            self._end(process, worker_id)
             return True
 
-    def kill(self, seat: int) -> None:
+    def kill(self, worker_id: int) -> None:
         """End a worker where it is."""
-        process = self.processes[seat]
+        process = self.processes[worker_id]
         if process.alive:
             self.deaths += 1
             process.life.close()
-            self._end(process, seat)
+            self._end(process, worker_id)
 
-    def _end(self, process: Process, seat: int) -> None:
+    def _end(self, process: Process, worker_id: int) -> None:
         process.alive = False
         process.said.append("died")
-        self.claims = {shard: owner for shard, owner in self.claims.items() if owner != seat}
+        self.claims = {shard: owner for shard, owner in self.claims.items() if owner != worker_id}
 
     # The master, as `coordinator` and `history`.
 
-    def hear(self, seat: int) -> bool:
+    def hear(self, worker_id: int) -> bool:
         """Let the master hear the next that a worker has said; whether there was something."""
-        if not self.processes[seat].said:
+        if not self.processes[worker_id].said:
             return False
-        what, *number = self.processes[seat].said.popleft().split()
+        what, *number = self.processes[worker_id].said.popleft().split()
         match what:
             case "hello":
-                self.decide(membership.Hello(seat))
+                self.decide(membership.WorkerReady(worker_id))
             case "idle":
-                self.idle[seat] = int(number[0])
-                self.decide(membership.Rested(seat))
+                self.idle[worker_id] = int(number[0])
+                self.decide(membership.WorkerRested(worker_id))
             case "regroup":
-                self.decide(membership.Rested(seat))
+                self.decide(membership.WorkerRested(worker_id))
             case "died":
-                self.idle.pop(seat, None)
-                del self.processes[seat]
-                self.decide(membership.Died(seat))
+                self.idle.pop(worker_id, None)
+                del self.processes[worker_id]
+                self.decide(membership.WorkerDied(worker_id))
         return True
 
     def tick(self) -> None:
         """Record what is committed and extend the lease."""
-        if self.seats:
-            self._record_to(min(self.control.progress(seat) for seat in self.seats))
+        if self.worker_ids:
+            self._record_to(min(self.control.progress(worker_id) for worker_id in self.worker_ids))
         self._grant()
 
     def decide(self, event: membership.Event) -> None:
         self.members, commands, _ = membership.decide(self.members, event)
         for command in commands:
             match command:
-                case membership.Spawn(seat):
-                    self.processes[seat] = Process(life=self.live(seat))
-                case membership.Regroup():
+                case membership.SpawnWorker(worker_id):
+                    self.processes[worker_id] = Process(life=self.live(worker_id))
+                case membership.RaiseEpoch():
                     self.control.raise_epoch()
-                case membership.Dismiss(seat):
-                    self.processes[seat].inbox.append({"op": "stop"})
-                case membership.Form(seats):
-                    self._form(seats)
+                case membership.DismissWorker(worker_id):
+                    self.processes[worker_id].inbox.append({"op": "stop"})
+                case membership.FormGroup(worker_ids):
+                    self._form(worker_ids)
                 case membership.GiveUp():
                     raise AssertionError("too many failed starts for this simulation")
 
-    def _form(self, seats: tuple[int, ...]) -> None:
+    def _form(self, worker_ids: tuple[int, ...]) -> None:
         control = self.control
-        members = self.seats or seats
-        words = [control.progress(seat) for seat in members]
+        members = self.worker_ids or worker_ids
+        words = [control.progress(worker_id) for worker_id in members]
         found = resume(
             words,
-            [control.updating(seat) for seat in members],
+            [control.updating(worker_id) for worker_id in members],
             control.shard_done.tolist(),
-            control.base_step,
-            len(seats),
+            control.snapshot_step,
+            len(worker_ids),
         )
         self._record_to(min(words))
         if found.back is not None:
             self.times_back += 1
             self.state[:] = self.base
-            self.control.base_due[:] = 0
+            self.control.snapshot_due[:] = 0
         elif self.recorded < found.step:
             self._record_to(progress_of(found.step - 1, Phase.STARTED))
             self._record_to(progress_of(found.step, Phase.STARTED))
         self.check_committed(found.step)
-        for seat in {*members, *seats}:
-            control.set_updating(seat, -1)
-        for seat in seats:
-            control.set_progress(seat, progress_of(found.step, Phase.STARTED))
-        self.seats = seats
+        for worker_id in {*members, *worker_ids}:
+            control.set_updating(worker_id, -1)
+        for worker_id in worker_ids:
+            control.set_progress(worker_id, progress_of(found.step, Phase.STARTED))
+        self.worker_ids = worker_ids
         self.idle.clear()
         self._grant()
-        for rank, seat in enumerate(seats):
-            self.processes[seat].inbox.append(
-                {"op": "join", "epoch": control.epoch, "seats": seats, "step": found.step,
+        for rank, worker_id in enumerate(worker_ids):
+            self.processes[worker_id].inbox.append(
+                {"op": "join", "epoch": control.epoch, "seats": worker_ids, "step": found.step,
                  "todo": found.todo[rank],
                  "refresh": found.back is None and self.written is None}
             )  # fmt: skip
@@ -234,14 +234,14 @@ class Simulation:
             lease = self.control.lease
         for step in range(self.control.lease, lease):
             due = (step + 1) % self.every == 0 and self.written is None
-            self.control.base_due[step % RING] = due
+            self.control.snapshot_due[step % RING] = due
         self.control.lease = lease
-        woken = [seat for seat, step in self.idle.items() if step < self.control.lease]
-        for seat in woken:
-            del self.idle[seat]
-            self.processes[seat].inbox.append({"op": "run"})
+        woken = [worker_id for worker_id, step in self.idle.items() if step < self.control.lease]
+        for worker_id in woken:
+            del self.idle[worker_id]
+            self.processes[worker_id].inbox.append({"op": "run"})
         if woken:
-            self.decide(membership.Resumed())
+            self.decide(membership.WorkersResumed())
 
     def checkpoint(self) -> None:
         """As `Coordinator.snapshot`, if everybody rests at the lease's end; else ask for rest."""
@@ -251,7 +251,7 @@ class Simulation:
             self.stopping = False
             self.check_committed(self.recorded)
             self.base[:] = self.state
-            self.control.base_step = self.recorded
+            self.control.snapshot_step = self.recorded
             self.written = self.base.copy()
 
     def end_checkpoint(self) -> None:
@@ -281,10 +281,17 @@ class Simulation:
 class _Worker:
     """A worker in one membership, as `step.Stepper` with `owner.Owner`."""
 
-    def __init__(self, world: Simulation, seat: int, seats: tuple[int, ...], epoch: int) -> None:
-        self.world, self.control, self.seat, self.epoch = world, world.control, seat, epoch
-        self.rank, self.workers = seats.index(seat), len(seats)
-        self.others = [other for other in seats if other != seat]
+    def __init__(
+        self, world: Simulation, worker_id: int, worker_ids: tuple[int, ...], epoch: int
+    ) -> None:
+        self.world, self.control, self.worker_id, self.epoch = (
+            world,
+            world.control,
+            worker_id,
+            epoch,
+        )
+        self.rank, self.workers = worker_ids.index(worker_id), len(worker_ids)
+        self.others = [other for other in worker_ids if other != worker_id]
         self.home = home_shards(world.shards, self.workers, self.rank)
         self.own = own_blocks(world.blocks, self.workers)[self.rank]
         self.parts = [*self.own, len(world.blocks)] if self.rank == 0 else [*self.own]
@@ -299,7 +306,7 @@ class _Worker:
             yield True
 
     def meet(self, step: int, phase: Phase) -> Life:
-        self.control.set_progress(self.seat, progress_of(step, phase))
+        self.control.set_progress(self.worker_id, progress_of(step, phase))
         yield True
         yield from self.wait(step, phase)
 
@@ -316,14 +323,14 @@ class _Worker:
                 yield True
             yield from self.meet(step, Phase.REDUCED)
             yield from self.meet(step, Phase.NORMED)
-        control.set_updating(self.seat, step)
+        control.set_updating(self.worker_id, step)
         yield True
         yield from self.update(step)
         yield from self.meet(step, Phase.UPDATED)
         world.check_committed(step + 1)
-        if control.base_due[step % RING]:
-            yield from self.refresh_base(step + 1)
-        control.set_progress(self.seat, progress_of(step + 1, Phase.STARTED))
+        if control.snapshot_due[step % RING]:
+            yield from self.refresh_snapshot(step + 1)
+        control.set_progress(self.worker_id, progress_of(step + 1, Phase.STARTED))
         yield True
 
     def compute(self, step: int, todo: Any) -> Life:
@@ -334,7 +341,7 @@ class _Worker:
             if stealing:
                 if done[shard] == step or shard in world.claims:
                     continue
-                world.claims[shard] = self.seat
+                world.claims[shard] = self.worker_id
                 yield True
             world.check_committed(step)
             world.computed[step] = world.computed.get(step, 0) + 1
@@ -365,8 +372,8 @@ class _Worker:
                 world.state[number, word] = step + 1
                 yield True
 
-    def refresh_base(self, committed: int) -> Life:
-        """As `Stepper.refresh_base`."""
+    def refresh_snapshot(self, committed: int) -> Life:
+        """As `Stepper.refresh_snapshot`."""
         world = self.world
         assert world.written is None, "a checkpoint is being written from the base"
         for number in self.parts:
@@ -375,5 +382,5 @@ class _Worker:
                 world.base[number, word] = committed
                 yield True
         if self.rank == 0:
-            self.control.base_step = committed
+            self.control.snapshot_step = committed
             yield True

@@ -65,7 +65,7 @@ def test_a_shortage_at_allocation_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_base_is_copied_part_by_part_and_put_back() -> None:
-    shape = ControlShape(shards=1, seats=1, params=1)
+    shape = ControlShape(shards=1, max_workers=1, params=1)
     control = ControlSegment(Segment.create("control", shape.nbytes()), shape)
     state, kept = Segment.create("state", 8192), Segment.create("base", 8192)
     base = Snapshot(control, state, kept)
@@ -77,8 +77,8 @@ def test_the_base_is_copied_part_by_part_and_put_back() -> None:
     )
     state.map[:8192] = second
     part.refresh()
-    base.put_back()
-    assert control.base_step == 3
+    base.roll_back()
+    assert control.snapshot_step == 3
     mixed = bytearray(first)
     mixed[256:656], mixed[1024:1025] = second[256:656], second[1024:1025]
     assert state.map[:8192] == mixed

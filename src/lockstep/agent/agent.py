@@ -99,14 +99,18 @@ def serve(
                 local = LocalHost.start(source, settings, records, networked=True, data=data)
             stack.enter_context(local)
             local.name = identity.node
-            station = HostMesh(identity, host, offer.job, report, link.wake, silence)
-            stack.callback(station.close)
-            agent = Agent(local, link, station, offer.master, silence, moved)
+            mesh = HostMesh(identity, host, offer.job, report, link.wake, silence)
+            stack.callback(mesh.close)
+            agent = Agent(local, link, mesh, offer.master, silence, moved)
             agent.run(workers)
         except NetworkError:
             raise
         except LockstepError as error:
-            step = agent.crew.step if agent is not None and agent.crew is not None else 0
+            step = (
+                agent.worker_group.step
+                if agent is not None and agent.worker_group is not None
+                else 0
+            )
             link.tell(offer.master, "failed", error=to_message(error), step=step)
             _await_end(link)
             raise
@@ -153,15 +157,15 @@ class Agent:
         self,
         host: LocalHost,
         link: ControlLink,
-        station: HostMesh,
+        mesh: HostMesh,
         master: str,
         silent_seconds: float,
         moved: Callable[[], object],
     ) -> None:
         """The master is given up after so many seconds without a sign of life."""
-        self.host, self.link, self.station, self.master = host, link, station, master
+        self.host, self.link, self.mesh, self.master = host, link, mesh, master
         self._silent_seconds = silent_seconds
-        self.crew: Following | None = None
+        self.worker_group: Following | None = None
         self._ready = self._ended = self._moved = False
         self._tell_moved = moved
         self._asked: deque[Mapping[str, Any]] = deque()
@@ -176,64 +180,66 @@ class Agent:
         facts = facts_of(loaded)
         self.link.tell(self.master, "present", workers=workers, facts=facts, samples=samples)
         while not self._ended:
-            if self.crew is None:
+            if self.worker_group is None:
                 select.select([self.link], [], [], 0.5)
                 self._check_patience(begun)
             else:
-                self._tick(self.crew)
+                self._tick(self.worker_group)
             for heard in self.link.take():
                 self._heard(heard)
             self._check_master()
-        if self.crew is not None:
-            self.crew.dismiss()
+        if self.worker_group is not None:
+            self.worker_group.dismiss()
 
-    def _tick(self, crew: Following) -> None:
+    def _tick(self, worker_group: Following) -> None:
         """Lead the workers for a moment, and report."""
-        crew.listen()
-        crew.history.drain()
-        if not self._moved and crew.history.committed_at:
+        worker_group.listen()
+        worker_group.history.drain()
+        if not self._moved and worker_group.history.committed_at:
             self._moved = True
             self._tell_moved()
-        for step, digest in crew.history.marks.items():
+        for step, digest in worker_group.history.marks.items():
             self.link.tell(self.master, "recorded", step=step, digest=digest)
-        crew.history.marks.clear()
-        recovered = crew.failures.recovered(crew.history.committed_at)
+        worker_group.history.marks.clear()
+        recovered = worker_group.failures.recovered(worker_group.history.committed_at)
         if recovered:
             self.link.tell(self.master, "recovered", recoveries=recovered)
-        while self.station.troubles:
-            trouble = self.station.troubles.popleft()
+        while self.mesh.troubles:
+            trouble = self.mesh.troubles.popleft()
             self._trouble(trouble.generation, trouble.peer, trouble.why)
-        if not self._ready and crew.members.complete:
+        if not self._ready and worker_group.members.complete:
             self._ready = True  # only now: nobody is held up while workers start
-            self.link.tell(self.master, "ready", workers=crew.plan.workers)
-        standing = crew.stands()
+            self.link.tell(self.master, "ready", workers=worker_group.plan.workers)
+        standing = worker_group.stands()
         if standing is not None:
             self.link.tell(
                 self.master,
                 "stood",
-                generation=self.station.generation,
+                generation=self.mesh.generation,
                 standing=standing.to_message(),
             )
-        self._do_asked(crew)
-        crew.grant()
-        crew.watch()
+        self._do_asked(worker_group)
+        worker_group.grant()
+        worker_group.watch()
 
-    def _do_asked(self, crew: Following) -> None:
+    def _do_asked(self, worker_group: Following) -> None:
         """Do what was asked for, if everybody rests where it was to be done. What the master has
         not waited for is done with."""
-        while self._asked and self._asked[0]["step"] < crew.step:
+        while self._asked and self._asked[0]["step"] < worker_group.step:
             self._asked.popleft()
-        while self._asked and crew.rests_at(self._asked[0]["step"]):
+        while self._asked and worker_group.rests_at(self._asked[0]["step"]):
             asked = self._asked.popleft()
             if asked["op"] == "give":
-                crew.give(self.master)
+                worker_group.give(self.master)
             else:
-                self._infer(crew, asked["op"], asked)
+                self._infer(worker_group, asked["op"], asked)
 
-    def _infer(self, crew: Following, what: Inferred, asked: Mapping[str, Any]) -> None:
+    def _infer(self, worker_group: Following, what: Inferred, asked: Mapping[str, Any]) -> None:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
         batches = [int(batch) for batch in asked["batches"]]
-        for batch, result in zip(batches, crew.evaluation.divide(what, batches), strict=True):
+        for batch, result in zip(
+            batches, worker_group.evaluation.divide(what, batches), strict=True
+        ):
             for piece in in_pieces(batch, result):
                 self.link.tell(self.master, "batch", round=asked["round"], **piece)
 
@@ -259,17 +265,17 @@ class Agent:
             case "set_up":
                 self._set_up(Plan.from_message(message["plan"]))
             case "hold":
-                assert self.crew is not None
+                assert self.worker_group is not None
                 self._asked = deque(item for item in self._asked if item["op"] != "give")
-                self.crew.hold(message["generation"])
+                self.worker_group.hold(message["generation"])
             case "arrange":
-                assert self.crew is not None
-                self.crew.leased = message["lease"]
-                self.crew.arrange(RegroupOrder.from_message(message))
+                assert self.worker_group is not None
+                self.worker_group.leased = message["lease"]
+                self.worker_group.arrange(RegroupOrder.from_message(message))
             case "lease":
-                assert self.crew is not None
-                self.crew.leased = message["step"]
-                self.crew.grant()
+                assert self.worker_group is not None
+                self.worker_group.leased = message["step"]
+                self.worker_group.grant()
             case "refused":
                 error = from_message(message["error"])
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
@@ -280,9 +286,9 @@ class Agent:
 
     def _set_up(self, plan: Plan) -> None:
         self.host.set_up(plan, networked=True)
-        self.crew = Following(self.host, plan, Forward(self), None, station=self.station)
-        self.crew.agent = self
-        self.crew.decide(membership.Begin())
+        self.worker_group = Following(self.host, plan, Forward(self), None, mesh=self.mesh)
+        self.worker_group.agent = self
+        self.worker_group.decide(membership.GroupStarted())
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)
@@ -329,8 +335,8 @@ class Following(WorkerGroup):
         )
 
     def _torn(self, why: str) -> None:
-        assert self.station is not None
-        self.agent._trouble(self.station.generation, "", why)
+        assert self.mesh is not None
+        self.agent._trouble(self.mesh.generation, "", why)
 
 
 class Forward(NullObserver):

@@ -29,8 +29,8 @@ SCORE_SECONDS = 300.0
 class Evaluation:
     """What a crew does between two rests to evaluate. It hands on the workers' answers."""
 
-    def __init__(self, crew: WorkerGroup) -> None:
-        self.crew = crew
+    def __init__(self, worker_group: WorkerGroup) -> None:
+        self.worker_group = worker_group
         self._round = 0
         self._results: dict[int, Any] = {}
         self._scored: Message | None = None
@@ -46,7 +46,7 @@ class Evaluation:
 
     def run(self) -> dict[str, float]:
         """The held-out metrics of the state at rest."""
-        shell, plan = self.crew, self.crew.plan
+        shell, plan = self.worker_group, self.worker_group.plan
         results = self.divide("evaluate", range(plan.eval_batches))
         while True:
             scored = self._score(shell.members.formed[0], gather(results))
@@ -56,7 +56,7 @@ class Evaluation:
 
     def divide(self, what: Inferred, batches: Sequence[int]) -> list[Any]:
         """What the workers make of each batch, in order; each batch is done by one of them."""
-        shell = self.crew
+        shell = self.worker_group
         self._results.clear()
         others = True
         while missing := [batch for batch in batches if batch not in self._results]:
@@ -72,31 +72,32 @@ class Evaluation:
 
     def _ask(self, what: Inferred, batches: Sequence[int]) -> None:
         """Divide batches among those who rest, and wait until they have done them, or one died."""
-        shell = self.crew
-        seats, epoch = shell.members.formed, shell.control.epoch
+        shell = self.worker_group
+        worker_ids, epoch = shell.members.formed, shell.control.epoch
         shell.failures.evaluating = True
-        for rank, seat in enumerate(seats):
-            shell.control.forget_shard(seat)
-            mine = list(batches[rank :: len(seats)])
-            shell.tell(seat, {"op": what, "round": self._round, "batches": mine})
-        shell.decide(membership.Resumed())
+        for rank, worker_id in enumerate(worker_ids):
+            shell.control.forget_shard(worker_id)
+            mine = list(batches[rank :: len(worker_ids)])
+            shell.tell(worker_id, {"op": what, "round": self._round, "batches": mine})
+        shell.decide(membership.WorkersResumed())
         while shell.control.epoch == epoch and not shell.members.all_rest:
             shell.listen()
             shell.watch()
 
-    def _score(self, seat: int, outputs: Outputs) -> dict[str, float] | None:
-        """The metrics of all outputs together, and at the end the baseline; None: `seat` died."""
-        shell = self.crew
+    def _score(self, worker_id: int, outputs: Outputs) -> dict[str, float] | None:
+        """The metrics of all outputs together, and at the end the baseline; None: `worker_id`
+        died."""
+        shell = self.worker_group
         epoch, ends = shell.control.epoch, shell.step >= shell.plan.steps
         if not outputs and not ends:
             return {}
         self._scored = None
         message = {"op": "score", "round": self._round, "outputs": outputs, "baseline": ends}
-        shell.tell(seat, message)
+        shell.tell(worker_id, message)
         limit = time.monotonic() + SCORE_SECONDS
         while shell.control.epoch == epoch and self._scored is None:
             shell.listen()
-            shell.failures.kill_stopped(seat)
+            shell.failures.kill_stopped(worker_id)
             if time.monotonic() > limit:
                 raise TaskError(
                     "Task.score or Task.baseline does not return",
@@ -106,6 +107,6 @@ class Evaluation:
         if self._scored is None:
             return None
         if self._scored["baseline"]:
-            shell.sink.event("baseline", metrics=self._scored["baseline"])
+            shell.observer.event("baseline", metrics=self._scored["baseline"])
         metrics: dict[str, float] = self._scored["metrics"]
         return metrics

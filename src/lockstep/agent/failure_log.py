@@ -38,8 +38,8 @@ LONGEST_LOOK = 0.5
 class FailureLog:
     """Watches the workers of one host and keeps the record of each recovery."""
 
-    def __init__(self, host: LocalHost, history: StepLog, sink: RunObserver) -> None:
-        self.host, self.history, self.sink = host, history, sink
+    def __init__(self, host: LocalHost, history: StepLog, observer: RunObserver) -> None:
+        self.host, self.history, self.observer = host, history, observer
         self.control = host.control
         self.evaluating = False
         """Whether the workers are at held-out batches, and not at steps."""
@@ -59,7 +59,7 @@ class FailureLog:
 
     # Deaths.
 
-    def died(self, seat: WorkerHandle, status: Status | None, snapshot: Snapshot) -> None:
+    def died(self, worker_id: WorkerHandle, status: Status | None, snapshot: Snapshot) -> None:
         """Take note of a death, and count it.
 
         Raises:
@@ -67,14 +67,14 @@ class FailureLog:
             WorkerLostError: too many workers have died since the last committed step.
         """
         now = time.monotonic()
-        how = self.host.how_it_ended(seat)
-        where = self._where(seat, status)
-        if seat.pid in self._without_loader:
+        how = self.host.how_it_ended(worker_id)
+        where = self._where(worker_id, status)
+        if worker_id.pid in self._without_loader:
             how, where["shard"] = "lost a loader process", None
-        waited = self._stalled_for.pop(seat.number, None)
+        waited = self._stalled_for.pop(worker_id.number, None)
         self._silence.clear()  # whoever waited for it starts afresh
         facts = {**where, "how": how}
-        self.sink.event("died", status=status.value if status else None, **facts)
+        self.observer.event("died", status=status.value if status else None, **facts)
         if status in (Status.WORKING, Status.RESTING):
             detection = waited if waited is not None else now - self.looked
             self._open.append({**facts, "detection_ms": round(detection * 1e3, 2), "at": now})
@@ -92,9 +92,9 @@ class FailureLog:
                  "shard": None, "batch": None, "how": why}  # fmt: skip
         self._open.append({**facts, "detection_ms": round(silent * 1e3, 2), "at": time.monotonic()})
 
-    def _where(self, seat: WorkerHandle, status: Status | None) -> dict[str, Any]:
+    def _where(self, worker_id: WorkerHandle, status: Status | None) -> dict[str, Any]:
         """Which worker, and what it was doing."""
-        word, shard = self.control.progress(seat.number), self.control.shard(seat.number)
+        word, shard = self.control.progress(worker_id.number), self.control.shard(worker_id.number)
         step, phase = describe_progress(word)
         batch = None
         if status not in (Status.WORKING, Status.RESTING):
@@ -104,13 +104,15 @@ class FailureLog:
             phase, batch, shard = "evaluate", shard if shard >= 0 else None, -1
         elif status is Status.RESTING:
             phase, shard = "rest", -1
-        elif self.control.updating(seat.number) == step and word < progress_of(step, Phase.UPDATED):
+        elif self.control.updating(worker_id.number) == step and word < progress_of(
+            step, Phase.UPDATED
+        ):
             phase = "update"
         started = word == progress_of(step, Phase.STARTED)
         return {
             "host": self.host.name,
-            "worker": seat.number,
-            "pid": seat.pid,
+            "worker": worker_id.number,
+            "pid": worker_id.pid,
             "step": step,
             "phase": phase,
             "shard": shard if started and shard >= 0 else None,
@@ -175,14 +177,16 @@ class FailureLog:
         for record in done:
             since = round((committed - record.pop("at")) * 1e3, 2)
             record["recovery_ms"] = max(since, record["regroup_ms"])  # mended while regrouping
-            self.sink.event("recovered", **record)
+            self.observer.event("recovered", **record)
         return done
 
-    def lost_loader(self, seat: WorkerHandle) -> None:
+    def lost_loader(self, worker_id: WorkerHandle) -> None:
         """A worker ends itself since one of its loader processes has died. What the loader was at
         is not known; when it has happened too often, workers do without and show it."""
-        self._without_loader.add(seat.pid)
-        self.sink.event("lost_loader", host=self.host.name, worker=seat.number, pid=seat.pid)
+        self._without_loader.add(worker_id.pid)
+        self.observer.event(
+            "lost_loader", host=self.host.name, worker=worker_id.number, pid=worker_id.pid
+        )
 
     @property
     def loaders_live(self) -> bool:
@@ -217,36 +221,42 @@ class FailureLog:
     def kill_stalled(self, working: set[int]) -> None:
         """Kill the workers among `working` that hold the others up and show no sign of life."""
         passed = self._time_passed()
-        seats = [seat for seat in self.history.seats if seat in working]
-        if not seats:
+        worker_ids = [worker_id for worker_id in self.history.worker_ids if worker_id in working]
+        if not worker_ids:
             return
         patience = self.history.patience
         silent = []
-        for seat in seats:
-            before, sign = self._silence.get(seat), self.control.sign_of_life(seat)
-            silent.append(_silent(self._silence, seat, sign, passed))
+        for worker_id in worker_ids:
+            before, sign = self._silence.get(worker_id), self.control.sign_of_life(worker_id)
+            silent.append(_silent(self._silence, worker_id, sign, passed))
             if before is not None and before[0] != sign:
                 patience.silence_ended(before[1])
         first = self.evaluating and not self._evaluated
         limits = [
-            patience.limit(stopped=self._is_stopped(seat, seconds), first=first)
-            for seat, seconds in zip(seats, silent, strict=True)
+            patience.limit(stopped=self._is_stopped(worker_id, seconds), first=first)
+            for worker_id, seconds in zip(worker_ids, silent, strict=True)
         ]
-        words = [self.control.progress(seat) for seat in seats]
-        if self._await_hosts(seats, words):
+        words = [self.control.progress(worker_id) for worker_id in worker_ids]
+        if self._await_hosts(worker_ids, words):
             self._silence.clear()
             return
         behind, reason = stalled(words, silent, limits)
         for index in behind:
-            if not self._is_stopped(seats[index], silent[index]):
+            if not self._is_stopped(worker_ids[index], silent[index]):
                 patience.given_up += 1
-            self._kill(self.host.seats[seats[index]], Status.WORKING, silent[index], reason)
+            self._kill(
+                self.host.worker_ids[worker_ids[index]], Status.WORKING, silent[index], reason
+            )
 
-    def _await_hosts(self, seats: Sequence[int], words: Sequence[int]) -> bool:
+    def _await_hosts(self, worker_ids: Sequence[int], words: Sequence[int]) -> bool:
         """Whether those that are furthest behind only wait for other hosts."""
-        behind = [seat for seat, word in zip(seats, words, strict=True) if word == min(words)]
+        behind = [
+            worker_id
+            for worker_id, word in zip(worker_ids, words, strict=True)
+            if word == min(words)
+        ]
         exchanged = self.control.exchanged
-        return all(self.control.asked(seat) > exchanged for seat in behind)
+        return all(self.control.asked(worker_id) > exchanged for worker_id in behind)
 
     def kill_absent(self, members: Mapping[int, Status]) -> None:
         """Kill the workers that take too long to start, or to leave when they were sent home.
@@ -254,13 +264,13 @@ class FailureLog:
         Called right after `kill_stalled`.
         """
         for number, status in members.items():
-            seat = self.host.seats[number]
-            if status in (Status.STARTING, Status.LEAVING) and seat.alive:
-                silent = _silent(self._absence, number, (seat.pid, status), self._passed)
+            worker_id = self.host.worker_ids[number]
+            if status in (Status.STARTING, Status.LEAVING) and worker_id.alive:
+                silent = _silent(self._absence, number, (worker_id.pid, status), self._passed)
                 stopped = self._is_stopped(number, silent)
                 limit = self.history.patience.limit(stopped=True) if stopped else ABSENT_SECONDS
                 if silent > limit:
-                    self._kill(seat, status, silent, f"{status.value} for {silent:.1f} s")
+                    self._kill(worker_id, status, silent, f"{status.value} for {silent:.1f} s")
 
     def kill_stopped(self, number: int) -> None:
         """Kill a worker that works while all rest, if its process is stopped."""
@@ -268,7 +278,7 @@ class FailureLog:
         silent = _silent(self._silence, number, sign, self._time_passed())
         if self._is_stopped(number, silent) and silent > self.history.patience.limit(stopped=True):
             reason = f"stopped for {silent:.1f} s while it scored"
-            self._kill(self.host.seats[number], Status.RESTING, silent, reason)
+            self._kill(self.host.worker_ids[number], Status.RESTING, silent, reason)
 
     def _time_passed(self) -> float:
         """Seconds since the last look, as far as they count: who was stopped itself, with the
@@ -277,21 +287,21 @@ class FailureLog:
         self._passed, self._watched = min(now - self._watched, LONGEST_LOOK), now
         return self._passed
 
-    def _is_stopped(self, seat: int, silent: float) -> bool:
+    def _is_stopped(self, worker_id: int, silent: float) -> bool:
         """Whether the process is stopped; asked only of those that have been silent for long."""
-        return silent > StallTimeout.STOPPED / 2 and self.host.seats[seat].is_stopped()
+        return silent > StallTimeout.STOPPED / 2 and self.host.worker_ids[worker_id].is_stopped()
 
-    def _kill(self, seat: WorkerHandle, status: Status, silent: float, reason: str) -> None:
-        self.sink.event(
+    def _kill(self, worker_id: WorkerHandle, status: Status, silent: float, reason: str) -> None:
+        self.observer.event(
             "stalled",
-            **self._where(seat, status),
+            **self._where(worker_id, status),
             reason=reason,
-            state=seat.process_state(),
-            stack=seat.python_stack(),
+            state=worker_id.process_state(),
+            stack=worker_id.python_stack(),
         )
-        self._stalled_for[seat.number] = silent
-        self._silence.pop(seat.number, None)
-        seat.kill()
+        self._stalled_for[worker_id.number] = silent
+        self._silence.pop(worker_id.number, None)
+        worker_id.kill()
 
     def evaluated(self) -> None:
         """Held-out data have been evaluated."""
@@ -303,7 +313,7 @@ class FailureLog:
         """The error that a worker has reported at a step. The state before a loss that is not
         finite is kept."""
         self.history.drain()
-        self.sink.event("failed", step=step, error=error.what.splitlines()[0])
+        self.observer.event("failed", step=step, error=error.what.splitlines()[0])
         if isinstance(error, NonFiniteError):
             self._keep(step, snapshot)
         return error
@@ -322,16 +332,16 @@ class FailureLog:
         assert self.host.layout is not None
         broken = non_finite_tensors(self.host.layout, state)
         if broken:
-            self.sink.event("not_saved", step=step, tensors=broken[:5])
+            self.observer.event("not_saved", step=step, tensors=broken[:5])
         else:
-            self.sink.checkpoint(step, state)
+            self.observer.checkpoint(step, state)
 
 
 def _silent(
-    known: dict[int, tuple[object, float]], seat: int, sign: object, passed: float
+    known: dict[int, tuple[object, float]], worker_id: int, sign: object, passed: float
 ) -> float:
     """For how many seconds this has been the last sign of life."""
-    last, silent = known.get(seat, (None, 0.0))
+    last, silent = known.get(worker_id, (None, 0.0))
     silent = silent + passed if last == sign else 0.0
-    known[seat] = (sign, silent)
+    known[worker_id] = (sign, silent)
     return silent

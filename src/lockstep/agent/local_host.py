@@ -89,7 +89,7 @@ class WorkerHandle:
 class Event:
     """Something that a seat's worker said (`message`), or its death (`message` is None)."""
 
-    seat: WorkerHandle
+    worker_id: WorkerHandle
     message: Message | None
 
 
@@ -103,10 +103,10 @@ def _search_path(here: str, shipped: str) -> list[str]:
 class LocalHost:
     """Starts and ends the processes of one host. Use it as a context manager."""
 
-    def __init__(self, nursery: ForkServerClient) -> None:
-        self._nursery = nursery
+    def __init__(self, forkserver: ForkServerClient) -> None:
+        self._forkserver = forkserver
         self.name = platform.node() or "localhost"
-        self.seats: dict[int, WorkerHandle] = {}
+        self.worker_ids: dict[int, WorkerHandle] = {}
         self.facts: dict[str, Any] = {}
         self.layout: Layout | None = None
         self.data: Segment | None = None
@@ -135,7 +135,7 @@ class LocalHost:
             JobError: the folder that this process works in is gone.
         """
         here = working_folder()
-        nursery = new_forkserver(environment_for(settings.get("numerics", "native")))
+        forkserver = new_forkserver(environment_for(settings.get("numerics", "native")))
         fds = []
         if source.payload is not None:
             fds.append(os.memfd_create("lockstep-task", os.MFD_CLOEXEC))
@@ -156,11 +156,11 @@ class LocalHost:
             "offered": source.offered,
         }
         try:
-            nursery.channel.send(request, fds if data is None else [*fds, data.fd])
+            forkserver.channel.send(request, fds if data is None else [*fds, data.fd])
         finally:
             for fd in fds:
                 os.close(fd)
-        return cls(nursery)
+        return cls(forkserver)
 
     def __enter__(self) -> LocalHost:
         return self
@@ -176,7 +176,7 @@ class LocalHost:
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
-        message, fds = self._nursery.expect("loaded", LOAD_SECONDS)
+        message, fds = self._forkserver.expect("loaded", LOAD_SECONDS)
         self.facts = message["facts"]
         if fds:
             self.data = Segment(fds[0], message["data"])
@@ -184,7 +184,7 @@ class LocalHost:
 
     def clone(self) -> LocalHost:
         """A second host with the same task, for a trial."""
-        clone = LocalHost(self._nursery.clone())
+        clone = LocalHost(self._forkserver.clone())
         clone.facts = self.facts
         return clone
 
@@ -194,7 +194,7 @@ class LocalHost:
         `networked`: other hosts may take part.
         """
         request = {"op": "setup", "plan": plan.to_message(), "networked": networked}
-        message, fds = self._nursery.ask(request, "ready", LOAD_SECONDS)
+        message, fds = self._forkserver.ask(request, "ready", LOAD_SECONDS)
         self._segments = [
             Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
         ]
@@ -208,16 +208,16 @@ class LocalHost:
 
     def spawn(self, number: int) -> WorkerHandle:
         """Fork a worker into a seat."""
-        message, (channel_fd, pidfd) = self._nursery.ask(
+        message, (channel_fd, pidfd) = self._forkserver.ask(
             {"op": "spawn", "seat": number}, "spawned", FORK_SECONDS
         )
-        seat = WorkerHandle(
+        worker_id = WorkerHandle(
             number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
         )
-        if number in self.seats:
-            self.seats[number].close()
-        self.seats[number] = seat
-        return seat
+        if number in self.worker_ids:
+            self.worker_ids[number].close()
+        self.worker_ids[number] = worker_id
+        return worker_id
 
     def events(self, timeout: float) -> Iterator[Event]:
         """What the workers have said, and who has died; waits up to `timeout` seconds for it.
@@ -230,47 +230,47 @@ class LocalHost:
         poll = select.poll()
         channels: dict[int, WorkerHandle] = {}
         deaths: dict[int, WorkerHandle] = {}
-        for seat in self.seats.values():
-            if seat.alive:
-                poll.register(seat.channel, select.POLLIN)
-                poll.register(seat.pidfd, select.POLLIN)
-                channels[seat.channel.fileno()] = seat
-                deaths[seat.pidfd] = seat
-        poll.register(self._nursery.channel, select.POLLIN)
+        for worker_id in self.worker_ids.values():
+            if worker_id.alive:
+                poll.register(worker_id.channel, select.POLLIN)
+                poll.register(worker_id.pidfd, select.POLLIN)
+                channels[worker_id.channel.fileno()] = worker_id
+                deaths[worker_id.pidfd] = worker_id
+        poll.register(self._forkserver.channel, select.POLLIN)
         if self.also_wake is not None:
             poll.register(self.also_wake, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(timeout * 1000)}
         for fd in ready & channels.keys():
             yield from self._heard(channels[fd])
-        if self._nursery.channel.fileno() in ready:
-            self._nursery.hear()
+        if self._forkserver.channel.fileno() in ready:
+            self._forkserver.hear()
         for fd in ready & deaths.keys():
-            seat = deaths[fd]
-            yield from self._heard(seat)
-            seat.alive = False
-            yield Event(seat=seat, message=None)
+            worker_id = deaths[fd]
+            yield from self._heard(worker_id)
+            worker_id.alive = False
+            yield Event(worker_id=worker_id, message=None)
 
-    def _heard(self, seat: WorkerHandle) -> Iterator[Event]:
+    def _heard(self, worker_id: WorkerHandle) -> Iterator[Event]:
         try:
-            while seat.channel.ready():
-                message, fds = seat.channel.receive()
+            while worker_id.channel.ready():
+                message, fds = worker_id.channel.receive()
                 if fds:
-                    seat.stack_fd = fds[0]
-                yield Event(seat=seat, message=message)
+                    worker_id.stack_fd = fds[0]
+                yield Event(worker_id=worker_id, message=message)
         except Closed:
             return
 
-    def how_it_ended(self, seat: WorkerHandle) -> str:
+    def how_it_ended(self, worker_id: WorkerHandle) -> str:
         """Why a dead worker died, in words."""
-        code = self._nursery.exit_code(seat.pid, 1.0)
+        code = self._forkserver.exit_code(worker_id.pid, 1.0)
         return "ended" if code is None else describe_exit(code)
 
     def close(self) -> None:
         """End every process and let go of the shared memory."""
-        for seat in self.seats.values():
-            seat.close()
-        self.seats.clear()
-        self._nursery.close()
+        for worker_id in self.worker_ids.values():
+            worker_id.close()
+        self.worker_ids.clear()
+        self._forkserver.close()
         if self.data is not None:
             self.data.close()
         if self._segments:

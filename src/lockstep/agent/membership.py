@@ -2,9 +2,9 @@
 
     decide(members, event) -> (members, commands, reason)
 
-A membership changes in three moves: the epoch is raised (`Regroup`), the workers come to rest at
-their next barrier, and when all of them rest the new membership is formed (`Form`) from those that
-rest and those that have joined in the meantime. Deaths on the way only shorten the wait.
+A membership changes in three moves: the epoch is raised (`RaiseEpoch`), the workers come to rest at
+their next barrier, and when all of them rest the new membership is formed (`FormGroup`) from those
+that rest and those that have joined in the meantime. Deaths on the way only shorten the wait.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class WorkerMembership:
 
     target: int
     """How many workers there shall be."""
-    seats: int
+    max_workers: int
     """How many there can be."""
     status: Mapping[int, Status] = field(default_factory=dict)
     """Live workers by seat."""
@@ -42,12 +42,14 @@ class WorkerMembership:
     regrouping: bool = True
     """Whether a new membership has to be formed before anybody works on."""
     held: bool = False
-    """Whether the workers stay at rest until `Release`: the hosts are being regrouped."""
+    """Whether the workers stay at rest until `ResumeRequested`: the hosts are being regrouped."""
     failed_starts: int = 0
 
     def having(self, *wanted: Status) -> tuple[int, ...]:
         """The seats with one of these statuses, in order."""
-        return tuple(seat for seat, status in sorted(self.status.items()) if status in wanted)
+        return tuple(
+            worker_id for worker_id, status in sorted(self.status.items()) if status in wanted
+        )
 
     @property
     def staying(self) -> int:
@@ -71,95 +73,106 @@ class WorkerMembership:
 
 
 @dataclass(frozen=True)
-class Begin:
+class GroupStarted:
     """The run begins."""
 
 
 @dataclass(frozen=True)
-class Hello:
+class WorkerReady:
     """A worker has started, and computes the right bits."""
 
-    seat: int
+    worker_id: int
 
 
 @dataclass(frozen=True)
-class Rested:
+class WorkerRested:
     """A worker has come to rest, at the lease's end or at a barrier."""
 
-    seat: int
+    worker_id: int
 
 
 @dataclass(frozen=True)
-class Resumed:
+class WorkersResumed:
     """The workers at rest have been told to go on as they are."""
 
 
 @dataclass(frozen=True)
-class Died:
+class WorkerDied:
     """A worker's process has ended."""
 
-    seat: int
+    worker_id: int
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetChanged:
     """Another number of workers is wanted."""
 
     workers: int
 
 
 @dataclass(frozen=True)
-class Spoilt:
+class WorkerCorrupted:
     """A worker has found the state changed in memory, and has left its step."""
 
-    seat: int
+    worker_id: int
 
 
 @dataclass(frozen=True)
-class Hold:
+class PauseRequested:
     """The hosts are being regrouped: everybody is to come to rest, and stay there."""
 
 
 @dataclass(frozen=True)
-class Defer:
+class RegroupDeferred:
     """What was to be formed just now cannot be: the state is not in order. Nobody was told."""
 
 
 @dataclass(frozen=True)
-class Release:
+class ResumeRequested:
     """The hosts are regrouped and the state is in order: a membership may be formed."""
 
 
-Event = Begin | Hello | Rested | Resumed | Died | Target | Spoilt | Hold | Defer | Release
+Event = (
+    GroupStarted
+    | WorkerReady
+    | WorkerRested
+    | WorkersResumed
+    | WorkerDied
+    | TargetChanged
+    | WorkerCorrupted
+    | PauseRequested
+    | RegroupDeferred
+    | ResumeRequested
+)
 
 
 # Commands.
 
 
 @dataclass(frozen=True)
-class Spawn:
+class SpawnWorker:
     """Start a worker in this seat."""
 
-    seat: int
+    worker_id: int
 
 
 @dataclass(frozen=True)
-class Regroup:
+class RaiseEpoch:
     """Raise the epoch: workers come to rest at their next barrier."""
 
 
 @dataclass(frozen=True)
-class Form:
+class FormGroup:
     """Everybody rests: put the state in order and let these seats go on, in rank order."""
 
-    seats: tuple[int, ...]
+    worker_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Dismiss:
+class DismissWorker:
     """Send this worker home."""
 
-    seat: int
+    worker_id: int
 
 
 @dataclass(frozen=True)
@@ -167,63 +180,65 @@ class GiveUp:
     """Workers cannot be started."""
 
 
-Command = Spawn | Regroup | Form | Dismiss | GiveUp
+Command = SpawnWorker | RaiseEpoch | FormGroup | DismissWorker | GiveUp
 Decision = tuple[WorkerMembership, tuple[Command, ...], str]
 
 
 def decide(members: WorkerMembership, event: Event) -> Decision:
     """The next state, what to do, and why."""
     match event:
-        case Begin():
+        case GroupStarted():
             return _fill(members, f"{members.target} workers are wanted")
-        case Hello(seat):
-            return _hello(members, seat)
-        case Rested(seat):
-            return _form_if_at_rest(_with(members, seat, Status.RESTING), f"worker {seat} rests")
-        case Resumed():
+        case WorkerReady(worker_id):
+            return _hello(members, worker_id)
+        case WorkerRested(worker_id):
+            return _form_if_at_rest(
+                _with(members, worker_id, Status.RESTING), f"worker {worker_id} rests"
+            )
+        case WorkersResumed():
             working = {
-                seat: Status.WORKING if now is Status.RESTING else now
-                for seat, now in members.status.items()
+                worker_id: Status.WORKING if now is Status.RESTING else now
+                for worker_id, now in members.status.items()
             }
             return replace(members, status=working), (), "the lease was extended"
-        case Died(seat):
-            return _died(members, seat)
-        case Target(workers):
+        case WorkerDied(worker_id):
+            return _died(members, worker_id)
+        case TargetChanged(workers):
             return _target(members, workers)
-        case Spoilt(seat):
-            return _regroup(members, f"worker {seat} found the state changed in memory")
-        case Hold():
+        case WorkerCorrupted(worker_id):
+            return _regroup(members, f"worker {worker_id} found the state changed in memory")
+        case PauseRequested():
             return _regroup(replace(members, held=True), "the hosts are being regrouped")
-        case Defer():
+        case RegroupDeferred():
             status: dict[int, Status] = {
-                seat: Status.RESTING if now is Status.WORKING else now
-                for seat, now in members.status.items()
+                worker_id: Status.RESTING if now is Status.WORKING else now
+                for worker_id, now in members.status.items()
             }
             members = replace(members, status=status, regrouping=True, held=True)
             return members, (), "the state is not in order"
-        case Release():
+        case ResumeRequested():
             return _form_if_at_rest(replace(members, held=False), "the hosts are regrouped")
 
 
-def _with(members: WorkerMembership, seat: int, status: Status | None) -> WorkerMembership:
-    changed = {other: now for other, now in members.status.items() if other != seat}
+def _with(members: WorkerMembership, worker_id: int, status: Status | None) -> WorkerMembership:
+    changed = {other: now for other, now in members.status.items() if other != worker_id}
     if status is not None:
-        changed[seat] = status
+        changed[worker_id] = status
     return replace(members, status=changed)
 
 
-def _hello(members: WorkerMembership, seat: int) -> Decision:
-    members = replace(_with(members, seat, Status.READY), failed_starts=0)
-    reason = f"worker {seat} is ready to join"
+def _hello(members: WorkerMembership, worker_id: int) -> Decision:
+    members = replace(_with(members, worker_id, Status.READY), failed_starts=0)
+    reason = f"worker {worker_id} is ready to join"
     if members.regrouping:
         return _form_if_at_rest(members, reason)
     return _regroup(members, reason)
 
 
-def _died(members: WorkerMembership, seat: int) -> Decision:
-    was = members.status.get(seat)
-    members = _with(members, seat, None)
-    reason = f"worker {seat} died while {was.value if was else 'away'}"
+def _died(members: WorkerMembership, worker_id: int) -> Decision:
+    was = members.status.get(worker_id)
+    members = _with(members, worker_id, None)
+    reason = f"worker {worker_id} died while {was.value if was else 'away'}"
     if was in (Status.STARTING, None):
         members = replace(members, failed_starts=members.failed_starts + 1)
         if members.failed_starts >= MAX_FAILED_STARTS:
@@ -236,7 +251,7 @@ def _died(members: WorkerMembership, seat: int) -> Decision:
 
 
 def _target(members: WorkerMembership, workers: int) -> Decision:
-    workers = max(1, min(workers, members.seats))
+    workers = max(1, min(workers, members.max_workers))
     members = replace(members, target=workers)
     live = members.staying
     reason = f"{workers} workers are wanted, {live} are there"
@@ -249,7 +264,7 @@ def _target(members: WorkerMembership, workers: int) -> Decision:
 
 def _regroup(members: WorkerMembership, reason: str) -> Decision:
     """Bring everybody to rest, if it is not under way."""
-    raised: tuple[Command, ...] = () if members.regrouping else (Regroup(),)
+    raised: tuple[Command, ...] = () if members.regrouping else (RaiseEpoch(),)
     members, commands, reason = _form_if_at_rest(replace(members, regrouping=True), reason)
     return members, (*raised, *commands), reason
 
@@ -269,9 +284,9 @@ def _form_if_at_rest(members: WorkerMembership, reason: str) -> Decision:
     status = {**members.status, **dict.fromkeys(formed, Status.WORKING)}
     status |= dict.fromkeys(extra, Status.LEAVING)
     members = replace(members, status=status, formed=formed, regrouping=False)
-    dismissed = tuple(Dismiss(seat) for seat in extra)
+    dismissed = tuple(DismissWorker(worker_id) for worker_id in extra)
     members, spawned, _ = _fill(members, reason)
-    return members, (*dismissed, Form(formed), *spawned), reason
+    return members, (*dismissed, FormGroup(formed), *spawned), reason
 
 
 def _what(members: WorkerMembership) -> str:
@@ -281,8 +296,10 @@ def _what(members: WorkerMembership) -> str:
 def _fill(members: WorkerMembership, reason: str) -> Decision:
     """Start as many workers as are missing, in free seats."""
     missing = members.target - members.staying
-    free = [seat for seat in range(members.seats) if seat not in members.status]
-    seats = free[: max(missing, 0)]
-    for seat in seats:
-        members = _with(members, seat, Status.STARTING)
-    return members, tuple(Spawn(seat) for seat in seats), reason
+    free = [
+        worker_id for worker_id in range(members.max_workers) if worker_id not in members.status
+    ]
+    worker_ids = free[: max(missing, 0)]
+    for worker_id in worker_ids:
+        members = _with(members, worker_id, Status.STARTING)
+    return members, tuple(SpawnWorker(worker_id) for worker_id in worker_ids), reason

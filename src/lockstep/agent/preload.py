@@ -23,7 +23,7 @@ READ_ONCE = (
 class _Preloaded:
     """A nursery with torch and without a task."""
 
-    nursery: ForkServerClient
+    forkserver: ForkServerClient
     fixed: Mapping[str, str]
     owner: int
 
@@ -51,14 +51,14 @@ def preloaded() -> Iterator[None]:
     """
     global _preloaded
     environment = environment_for("native")
-    nursery, before = ForkServerClient.start(environment), _preloaded
+    forkserver, before = ForkServerClient.start(environment), _preloaded
     try:
-        nursery.ask({"op": "preload"}, "preloaded", LOAD_SECONDS)
-        _preloaded = _Preloaded(nursery=nursery, fixed=_fixed(environment), owner=os.getpid())
+        forkserver.ask({"op": "preload"}, "preloaded", LOAD_SECONDS)
+        _preloaded = _Preloaded(forkserver=forkserver, fixed=_fixed(environment), owner=os.getpid())
         yield
     finally:
         _preloaded = before
-        nursery.close()
+        forkserver.close()
 
 
 def environment_for(profile: str) -> dict[str, str]:
@@ -73,7 +73,7 @@ def new_forkserver(environment: Mapping[str, str]) -> ForkServerClient:
     """A nursery without a task: a clone of the preloaded one if that comes to the same."""
     if _preloaded is not None and _preloaded.suits(environment):
         with contextlib.suppress(WorkerLostError):  # somebody has killed it
-            return _preloaded.nursery.clone(environment)
+            return _preloaded.forkserver.clone(environment)
     return ForkServerClient.start(environment)
 
 

@@ -37,7 +37,7 @@ def resume(
     words: Sequence[int],
     updating: Sequence[int],
     shard_done: Sequence[int],
-    base_step: int,
+    snapshot_step: int,
     workers: int,
     mine: range | None = None,
 ) -> Resumption:
@@ -54,9 +54,9 @@ def resume(
     """
     shards = range(len(shard_done)) if mine is None else mine
     step = step_in_flight(words)
-    back = step - base_step if step in updating else None
+    back = step - snapshot_step if step in updating else None
     if back:
-        step, open_shards = base_step, list(shards)
+        step, open_shards = snapshot_step, list(shards)
     else:
         open_shards = [shard for shard in shards if shard_done[shard] != step]
     count = len(open_shards)

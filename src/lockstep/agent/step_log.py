@@ -25,14 +25,14 @@ class StepLog:
     """Drains the ring: every step once, when all members have committed and digested it."""
 
     def __init__(
-        self, host: LocalHost, plan: Plan, sink: RunObserver, clock: Throughput, step: int
+        self, host: LocalHost, plan: Plan, observer: RunObserver, clock: Throughput, step: int
     ) -> None:
         assert host.layout is not None
-        self.host, self.plan, self.sink, self.clock = host, plan, sink, clock
+        self.host, self.plan, self.observer, self.clock = host, plan, observer, clock
         self.control, self.audit = host.control, plan_digest_sample(host.layout)
         self.step = step
         """How many steps are committed and recorded."""
-        self.seats: tuple[int, ...] = ()
+        self.worker_ids: tuple[int, ...] = ()
         """The membership in force."""
         self.loss = float("nan")
         self.committed_at = 0.0
@@ -47,13 +47,13 @@ class StepLog:
 
     def drain(self) -> None:
         """Give every step that all members have committed and digested to the sink."""
-        if not self.seats:
+        if not self.worker_ids:
             return
-        self._drain_to(min(self.control.progress(seat) for seat in self.seats))
+        self._drain_to(min(self.control.progress(worker_id) for worker_id in self.worker_ids))
 
     def in_flight(self) -> int:
         """The first step that the membership in force has not committed."""
-        return step_in_flight([self.control.progress(seat) for seat in self.seats])
+        return step_in_flight([self.control.progress(worker_id) for worker_id in self.worker_ids])
 
     def mend(self, step: int) -> None:
         """Record all steps before `step`, though somebody has not digested its share of the last.
@@ -75,7 +75,7 @@ class StepLog:
     def settle(self, step: int) -> None:
         """The state is that after `step` steps now: record those before it. A host that has just
         joined has nothing to record."""
-        if self.seats:
+        if self.worker_ids:
             self.mend(step)
         else:
             self.step = step
@@ -86,7 +86,7 @@ class StepLog:
             self._record(self.step)
             self.step += 1
         if self.step > first:
-            self.sink.progress(self.step, self.loss, self.clock.rate, len(self.seats))
+            self.observer.progress(self.step, self.loss, self.clock.rate, len(self.worker_ids))
 
     def _record(self, step: int) -> None:
         control, place = self.control, step % RING
@@ -102,7 +102,7 @@ class StepLog:
         }
         norm = None if self.plan.sum_limit is None else float(control.total_norms[place])
         if step == 0:
-            self.sink.event("first_step")
+            self.observer.event("first_step")
         record = StepRecord(
             step=step,
             data_epoch=self.sampling.data_epoch(step),
@@ -111,7 +111,7 @@ class StepLog:
             units=units,
             norm=norm,
         )
-        self.sink.commit(record)
+        self.observer.commit(record)
         if step % MARK_STEPS == 0:
             self.marks[step] = blake3(record.body().encode()).hexdigest(16)
             self.marks.pop(step - MARKS * MARK_STEPS, None)

@@ -39,7 +39,7 @@ DISMISS_SECONDS = 10.0
 class WorkerGroup:
     """The workers of a host whose state is set up, from `step` on.
 
-    `plan` has this host's number of workers. `station`: its place among several hosts, where its
+    `plan` has this host's number of workers. `mesh`: its place among several hosts, where its
     workers rest until the first `arrange`.
     """
 
@@ -47,20 +47,20 @@ class WorkerGroup:
         self,
         host: LocalHost,
         plan: Plan,
-        sink: RunObserver,
+        observer: RunObserver,
         step: int | None,
         *,
         warm_up: float = 0.0,
-        station: HostMesh | None = None,
+        mesh: HostMesh | None = None,
     ) -> None:
         """`step`: after how many steps the state is; None: it has to come from another host."""
-        self.host, self.plan, self.sink, self.station = host, plan, sink, station
+        self.host, self.plan, self.observer, self.mesh = host, plan, observer, mesh
         self.control = host.control
         self.clock = Throughput(warm_up)
-        self.history = StepLog(host, plan, sink, self.clock, step or 0)
-        self.failures = FailureLog(host, self.history, sink)
+        self.history = StepLog(host, plan, observer, self.clock, step or 0)
+        self.failures = FailureLog(host, self.history, observer)
         self.members = WorkerMembership(
-            target=plan.workers, seats=plan.seats, held=station is not None
+            target=plan.workers, max_workers=plan.max_workers, held=mesh is not None
         )
         ownership = ownership_of(plan.ownership, plan.servers, plan.compression, plan.local_steps)
         self.roles = HostRole.alone(host.name, plan, ownership)
@@ -85,68 +85,68 @@ class WorkerGroup:
         self.members, commands, reason = membership.decide(self.members, event)
         for command in commands:
             match command:
-                case membership.Spawn(seat):
-                    pid = self.host.spawn(seat).pid
-                    self.sink.event("spawned", worker=seat, pid=pid, reason=reason)
-                case membership.Regroup():
+                case membership.SpawnWorker(worker_id):
+                    pid = self.host.spawn(worker_id).pid
+                    self.observer.event("spawned", worker=worker_id, pid=pid, reason=reason)
+                case membership.RaiseEpoch():
                     self.control.raise_epoch()
-                    self.sink.event("regroup", epoch=self.control.epoch, reason=reason)
-                case membership.Dismiss(seat):
-                    self.tell(seat, {"op": "stop"})
-                    self.sink.event("dismissed", worker=seat, reason=reason)
-                case membership.Form(seats):
-                    self._form(seats, reason)
+                    self.observer.event("regroup", epoch=self.control.epoch, reason=reason)
+                case membership.DismissWorker(worker_id):
+                    self.tell(worker_id, {"op": "stop"})
+                    self.observer.event("dismissed", worker=worker_id, reason=reason)
+                case membership.FormGroup(worker_ids):
+                    self._form(worker_ids, reason)
                 case membership.GiveUp():
                     raise WorkerLostError(
                         f"workers cannot be started: {reason}",
                         fix="look for the out-of-memory killer, or for native code that crashes",
                     )
 
-    def _form(self, seats: tuple[int, ...], reason: str) -> None:
+    def _form(self, worker_ids: tuple[int, ...], reason: str) -> None:
         """Put the state in order and send the new members on. Everybody rests."""
-        members = self.history.seats or seats
+        members = self.history.worker_ids or worker_ids
         resumption = resume(
-            [self.control.progress(seat) for seat in members],
-            [self.control.updating(seat) for seat in members],
+            [self.control.progress(worker_id) for worker_id in members],
+            [self.control.updating(worker_id) for worker_id in members],
             self.control.shard_done.tolist(),
-            self.control.base_step,
-            len(seats),
+            self.control.snapshot_step,
+            len(worker_ids),
             self.roles.shards,
         )
         if resumption.back is None:
             self.history.mend(resumption.step)
         elif self.roles.several:  # alone no use: others have gone on, or are needed for it
-            self.decide(membership.Defer())
+            self.decide(membership.RegroupDeferred())
             self._torn(f"its state is torn: {reason}")
             return
         else:
-            self._put_back()
-        self._send_on(seats, {*members, *seats}, resumption, reason)
+            self._roll_back()
+        self._send_on(worker_ids, {*members, *worker_ids}, resumption, reason)
 
     def _send_on(
-        self, seats: tuple[int, ...], all_seats: set[int], resumption: Resumption, reason: str
+        self, worker_ids: tuple[int, ...], all_seats: set[int], resumption: Resumption, reason: str
     ) -> None:
         control, roles = self.control, self.roles
         with control.seating:
-            for seat in all_seats:
-                control.set_updating(seat, -1)
-                control.ask(seat, 0)
-            for seat in seats:
-                control.set_progress(seat, progress_of(resumption.step, Phase.STARTED))
-                control.forget_shard(seat)
-            self.history.seats = seats
+            for worker_id in all_seats:
+                control.set_updating(worker_id, -1)
+                control.ask(worker_id, 0)
+            for worker_id in worker_ids:
+                control.set_progress(worker_id, progress_of(resumption.step, Phase.STARTED))
+                control.forget_shard(worker_id)
+            self.history.worker_ids = worker_ids
         self._idle.clear()
         self.clock.rest()
         self.grant()
         self.failures.regrouped(resumption)
-        self.sink.event("formed", seats=seats, step=resumption.step, reason=reason)
-        for rank, seat in enumerate(seats):
+        self.observer.event("formed", seats=worker_ids, step=resumption.step, reason=reason)
+        for rank, worker_id in enumerate(worker_ids):
             self.tell(
-                seat,
+                worker_id,
                 {
                     "op": "join",
                     "epoch": control.epoch,
-                    "seats": seats,
+                    "seats": worker_ids,
                     "step": resumption.step,
                     "todo": resumption.todo[rank],
                     "mine": [roles.shards.start, roles.shards.stop],
@@ -158,21 +158,21 @@ class WorkerGroup:
                     "owned": sorted(roles.owned),
                     "refresh": resumption.back is None
                     and not roles.parted
-                    and not self.sink.busy(),
+                    and not self.observer.busy(),
                     "loaders": self.failures.loaders_live,
                 },
             )
 
-    def _put_back(self) -> None:
+    def _roll_back(self) -> None:
         """Put the base in the place of a state that is torn."""
         self.history.drain()
-        self.host.base.put_back()
-        self.control.base_due[:] = 0  # later steps' marks may lie in the places of those redone
+        self.host.base.roll_back()
+        self.control.snapshot_due[:] = 0  # later steps' marks may lie in the places of those redone
 
-    def tell(self, seat: int, message: Message) -> None:
+    def tell(self, worker_id: int, message: Message) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""
         with contextlib.suppress(Closed):
-            self.host.seats[seat].channel.send(message)
+            self.host.worker_ids[worker_id].channel.send(message)
 
     # The hosts: come to rest, say how the state is, go on as ordered.
 
@@ -181,24 +181,24 @@ class WorkerGroup:
 
     def hold(self, generation: int) -> None:
         """Come to rest and stay there: the hosts are being regrouped."""
-        assert self.station is not None
-        self._address = self.station.open(generation)
+        assert self.mesh is not None
+        self._address = self.mesh.open(generation)
         self._stood = False
-        self.decide(membership.Hold())
+        self.decide(membership.PauseRequested())
 
     def stands(self) -> HostStatus | None:
         """How this host stands, once everybody rests; each generation once."""
-        if self.station is None or self._stood or not self.station.generation:
+        if self.mesh is None or self._stood or not self.mesh.generation:
             return None
         if not (self.members.held and self.members.complete):
             return None
         self._stood = True
-        words = [self.control.progress(seat) for seat in self.history.seats]
+        words = [self.control.progress(worker_id) for worker_id in self.history.worker_ids]
         step = step_in_flight(words) if words else self.history.step
-        torn = step in [self.control.updating(seat) for seat in self.history.seats]
+        torn = step in [self.control.updating(worker_id) for worker_id in self.history.worker_ids]
         return HostStatus(
             whole=step if self._has_state and not torn else None,
-            base=self.control.base_step if torn or not self.roles.ownership.whole else None,
+            base=self.control.snapshot_step if torn or not self.roles.ownership.whole else None,
             address=self._address,
         )
 
@@ -208,49 +208,49 @@ class WorkerGroup:
         Raises:
             IntegrityError: the state that was copied is not what was sent.
         """
-        assert self.station is not None
-        station, name = self.station, self.station.name
+        assert self.mesh is not None
+        mesh, name = self.mesh, self.mesh.name
         self.roles = self.roles.among(orders.workers, self.host.slot_map)
         self.history.owned = self.roles.owned
         peer = ""
         try:
             if self.roles.several:
-                station.connect(orders.addresses)
+                mesh.connect(orders.addresses)
             if orders.actions[name] == "back":
-                self._put_back()
+                self._roll_back()
             if orders.actions[name] == "copy":
                 peer = orders.source
                 self._has_state = False
                 part = self.roles.needed_by(name, self.host.known_layout)
-                station.receive_state(self.host, orders.step, peer, part)
+                mesh.receive_state(self.host, orders.step, peer, part)
             elif orders.source == name:
                 self._send_state(orders)
         except NetworkError as error:
-            station.trouble(station.generation, peer or _named(error, orders.workers), error)
+            mesh.trouble(mesh.generation, peer or _named(error, orders.workers), error)
             return
         self._settle(orders.step, orders.actions[name])
-        station.start(self.host, self.roles, orders.step, lambda: self.history.seats)
-        self.decide(membership.Release())
+        mesh.start(self.host, self.roles, orders.step, lambda: self.history.worker_ids)
+        self.decide(membership.ResumeRequested())
 
     def _send_state(self, orders: RegroupOrder) -> None:
         """Give the state to the hosts that copy it, or what each needs of it."""
-        station, copying = self.station, orders.copying
-        assert station is not None
+        mesh, copying = self.mesh, orders.copying
+        assert mesh is not None
         if self.roles.ownership.whole and copying:
-            station.send_state(self.host, orders.step, copying)
+            mesh.send_state(self.host, orders.step, copying)
         elif not self.roles.ownership.whole:
             for peer in copying:
                 part = self.roles.needed_by(peer, self.host.known_layout)
-                station.send_state(self.host, orders.step, [peer], part)
+                mesh.send_state(self.host, orders.step, [peer], part)
 
     def give(self, master: str) -> None:
         """Give the master this host's part of the state. Called when everybody rests."""
-        assert self.station is not None
+        assert self.mesh is not None
         try:
             part = self.roles.part_of(self.host.name, self.host.known_layout)
-            self.station.send_state(self.host, self.step, [master], part)
+            self.mesh.send_state(self.host, self.step, [master], part)
         except NetworkError as error:
-            self.station.trouble(self.station.generation, master, error)
+            self.mesh.trouble(self.mesh.generation, master, error)
 
     def take_parts(self, wanted: Callable[[], bool]) -> bool:
         """Get every other host's part, as long as that is wanted; whether all have come. If not,
@@ -259,13 +259,13 @@ class WorkerGroup:
         Raises:
             IntegrityError: what has come is not what was sent.
         """
-        assert self.station is not None
+        assert self.mesh is not None
         for name in self.roles.others:
             part = self.roles.part_of(name, self.host.known_layout)
             try:
-                self.station.receive_state(self.host, self.step, name, part, wanted)
+                self.mesh.receive_state(self.host, self.step, name, part, wanted)
             except NetworkError as error:
-                self.station.trouble(self.station.generation, name, error)
+                self.mesh.trouble(self.mesh.generation, name, error)
                 return False
         return True
 
@@ -282,16 +282,16 @@ class WorkerGroup:
         self.history.settle(step)
         self._set_words(step)
         if action == "copy":
-            control.base_due[:] = 0  # the workers make the base when they begin
+            control.snapshot_due[:] = 0  # the workers make the base when they begin
         self._has_state = True
 
     def _set_words(self, step: int) -> None:
         """Let nobody be in the middle of anything: everybody is at the start of a step."""
         self.control.set_exchanged(step, Stage.STARTED)
-        for seat in range(self.plan.seats):
-            self.control.set_progress(seat, progress_of(step, Phase.STARTED))
-            self.control.set_updating(seat, -1)
-            self.control.ask(seat, 0)
+        for worker_id in range(self.plan.max_workers):
+            self.control.set_progress(worker_id, progress_of(step, Phase.STARTED))
+            self.control.set_updating(worker_id, -1)
+            self.control.ask(worker_id, 0)
 
     # The lease: workers may run every step below it.
 
@@ -309,20 +309,22 @@ class WorkerGroup:
         lease = max(self.control.lease, self._lease())
         self._mark(self.control.lease, lease, self.clock.rate / self.plan.batch_size)
         self.control.lease = lease
-        woken = [seat for seat, step in self._idle.items() if step < lease]
-        for seat in woken:
-            del self._idle[seat]
-            self.tell(seat, {"op": "run"})
+        woken = [worker_id for worker_id, step in self._idle.items() if step < lease]
+        for worker_id in woken:
+            del self._idle[worker_id]
+            self.tell(worker_id, {"op": "run"})
         if woken:
-            self.decide(membership.Resumed())
+            self.decide(membership.WorkersResumed())
 
     def _mark(self, first: int, last: int, steps_per_second: float) -> None:
         """Mark the steps of a new lease at whose end the base is brought up to date: none while a
         checkpoint is being written from it."""
         every = steps_between(self.host.base.nbytes, self.plan.workers, steps_per_second)
         for step in range(first, last):
-            due = step - self._marked >= every and not self.roles.parted and not self.sink.busy()
-            self.control.base_due[step % RING] = due
+            due = (
+                step - self._marked >= every and not self.roles.parted and not self.observer.busy()
+            )
+            self.control.snapshot_due[step % RING] = due
             if due:
                 self._marked = step
 
@@ -340,31 +342,31 @@ class WorkerGroup:
         self.failures.kill_absent(self.members.status)
 
     def _heard(self, event: Event) -> None:
-        seat, message = event.seat, event.message
+        worker_id, message = event.worker_id, event.message
         if message is None:
-            self.failures.died(seat, self.members.status.get(seat.number), self.snapshot)
-            self._idle.pop(seat.number, None)
-            self.decide(membership.Died(seat.number))
+            self.failures.died(worker_id, self.members.status.get(worker_id.number), self.snapshot)
+            self._idle.pop(worker_id.number, None)
+            self.decide(membership.WorkerDied(worker_id.number))
             return
         match message["event"]:
             case "hello":
-                self._admit(seat.number, str(message["probe"]))
-                self.decide(membership.Hello(seat.number))
+                self._admit(worker_id.number, str(message["probe"]))
+                self.decide(membership.WorkerReady(worker_id.number))
             case "idle":
-                self._idle[seat.number] = message["step"]
-                self.decide(membership.Rested(seat.number))
+                self._idle[worker_id.number] = message["step"]
+                self.decide(membership.WorkerRested(worker_id.number))
             case "regroup" | "inferred":
-                self.decide(membership.Rested(seat.number))
+                self.decide(membership.WorkerRested(worker_id.number))
             case "batch" | "scored":
                 self.evaluation.heard(message)
             case "corrupt":
                 facts = {name: value for name, value in message.items() if name != "event"}
-                self.sink.event("corrupt", host=self.host.name, **facts)
+                self.observer.event("corrupt", host=self.host.name, **facts)
                 if "tensor" in facts:
                     self.failures.spoilt(facts)
-                    self.decide(membership.Spoilt(seat.number))
+                    self.decide(membership.WorkerCorrupted(worker_id.number))
             case "lost_loader":
-                self.failures.lost_loader(seat)
+                self.failures.lost_loader(worker_id)
             case "failed":
                 error = from_message(message["error"])
                 raise self.failures.raised(error, message["step"], self.snapshot)
@@ -387,15 +389,15 @@ class WorkerGroup:
                 found=f"probe {probe}",
                 fix="run with --numerics portable",
             )
-        pid = self.host.seats[number].pid
-        self.sink.event("joined", host=self.host.name, worker=number, pid=pid, probe=probe)
+        pid = self.host.worker_ids[number].pid
+        self.observer.event("joined", host=self.host.name, worker=number, pid=pid, probe=probe)
 
     def snapshot(self) -> tuple[int, memoryview]:
         """The base, brought up to date, and after how many steps it is. Called when every worker
         rests. Where no host has the whole state the base stays as it is."""
         if self.roles.parted:
-            return self.control.base_step, self.host.base.view
-        self.sink.settle()
+            return self.control.snapshot_step, self.host.base.view
+        self.observer.settle()
         return self.step, self.host.base.take(self.step)
 
     def await_rest(self) -> None:
@@ -408,13 +410,13 @@ class WorkerGroup:
 
     def dismiss(self) -> None:
         """Send the workers home and see them go."""
-        for seat in self.members.status:
-            self.tell(seat, {"op": "stop"})
+        for worker_id in self.members.status:
+            self.tell(worker_id, {"op": "stop"})
         for _ in self._until_gone(time.monotonic() + DISMISS_SECONDS):
             pass
 
     def _until_gone(self, limit: float) -> Iterator[None]:
-        while any(seat.alive for seat in self.host.seats.values()):
+        while any(worker_id.alive for worker_id in self.host.worker_ids.values()):
             left = limit - time.monotonic()
             if left <= 0:
                 return  # the host kills whoever is left

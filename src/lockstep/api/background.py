@@ -15,7 +15,7 @@ class Run:
     """A run that goes on in a thread of this process. Requests take effect at a step's end."""
 
     def __init__(self, task: Taskish, args: Mapping[str, Any] | None, options: dict[str, Any]):
-        self._desk = RunControl()
+        self._control = RunControl()
         self._result: Result | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(
@@ -25,29 +25,29 @@ class Run:
 
     def _work(self, task: Taskish, args: Mapping[str, Any] | None, options: dict[str, Any]) -> None:
         try:
-            self._result = run(task, args=args, desk=self._desk, **options)
+            self._result = run(task, args=args, control=self._control, **options)
         except BaseException as error:  # handed to whoever asks for the result
             self._error = error
 
     def scale(self, workers: int) -> None:
         """Go on with another number of workers, at most `max_workers`. No bit changes."""
-        self._desk.add("scale", workers)
+        self._control.add("scale", workers)
 
     def checkpoint(self) -> None:
         """Write a checkpoint soon."""
-        self._desk.add("checkpoint")
+        self._control.add("checkpoint")
 
     def pause(self) -> None:
-        """Come to rest and stay there until `go_on`."""
-        self._desk.add("pause")
+        """Come to rest and stay there until `unpause`."""
+        self._control.add("pause")
 
-    def go_on(self) -> None:
+    def unpause(self) -> None:
         """Go on after `pause`."""
-        self._desk.add("go_on")
+        self._control.add("go_on")
 
     def stop(self) -> None:
         """Stop with a checkpoint; `result` then raises `StoppedError`."""
-        self._desk.add("stop")
+        self._control.add("stop")
 
     @property
     def running(self) -> bool:

@@ -59,13 +59,13 @@ def evaluate(
     check_together(settings.get("data", "build"), alone=on is None)
     source = recorded_source(model.manifest, task, Path(run))
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
-    heard, desk = EvaluationObserver(), RunControl()
-    with desk, load_stored(source, settings, on) as (host, hosts):
+    heard, control = EvaluationObserver(), RunControl()
+    with control, load_stored(source, settings, on) as (host, hosts):
         facts = host.facts
         check_fitted(run, model.manifest, facts)
         plan = model.plan(workers, hosts)
         if plan.holdings and hosts is not None:
-            check_same(plan.holdings, hosts.roster.samples)
+            check_same(plan.holdings, hosts.rendezvous.samples)
         else:
             plan = dataclasses.replace(plan, eval_samples=facts["eval_samples"])
         if not plan.eval_samples:
@@ -74,7 +74,7 @@ def evaluate(
                 expected="a data set from Task.eval_data",
                 fix="define it, and evaluate with the changed task",
             )
-        set_up(model, plan, host, hosts, heard, desk, evaluate=True).run()
+        set_up(model, plan, host, hosts, heard, control, evaluate=True).run()
     return Evaluated(
         metrics=heard.metrics,
         baseline=heard.baseline,

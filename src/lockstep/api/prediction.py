@@ -91,16 +91,16 @@ def predict(
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = newest_checkpoint(run)
     source = recorded_source(model.manifest, task, Path(run))
-    heard, desk = EvaluationObserver(), RunControl()
+    heard, control = EvaluationObserver(), RunControl()
     records = {"path": str(Path(data).absolute()), "keep": list(keep)}
     settings = {**model.manifest["job"], "data": "build"}  # the records take the place of its data
-    with desk, load_stored(source, settings, on, records) as (host, hosts):
+    with control, load_stored(source, settings, on, records) as (host, hosts):
         facts = host.facts
         check_fitted(run, model.manifest, facts)
         size = batch_size or model.manifest["plan"]["eval_batch_size"]
         samples = facts["eval_samples"]
         plan = model.plan(workers, hosts, eval_samples=samples, eval_batch_size=size, holdings=())
-        coordinator = set_up(model, plan, host, hosts, heard, desk)
+        coordinator = set_up(model, plan, host, hosts, heard, control)
         identity = {
             "model": model.checkpoint.manifest["fingerprint"],
             "data": blake3().update_mmap(data).hexdigest(),

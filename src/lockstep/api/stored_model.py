@@ -64,7 +64,9 @@ class StoredModel:
         count = workers or (plan.workers if hosts is None else hosts.capacity)
         if plan.holdings or plan.groups or plan.local_steps > 1:
             count = min(count, plan.shards)  # the state, or the data, has a part for each shard
-        return dataclasses.replace(plan, workers=count, seats=count, shards=max(count, plan.shards))
+        return dataclasses.replace(
+            plan, workers=count, max_workers=count, shards=max(count, plan.shards)
+        )
 
     def load_into(self, host: LocalHost) -> None:
         assert host.layout is not None
@@ -133,8 +135,8 @@ def set_up(
     plan: Plan,
     host: LocalHost,
     hosts: HostGroup | None,
-    sink: EvaluationObserver,
-    desk: RunControl,
+    observer: EvaluationObserver,
+    control: RunControl,
     *,
     evaluate: bool = False,
 ) -> Coordinator:
@@ -144,8 +146,8 @@ def set_up(
     else:
         hosts.set_up(plan, host)
     model.load_into(host)
-    desk.take_signals()
+    control.take_signals()
     step = model.checkpoint.step
     schedule = StopSchedule(steps=step, steps_per_epoch=max(step, 1), evaluate=evaluate)
     own = plan if hosts is None else hosts.own_plan
-    return Coordinator(host, own, schedule, sink, step, requests=desk.take, hosts=hosts)
+    return Coordinator(host, own, schedule, observer, step, requests=control.take, hosts=hosts)

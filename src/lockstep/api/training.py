@@ -41,7 +41,7 @@ def run(
     *,
     args: Mapping[str, Any] | None = None,
     quiet: bool = False,
-    desk: RunControl | None = None,
+    control: RunControl | None = None,
     on: Launcher | None = None,
     **settings: Any,
 ) -> Result:
@@ -74,7 +74,7 @@ def run(
             folder.write_manifest(manifest)
             start = Restart(step=0, ledger=None)
             return _train(
-                host, hosts, job, plan, folder, source, start, begun, quiet, desk or RunControl()
+                host, hosts, job, plan, folder, source, start, begun, quiet, control or RunControl()
             )
 
 
@@ -84,7 +84,7 @@ def resume(
     workers: int | None = None,
     task: Task | None = None,
     quiet: bool = False,
-    desk: RunControl | None = None,
+    control: RunControl | None = None,
     on: Launcher | None = None,
 ) -> Result:
     """Go on with a run from its newest good checkpoint, to the same result.
@@ -119,12 +119,12 @@ def resume(
             if hosts is None:
                 host.set_up(plan)
             else:
-                check_same(plan.holdings, hosts.roster.samples)
+                check_same(plan.holdings, hosts.rendezvous.samples)
                 plan = plan.with_workers(workers or min(hosts.capacity, plan.shards))
                 hosts.set_up(plan, host)
             start = find_restart(folder, host)
             return _train(
-                host, hosts, job, plan, folder, source, start, begun, quiet, desk or RunControl()
+                host, hosts, job, plan, folder, source, start, begun, quiet, control or RunControl()
             )
 
 
@@ -149,7 +149,7 @@ def _train(
     start: Restart,
     begun: float,
     quiet: bool,
-    desk: RunControl,
+    control: RunControl,
 ) -> Result:
     """Stages 3 to 5, on a host that is set up: compute, synchronise, aggregate."""
     schedule = StopSchedule(
@@ -161,18 +161,18 @@ def _train(
     )
     try:
         with (
-            desk,
+            control,
             Recorder(folder, host, plan, job.keep_checkpoints, start, quiet=quiet) as recorder,
         ):
-            desk.take_signals()
-            desk.open(folder.path)
+            control.take_signals()
+            control.open(folder.path)
             coordinator = Coordinator(
                 host,
                 plan if hosts is None else hosts.own_plan,
                 schedule,
                 recorder,
                 start.step,
-                requests=desk.take,
+                requests=control.take,
                 hosts=hosts,
             )
             try:

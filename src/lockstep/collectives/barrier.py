@@ -21,7 +21,7 @@ class Regroup(Exception):
 
 
 class Barrier:
-    """One worker's end of the barrier among `seats`.
+    """One worker's end of the barrier among `worker_ids`.
 
     Every wait ends: with everybody there, with `Regroup` once the master has raised the epoch
     (it does so when a worker dies or stalls), or with the process itself, which the kernel kills
@@ -29,18 +29,23 @@ class Barrier:
     """
 
     def __init__(
-        self, control: ControlSegment, seat: int, seats: Sequence[int], epoch: int, threads: int = 1
+        self,
+        control: ControlSegment,
+        worker_id: int,
+        worker_ids: Sequence[int],
+        epoch: int,
+        threads: int = 1,
     ) -> None:
-        self.control, self.seat, self.epoch = control, seat, epoch
-        self.others = [other for other in seats if other != seat]
-        crowded = len(seats) * threads > cores()
+        self.control, self.worker_id, self.epoch = control, worker_id, epoch
+        self.others = [other for other in worker_ids if other != worker_id]
+        crowded = len(worker_ids) * threads > cores()
         self.spins = 1 if crowded else SPINS
 
     def arrive(self, progress: int, *, ring: bool = False) -> None:
         """Publish this worker's progress. `ring`: the exchanger waits for it, too."""
-        self.control.set_progress(self.seat, progress)
+        self.control.set_progress(self.worker_id, progress)
         if self.others:
-            futex.wake(self.control.progress_address(self.seat))
+            futex.wake(self.control.progress_address(self.worker_id))
         if ring:
             self.control.ring()
 
@@ -70,7 +75,7 @@ class Barrier:
             Regroup: the master has changed the membership.
         """
         control = self.control
-        control.ask(self.seat, word)
+        control.ask(self.worker_id, word)
         control.ring()
         while (seen := control.exchanged) < word:
             if control.epoch != self.epoch:

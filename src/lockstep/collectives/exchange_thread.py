@@ -61,26 +61,30 @@ class ExchangeThread:
 
     def __init__(
         self,
-        parcels: ExchangePlan,
+        exchange_plan: ExchangePlan,
         transport: Transport,
-        seats: Callable[[], Sequence[int]],
+        worker_ids: Callable[[], Sequence[int]],
         failed: Callable[[NetworkError], None],
         *,
         clip: bool,
         spare: bool,
     ) -> None:
-        """`seats` are the host's workers at any time; `clip`: the norm of the gradients is limited;
-        `spare`: the host has cores besides its workers'."""
-        self.parcels, self.transport, self.control = parcels, transport, parcels.control
-        self._seats, self._failed, self._clip = seats, failed, clip
-        self.mine = parcels.mine.name
+        """`worker_ids` are the host's workers at any time; `clip`: the norm of the gradients is
+        limited; `spare`: the host has cores besides its workers'."""
+        self.exchange_plan, self.transport, self.control = (
+            exchange_plan,
+            transport,
+            exchange_plan.control,
+        )
+        self._worker_ids, self._failed, self._clip = worker_ids, failed, clip
+        self.mine = exchange_plan.mine.name
         self._early = Early(sum(self._sizes()), spare=spare)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def _sizes(self) -> Iterator[int]:
-        for other in self.parcels.others:
-            for _, view in self.parcels.known(0, other, self.mine):
+        for other in self.exchange_plan.others:
+            for _, view in self.exchange_plan.known(0, other, self.mine):
                 yield view.nbytes
 
     def start(self, step: int) -> None:
@@ -109,56 +113,60 @@ class ExchangeThread:
             self._failed(error)
 
     def _exchange(self, step: int) -> None:
-        control, returns = self.control, self.parcels.duties.returns
+        control, returns = self.control, self.exchange_plan.duties.returns
         read = progress_of(step - 1, Phase.UPDATED)
-        self._await(lambda seat: control.progress(seat) >= read)  # what came in the last step
+        self._await(
+            lambda worker_id: control.progress(worker_id) >= read
+        )  # what came in the last step
         self._gather(step)
         if returns == "parameters" and self._clip:
             self._await_asked(exchange_of(step, Stage.NORMED))
-            self._swap(step, self.parcels.norms)
+            self._swap(step, self.exchange_plan.norms)
             control.set_exchanged(step, Stage.NORMED)
         if returns != "nothing":
             self._await_asked(exchange_of(step + 1, Stage.STARTED), (step, Stage.RETURNING))
             if returns == "parameters":
                 self._digest(step)
-            self._swap(step, partial(self.parcels.returned, step))
+            self._swap(step, partial(self.exchange_plan.returned, step))
         control.set_exchanged(step + 1, Stage.STARTED)
 
     def _gather(self, step: int) -> None:
         """Give every owner its part of this host's gradients, and get this one's from everybody."""
-        parcels = self.parcels
+        exchange_plan = self.exchange_plan
         coming = [
             slip
-            for other in parcels.others
-            for slip in self._expect(step, parcels.known(step, other, self.mine), other.name)
+            for other in exchange_plan.others
+            for slip in self._expect(step, exchange_plan.known(step, other, self.mine), other.name)
         ]
         early = self._early.at(step)
         going = self._send_gradients(step, early=early)
-        for other in parcels.others:
-            going += self._send(step, parcels.beside(step, parcels.mine), other.name)
-            going += self._send(step, parcels.told(parcels.mine, other.name), other.name)
+        for other in exchange_plan.others:
+            going += self._send(step, exchange_plan.beside(step, exchange_plan.mine), other.name)
+            going += self._send(
+                step, exchange_plan.told(exchange_plan.mine, other.name), other.name
+            )
         begun = time.monotonic()
         self._await_all(coming)
         if not early:
             self._early.took(time.monotonic() - begun)
         more = [
             slip
-            for other in parcels.others
-            for slip in self._expect(step, parcels.told(other, self.mine), other.name)
+            for other in exchange_plan.others
+            for slip in self._expect(step, exchange_plan.told(other, self.mine), other.name)
         ]
         self._await_all([*more, *going])
         self.control.set_exchanged(step, Stage.GATHERED)
 
     def _swap(self, step: int, items: Callable[[str], Iterable[Item]]) -> None:
         """Give everybody this host's items, and get everybody's own."""
-        others = [other.name for other in self.parcels.others]
+        others = [other.name for other in self.exchange_plan.others]
         coming = [slip for other in others for slip in self._expect(step, items(other), other)]
         going = [slip for other in others for slip in self._send(step, items(self.mine), other)]
         self._await_all([*coming, *going])
 
     def _digest(self, step: int) -> None:
         """Digest what of the step's sample of the state only this host has."""
-        for index, view in self.parcels.audited(step, self.mine):
+        for index, view in self.exchange_plan.audited(step, self.mine):
             self.control.set_digest(step, index, blake3(view).digest(DIGEST_BYTES))
 
     # Going and coming.
@@ -168,8 +176,8 @@ class ExchangeThread:
         then the rest. Of a subtree of several shards the sum goes, which comes last."""
         waiting = [
             (gradient, other.name)
-            for other in self.parcels.others
-            for gradient in self.parcels.gradients(self.parcels.mine, other.name)
+            for other in self.exchange_plan.others
+            for gradient in self.exchange_plan.gradients(self.exchange_plan.mine, other.name)
         ]
         going: list[Pending] = []
 
@@ -213,7 +221,7 @@ class ExchangeThread:
     ) -> None:
         """Wait until every worker waits for the exchange to come so far, and has done its part;
         `then` is published before another membership could begin to do it once more."""
-        self._await(lambda seat: self.control.asked(seat) >= word, then, look)
+        self._await(lambda worker_id: self.control.asked(worker_id) >= word, then, look)
 
     def _await(
         self,
@@ -231,8 +239,8 @@ class ExchangeThread:
             if look is not None:
                 look()
             with control.seating:
-                seats = self._seats()
-                if seats and all(map(there, seats)):
+                worker_ids = self._worker_ids()
+                if worker_ids and all(map(there, worker_ids)):
                     if then is not None:
                         control.set_exchanged(*then)
                     return

@@ -66,7 +66,7 @@ class HostMesh:
         self.generation = 0
         self.troubles: deque[Trouble] = deque()
         self._mesh: TcpTransport | None = None
-        self._exchanger: ExchangeThread | None = None
+        self._exchange_thread: ExchangeThread | None = None
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class HostMesh:
         host: LocalHost,
         roles: HostRole,
         step: int,
-        seats: Callable[[], Sequence[int]],
+        worker_ids: Callable[[], Sequence[int]],
     ) -> None:
         """Exchange from this step on. Called when everybody rests."""
         if not roles.several:
@@ -116,7 +116,7 @@ class HostMesh:
 
         addresses = roles.others
         plan = roles.plan
-        parcels = ExchangePlan(
+        exchange_plan = ExchangePlan(
             host.control,
             memoryview(host.slots.map),
             memoryview(host.state.map),
@@ -126,15 +126,15 @@ class HostMesh:
             roles.duties,
             self.name,
         )
-        self._exchanger = ExchangeThread(
-            parcels,
+        self._exchange_thread = ExchangeThread(
+            exchange_plan,
             self._mesh,
-            seats,
+            worker_ids,
             failed,
             clip=plan.sum_limit is not None,
             spare=machine.cores() > plan.workers * plan.threads,
         )
-        self._exchanger.start(step)
+        self._exchange_thread.start(step)
 
     def trouble(self, generation: int, peer: str, error: NetworkError) -> None:
         """Take note of why this host cannot go on. May be called from any thread."""
@@ -144,9 +144,9 @@ class HostMesh:
 
     def close(self) -> None:
         """Leave the generation: whatever is under way is dropped, and memory is free again."""
-        if self._exchanger is not None:
-            self._exchanger.stop()
-            self._exchanger = None
+        if self._exchange_thread is not None:
+            self._exchange_thread.stop()
+            self._exchange_thread = None
         if self._mesh is not None:
             for peer in self._mesh.peers:
                 self._mesh.drop(peer, "the hosts are being regrouped")

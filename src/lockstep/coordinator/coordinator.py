@@ -2,7 +2,8 @@
 
 Workers run by themselves up to the lease. At a *stop* (the end of a data epoch, a checkpoint, the
 end) the lease is not extended, all workers come to rest with the state committed, and the
-coordinator evaluates, copies the state or ends the run. Its own host's workers are its `crew`.
+coordinator evaluates, copies the state or ends the run. Its own host's workers are its
+`worker_group`.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ class Coordinator(WorkerGroup):
         host: LocalHost,
         plan: Plan,
         schedule: StopSchedule,
-        sink: RunObserver,
+        observer: RunObserver,
         step: int = 0,
         *,
         warm_up: float = 0.0,
         requests: Callable[[], list[Request]] = list,
         hosts: HostGroup | None = None,
     ) -> None:
-        station = None if hosts is None else hosts.station
-        super().__init__(host, plan, sink, step, warm_up=warm_up, station=station)
+        mesh = None if hosts is None else hosts.mesh
+        super().__init__(host, plan, observer, step, warm_up=warm_up, mesh=mesh)
         self.schedule, self.hosts = schedule, hosts
         self._requests = requests
         self._stop = schedule.next_stop(step)
@@ -109,7 +110,7 @@ class Coordinator(WorkerGroup):
         self._end()
 
     def _begin(self) -> None:
-        self.decide(membership.Begin())
+        self.decide(membership.GroupStarted())
         if self.hosts is not None:
             self.hosts.begin(self)
 
@@ -128,7 +129,7 @@ class Coordinator(WorkerGroup):
             self.history.drain()
             if self.hosts is not None:
                 self.hosts.look()
-            self.sink.recovered(self.failures.recovered(self.history.committed_at))
+            self.observer.recovered(self.failures.recovered(self.history.committed_at))
             if self._rest_wanted():
                 self._stop = min(self._stop, max(self.control.lease, self.step))
             if self._at_stop():
@@ -151,7 +152,7 @@ class Coordinator(WorkerGroup):
         time, and before other hosts are let in, which begin with it."""
         pause = max(PARTS_SECONDS, self._gathering / PARTS_SHARE)
         late = self.roles.parted and time.monotonic() - self._based > pause
-        return (late or bool(hosts.waiting)) and not self.sink.busy()
+        return (late or bool(hosts.waiting)) and not self.observer.busy()
 
     def _at_stop(self) -> bool:
         return (
@@ -192,7 +193,7 @@ class Coordinator(WorkerGroup):
         if self.hosts is None or self.roles.ownership.whole:
             return True
         self.clock.rest()
-        self.sink.settle()
+        self.observer.settle()
         begun = time.monotonic()
         if self.roles.parted and not self.hosts.gather_parts():
             return False
@@ -204,32 +205,32 @@ class Coordinator(WorkerGroup):
     def _at_rest(self) -> None:
         self.clock.rest()
         if self.schedule.evaluates_at(self.step):
-            self.sink.evaluated(self.step, self.evaluation.run())
+            self.observer.evaluated(self.step, self.evaluation.run())
         if self.schedule.checkpoints_at(self.step) or self._checkpoint_due() or self._stop_asked:
             self._checkpoint()
         if self._paused:
             self._pause()
 
     def _checkpoint(self) -> None:
-        self.sink.checkpoint(*self.snapshot())
+        self.observer.checkpoint(*self.snapshot())
         self._checkpointed = time.monotonic()
         self._checkpoint_asked = False
 
     def _pause(self) -> None:
         """Stay at rest until somebody asks to go on. Workers may come and go meanwhile."""
-        self.sink.event("paused", step=self.step)
+        self.observer.event("paused", step=self.step)
         while self._paused and not self._stop_asked:
             self.listen()
             self._take_requests()
             self.watch()
-            if self._checkpoint_asked and not self.sink.busy():
+            if self._checkpoint_asked and not self.observer.busy():
                 self._checkpoint()
-        self.sink.event("went_on", step=self.step)
+        self.observer.event("went_on", step=self.step)
 
     def _checkpoint_due(self) -> bool:
         every = self.schedule.checkpoint_seconds
         due = every is not None and time.monotonic() - self._checkpointed >= every
-        return (due or self._checkpoint_asked) and not self.sink.busy()
+        return (due or self._checkpoint_asked) and not self.observer.busy()
 
     def _time_is_up(self) -> bool:
         limit = self.schedule.seconds
@@ -239,10 +240,10 @@ class Coordinator(WorkerGroup):
 
     def _take_requests(self) -> None:
         for name, number in self._requests():
-            self.sink.event("request", request=name, number=number)
+            self.observer.event("request", request=name, number=number)
             match name:
                 case "scale":
-                    self.decide(membership.Target(number))
+                    self.decide(membership.TargetChanged(number))
                 case "stop":
                     self._stop_asked = True
                 case "checkpoint":

@@ -1,7 +1,7 @@
-"""The hosts of a job, as the master sees them: `fleet` decides, here is the I/O of it.
+"""The hosts of a job, as the master sees them: `host_membership` decides, here is the I/O of it.
 
-The master listens; agents come, are checked and set up (`roster`), and then held and arranged like
-the master's own crew. All calls come from the master's thread.
+The master listens; agents come, are checked and set up (`rendezvous`), and then held and arranged
+like the master's own crew. All calls come from the master's thread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
 from lockstep.collectives.host_mesh import HostMesh
-from lockstep.coordinator import host_membership as fleet
+from lockstep.coordinator import host_membership as host_membership
 from lockstep.coordinator.divergence_check import DivergenceCheck
 from lockstep.coordinator.host_membership import HostMembership
 from lockstep.coordinator.launcher import Launcher
@@ -54,7 +54,7 @@ class HostGroup:
         self._job, self._master = job, launcher.identity.node
 
         def report(who: str, why: str) -> None:
-            self.roster.reports.append((who, why))
+            self.rendezvous.reports.append((who, why))
 
         self._transport = TcpTransport(
             launcher.identity,
@@ -65,12 +65,12 @@ class HostGroup:
             answer=True,
             silence=silent_seconds,
         )
-        self.cargo = BlobServer(self._transport)
+        self.blobs = BlobServer(self._transport)
         """What other hosts may fetch."""
-        self.link = ControlLink(self._transport, self.cargo.serve)
-        self.roster = Rendezvous(self.link, launcher, facts, samples, ownership)
+        self.link = ControlLink(self._transport, self.blobs.serve)
+        self.rendezvous = Rendezvous(self.link, launcher, facts, samples, ownership)
         launcher.report = report
-        self.station = HostMesh(
+        self.mesh = HostMesh(
             launcher.identity, launcher.host, job, report, self.link.wake, silent_seconds
         )
         self.own_plan: Plan
@@ -78,9 +78,9 @@ class HostGroup:
         self.waiting: dict[str, int] = {}
         """Hosts that wait to be let in, with their workers: where none has the whole state, they
         come in when the base is up to date."""
-        self._crew: Coordinator | None = None
+        self._worker_group: Coordinator | None = None
         self._leased = -1
-        self._fleet = HostMembership(master=self._master, whole=ownership.whole)
+        self._membership = HostMembership(master=self._master, whole=ownership.whole)
         self._standings: dict[str, HostStatus] = {}
         self._answers = AnswerAssembler()
         self._asked: dict[str, set[int]] = {}
@@ -104,10 +104,10 @@ class HostGroup:
         self.end()
         self._launcher.close()
         self._launcher.report = ignore  # the launcher may stay, and would keep all of this
-        self.station.close()
+        self.mesh.close()
         self._transport.close()
         self.link.close()
-        self.cargo.close()
+        self.blobs.close()
 
     # Before the run: gather those who are there, and tell them the plan.
 
@@ -120,62 +120,70 @@ class HostGroup:
             LockstepError: one of them cannot take part; says why.
         """
         address = self._transport.address
-        self.roster.gather(JobOffer(job=self._job, master=self._master, address=address, **offer))
+        self.rendezvous.gather(
+            JobOffer(job=self._job, master=self._master, address=address, **offer)
+        )
 
     def set_up(self, plan: Plan, host: LocalHost) -> dict[str, Any]:
         """Have every host, `host` is the master's own, allocate what the plan needs, and the others
         start their workers; returns the numerics profile."""
-        self.own_plan, profile = self.roster.set_up(plan, host)
+        self.own_plan, profile = self.rendezvous.set_up(plan, host)
         return profile
 
     @property
     def capacity(self) -> int:
         """How many workers would compute on all hosts together."""
-        return self.roster.capacity
+        return self.rendezvous.capacity
 
     # During the run.
 
-    def begin(self, crew: Coordinator) -> None:
+    def begin(self, worker_group: Coordinator) -> None:
         """The master's own crew is there: arrange all."""
-        self._crew = crew
-        crew.host.also_wake = self.link.fileno()
-        present = {self._master: crew.plan.workers, **self.roster.ready}
-        self._decide([fleet.Present(name, workers) for name, workers in present.items()])
+        self._worker_group = worker_group
+        worker_group.host.also_wake = self.link.fileno()
+        present = {self._master: worker_group.plan.workers, **self.rendezvous.ready}
+        self._decide(
+            [host_membership.HostReady(name, workers) for name, workers in present.items()]
+        )
 
     def look(self) -> None:
         """See what hosts have said, who is lost, and who rests."""
-        assert self._crew is not None
-        events: list[fleet.Event] = []
-        for who, why in self.roster.reported():
-            self._crew.sink.event("connection", peer=who, why=why)
+        assert self._worker_group is not None
+        events: list[host_membership.Event] = []
+        for who, why in self.rendezvous.reported():
+            self._worker_group.observer.event("connection", peer=who, why=why)
         kept, self._kept = self._kept, []
         for heard in [*kept, *self.link.take()]:
             events += self._heard(heard)
-        events += self._silences(self._fleet.members)
-        while self.station.troubles:
-            trouble = self.station.troubles.popleft()
+        events += self._silences(self._membership.members)
+        while self.mesh.troubles:
+            trouble = self.mesh.troubles.popleft()
             events.append(
-                fleet.Trouble(self._master, trouble.generation, trouble.peer, trouble.why)
+                host_membership.ExchangeFailed(
+                    self._master, trouble.generation, trouble.peer, trouble.why
+                )
             )
-        self._agreement.check(self._crew.history)
-        standing = self._crew.stands()
+        self._agreement.check(self._worker_group.history)
+        standing = self._worker_group.stands()
         if standing is not None:
-            generation = self._fleet.generation
-            events.append(fleet.Stood(self._master, generation, standing))
-        committed = self._crew.history.committed_at
-        if self._held_at and committed > self._held_at and not self._fleet.regrouping:
+            generation = self._membership.generation
+            events.append(host_membership.HostPaused(self._master, generation, standing))
+        committed = self._worker_group.history.committed_at
+        if self._held_at and committed > self._held_at and not self._membership.regrouping:
             stalled = round((committed - self._held_at) * 1e3, 2)
-            self._crew.sink.event(
-                "regrouped", generation=self._fleet.generation, stalled_ms=stalled
+            self._worker_group.observer.event(
+                "regrouped", generation=self._membership.generation, stalled_ms=stalled
             )
             self._held_at = 0.0
-        if self._fleet.troubles and self._crew.step > self._troubled_at:
-            events.append(fleet.Moved())
+        if self._membership.troubles and self._worker_group.step > self._troubled_at:
+            events.append(host_membership.StepsCommitted())
         self._decide(events)
 
     def torn(self, why: str) -> None:
         """The state of the master's own host is torn: all have to be regrouped."""
-        self._decide([fleet.Trouble(self._master, self._fleet.generation, "", why)])
+        self._decide(
+            [host_membership.ExchangeFailed(self._master, self._membership.generation, "", why)]
+        )
 
     def lease(self, step: int) -> None:
         """Let all hosts run every step before this one."""
@@ -189,24 +197,24 @@ class HostGroup:
     def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
         """Give the other hosts their part of a round of held-out batches, by their numbers of
         workers; returns that of the master's own."""
-        assert self._crew is not None
+        assert self._worker_group is not None
         if self._holdings:
             owned = held_out_batches(self._holdings, self.own_plan.eval_batch_size)
             shares = {name: [n for n in batches if n in owned[name]] for name in owned}
         else:
-            workers = {name: member.workers for name, member in self._fleet.members.items()}
+            workers = {name: member.workers for name, member in self._membership.members.items()}
             shares = share_batches(batches, workers, self._master)
         rest = shares.pop(self._master)
         self._answers.begin(number)
         self._asked = {name: set(mine) for name, mine in shares.items()}
         for name, mine in shares.items():
-            message = {"round": number, "step": self._crew.step, "batches": mine}
+            message = {"round": number, "step": self._worker_group.step, "batches": mine}
             self.link.tell(name, what, **message)
         return rest
 
     def gather_batches(self) -> None:
         """Wait for the answers. Who is lost, or torn, is not waited for."""
-        assert self._crew is not None
+        assert self._worker_group is not None
         while waiting := [name for name, batches in self._asked.items() if batches]:
             self._keep(0.2)
             for name in waiting:
@@ -215,7 +223,7 @@ class HostGroup:
                 elif any(heard.peer == name for heard in self._kept) or self._is_silent(name):
                     self._asked[name] = set()
 
-    def _ending(self, name: str) -> list[fleet.Event]:
+    def _ending(self, name: str) -> list[host_membership.Event]:
         """What has ended a host's part in the run, if anything has; raises the error if it has
         failed."""
         ends = [
@@ -229,10 +237,12 @@ class HostGroup:
     def _is_silent(self, name: str) -> bool:
         return self.link.silent_for(name) > self._silent_seconds
 
-    def _silences(self, names: Iterable[str]) -> list[fleet.Event]:
+    def _silences(self, names: Iterable[str]) -> list[host_membership.Event]:
         """The losses of those that have given no sign of life for too long."""
         return [
-            fleet.Lost(name, f"no sign of life for {self.link.silent_for(name):.1f} s")
+            host_membership.HostLost(
+                name, f"no sign of life for {self.link.silent_for(name):.1f} s"
+            )
             for name in names
             if name != self._master and self._is_silent(name)
         ]
@@ -243,11 +253,13 @@ class HostGroup:
 
     def _keep(self, seconds: float) -> None:
         """Hear for so many seconds, and keep for later what cannot be dealt with now."""
-        self._kept += [heard for heard in self.roster.hear(seconds) if not self._is_answer(heard)]
+        self._kept += [
+            heard for heard in self.rendezvous.hear(seconds) if not self._is_answer(heard)
+        ]
 
     def _is_answer(self, heard: Heard) -> bool:
         """Take an answer to a held-out batch."""
-        assert self._crew is not None
+        assert self._worker_group is not None
         message = heard.message or {}
         if message.get("op") != "batch":
             return bool(message.get("op") in ("event", "recovered")) and not self._said(
@@ -260,17 +272,17 @@ class HostGroup:
             return True
         if answer is not None:
             self._asked.get(heard.peer, set()).discard(answer["batch"])
-            self._crew.evaluation.heard({**answer, "event": "batch"})
+            self._worker_group.evaluation.heard({**answer, "event": "batch"})
         return True
 
     # The parts of the state that each host alone has, while all rest.
 
     def gather_parts(self) -> bool:
         """Get the other hosts' parts of the state. False: one is lost, or has a trouble."""
-        assert self._crew is not None
+        assert self._worker_group is not None
         for name in self._others():
-            self.link.tell(name, "give", step=self._crew.step)
-        return self._crew.take_parts(self._undisturbed)
+            self.link.tell(name, "give", step=self._worker_group.step)
+        return self._worker_group.take_parts(self._undisturbed)
 
     def _undisturbed(self) -> bool:
         """Whether nobody has said, since all rest, that it cannot go on."""
@@ -284,7 +296,9 @@ class HostGroup:
     def let_in(self) -> None:
         """Let the hosts that wait take part from here on."""
         waiting, self.waiting = self.waiting, {}
-        self._decide([fleet.Present(name, workers) for name, workers in waiting.items()])
+        self._decide(
+            [host_membership.HostReady(name, workers) for name, workers in waiting.items()]
+        )
 
     def end(self) -> None:
         """The run is over: let the agents go. Without it they would take the master for lost."""
@@ -293,15 +307,19 @@ class HostGroup:
 
     def _others(self) -> list[str]:
         """All hosts of the run but the master's own."""
-        return [name for name in self._fleet.members if name != self._master]
+        return [name for name in self._membership.members if name != self._master]
 
-    def _heard(self, heard: Heard) -> list[fleet.Event]:
+    def _heard(self, heard: Heard) -> list[host_membership.Event]:
         name, message = heard.peer, heard.message
         if message is None:
-            self.roster.lost(name)
+            self.rendezvous.lost(name)
             self.waiting.pop(name, None)
             why = heard.error.found or heard.error.what if heard.error else "it has gone"
-            return [fleet.Lost(name, why, closed=True)] if name in self._fleet.members else []
+            return (
+                [host_membership.HostLost(name, why, closed=True)]
+                if name in self._membership.members
+                else []
+            )
         try:
             return self._said(name, message)
         except (KeyError, TypeError, ValueError) as error:
@@ -309,75 +327,80 @@ class HostGroup:
                 f"host {name} has sent a message that says nothing", found=ascii(error)[:200]
             )
             self._transport.drop(name, problem.what)
-            return [fleet.Lost(name, problem.what)]
+            return [host_membership.HostLost(name, problem.what)]
 
-    def _said(self, name: str, message: Message) -> list[fleet.Event]:
-        assert self._crew is not None
-        sink = self._crew.sink
+    def _said(self, name: str, message: Message) -> list[host_membership.Event]:
+        assert self._worker_group is not None
+        observer = self._worker_group.observer
         match message["op"]:
             case "stood":
                 standing = HostStatus.from_message(message["standing"])
-                return [fleet.Stood(name, message["generation"], standing)]
+                return [host_membership.HostPaused(name, message["generation"], standing)]
             case "trouble":
                 peer, why = str(message["other"]), str(message["why"])
-                return [fleet.Trouble(name, message["generation"], peer, why)]
+                return [host_membership.ExchangeFailed(name, message["generation"], peer, why)]
             case "recorded":
                 self._agreement.told(name, int(message["step"]), str(message["digest"]))
             case "event":
-                sink.event(str(message["name"]), **{**message["fields"], "host": name})
+                observer.event(str(message["name"]), **{**message["fields"], "host": name})
             case "recovered":
-                sink.recovered([{**each, "host": name} for each in message["recoveries"]])
-            case "failed" if name not in self._fleet.members:  # it was to join; all go on
-                sink.event("refused", host=name, why=str(about(name, message)))
+                observer.recovered([{**each, "host": name} for each in message["recoveries"]])
+            case "failed" if name not in self._membership.members:  # it was to join; all go on
+                observer.event("refused", host=name, why=str(about(name, message)))
             case "failed":
                 error = about(name, message)
-                raise self._crew.failures.raised(error, message["step"], self._crew.snapshot)
+                raise self._worker_group.failures.raised(
+                    error, message["step"], self._worker_group.snapshot
+                )
             case "present":
                 try:
-                    self.roster.present(name, message, running=True)
+                    self.rendezvous.present(name, message, running=True)
                 except RefusedError as refused:
-                    sink.event("refused", host=name, why=refused.found)
+                    observer.event("refused", host=name, why=refused.found)
             case "ready":
-                workers = self.roster.is_ready(name, message)
-                if self._fleet.whole:
-                    return [fleet.Present(name, workers)]
+                workers = self.rendezvous.is_ready(name, message)
+                if self._membership.whole:
+                    return [host_membership.HostReady(name, workers)]
                 self.waiting[name] = workers
         return []
 
-    def _decide(self, events: list[fleet.Event]) -> None:
+    def _decide(self, events: list[host_membership.Event]) -> None:
         """Let the fleet decide on what has happened, and carry its last word out."""
-        assert self._crew is not None
-        last: fleet.Hold | fleet.Arrange | None = None
+        assert self._worker_group is not None
+        last: host_membership.PauseHosts | host_membership.ResumeHosts | None = None
         for event in events:
-            if isinstance(event, fleet.Stood):
+            if isinstance(event, host_membership.HostPaused):
                 self._standings[event.name] = event.standing
-            self._fleet, commands, reason = fleet.decide(self._fleet, event)
-            if isinstance(event, fleet.Trouble):
-                self._troubled_at = self._crew.step
+            self._membership, commands, reason = host_membership.decide(self._membership, event)
+            if isinstance(event, host_membership.ExchangeFailed):
+                self._troubled_at = self._worker_group.step
             for command in commands:
-                if isinstance(command, fleet.Abandon):
-                    self._crew.sink.event("host_lost", host=command.name, why=command.why)
+                if isinstance(command, host_membership.AbandonHost):
+                    self._worker_group.observer.event(
+                        "host_lost", host=command.name, why=command.why
+                    )
                     silent = self.link.silent_for(command.name)
-                    self._crew.failures.host_died(command.name, command.why, silent)
+                    self._worker_group.failures.host_died(command.name, command.why, silent)
                     check_whole(self._holdings, command.name, command.why)
                     if command.drop:
                         self._transport.drop(command.name, command.why)
                 else:
                     last = command
-                    self._crew.sink.event(
-                        "hosts", generation=self._fleet.generation, reason=reason,
-                        hosts=sorted(self._fleet.members), going_on=isinstance(last, fleet.Arrange),
+                    self._worker_group.observer.event(
+                        "hosts", generation=self._membership.generation, reason=reason,
+                        hosts=sorted(self._membership.members), going_on=isinstance(last,
+                        host_membership.ResumeHosts),
                     )  # fmt: skip
-        if isinstance(last, fleet.Hold):
+        if isinstance(last, host_membership.PauseHosts):
             self._held_at = self._held_at or time.monotonic()
             for name in self._others():
                 self.link.tell(name, "hold", generation=last.generation)
-            self._crew.hold(last.generation)
-        elif isinstance(last, fleet.Arrange):
+            self._worker_group.hold(last.generation)
+        elif isinstance(last, host_membership.ResumeHosts):
             self._arrange(last)
 
-    def _arrange(self, command: fleet.Arrange) -> None:
-        assert self._crew is not None
+    def _arrange(self, command: host_membership.ResumeHosts) -> None:
+        assert self._worker_group is not None
         addresses = {name: self._standings[name].address for name in command.workers}
         orders = RegroupOrder(
             step=command.step,
@@ -389,4 +412,4 @@ class HostGroup:
         for name in self._others():
             lease = max(self._leased, 0)
             self.link.tell(name, "arrange", **orders.to_message(), lease=lease)
-        self._crew.arrange(orders)
+        self._worker_group.arrange(orders)

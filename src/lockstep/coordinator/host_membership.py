@@ -3,9 +3,9 @@
     decide(fleet, event) -> (fleet, commands, reason)
 
 A pure function, as `membership` is for a host's workers. Hosts are regrouped in three moves: all
-are told to come to rest (`Hold`, which begins a *generation*), each says in what state it stands
-(`Stood`), and when all have, they are told who computes what, from which step on, and who copies
-the state from whom (`Arrange`). A death on the way begins another generation.
+are told to come to rest (`PauseHosts`, which begins a *generation*), each says in what state it
+stands (`HostPaused`), and when all have, they are told who computes what, from which step on, and
+who copies the state from whom (`ResumeHosts`). A death on the way begins another generation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_TROUBLES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class HostMember:
     """A host of the fleet."""
 
     workers: int
@@ -34,7 +34,7 @@ class HostMembership:
 
     master: str
     """The host that coordinates: it is never given up on."""
-    members: Mapping[str, Member] = field(default_factory=dict)
+    members: Mapping[str, HostMember] = field(default_factory=dict)
     generation: int = 0
     regrouping: bool = False
     whole: bool = True
@@ -50,7 +50,7 @@ class HostMembership:
 
 
 @dataclass(frozen=True)
-class Present:
+class HostReady:
     """A host is ready to take part, with so many workers."""
 
     name: str
@@ -58,7 +58,7 @@ class Present:
 
 
 @dataclass(frozen=True)
-class Stood:
+class HostPaused:
     """A host rests, and says how it stands."""
 
     name: str
@@ -67,7 +67,7 @@ class Stood:
 
 
 @dataclass(frozen=True)
-class Lost:
+class HostLost:
     """A host is gone, or has said nothing for too long."""
 
     name: str
@@ -77,7 +77,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Trouble:
+class ExchangeFailed:
     """A host cannot go on: its state is torn (`peer` is empty), or it has lost another host."""
 
     name: str
@@ -87,25 +87,25 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Moved:
+class StepsCommitted:
     """A step was committed."""
 
 
-Event = Present | Stood | Lost | Trouble | Moved
+Event = HostReady | HostPaused | HostLost | ExchangeFailed | StepsCommitted
 
 
 # Commands.
 
 
 @dataclass(frozen=True)
-class Hold:
+class PauseHosts:
     """Tell every host to come to rest; a new generation begins."""
 
     generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrange:
+class ResumeHosts:
     """Tell every host who computes what, and where to go on."""
 
     generation: int
@@ -118,7 +118,7 @@ class Arrange:
 
 
 @dataclass(frozen=True)
-class Abandon:
+class AbandonHost:
     """Have nothing to do with this host any more."""
 
     name: str
@@ -127,77 +127,95 @@ class Abandon:
     """Whether it may be connected still."""
 
 
-Command = Hold | Arrange | Abandon
+Command = PauseHosts | ResumeHosts | AbandonHost
 Decision = tuple[HostMembership, tuple[Command, ...], str]
 
 
-def decide(fleet: HostMembership, event: Event) -> Decision:
+def decide(host_membership: HostMembership, event: Event) -> Decision:
     """The next state, what to do, and why."""
     match event:
-        case Present(name, workers):
-            members = {**fleet.members, name: Member(workers=workers)}
-            return _hold(replace(fleet, members=members), f"host {name} is there")
-        case Stood(name, generation, standing):
-            if generation != fleet.generation or name not in fleet.members:
-                return fleet, (), f"host {name} speaks of another generation"
-            member = replace(fleet.members[name], standing=standing)
-            fleet = replace(fleet, members={**fleet.members, name: member})
-            return _arrange_if_all_stand(fleet, f"host {name} rests")
-        case Lost(name, why, closed):
-            return _lost(fleet, name, why, drop=not closed)
-        case Trouble(name, generation, peer, why):
-            if generation != fleet.generation or name not in fleet.members:
-                return fleet, (), f"host {name} speaks of another generation"
-            return _trouble(fleet, name, peer, why)
-        case Moved():
-            return replace(fleet, troubles={}) if fleet.troubles else fleet, (), "a step was made"
+        case HostReady(name, workers):
+            members = {**host_membership.members, name: HostMember(workers=workers)}
+            return _hold(replace(host_membership, members=members), f"host {name} is there")
+        case HostPaused(name, generation, standing):
+            if generation != host_membership.generation or name not in host_membership.members:
+                return host_membership, (), f"host {name} speaks of another generation"
+            member = replace(host_membership.members[name], standing=standing)
+            host_membership = replace(
+                host_membership, members={**host_membership.members, name: member}
+            )
+            return _arrange_if_all_stand(host_membership, f"host {name} rests")
+        case HostLost(name, why, closed):
+            return _lost(host_membership, name, why, drop=not closed)
+        case ExchangeFailed(name, generation, peer, why):
+            if generation != host_membership.generation or name not in host_membership.members:
+                return host_membership, (), f"host {name} speaks of another generation"
+            return _trouble(host_membership, name, peer, why)
+        case StepsCommitted():
+            return (
+                replace(host_membership, troubles={})
+                if host_membership.troubles
+                else host_membership,
+                (),
+                "a step was made",
+            )
 
 
-def _hold(fleet: HostMembership, reason: str) -> Decision:
-    members = {name: replace(member, standing=None) for name, member in fleet.members.items()}
-    fleet = replace(fleet, members=members, generation=fleet.generation + 1, regrouping=True)
-    return fleet, (Hold(fleet.generation),), reason
+def _hold(host_membership: HostMembership, reason: str) -> Decision:
+    members = {
+        name: replace(member, standing=None) for name, member in host_membership.members.items()
+    }
+    host_membership = replace(
+        host_membership, members=members, generation=host_membership.generation + 1, regrouping=True
+    )
+    return host_membership, (PauseHosts(host_membership.generation),), reason
 
 
-def _lost(fleet: HostMembership, name: str, why: str, *, drop: bool = True) -> Decision:
-    if name not in fleet.members:
-        return fleet, (), f"host {name} was given up before"
-    members = {other: member for other, member in fleet.members.items() if other != name}
-    fleet, commands, reason = _hold(replace(fleet, members=members), f"host {name} is lost: {why}")
-    return fleet, (Abandon(name, why, drop), *commands), reason
+def _lost(host_membership: HostMembership, name: str, why: str, *, drop: bool = True) -> Decision:
+    if name not in host_membership.members:
+        return host_membership, (), f"host {name} was given up before"
+    members = {other: member for other, member in host_membership.members.items() if other != name}
+    host_membership, commands, reason = _hold(
+        replace(host_membership, members=members), f"host {name} is lost: {why}"
+    )
+    return host_membership, (AbandonHost(name, why, drop), *commands), reason
 
 
-def _trouble(fleet: HostMembership, name: str, peer: str, why: str) -> Decision:
-    if peer not in fleet.members:
-        return _hold(fleet, f"host {name}: {why}")
+def _trouble(host_membership: HostMembership, name: str, peer: str, why: str) -> Decision:
+    if peer not in host_membership.members:
+        return _hold(host_membership, f"host {name}: {why}")
     pair = frozenset((name, peer))
-    count = fleet.troubles.get(pair, 0) + 1
+    count = host_membership.troubles.get(pair, 0) + 1
     if count >= MOST_TROUBLES:
-        gone = name if peer == fleet.master else peer
-        return _lost(fleet, gone, f"hosts {name} and {peer} cannot reach each other: {why}")
-    fleet = replace(fleet, troubles={**fleet.troubles, pair: count})
-    return _hold(fleet, f"host {name} has lost host {peer}: {why}")
+        gone = name if peer == host_membership.master else peer
+        return _lost(
+            host_membership, gone, f"hosts {name} and {peer} cannot reach each other: {why}"
+        )
+    host_membership = replace(host_membership, troubles={**host_membership.troubles, pair: count})
+    return _hold(host_membership, f"host {name} has lost host {peer}: {why}")
 
 
-def _arrange_if_all_stand(fleet: HostMembership, reason: str) -> Decision:
-    standings = {name: member.standing for name, member in fleet.members.items()}
+def _arrange_if_all_stand(host_membership: HostMembership, reason: str) -> Decision:
+    standings = {name: member.standing for name, member in host_membership.members.items()}
     known = {name: standing for name, standing in standings.items() if standing is not None}
-    if not fleet.regrouping or len(known) < len(standings):
-        return fleet, (), reason
-    if fleet.whole:
-        step, source, actions = settle(known, fleet.master)
+    if not host_membership.regrouping or len(known) < len(standings):
+        return host_membership, (), reason
+    if host_membership.whole:
+        step, source, actions = settle(known, host_membership.master)
     else:
-        step, source, actions = settle_parts(known, fleet.master, fleet.arranged)
-    names = in_order(known, fleet.master)
-    command = Arrange(
-        generation=fleet.generation,
+        step, source, actions = settle_parts(
+            known, host_membership.master, host_membership.arranged
+        )
+    names = in_order(known, host_membership.master)
+    command = ResumeHosts(
+        generation=host_membership.generation,
         step=step,
-        workers={name: fleet.members[name].workers for name in names},
+        workers={name: host_membership.members[name].workers for name in names},
         actions=actions,
         source=source,
     )
-    fleet = replace(fleet, regrouping=False, arranged=frozenset(names))
-    return fleet, (command,), f"{reason}, as all do"
+    host_membership = replace(host_membership, regrouping=False, arranged=frozenset(names))
+    return host_membership, (command,), f"{reason}, as all do"
 
 
 def in_order(names: Iterable[str], master: str) -> list[str]:

@@ -59,9 +59,9 @@ def open_hosts(
     try:
         data = _data_of(host) if records is None else records.content
         if data is not None:
-            hosts.cargo.put("data", data)
+            hosts.blobs.put("data", data)
         if archive is not None:
-            hosts.cargo.put("code", archive.data)
+            hosts.blobs.put("code", archive.data)
         hosts.gather(
             task=task,
             args=dict(source.args),
@@ -70,7 +70,7 @@ def open_hosts(
             data=None if data is None else BlobInfo.of(data),
             records=None if records is None else records.request,
         )
-        hosts.roster.check_servers(job.servers)
+        hosts.rendezvous.check_servers(job.servers)
     except BaseException:
         hosts.close()
         raise
@@ -110,14 +110,14 @@ def spread(job: Job, facts: Facts, hosts: HostGroup) -> Plan:
     Raises:
         JobError, DataError: the settings do not fit each other, the data or the hosts.
     """
-    capacities = hosts.roster.capacities
+    capacities = hosts.rendezvous.capacities
     workers = job.workers or hosts.capacity
     division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
-    shares = hosts.roster.share_out(workers)
+    shares = hosts.rendezvous.share_out(workers)
     listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
     why = f"{division}: on {len(capacities)} hosts, {listed}"
     if job.data == "local":
-        holdings = divide(hosts.roster.samples, division.shards)
+        holdings = divide(hosts.rendezvous.samples, division.shards)
         plan = decompose(job, _of_all(facts, holdings), division, why)
         return dataclasses.replace(plan, holdings=holdings)
     plan = decompose(job, facts, division, why)

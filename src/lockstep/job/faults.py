@@ -39,7 +39,7 @@ process that leads the host's workers, and so to all of its host."""
 class Fault:
     """One fault: what happens to which worker, when."""
 
-    seat: int
+    worker_id: int
     """The worker's seat; -1: whoever gets there first."""
     step: int
     phase: str

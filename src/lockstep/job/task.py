@@ -44,7 +44,7 @@ class Task:
         """The held-out set, or None. Evaluated after every data epoch: every sample once."""
         return None
 
-    def told(self, place: Position) -> None:
+    def set_position(self, place: Position) -> None:
         """Where in the run the calls that follow belong: of how many steps which, and which batch.
 
         Called before `optimizer` and `scheduler` (with the run's beginning), and before each

@@ -88,7 +88,7 @@ def fetch(
     link: ControlLink,
     master: str,
     hold: Hold,
-    bill: BlobInfo,
+    blob: BlobInfo,
     into: memoryview,
     silent_seconds: float,
 ) -> None:
@@ -98,7 +98,7 @@ def fetch(
         NetworkError: the master is lost, or has been silent for so many seconds.
         IntegrityError: they are not what the bill says.
     """
-    pieces = [into[at : at + PIECE_BYTES] for at in range(0, bill.nbytes, PIECE_BYTES)]
+    pieces = [into[at : at + PIECE_BYTES] for at in range(0, blob.nbytes, PIECE_BYTES)]
     digest, asked = blake3(), deque[Pending]()
     for number, piece in enumerate(pieces):
         for ahead in range(number + len(asked), min(number + AHEAD, len(pieces))):
@@ -111,10 +111,10 @@ def fetch(
             lambda: link.silent_for(master) <= silent_seconds,
         )
         digest.update(piece)
-    if digest.hexdigest() != bill.digest:
+    if digest.hexdigest() != blob.digest:
         raise IntegrityError(
             f"the {hold} that host {master} has sent is not what was offered",
-            expected=f"digest {bill.digest[:16]}…",
+            expected=f"digest {blob.digest[:16]}…",
             found=f"digest {digest.hexdigest()[:16]}…",
             fix="run the job again; if it happens again, look at who is between the two hosts",
         )

@@ -25,7 +25,7 @@ class Plan:
     workers: int
     shards: int
     threads: int
-    seats: int
+    max_workers: int
     """The most workers that there can be at a time."""
     steps: int
     batch_size: int
@@ -115,31 +115,33 @@ class Plan:
                 expected=f"at most {self.shards} workers",
                 found=f"{workers}",
             )
-        seats = max(workers, self.seats)
-        return dataclasses.replace(self, workers=workers, seats=seats, faults=())
+        max_workers = max(workers, self.max_workers)
+        return dataclasses.replace(self, workers=workers, max_workers=max_workers, faults=())
 
     def for_host(self, name: str, workers: int) -> Plan:
         """One host's part: its number of workers, and no faults that are for other hosts."""
         faults = tuple(
-            fault if fault["host"] in (None, name) else {**fault, "seat": NOBODY}
+            fault if fault["host"] in (None, name) else {**fault, "worker_id": NOBODY}
             for fault in self.faults
         )
-        plan = dataclasses.replace(self, workers=workers, seats=workers, faults=faults)
+        plan = dataclasses.replace(self, workers=workers, max_workers=workers, faults=faults)
         if not self.holdings:
             return plan
         part = [each.host for each in self.holdings].index(name)
         most = min(workers, self.holdings[part].shards)
-        return dataclasses.replace(plan, part=part, workers=most, seats=most)
+        return dataclasses.replace(plan, part=part, workers=most, max_workers=most)
 
     def to_message(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return dataclasses.asdict(self)
+        """JSON-ready. `max_workers` is called `seats` in manifests."""
+        message = dataclasses.asdict(self)
+        return {"seats" if name == "max_workers" else name: message[name] for name in message}
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Plan:
         tuples = {name: tuple(message[name]) for name in ("reasons", "faults", "servers")}
         holdings = from_message(message.get("holdings", ()))
-        return Plan(**{**message, **tuples, "holdings": holdings})
+        fields = {"max_workers" if name == "seats" else name: message[name] for name in message}
+        return Plan(**{**fields, **tuples, "holdings": holdings})
 
 
 def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan:
@@ -193,7 +195,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         workers=division.workers,
         shards=division.shards,
         threads=division.threads,
-        seats=min(max(division.workers, job.max_workers or 0), division.shards),
+        max_workers=min(max(division.workers, job.max_workers or 0), division.shards),
         steps=steps,
         planned_steps=steps,
         batch_size=batch_size,

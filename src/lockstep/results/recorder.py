@@ -189,5 +189,5 @@ class Recorder:
                 stat.name.lower(): round(float(self.host.control.seconds[number][stat]), 4)
                 for stat in Stat
             }
-            for number in sorted(self.host.seats)
+            for number in sorted(self.host.worker_ids)
         }

@@ -46,7 +46,7 @@ class ControlShape:
     """The sizes that fix where everything in the control segment lies."""
 
     shards: int
-    seats: int
+    max_workers: int
     """How many workers there can be at one time; a worker's seat is its index here."""
     params: int
 
@@ -55,13 +55,13 @@ class ControlShape:
         words = LINE // 4
         return {
             "header": (np.int32, (HEADER, words)),
-            "progress": (np.int32, (self.seats, words)),
+            "progress": (np.int32, (self.max_workers, words)),
             "shard_done": (np.int32, (self.shards,)),
             "shard_by": (np.int32, (self.shards,)),
             "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
             "ready": (np.int32, (self.shards, max(self.params, 1))),
             "norms": (np.float64, (max(self.params, 1),)),
-            "seconds": (np.float64, (self.seats, len(Stat))),
+            "seconds": (np.float64, (self.max_workers, len(Stat))),
             "losses": (np.float64, (RING, self.shards)),
             "total_norms": (np.float64, (RING,)),
             "times": (np.float64, (RING,)),
@@ -107,7 +107,7 @@ class ControlSegment:
         self.losses = arrays["losses"]
         self.total_norms = arrays["total_norms"]
         self.times = arrays["times"]
-        self.base_due = arrays["base_due"]
+        self.snapshot_due = arrays["base_due"]
         """Whether the base is brought up to date after a step. Set by the master before it grants
         the step, so that all workers agree."""
         self._digests = arrays["digests"]
@@ -134,11 +134,11 @@ class ControlSegment:
     # After how many steps the base was taken. Written by rank 0, and by the master at rest.
 
     @property
-    def base_step(self) -> int:
+    def snapshot_step(self) -> int:
         return self._words[2 * LINE // 4]
 
-    @base_step.setter
-    def base_step(self, step: int) -> None:
+    @snapshot_step.setter
+    def snapshot_step(self, step: int) -> None:
         self._words[2 * LINE // 4] = step
 
     # How far the exchange between hosts is. Written by the exchanger.
@@ -180,58 +180,60 @@ class ControlSegment:
         raised = self.epoch + 1
         self._words[LINE // 4] = raised
         futex.wake(self.exchange_address)
-        for seat in range(self.shape.seats):
-            futex.wake(self.progress_address(seat))
+        for worker_id in range(self.shape.max_workers):
+            futex.wake(self.progress_address(worker_id))
         return raised
 
-    def progress(self, seat: int) -> int:
-        return self._words[(HEADER + seat) * LINE // 4]
+    def progress(self, worker_id: int) -> int:
+        return self._words[(HEADER + worker_id) * LINE // 4]
 
-    def set_progress(self, seat: int, value: int) -> None:
-        """Publish how far the worker in `seat` is. Called by that worker alone while it lives."""
-        self._words[(HEADER + seat) * LINE // 4] = value
+    def set_progress(self, worker_id: int, value: int) -> None:
+        """Publish how far the worker in `worker_id` is. Called by that worker alone while it
+        lives."""
+        self._words[(HEADER + worker_id) * LINE // 4] = value
 
-    def progress_address(self, seat: int) -> int:
+    def progress_address(self, worker_id: int) -> int:
         """The address of a seat's progress word, for futex waits."""
-        return self.base + (HEADER + seat) * LINE
+        return self.base + (HEADER + worker_id) * LINE
 
-    def shard(self, seat: int) -> int:
-        """The shard or held-out batch that the worker in `seat` is on, or was on last; -1: none."""
-        return self._words[(HEADER + seat) * LINE // 4 + 1]
+    def shard(self, worker_id: int) -> int:
+        """The shard or held-out batch that the worker in `worker_id` is on, or was on last; -1:
+        none."""
+        return self._words[(HEADER + worker_id) * LINE // 4 + 1]
 
-    def forget_shard(self, seat: int) -> None:
-        """Say that the worker in `seat` is on none. Called by the master before it begins."""
-        self._words[(HEADER + seat) * LINE // 4 + 1] = -1
+    def forget_shard(self, worker_id: int) -> None:
+        """Say that the worker in `worker_id` is on none. Called by the master before it begins."""
+        self._words[(HEADER + worker_id) * LINE // 4 + 1] = -1
 
-    def sign_of_life(self, seat: int) -> tuple[int, int, int]:
-        """Changes whenever the worker in `seat` gets anywhere."""
-        word = (HEADER + seat) * LINE // 4
+    def sign_of_life(self, worker_id: int) -> tuple[int, int, int]:
+        """Changes whenever the worker in `worker_id` gets anywhere."""
+        word = (HEADER + worker_id) * LINE // 4
         return self._words[word], self._words[word + 1], self._words[word + 2]
 
-    def beat(self, seat: int, shard: int) -> None:
+    def beat(self, worker_id: int, shard: int) -> None:
         """Say that this worker begins a shard, or a held-out batch. Called by the worker."""
-        word = (HEADER + seat) * LINE // 4
+        word = (HEADER + worker_id) * LINE // 4
         self._words[word + 1] = shard
         self._words[word + 2] = (self._words[word + 2] + 1) & 0x7FFFFFFF
 
-    def updating(self, seat: int) -> int:
-        """The last step whose update the worker in `seat` has begun."""
-        return self._words[(HEADER + seat) * LINE // 4 + 3]
+    def updating(self, worker_id: int) -> int:
+        """The last step whose update the worker in `worker_id` has begun."""
+        return self._words[(HEADER + worker_id) * LINE // 4 + 3]
 
-    def set_updating(self, seat: int, step: int) -> None:
+    def set_updating(self, worker_id: int, step: int) -> None:
         """Say that this worker is about to overwrite the state. Called by it before it does, and
         by the master, with -1, when everybody rests."""
-        self._words[(HEADER + seat) * LINE // 4 + 3] = step
+        self._words[(HEADER + worker_id) * LINE // 4 + 3] = step
 
-    def asked(self, seat: int) -> int:
-        """The exchanger's word that the worker in `seat` waits for, or has waited for last: its own
-        part in what leads there is done."""
-        return self._words[(HEADER + seat) * LINE // 4 + 4]
+    def asked(self, worker_id: int) -> int:
+        """The exchanger's word that the worker in `worker_id` waits for, or has waited for last:
+        its own part in what leads there is done."""
+        return self._words[(HEADER + worker_id) * LINE // 4 + 4]
 
-    def ask(self, seat: int, word: int) -> None:
+    def ask(self, worker_id: int, word: int) -> None:
         """Say that this worker waits for the exchange. Called by it, and by the master, with 0,
         before it begins."""
-        self._words[(HEADER + seat) * LINE // 4 + 4] = word
+        self._words[(HEADER + worker_id) * LINE // 4 + 4] = word
 
     def set_digest(self, step: int, index: int, digest: bytes) -> None:
         """Record the digest of the step's unit of this index."""

@@ -30,11 +30,13 @@ class FaultInjector:
     """A worker's view of the script."""
 
     def __init__(
-        self, script: Sequence[Mapping[str, Any]], seat: int, control: ControlSegment
+        self, script: Sequence[Mapping[str, Any]], worker_id: int, control: ControlSegment
     ) -> None:
         faults = [Fault(**item) for item in script]
         self._mine = [
-            (number, fault) for number, fault in enumerate(faults) if fault.seat in (seat, -1)
+            (number, fault)
+            for number, fault in enumerate(faults)
+            if fault.worker_id in (worker_id, -1)
         ]
         self._fired, self._fd = control.fired, control.segment.fd
         self.slow_down = 0.0

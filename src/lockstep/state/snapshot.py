@@ -59,16 +59,16 @@ class Snapshot:
     def take(self, step: int) -> memoryview:
         """Copy the state after `step` committed steps; returns the copy."""
         self._base[:] = self._state
-        self.control.base_step = step
+        self.control.snapshot_step = step
         return self._base
 
     @property
     def view(self) -> memoryview:
-        """The base: the state after `control.base_step` committed steps."""
+        """The base: the state after `control.snapshot_step` committed steps."""
         return self._base
 
-    def put_back(self) -> None:
-        """Make the state what the base holds: that after `control.base_step` steps."""
+    def roll_back(self) -> None:
+        """Make the state what the base holds: that after `control.snapshot_step` steps."""
         self._state[:] = self._base
 
     def close(self) -> None:

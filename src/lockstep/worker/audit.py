@@ -53,7 +53,9 @@ class GradientAudit:
         self._spares = [_private_copy(shared.slots[0]) for _ in range(2)]
         self._flags = [np.zeros_like(shared.control.has_grad[0]) for _ in range(2)]
 
-    def check(self, step: int, shards: Sequence[int], rank: int, workers: int, seat: int) -> None:
+    def check(
+        self, step: int, shards: Sequence[int], rank: int, workers: int, worker_id: int
+    ) -> None:
         """Compute this worker's part of the sample again and compare.
 
         Called when all gradients of the step are there and before any is used.
@@ -64,9 +66,9 @@ class GradientAudit:
         for shard in shards:
             mine = auditor_of(shard, workers) == rank
             if mine and is_audited(self.seed, "shard", step, shard, self.fraction):
-                self._check_shard(step, shard, seat)
+                self._check_shard(step, shard, worker_id)
 
-    def _check_shard(self, step: int, shard: int, seat: int) -> None:
+    def _check_shard(self, step: int, shard: int, worker_id: int) -> None:
         control, slot = self.shared.control, self.shared.slots[shard]
         losses = control.losses[step % RING]
         first = self._again(step, shard, 0)
@@ -76,12 +78,12 @@ class GradientAudit:
         second = self._again(step, shard, 1)
         worker = int(control.shard_by[shard])
         if second == original:
-            worker = seat
+            worker = worker_id
         elif second != first:
             raise IntegrityError(
                 f"shard {shard} of step {step} gave three results in three computations",
                 expected="the same bytes",
-                found=f"workers {worker} and {seat} disagree, and {seat} with itself",
+                found=f"workers {worker} and {worker_id} disagree, and {worker_id} with itself",
                 fix="the task draws on something that is not seeded, or this machine is faulty",
             )
         else:

@@ -32,7 +32,7 @@ def build(
     model: nn.Module,
     *,
     shards: int,
-    seats: int,
+    max_workers: int,
     clip: bool,
     networked: bool = False,
     compression: str = "none",
@@ -89,7 +89,7 @@ def build(
     )
     return _allocate(
         contents, allocate(contents), optimizer, param_groups,
-        seats=seats, clip=clip, networked=networked,
+        max_workers=max_workers, clip=clip, networked=networked,
     )  # fmt: skip
 
 
@@ -182,14 +182,14 @@ def _allocate(
     optimizer: torch.optim.Optimizer,
     param_groups: list[int | None],
     *,
-    seats: int,
+    max_workers: int,
     clip: bool,
     networked: bool,
 ) -> SharedState:
     """Create the segments, move the initial values in and bind the model to them."""
     model, trainable, shards = contents.model, contents.trainable, contents.shards
     starts = _initial_states(contents, optimizer)  # before parameters move
-    shape = ControlShape(shards=shards, seats=seats, params=len(trainable))
+    shape = ControlShape(shards=shards, max_workers=max_workers, params=len(trainable))
     slot_bytes, state_bytes = places.layout.slots_bytes, places.layout.state_bytes
     spare = most_subtrees(shards) if networked else 0
     restored = 0

@@ -54,7 +54,7 @@ class Inference:
 
     def afresh(self, purpose: str, batch: int, samples: int) -> None:
         """Be as before the first batch: what computes one may change buffers and modes."""
-        self.task.told(self.place.at_batch(self.place.step, batch, samples))
+        self.task.set_position(self.place.at_batch(self.place.step, batch, samples))
         seed_everything(derive(self.seed, purpose, batch))
         self._buffers.restore(self._committed)
         self._modes.restore()

@@ -159,7 +159,7 @@ class ForkServer:
         if channel is not None:
             raise Cloned
 
-    def _fork(self, seat: int, answer: Message) -> Channel | None:
+    def _fork(self, worker_id: int, answer: Message) -> Channel | None:
         """Fork, and tell the agent of the child; in the child, return its end of its channel."""
         ours, theirs = Channel.pair()
         parent = os.getpid()
@@ -169,7 +169,7 @@ class ForkServer:
             _in_child(parent, [self.channel, ours])
             return theirs
         theirs.close()
-        self.children[pid] = seat
+        self.children[pid] = worker_id
         pidfd = os.pidfd_open(pid)
         try:
             self.channel.send({**answer, "pid": pid}, [ours.fileno(), pidfd])
@@ -178,14 +178,14 @@ class ForkServer:
             ours.close()
         return None
 
-    def _be_worker(self, seat: int, channel: Channel) -> None:
+    def _be_worker(self, worker_id: int, channel: Channel) -> None:
         """Run a worker to its end; never returns."""
         from lockstep.worker.main import work
 
         assert self.session is not None
         code = 1
         try:
-            code = work(self.session, seat, channel)
+            code = work(self.session, worker_id, channel)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -199,9 +199,9 @@ class ForkServer:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            seat = self.children.pop(pid, -1)
+            worker_id = self.children.pop(pid, -1)
             code = os.waitstatus_to_exitcode(status)
-            self.channel.send({"event": "exited", "seat": seat, "pid": pid, "code": code})
+            self.channel.send({"event": "exited", "seat": worker_id, "pid": pid, "code": code})
 
     def end(self) -> None:
         """Kill and reap every child."""
@@ -244,25 +244,25 @@ def _restore_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def serve(nursery: ForkServer) -> bool:
+def serve(forkserver: ForkServer) -> bool:
     """Answer requests until the agent closes the channel; true in a clone, that is to go on."""
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     poll = select.poll()
-    poll.register(nursery.channel, select.POLLIN)
+    poll.register(forkserver.channel, select.POLLIN)
     poll.register(wake_read, select.POLLIN)
     try:
         while True:
             ready = {fd for fd, _ in poll.poll()}
             if wake_read in ready:
                 os.read(wake_read, 4096)
-                nursery.reap()
-            if nursery.channel.fileno() in ready:
-                request, fds = nursery.channel.receive()
-                _answer(nursery, request, fds)
+                forkserver.reap()
+            if forkserver.channel.fileno() in ready:
+                request, fds = forkserver.channel.receive()
+                _answer(forkserver, request, fds)
     except Closed:
-        nursery.end()
+        forkserver.end()
         return False
     except Cloned:
         return True
@@ -271,10 +271,10 @@ def serve(nursery: ForkServer) -> bool:
         os.close(wake_write)
 
 
-def _answer(nursery: ForkServer, request: Message, fds: list[int]) -> None:
+def _answer(forkserver: ForkServer, request: Message, fds: list[int]) -> None:
     handlers = {
-        "preload": nursery.preload, "load": nursery.load, "setup": nursery.setup,
-        "spawn": nursery.spawn, "clone": nursery.clone,
+        "preload": forkserver.preload, "load": forkserver.load, "setup": forkserver.setup,
+        "spawn": forkserver.spawn, "clone": forkserver.clone,
     }  # fmt: skip
     try:
         handlers[request["op"]](request, fds)
@@ -282,12 +282,12 @@ def _answer(nursery: ForkServer, request: Message, fds: list[int]) -> None:
         raise
     except (Exception, SystemExit) as error:  # a file may call sys.exit() when it is imported
         doing = {"load": "loading", "setup": "being set up"}.get(str(request["op"]), "at work")
-        nursery.channel.send({"event": "failed", "error": describe_error(error, doing)})
+        forkserver.channel.send({"event": "failed", "error": describe_error(error, doing)})
 
 
-def _end_at_once(nursery: int) -> None:
+def _end_at_once(forkserver: int) -> None:
     """End without clearing torch's modules away one by one: half a second, and the master waits."""
-    if os.getpid() == nursery:
+    if os.getpid() == forkserver:
         _flush()
         os._exit(0)
 
@@ -304,12 +304,12 @@ def main() -> None:
     _take_signals()
     os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
-    nursery = ForkServer(Channel.from_fd(fd))
+    forkserver = ForkServer(Channel.from_fd(fd))
     try:
         while True:
             # Comes after what the task registers later; in a clone, in place of what it had before.
             atexit.register(_end_at_once, os.getpid())
-            if not serve(nursery):
+            if not serve(forkserver):
                 break
     except BaseException:
         atexit.unregister(_end_at_once)  # it would hide the exit code

@@ -51,7 +51,7 @@ class ForwardBackward:
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.seed, self.autocast, self.faults = seed, autocast, faults or None
         self._rounds = rounds
-        self._place = place if type(task).told is not Task.told else None
+        self._place = place if type(task).set_position is not Task.set_position else None
         self._fetching = 0.0
         self._writer = GradientHooks(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
@@ -85,7 +85,7 @@ class ForwardBackward:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         if self._place is not None:
             start, stop = self.sampling.shard_span(step, shard)
-            self.task.told(self._place.at_step(step, stop - start))
+            self.task.set_position(self._place.at_step(step, stop - start))
         seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
         self._modes.restore()

@@ -71,12 +71,12 @@ class Session:
         """Move the model to shared memory. Called once, in the nursery, with the plan's message."""
         model.train()
         plan = Plan.from_message(message)
-        task.told(plan.place)
+        task.set_position(plan.place)
         shared = build(
             task,
             model,
             shards=plan.shards,
-            seats=plan.seats,
+            max_workers=plan.max_workers,
             clip=plan.sum_limit is not None,
             networked=networked,
             compression=plan.compression,
@@ -91,9 +91,9 @@ class Session:
 class Worker:
     """The worker's loop: messages from the master, steps between them."""
 
-    def __init__(self, session: Session, seat: int, channel: Channel) -> None:
+    def __init__(self, session: Session, worker_id: int, channel: Channel) -> None:
         plan = session.plan
-        self.session, self.seat, self.channel = session, seat, channel
+        self.session, self.worker_id, self.channel = session, worker_id, channel
         self.shared, self.control = session.shared, session.shared.control
         self.sampling = plan.sampling
         self.fetch = make_fetch(session.task, session.train, plan.seed)
@@ -106,8 +106,8 @@ class Worker:
             last=plan.steps,
             part=plan.part,
         )
-        self.faults = FaultInjector(plan.faults, seat, self.control)
-        self.stepper = TrainStep(
+        self.faults = FaultInjector(plan.faults, worker_id, self.control)
+        self.train_step = TrainStep(
             session.task,
             self.shared,
             self.sampling,
@@ -129,7 +129,7 @@ class Worker:
         """Do what the master asks, until it says stop."""
         self.stack = os.memfd_create("lockstep-stack", os.MFD_CLOEXEC)
         faulthandler.register(signal.SIGUSR1, file=self.stack, all_threads=True)
-        self.faults.at("start", describe_progress(self.control.progress(self.seat))[0])
+        self.faults.at("start", describe_progress(self.control.progress(self.worker_id))[0])
         self.channel.send({"event": "hello", "probe": numerics.probe()}, [self.stack])
         while True:
             self.doing = "waiting for the master"
@@ -153,8 +153,8 @@ class Worker:
         self.doing = "joining"
         self.step = message["step"]
         self.faults.at("join", self.step)
-        seats: list[int] = message["seats"]
-        rank, workers = seats.index(self.seat), len(seats)
+        worker_ids: list[int] = message["seats"]
+        rank, workers = worker_ids.index(self.worker_id), len(worker_ids)
         shared = self.shared
         mine, subtrees = range(*message["mine"]), tuple(range(*each) for each in message["trees"])
         theirs = frozenset(message["theirs"])
@@ -166,7 +166,7 @@ class Worker:
         run = own_blocks([shared.blocks[number] for number in ours], workers)[rank]
         share = [cut_evenly(ByteRange(**place), workers)[rank] for place in message["sums"]]
         part = Assignment(
-            seat=self.seat,
+            worker_id=self.worker_id,
             rank=rank,
             workers=workers,
             shards=tuple(mine[home] for home in home_shards(len(mine), workers, rank)),
@@ -181,7 +181,7 @@ class Worker:
             owned=frozenset(message["owned"]),
         )
         threads = self.session.plan.threads
-        barrier = Barrier(self.control, self.seat, seats, message["epoch"], threads)
+        barrier = Barrier(self.control, self.worker_id, worker_ids, message["epoch"], threads)
         owner = BlockOwner(
             shared,
             part.blocks,
@@ -189,10 +189,10 @@ class Worker:
             leaves_of(shared, subtrees, mine),
             dense=dense_leaves(shared, subtrees, summed=part.returns == "sums"),
         )
-        self.stepper.join(part, barrier, owner, self.step)
-        self.stepper.schedule.go_to(self.step)
+        self.train_step.join(part, barrier, owner, self.step)
+        self.train_step.schedule.go_to(self.step)
         if message["refresh"]:
-            self.stepper.refresh_base(self.step)
+            self.train_step.refresh_snapshot(self.step)
         if not message["loaders"]:
             self.loader.do_without()
         all_of_step = tuple(message["todo"]) == part.shards
@@ -200,11 +200,11 @@ class Worker:
 
     def run(self, todo: list[int] | None = None) -> None:
         """Run steps up to the lease's end."""
-        part = self.stepper.part
+        part = self.train_step.part
         try:
             while self.step < self.control.lease:
                 self.doing = f"computing step {self.step}"
-                self.stepper.run(self.step, part.shards if todo is None else todo)
+                self.train_step.run(self.step, part.shards if todo is None else todo)
                 self.step += 1
                 todo = None
         except Regroup:
@@ -220,7 +220,7 @@ class Worker:
             self.faults.at("evaluate", self.step)
         if message["batches"]:  # where there are none, there may be no data
             self._infer(message)
-        self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
+        self.control.seconds[self.worker_id][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send({"event": "inferred", "round": message["round"]})
 
     def _infer(self, message: Message) -> None:
@@ -249,7 +249,7 @@ class Worker:
 
     def _one_by_one(self, batches: list[int]) -> Iterator[int]:
         for batch in batches:
-            self.control.beat(self.seat, batch)
+            self.control.beat(self.worker_id, batch)
             yield batch
 
     def _answer(self, message: Message, batch: int, result: Any) -> None:
@@ -266,18 +266,18 @@ class Worker:
             inference.afresh("score", 0, self.session.plan.eval_samples)
             numbers = score(task, message["outputs"], seed) if message["outputs"] else {}
         beside = baseline(task, seed) if message["baseline"] else {}
-        self.control.seconds[self.seat][Stat.EVALUATE] += time.perf_counter() - begun
+        self.control.seconds[self.worker_id][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send(
             {"event": "scored", "round": message["round"], "metrics": numbers, "baseline": beside}
         )
 
 
-def work(session: Session, seat: int, channel: Channel) -> int:
+def work(session: Session, worker_id: int, channel: Channel) -> int:
     """Be the worker of a seat until the master says stop; returns the exit code."""
     worker: Worker | None = None
     try:
         numerics.configure(session.plan.threads)
-        worker = Worker(session, seat, channel)
+        worker = Worker(session, worker_id, channel)
         worker.serve()
         return 0
     except Closed:

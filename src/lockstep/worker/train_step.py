@@ -42,7 +42,7 @@ from lockstep.worker.shard_claims import ShardClaims
 class Assignment:
     """What one worker does in each step, as long as the membership stays as it is."""
 
-    seat: int
+    worker_id: int
     rank: int
     workers: int
     shards: tuple[int, ...]
@@ -115,7 +115,7 @@ class TrainStep:
     def join(self, part: Assignment, barrier: Barrier, owner: BlockOwner, step: int) -> None:
         """Take a part in the membership that begins now, with this step."""
         self.part, self.barrier, self.owner = part, barrier, owner
-        self._seconds = self.control.seconds[part.seat]
+        self._seconds = self.control.seconds[part.worker_id]
         self._gradients.early = part.several and not self._audit_fraction
         self._sums = SubtreeSums(self.shared, part.subtrees, part.mine, part.rank, part.workers)
         self._not_begun = set(part.theirs)
@@ -169,7 +169,7 @@ class TrainStep:
         if self._limit is not None:
             scale = self._limit.scale(step, presence, self.part.norms, self._meet_norms)
         reduced = clock()
-        control.set_updating(self.part.seat, step)
+        control.set_updating(self.part.worker_id, step)
         self.owner.update(step, presence, scale)
         if self.shared.committed:
             self._combine_buffers(step)
@@ -183,8 +183,8 @@ class TrainStep:
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
         self.schedule.go_to(step + 1)
-        if control.base_due[step % RING]:
-            self.refresh_base(step + 1)
+        if control.snapshot_due[step % RING]:
+            self.refresh_snapshot(step + 1)
         copied = clock()
         self._fault("audit", step)
         if self.part.rank == 0:
@@ -240,11 +240,11 @@ class TrainStep:
             self.shared.note_begun(begun)
             self._not_begun -= begun
 
-    def refresh_base(self, committed: int) -> None:
+    def refresh_snapshot(self, committed: int) -> None:
         """Bring this worker's part of the base to the state after so many committed steps."""
         self._base.refresh()
         if self.part.rank == 0:
-            self.control.base_step = committed
+            self.control.snapshot_step = committed
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
@@ -264,14 +264,14 @@ class TrainStep:
         """Forward and backward of one shard, into its slot."""
         control, loss = self.control, 0.0
         if shard in self.sampling.active(step):
-            control.beat(self.part.seat, shard)
+            control.beat(self.part.worker_id, shard)
             slot = self.shared.slots[shard]
             loss = self._gradients.make(step, shard, slot, control.has_grad[shard])
             struck = self._fault("slot", step, shard)
             if struck is not None:
                 flip_gradient_bit(slot)
         control.losses[step % RING, shard] = loss
-        control.shard_by[shard] = self.part.seat
+        control.shard_by[shard] = self.part.worker_id
         control.shard_done[shard] = step
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
@@ -289,7 +289,7 @@ class TrainStep:
         if changed is not None:
             self._give_up_state(step, changed)
         self._meet(progress_of(step, Phase.GUARDED))
-        self._gradient_audit.check(step, active, part.rank, part.workers, part.seat)
+        self._gradient_audit.check(step, active, part.rank, part.workers, part.worker_id)
         self._meet(progress_of(step, Phase.AUDITED))
 
     def _give_up_state(self, step: int, changed: Block) -> None:
@@ -298,12 +298,12 @@ class TrainStep:
         Raises:
             Regroup: always. The others are held up until the master has regrouped them.
         """
-        self.control.set_updating(self.part.seat, step)  # so the state counts as torn
+        self.control.set_updating(self.part.worker_id, step)  # so the state counts as torn
         place = {
             "tensor": self.shared.names[changed.param],
             "elements": [changed.start, changed.stop],
         }
-        self._report({"event": "corrupt", "worker": self.part.seat, "step": step, **place})
+        self._report({"event": "corrupt", "worker": self.part.worker_id, "step": step, **place})
         raise Regroup
 
     def _meet(self, progress: int) -> None:
@@ -332,4 +332,4 @@ class TrainStep:
                 view = self._state[unit.offset : unit.offset + unit.nbytes]
                 self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))
         # Nobody sleeps until a step has started, so nobody is woken: the master looks by itself.
-        self.control.set_progress(self.part.seat, progress_of(step + 1, Phase.STARTED))
+        self.control.set_progress(self.part.worker_id, progress_of(step + 1, Phase.STARTED))

@@ -108,7 +108,7 @@ class LightningTask(Task):
         self._left: list[dict[str, Any]] = []
         self.made_from = (module,) if datamodule is None else (module, datamodule)
 
-    def told(self, place: Position) -> None:
+    def set_position(self, place: Position) -> None:
         self._trainer.place = place
 
     def _prepared(self) -> Any:
@@ -202,7 +202,7 @@ class LightningTask(Task):
             _call(getattr(model, step), batch, self._batch_idx)
         wanted = logged.metrics or self._has_epoch_end
         self._left = [{**self._kept.parcel(model), "logged": logged.metrics}] if wanted else []
-        self._kept.put_back(model)
+        self._kept.roll_back(model)
         return logged.numbers
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
@@ -216,18 +216,18 @@ class LightningTask(Task):
         import torch
 
         module, kept = self._module, self._kept
-        parcels = [parcel for parcel in outputs["left"] if parcel is not None]
+        exchange_plan = [parcel for parcel in outputs["left"] if parcel is not None]
         hook = f"on_{self._part}_epoch_end"
         logged = Logged(kept, module)
         with torch.no_grad(), self._running(module, self._stage, hook, logged):
-            kept.unpack(module, parcels)
-            for name, metric in parcels[0]["logged"].items():
+            kept.unpack(module, exchange_plan)
+            for name, metric in exchange_plan[0]["logged"].items():
                 logged.log(name, module.get_submodule(metric).compute())
             self._hook(module, hook)
-        kept.check_carried(module, parcels, hook)
+        kept.check_carried(module, exchange_plan, hook)
         for name, metric in logged.metrics.items():
             logged.log(name, module.get_submodule(metric).compute())
-        kept.put_back(module)
+        kept.roll_back(module)
         return {name: float(value) for name, value in logged.numbers.items()}
 
     def predict(self, model: Any, batch: Any) -> Sequence[Mapping[str, Any]]:
@@ -256,7 +256,7 @@ class LightningTask(Task):
     ) -> Iterator[None]:
         """Have the module know its run and log to `logged`, or nowhere, while this lasts. It
         begins as it was built: what a batch leaves behind must not reach the next."""
-        self._kept.put_back(module)
+        self._kept.roll_back(module)
         module.trainer, self._trainer.stage = self._trainer, stage
         before = held(module)
         with logging_to(module, logged):

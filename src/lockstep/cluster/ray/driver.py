@@ -31,7 +31,7 @@ from typing import Any
 
 from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon import agent_processes as agents
-from lockstep.cluster.ray import node_agents as seats
+from lockstep.cluster.ray import node_agents as node_agents
 from lockstep.cluster.ray.actor import RayAgent
 from lockstep.cluster.ray.node_agents import Forget, Node, Reserve, Seats, Start
 from lockstep.cluster.ray.placement_groups import Places
@@ -81,7 +81,7 @@ class Driver:
         self._ray, self._lines, self._authority = ray, lines, authority
         self._own: str = ray.get_runtime_context().get_node_id()
         self._offer: JobOffer | None = None
-        self._seats: Seats = {}
+        self._node_agents: Seats = {}
         self._agents: dict[str, Agent] = {}
         """By the id of the node."""
         self._places = Places(ray)
@@ -126,7 +126,7 @@ class Driver:
 
     def _look(self, offer: JobOffer) -> None:
         """Compare the agents that there are with the nodes, and see who has answered."""
-        self._seats, commands = seats.look(self._seats, self._nodes())
+        self._node_agents, commands = node_agents.look(self._node_agents, self._nodes())
         for command in commands:
             match command:
                 case Reserve(nodes):
@@ -196,7 +196,7 @@ class Driver:
         try:
             answer = self._ray.get(agent.call, timeout=LOOK_SECONDS)
             if not agent.serving:
-                self._enrol(agent, self._seats[node].node, answer, offer)
+                self._enrol(agent, self._node_agents[node].node, answer, offer)
                 return
             error = from_message(answer) if answer else None
         except LockstepError as refused:
@@ -225,7 +225,7 @@ class Driver:
     def _ended(self, node: str, error: LockstepError | None) -> None:
         agent = self._agents.pop(node)
         self._ray.kill(agent.actor)
-        self._seats, follows = seats.end(self._seats, node, error)
+        self._node_agents, follows = node_agents.end(self._node_agents, node, error)
         if error is not None:
             self._tell(agent.host, "failed", f"{error}\n  {follows}")
 

@@ -69,13 +69,17 @@ class Forget:
 Command = Reserve | Start | Forget
 
 
-def look(seats: Seats, nodes: Iterable[Node]) -> tuple[Seats, tuple[Command, ...]]:
+def look(node_agents: Seats, nodes: Iterable[Node]) -> tuple[Seats, tuple[Command, ...]]:
     """The seats when these nodes are there, and what to do."""
     there = {node.id: node for node in nodes}
-    gone = tuple(Forget(each) for each in seats if each not in there)
-    new = tuple(node for node in there.values() if node.id not in seats)
-    vacant = tuple(seat.node for seat in seats.values() if seat.vacant and seat.node.id in there)
-    found = {each: seat for each, seat in seats.items() if each in there}
+    gone = tuple(Forget(each) for each in node_agents if each not in there)
+    new = tuple(node for node in there.values() if node.id not in node_agents)
+    vacant = tuple(
+        node_agent.node
+        for node_agent in node_agents.values()
+        if node_agent.vacant and node_agent.node.id in there
+    )
+    found = {each: node_agent for each, node_agent in node_agents.items() if each in there}
     found |= {node.id: NodeAgent(node=node) for node in new}
     for node in vacant:
         found[node.id] = replace(found[node.id], agents=found[node.id].agents + 1, vacant=False)
@@ -83,15 +87,17 @@ def look(seats: Seats, nodes: Iterable[Node]) -> tuple[Seats, tuple[Command, ...
     return found, (*gone, *reserve, *(Start(node) for node in (*new, *vacant)))
 
 
-def end(seats: Seats, node: str, error: LockstepError | None) -> tuple[Seats, str]:
+def end(node_agents: Seats, node: str, error: LockstepError | None) -> tuple[Seats, str]:
     """The seats when the agent of a node has ended, and what follows, in words.
 
     One that was refused, or whose job failed, would fare no better a second time.
     """
-    seat = seats[node]
+    node_agent = node_agents[node]
     if not is_death(error):
-        return seats, "it is not started again"
-    if seat.agents >= MOST_AGENTS:
-        return seats, f"it is not started again: that was the last of {MOST_AGENTS} times"
-    follows = f"another one is started while Ray has the node: {seat.agents + 1} of {MOST_AGENTS}"
-    return {**seats, node: replace(seat, vacant=True)}, follows
+        return node_agents, "it is not started again"
+    if node_agent.agents >= MOST_AGENTS:
+        return node_agents, f"it is not started again: that was the last of {MOST_AGENTS} times"
+    follows = (
+        f"another one is started while Ray has the node: {node_agent.agents + 1} of {MOST_AGENTS}"
+    )
+    return {**node_agents, node: replace(node_agent, vacant=True)}, follows
