@@ -28,6 +28,8 @@ from lockstep.job.task import Task
 from lockstep.system.folders import working_folder
 from lockstep.system.json_files import plain
 
+RECIPES = "lockstep.recipes"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource:
@@ -226,9 +228,8 @@ def _named(source: TaskSource) -> Any:
     """What the name leads to: a recipe, or something of a module or a file."""
     if ":" in source.name:
         return _find(source)
-    from lockstep.recipes import find
-
-    return find(source.name)
+    # By name, as a task of the user's: recipes are made of what lies above this package.
+    return importlib.import_module(RECIPES).find(source.name)
 
 
 def _find(source: TaskSource) -> Any:

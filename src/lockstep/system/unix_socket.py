@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ProtocolError
-from lockstep.net.frames import Message
+from lockstep.system.unix_channel import Message
 
 MAX_LINE = 1 << 20
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import traceback
+from pathlib import Path
 
-import lockstep
 from lockstep.errors import LockstepError, TaskError, to_message
 from lockstep.system.unix_channel import Message
 
 
 def user_traceback(error: BaseException) -> str:
     """The traceback without the frames above the user's code."""
-    here = os.path.dirname(lockstep.__file__) + os.sep
+    here = str(Path(__file__).parents[1]) + os.sep
     recipes = os.path.join(here, "recipes") + os.sep
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
