@@ -25,7 +25,7 @@ from tests.zoo.samples import Noisy
 from tests.zoo.vectors import CLASSES, FEATURES, HELD_OUT, SAMPLES, Vectors, normal, whole
 
 AGENT = """
-# the numerics of a host come from its environment, which the nursery inherits
+# the numerics of a host come from its environment, which the forkserver inherits
 import json, sys
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from lockstep.agent.agent import serve
 from lockstep.errors import LockstepError
 from lockstep.net.identity import Identity
 from benchmarks.namespaces import Network
-from lockstep.agent.job_offer import Offer
-offer = Offer.from_message(json.load(sys.stdin))
+from lockstep.agent.job_offer import JobOffer
+offer = JobOffer.from_message(json.load(sys.stdin))
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:
     serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[3],

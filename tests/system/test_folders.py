@@ -17,7 +17,7 @@ from lockstep.system.folders import LOCK, TemporaryFolder
 PREFIX = "lockstep-test-"
 OWNER = f"""
 import sys
-from lockstep.cluster.temporary import TemporaryFolder
+from lockstep.system.folders import TemporaryFolder
 with TemporaryFolder({PREFIX!r}) as folder:
     (folder.path / "node.key").write_text("secret")
     print(folder.path, flush=True)
