@@ -16,12 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.agent import membership
-from lockstep.agent.answer_chunks import in_pieces
-from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.answer_chunks import in_chunks
+from lockstep.agent.host_messages import (
+    FROM_MASTER,
+    AgentFailed,
+    EventForwarded,
+    ExchangeTrouble,
+    HostPaused,
+    HostPresent,
+    HostReady,
+    HostRefused,
+    InferBatches,
+    JobEnded,
+    LeaseExtended,
+    PauseWorkers,
+    PlanAssigned,
+    Recovered,
+    ResumeWorkers,
+    SendState,
+    StepRecorded,
+)
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.observer import NullObserver
-from lockstep.agent.regroup_messages import RegroupOrder
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import (
@@ -31,8 +48,6 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
     RefusedError,
-    from_message,
-    to_message,
 )
 from lockstep.job.code_archive import unpack
 from lockstep.job.task_source import TaskSource
@@ -43,6 +58,7 @@ from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.planning.plan import Plan
+from lockstep.system.messages import ErrorMessage, Message
 from lockstep.system.shared_memory import Segment
 
 CONNECT_SECONDS = 30.0
@@ -80,7 +96,13 @@ def serve(
     silence = float(offer.settings.get("host_seconds", 10.0))
     with ExitStack() as stack:
         transport = TcpTransport(
-            identity, job=offer.job, facts={}, host=host, silence=silence, report=report
+            identity,
+            job=offer.job,
+            facts={},
+            codec=FROM_MASTER,
+            host=host,
+            silence=silence,
+            report=report,
         )
         stack.callback(transport.close)
         transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
@@ -94,7 +116,8 @@ def serve(
                 folder=_fetch_code(link, offer, folder, silence),
                 offered=True,
             )
-            settings, records = dict(offer.settings), offer.records
+            settings = dict(offer.settings)
+            records = None if offer.records is None else offer.records.as_request()
             with _fetched_data(link, offer, silence) as data:
                 local = LocalHost.start(source, settings, records, networked=True, data=data)
             stack.enter_context(local)
@@ -111,7 +134,7 @@ def serve(
                 if agent is not None and agent.worker_group is not None
                 else 0
             )
-            link.tell(offer.master, "failed", error=to_message(error), step=step)
+            link.tell(offer.master, AgentFailed(error=ErrorMessage.of(error), step=step))
             _await_end(link)
             raise
 
@@ -168,7 +191,7 @@ class Agent:
         self.worker_group: Following | None = None
         self._ready = self._ended = self._moved = False
         self._tell_moved = moved
-        self._asked: deque[Mapping[str, Any]] = deque()
+        self._asked: deque[InferBatches | SendState] = deque()
         """What is to be done when all rest: held-out batches, or the state to be given."""
 
     def run(self, workers: int) -> None:
@@ -176,9 +199,13 @@ class Agent:
         self.host.also_wake = self.link.fileno()
         begun = time.monotonic()
         loaded = self.host.loaded()
-        samples = [loaded["train_samples"], loaded["eval_samples"]]
-        facts = facts_of(loaded)
-        self.link.tell(self.master, "present", workers=workers, facts=facts, samples=samples)
+        present = HostPresent(
+            workers=workers,
+            facts=facts_of(loaded),
+            train_samples=loaded["train_samples"],
+            eval_samples=loaded["eval_samples"],
+        )
+        self.link.tell(self.master, present)
         while not self._ended:
             if self.worker_group is None:
                 select.select([self.link], [], [], 0.5)
@@ -199,25 +226,21 @@ class Agent:
             self._moved = True
             self._tell_moved()
         for step, digest in worker_group.history.marks.items():
-            self.link.tell(self.master, "recorded", step=step, digest=digest)
+            self.link.tell(self.master, StepRecorded(step=step, digest=digest))
         worker_group.history.marks.clear()
         recovered = worker_group.failures.recovered(worker_group.history.committed_at)
         if recovered:
-            self.link.tell(self.master, "recovered", recoveries=recovered)
+            self.link.tell(self.master, Recovered(recoveries=recovered))
         while self.mesh.troubles:
             trouble = self.mesh.troubles.popleft()
             self._trouble(trouble.generation, trouble.peer, trouble.why)
         if not self._ready and worker_group.members.complete:
             self._ready = True  # only now: nobody is held up while workers start
-            self.link.tell(self.master, "ready", workers=worker_group.plan.workers)
-        standing = worker_group.stands()
-        if standing is not None:
-            self.link.tell(
-                self.master,
-                "stood",
-                generation=self.mesh.generation,
-                standing=standing.to_message(),
-            )
+            self.link.tell(self.master, HostReady(workers=worker_group.plan.workers))
+        status = worker_group.stands()
+        if status is not None:
+            paused = HostPaused(generation=self.mesh.generation, status=status)
+            self.link.tell(self.master, paused)
         self._do_asked(worker_group)
         worker_group.grant()
         worker_group.watch()
@@ -225,26 +248,25 @@ class Agent:
     def _do_asked(self, worker_group: Following) -> None:
         """Do what was asked for, if everybody rests where it was to be done. What the master has
         not waited for is done with."""
-        while self._asked and self._asked[0]["step"] < worker_group.step:
+        while self._asked and self._asked[0].step < worker_group.step:
             self._asked.popleft()
-        while self._asked and worker_group.rests_at(self._asked[0]["step"]):
+        while self._asked and worker_group.rests_at(self._asked[0].step):
             asked = self._asked.popleft()
-            if asked["op"] == "give":
+            if isinstance(asked, SendState):
                 worker_group.give(self.master)
             else:
-                self._infer(worker_group, asked["op"], asked)
+                self._infer(worker_group, asked)
 
-    def _infer(self, worker_group: Following, what: Inferred, asked: Mapping[str, Any]) -> None:
+    def _infer(self, worker_group: Following, asked: InferBatches) -> None:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
-        batches = [int(batch) for batch in asked["batches"]]
-        for batch, result in zip(
-            batches, worker_group.evaluation.divide(what, batches), strict=True
-        ):
-            for piece in in_pieces(batch, result):
-                self.link.tell(self.master, "batch", round=asked["round"], **piece)
+        results = worker_group.evaluation.divide(asked.what, asked.batches)
+        for batch, result in zip(asked.batches, results, strict=True):
+            for chunk in in_chunks(asked.round, batch, result):
+                self.link.tell(self.master, chunk)
 
     def _trouble(self, generation: int, peer: str, why: str) -> None:
-        self.link.tell(self.master, "trouble", generation=generation, other=peer, why=why)
+        trouble = ExchangeTrouble(generation=generation, other=peer, why=why)
+        self.link.tell(self.master, trouble)
 
     def _heard(self, heard: Heard) -> None:
         if heard.peer != self.master or self._ended:  # what follows the end is a goodbye
@@ -252,37 +274,42 @@ class Agent:
         if heard.message is None:
             assert heard.error is not None
             raise heard.error
-        try:
-            self._do(heard.message)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ProtocolError(
-                f"host {self.master} has sent an order that says nothing",
-                found=ascii(error)[:200],
-            ) from error
+        self._do(heard.message)
 
-    def _do(self, message: Mapping[str, Any]) -> None:
-        match message["op"]:
-            case "set_up":
-                self._set_up(Plan.from_message(message["plan"]))
-            case "hold":
-                assert self.worker_group is not None
-                self._asked = deque(item for item in self._asked if item["op"] != "give")
-                self.worker_group.hold(message["generation"])
-            case "arrange":
-                assert self.worker_group is not None
-                self.worker_group.leased = message["lease"]
-                self.worker_group.arrange(RegroupOrder.from_message(message))
-            case "lease":
-                assert self.worker_group is not None
-                self.worker_group.leased = message["step"]
-                self.worker_group.grant()
-            case "refused":
-                error = from_message(message["error"])
+    def _do(self, message: Message) -> None:
+        match message:
+            case PlanAssigned(plan=plan) if self.worker_group is None:
+                self._set_up(_parse_plan(self.master, plan))
+            case HostRefused(error=refusal):
+                error = refusal.error()
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
-            case "evaluate" | "predict" | "give":
-                self._asked.append(message)
-            case "end":
+            case JobEnded():
                 self._ended = True
+            case _ if self.worker_group is None:
+                raise ProtocolError(
+                    f"host {self.master} has sent {type(message).__name__} before a plan"
+                )
+            case _:
+                self._lead(self.worker_group, message)
+
+    def _lead(self, worker_group: Following, message: Message) -> None:
+        """Do as the master says, once there are workers."""
+        match message:
+            case PauseWorkers(generation=generation):
+                self._asked = deque(each for each in self._asked if not isinstance(each, SendState))
+                worker_group.hold(generation)
+            case ResumeWorkers(order=order, lease=lease):
+                worker_group.leased = lease
+                worker_group.arrange(order)
+            case LeaseExtended(step=step):
+                worker_group.leased = step
+                worker_group.grant()
+            case InferBatches() | SendState():
+                self._asked.append(message)
+            case _:
+                raise ProtocolError(
+                    f"host {self.master} has sent {type(message).__name__} a second time"
+                )
 
     def _set_up(self, plan: Plan) -> None:
         self.host.set_up(plan, networked=True)
@@ -307,12 +334,23 @@ class Agent:
             )
 
 
+def _parse_plan(master: str, message: Mapping[str, Any]) -> Plan:
+    try:
+        return Plan.from_message(message)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProtocolError(
+            f"host {master} has sent a plan that is none", found=ascii(str(error))[:200]
+        ) from error
+
+
 def _await_end(link: ControlLink) -> None:
     """Wait a moment for the master to take note of why this host cannot go on."""
     limit = time.monotonic() + 2.0
     while time.monotonic() < limit:
         select.select([link], [], [], 0.1)
-        if any(heard.message is None or heard.message.get("op") == "end" for heard in link.take()):
+        if any(
+            heard.message is None or isinstance(heard.message, JobEnded) for heard in link.take()
+        ):
             return
 
 
@@ -346,4 +384,4 @@ class Forward(NullObserver):
         self.agent = agent
 
     def event(self, name: str, **fields: object) -> None:
-        self.agent.link.tell(self.agent.master, "event", name=name, fields=fields)
+        self.agent.link.tell(self.agent.master, EventForwarded(name=name, fields=fields))

@@ -20,7 +20,7 @@ from lockstep.errors import IntegrityError, NetworkError
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
-from lockstep.net.transport import Key, Pending, Report, await_slip
+from lockstep.net.transport import Key, Pending, Report, await_transfer
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.host_role import HostRole
 from lockstep.planning.slot_map import cut
@@ -202,9 +202,9 @@ class HostMesh:
         ]
         digest = blake3()
         for slip, (_, view) in zip(slips, items, strict=False):
-            await_slip(slip, STATE_SECONDS, wanted)
+            await_transfer(slip, STATE_SECONDS, wanted)
             digest.update(view)  # while more comes
-        await_slip(slips[-1], STATE_SECONDS, wanted)
+        await_transfer(slips[-1], STATE_SECONDS, wanted)
         found = digest.digest(DIGEST_BYTES)
         if found != told:
             raise IntegrityError(

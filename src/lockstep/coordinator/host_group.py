@@ -12,6 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.agent.answer_chunks import AnswerAssembler
 from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.host_messages import (
+    FROM_AGENTS,
+    AgentFailed,
+    BatchChunk,
+    EventForwarded,
+    ExchangeTrouble,
+    HostPaused,
+    HostPresent,
+    HostReady,
+    InferBatches,
+    JobEnded,
+    LeaseExtended,
+    PauseWorkers,
+    Recovered,
+    ResumeWorkers,
+    SendState,
+    StepRecorded,
+)
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
@@ -24,13 +42,13 @@ from lockstep.coordinator.rendezvous import Rendezvous, about
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.net.blob_transfer import BlobServer
 from lockstep.net.control_link import ControlLink
-from lockstep.net.frames import Message
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, ignore
 from lockstep.planning.data_partition import Holdings, Samples, check_whole, held_out_batches
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan
 from lockstep.planning.shard_placement import share_batches
+from lockstep.system.messages import Message, printable
 
 if TYPE_CHECKING:
     from lockstep.coordinator.coordinator import Coordinator
@@ -60,6 +78,7 @@ class HostGroup:
             launcher.identity,
             job=job,
             facts={},
+            codec=FROM_AGENTS,
             host=launcher.host,
             report=report,
             answer=True,
@@ -79,7 +98,7 @@ class HostGroup:
         """Hosts that wait to be let in, with their workers: where none has the whole state, they
         come in when the base is up to date."""
         self._worker_group: Coordinator | None = None
-        self._leased = -1
+        self._leased = self._furthest = -1
         self._membership = HostMembership(master=self._master, whole=ownership.whole)
         self._standings: dict[str, HostStatus] = {}
         self._answers = AnswerAssembler()
@@ -189,8 +208,9 @@ class HostGroup:
         """Let all hosts run every step before this one."""
         if step != self._leased:
             self._leased = step
+            self._furthest = max(self._furthest, step)
             for name in self._others():
-                self.link.tell(name, "lease", step=step)
+                self.link.tell(name, LeaseExtended(step=step))
 
     # Held-out batches, while all rest.
 
@@ -208,8 +228,10 @@ class HostGroup:
         self._answers.begin(number)
         self._asked = {name: set(mine) for name, mine in shares.items()}
         for name, mine in shares.items():
-            message = {"round": number, "step": self._worker_group.step, "batches": mine}
-            self.link.tell(name, what, **message)
+            step = self._worker_group.step
+            self.link.tell(
+                name, InferBatches(what=what, round=number, step=step, batches=list(mine))
+            )
         return rest
 
     def gather_batches(self) -> None:
@@ -229,7 +251,8 @@ class HostGroup:
         ends = [
             heard
             for heard in self._kept
-            if heard.peer == name and (heard.message is None or heard.message["op"] == "failed")
+            if heard.peer == name
+            and (heard.message is None or isinstance(heard.message, AgentFailed))
         ]
         events = [event for heard in ends for event in self._heard(heard)]
         return events + self._silences([name])
@@ -260,15 +283,17 @@ class HostGroup:
     def _is_answer(self, heard: Heard) -> bool:
         """Take an answer to a held-out batch."""
         assert self._worker_group is not None
-        message = heard.message or {}
-        if message.get("op") != "batch":
-            return bool(message.get("op") in ("event", "recovered")) and not self._said(
-                heard.peer, message
-            )
+        message = heard.message
+        if isinstance(message, EventForwarded | Recovered):
+            return not self._said(heard.peer, message)
+        if not isinstance(message, BatchChunk):
+            return False
+        if message.batch not in self._asked.get(heard.peer, ()):
+            return True  # it has not been asked for this one, or has answered
         try:
             answer = self._answers.add(heard.peer, message)
-        except (KeyError, TypeError, ValueError) as error:
-            self._transport.drop(heard.peer, f"it has sent no answer: {ascii(error)[:200]}")
+        except ProtocolError as error:
+            self._transport.drop(heard.peer, f"it has sent no answer: {error.what}")
             return True
         if answer is not None:
             self._asked.get(heard.peer, set()).discard(answer["batch"])
@@ -281,17 +306,15 @@ class HostGroup:
         """Get the other hosts' parts of the state. False: one is lost, or has a trouble."""
         assert self._worker_group is not None
         for name in self._others():
-            self.link.tell(name, "give", step=self._worker_group.step)
+            self.link.tell(name, SendState(step=self._worker_group.step))
         return self._worker_group.take_parts(self._undisturbed)
 
     def _undisturbed(self) -> bool:
         """Whether nobody has said, since all rest, that it cannot go on."""
         self._keep(0.0)
         silent = any(map(self._is_silent, self._others()))
-        quiet = ("present", "ready", "recorded", "stood")
-        return not silent and all(
-            heard.message is not None and heard.message.get("op") in quiet for heard in self._kept
-        )
+        quiet = HostPresent | HostReady | StepRecorded | HostPaused
+        return not silent and all(isinstance(heard.message, quiet) for heard in self._kept)
 
     def let_in(self) -> None:
         """Let the hosts that wait take part from here on."""
@@ -303,7 +326,7 @@ class HostGroup:
     def end(self) -> None:
         """The run is over: let the agents go. Without it they would take the master for lost."""
         for name in self._transport.peers:
-            self.link.tell(name, "end")
+            self.link.tell(name, JobEnded())
 
     def _others(self) -> list[str]:
         """All hosts of the run but the master's own."""
@@ -322,47 +345,58 @@ class HostGroup:
             )
         try:
             return self._said(name, message)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = ProtocolError(
-                f"host {name} has sent a message that says nothing", found=ascii(error)[:200]
-            )
-            self._transport.drop(name, problem.what)
-            return [host_membership.HostLost(name, problem.what)]
+        except ProtocolError as error:
+            self._transport.drop(name, error.what)
+            return [host_membership.HostLost(name, error.what)]
 
     def _said(self, name: str, message: Message) -> list[host_membership.Event]:
         assert self._worker_group is not None
         observer = self._worker_group.observer
-        match message["op"]:
-            case "stood":
-                standing = HostStatus.from_message(message["standing"])
-                return [host_membership.HostPaused(name, message["generation"], standing)]
-            case "trouble":
-                peer, why = str(message["other"]), str(message["why"])
-                return [host_membership.ExchangeFailed(name, message["generation"], peer, why)]
-            case "recorded":
-                self._agreement.told(name, int(message["step"]), str(message["digest"]))
-            case "event":
-                observer.event(str(message["name"]), **{**message["fields"], "host": name})
-            case "recovered":
-                observer.recovered([{**each, "host": name} for each in message["recoveries"]])
-            case "failed" if name not in self._membership.members:  # it was to join; all go on
+        member = name in self._membership.members
+        match message:
+            case HostPaused(generation=generation, status=status) if member:
+                return [host_membership.HostPaused(name, generation, self._checked(name, status))]
+            case ExchangeTrouble(generation=generation, other=peer, why=why) if member:
+                return [host_membership.ExchangeFailed(name, generation, peer, printable(why))]
+            case StepRecorded(step=step, digest=digest) if member:
+                self._check_step(name, step)
+                self._agreement.told(name, step, digest)
+            case EventForwarded(name=event, fields=fields) if self.rendezvous.knows(name):
+                observer.event(event, **{**fields, "host": name})
+            case Recovered(recoveries=recoveries) if self.rendezvous.knows(name):
+                observer.recovered([{**each, "host": name} for each in recoveries])
+            case AgentFailed() if not member:  # it was to join; all go on
                 observer.event("refused", host=name, why=str(about(name, message)))
-            case "failed":
+            case AgentFailed(step=step):
                 error = about(name, message)
-                raise self._worker_group.failures.raised(
-                    error, message["step"], self._worker_group.snapshot
-                )
-            case "present":
+                raise self._worker_group.failures.raised(error, step, self._worker_group.snapshot)
+            case HostPresent():
                 try:
                     self.rendezvous.present(name, message, running=True)
                 except RefusedError as refused:
                     observer.event("refused", host=name, why=refused.found)
-            case "ready":
+            case HostReady() if self.rendezvous.knows(name):
                 workers = self.rendezvous.is_ready(name, message)
                 if self._membership.whole:
                     return [host_membership.HostReady(name, workers)]
                 self.waiting[name] = workers
         return []
+
+    def _check_step(self, name: str, step: int) -> None:
+        """Check that a host may have come so far.
+
+        Raises:
+            ProtocolError: no lease went so far.
+        """
+        assert self._worker_group is not None
+        furthest = max(self._furthest, self._worker_group.control.lease, self._worker_group.step)
+        if step > furthest:
+            raise ProtocolError(f"host {name} claims step {step}, beyond the lease of {furthest}")
+
+    def _checked(self, name: str, status: HostStatus) -> HostStatus:
+        for step in (status.whole, status.base):
+            self._check_step(name, step or 0)
+        return status
 
     def _decide(self, events: list[host_membership.Event]) -> None:
         """Let the fleet decide on what has happened, and carry its last word out."""
@@ -394,7 +428,7 @@ class HostGroup:
         if isinstance(last, host_membership.PauseHosts):
             self._held_at = self._held_at or time.monotonic()
             for name in self._others():
-                self.link.tell(name, "hold", generation=last.generation)
+                self.link.tell(name, PauseWorkers(generation=last.generation))
             self._worker_group.hold(last.generation)
         elif isinstance(last, host_membership.ResumeHosts):
             self._arrange(last)
@@ -404,12 +438,12 @@ class HostGroup:
         addresses = {name: self._standings[name].address for name in command.workers}
         orders = RegroupOrder(
             step=command.step,
-            workers=command.workers,
+            workers=dict(command.workers),
             addresses=addresses,
-            actions=command.actions,
+            actions=dict(command.actions),
             source=command.source,
         )
         for name in self._others():
             lease = max(self._leased, 0)
-            self.link.tell(name, "arrange", **orders.to_message(), lease=lease)
+            self.link.tell(name, ResumeWorkers(order=orders, lease=lease))
         self._worker_group.arrange(orders)

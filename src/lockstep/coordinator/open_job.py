@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.agent.agent import facts_of
+from lockstep.agent.job_offer import RecordsRequest
 from lockstep.agent.local_host import LocalHost
 from lockstep.coordinator.host_group import HostGroup
 from lockstep.coordinator.launcher import Launcher
@@ -68,7 +69,7 @@ def open_hosts(
             settings={**settings, "host_seconds": job.host_seconds},
             code=None if archive is None else BlobInfo.of(archive.data),
             data=None if data is None else BlobInfo.of(data),
-            records=None if records is None else records.request,
+            records=None if records is None else RecordsRequest(**records.request),
         )
         hosts.rendezvous.check_servers(job.servers)
     except BaseException:
