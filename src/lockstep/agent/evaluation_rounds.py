@@ -7,6 +7,7 @@ what other hosts have not answered when they are lost, the master's own workers 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lockstep.agent import membership
 from lockstep.errors import TaskError
 from lockstep.planning.eval_batches import Outputs, combine, gather
-from lockstep.system.unix_channel import Message
+from lockstep.planning.worker_messages import InferBatches, Scored, ScoreOutputs
 
 if TYPE_CHECKING:
     from lockstep.agent.worker_group import WorkerGroup
@@ -33,15 +34,16 @@ class Evaluation:
         self.worker_group = worker_group
         self._round = 0
         self._results: dict[int, Any] = {}
-        self._scored: Message | None = None
+        self._scored: Scored | None = None
 
-    def heard(self, message: Message) -> None:
-        """Take an answer, a `batch` or `scored`; one to an earlier question is dropped."""
-        if message["round"] != self._round:
-            return
-        if message["event"] == "batch":
-            self._results[message["batch"]] = message["result"]
-        else:
+    def batch_done(self, round: int, batch: int, result: Any) -> None:
+        """Take what was made of a batch; an answer to an earlier question is dropped."""
+        if round == self._round:
+            self._results[batch] = result
+
+    def scored(self, message: Scored) -> None:
+        """Take the scores; an answer to an earlier question is dropped."""
+        if message.round == self._round:
             self._scored = message
 
     def run(self) -> dict[str, float]:
@@ -77,8 +79,12 @@ class Evaluation:
         shell.failures.evaluating = True
         for rank, worker_id in enumerate(worker_ids):
             shell.control.forget_shard(worker_id)
-            mine = list(batches[rank :: len(worker_ids)])
-            shell.tell(worker_id, {"op": what, "round": self._round, "batches": mine})
+            request = InferBatches(
+                round=self._round,
+                predict=what == "predict",
+                batches=tuple(batches[rank :: len(worker_ids)]),
+            )
+            shell.tell(worker_id, request)
         shell.decide(membership.WorkersResumed())
         while shell.control.epoch == epoch and not shell.members.all_rest:
             shell.listen()
@@ -92,8 +98,8 @@ class Evaluation:
         if not outputs and not ends:
             return {}
         self._scored = None
-        message = {"op": "score", "round": self._round, "outputs": outputs, "baseline": ends}
-        shell.tell(worker_id, message)
+        request = ScoreOutputs(round=self._round, outputs=json.dumps(outputs), baseline=ends)
+        shell.tell(worker_id, request)
         limit = time.monotonic() + SCORE_SECONDS
         while shell.control.epoch == epoch and self._scored is None:
             shell.listen()
@@ -106,7 +112,6 @@ class Evaluation:
                 )
         if self._scored is None:
             return None
-        if self._scored["baseline"]:
-            shell.observer.event("baseline", metrics=self._scored["baseline"])
-        metrics: dict[str, float] = self._scored["metrics"]
-        return metrics
+        if self._scored.baseline:
+            shell.observer.event("baseline", metrics=self._scored.baseline)
+        return self._scored.metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import select
@@ -22,14 +23,22 @@ from lockstep.agent.forkserver_client import (
 )
 from lockstep.agent.preload import environment_for, new_forkserver
 from lockstep.job.task_source import TaskSource
+from lockstep.planning.forkserver_messages import (
+    ForkWorker,
+    LoadTask,
+    SetUp,
+    StateReady,
+    TaskLoaded,
+    WorkerForked,
+)
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
-from lockstep.planning.slot_map import SlotMap
+from lockstep.planning.worker_messages import ToWorker, WorkerMessage, to_worker
 from lockstep.state.control_segment import ControlSegment, ControlShape
 from lockstep.state.snapshot import Snapshot
 from lockstep.system.folders import working_folder
 from lockstep.system.shared_memory import Segment
-from lockstep.system.unix_channel import Channel, Closed, Message
+from lockstep.system.unix_channel import Channel, Closed
 
 STACK_SECONDS = 0.5
 
@@ -40,7 +49,7 @@ class WorkerHandle:
 
     number: int
     pid: int
-    channel: Channel
+    channel: ToWorker
     pidfd: int
     alive: bool = True
     stack_fd: int = -1
@@ -90,7 +99,7 @@ class Event:
     """Something that a seat's worker said (`message`), or its death (`message` is None)."""
 
     worker_id: WorkerHandle
-    message: Message | None
+    message: WorkerMessage | None
 
 
 def _search_path(here: str, shipped: str) -> list[str]:
@@ -141,20 +150,20 @@ class LocalHost:
             fds.append(os.memfd_create("lockstep-task", os.MFD_CLOEXEC))
             with open(fds[0], "wb", closefd=False) as file:
                 file.write(source.payload)
-        request = {
-            "op": "load",
-            "name": source.name,
-            "args": dict(source.args),
-            "code": source.code,
-            "settings": settings,
-            "records": None if records is None else dict(records),
-            "data": 0 if data is None else data.nbytes,
-            "networked": networked,
-            "folder": here,
-            "path": _search_path(here, source.folder),
-            "shipped": source.folder,
-            "offered": source.offered,
-        }
+        request = LoadTask(
+            name=os.fsencode(source.name),
+            args=json.dumps(dict(source.args)),
+            code=source.code,
+            code_folder=os.fsencode(source.folder),
+            offered=source.offered,
+            has_payload=source.payload is not None,
+            settings=json.dumps(settings),
+            records=json.dumps(None if records is None else dict(records)),
+            data_bytes=0 if data is None else data.nbytes,
+            networked=networked,
+            folder=os.fsencode(here),
+            search_path=tuple(map(os.fsencode, _search_path(here, source.folder))),
+        )
         try:
             forkserver.channel.send(request, fds if data is None else [*fds, data.fd])
         finally:
@@ -176,10 +185,10 @@ class LocalHost:
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
-        message, fds = self._forkserver.expect("loaded", LOAD_SECONDS)
-        self.facts = message["facts"]
+        message, fds = self._forkserver.expect(TaskLoaded, LOAD_SECONDS)
+        self.facts = json.loads(message.facts)
         if fds:
-            self.data = Segment(fds[0], message["data"])
+            self.data = Segment(fds[0], message.data_bytes)
         return self.facts
 
     def clone(self) -> LocalHost:
@@ -193,27 +202,26 @@ class LocalHost:
 
         `networked`: other hosts may take part.
         """
-        request = {"op": "setup", "plan": plan.to_message(), "networked": networked}
-        message, fds = self._forkserver.ask(request, "ready", LOAD_SECONDS)
+        request = SetUp(plan=plan, networked=networked)
+        ready, fds = self._forkserver.ask(request, StateReady, LOAD_SECONDS)
         self._segments = [
-            Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
+            Segment(fd, nbytes) for fd, nbytes in zip(fds, ready.segment_bytes, strict=True)
         ]
-        self.layout = Layout.from_message(message["layout"])
+        self.layout, self.slot_map = ready.layout, ready.slot_map
         self.state = self._segments[0]
-        self.control = ControlSegment(self._segments[2], ControlShape(**message["control"]))
+        self.control = ControlSegment(self._segments[2], ControlShape.of(plan, ready.layout))
         self.base = Snapshot(self.control, self.state, self._segments[1])
-        self.slots, self.slot_map = self._segments[3], SlotMap.from_message(message["slots"])
-        profile: dict[str, Any] = message["profile"]
+        self.slots = self._segments[3]
+        profile: dict[str, Any] = json.loads(ready.profile)
         return profile
 
     def spawn(self, number: int) -> WorkerHandle:
         """Fork a worker into a seat."""
-        message, (channel_fd, pidfd) = self._forkserver.ask(
-            {"op": "spawn", "seat": number}, "spawned", FORK_SECONDS
+        forked, (channel_fd, pidfd) = self._forkserver.ask(
+            ForkWorker(worker_id=number), WorkerForked, FORK_SECONDS
         )
-        worker_id = WorkerHandle(
-            number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
-        )
+        channel = to_worker(Channel.from_fd(channel_fd))
+        worker_id = WorkerHandle(number=number, pid=forked.pid, channel=channel, pidfd=pidfd)
         if number in self.worker_ids:
             self.worker_ids[number].close()
         self.worker_ids[number] = worker_id

@@ -8,7 +8,7 @@ crew comes to rest when these are regrouped, and goes on when it is told how.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,13 +23,29 @@ from lockstep.agent.regroup_messages import Action, HostStatus, RegroupOrder
 from lockstep.agent.step_log import StepLog, Throughput
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import NetworkError, NumericsError, WorkerLostError, from_message
+from lockstep.planning.assignment import assign
 from lockstep.planning.host_role import HostRole
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, Stage, progress_of
+from lockstep.planning.worker_messages import (
+    AgentMessage,
+    BatchDone,
+    BatchesDone,
+    Interrupted,
+    LoaderLost,
+    Rested,
+    RunSteps,
+    Scored,
+    ShardCorrupted,
+    Started,
+    StateCorrupted,
+    Stop,
+    WorkerFailed,
+)
 from lockstep.state.control_segment import RING
 from lockstep.state.snapshot import steps_between
-from lockstep.system.unix_channel import Closed, Message
+from lockstep.system.unix_channel import Closed
 
 TICK = 0.05
 """Seconds between two looks at the ring."""
@@ -92,7 +108,7 @@ class WorkerGroup:
                     self.control.raise_epoch()
                     self.observer.event("regroup", epoch=self.control.epoch, reason=reason)
                 case membership.DismissWorker(worker_id):
-                    self.tell(worker_id, {"op": "stop"})
+                    self.tell(worker_id, Stop())
                     self.observer.event("dismissed", worker=worker_id, reason=reason)
                 case membership.FormGroup(worker_ids):
                     self._form(worker_ids, reason)
@@ -140,28 +156,19 @@ class WorkerGroup:
         self.grant()
         self.failures.regrouped(resumption)
         self.observer.event("formed", seats=worker_ids, step=resumption.step, reason=reason)
+        refresh = resumption.back is None and not roles.parted and not self.observer.busy()
         for rank, worker_id in enumerate(worker_ids):
-            self.tell(
-                worker_id,
-                {
-                    "op": "join",
-                    "epoch": control.epoch,
-                    "seats": worker_ids,
-                    "step": resumption.step,
-                    "todo": resumption.todo[rank],
-                    "mine": [roles.shards.start, roles.shards.stop],
-                    "trees": [[tree.start, tree.stop] for tree in roles.trees],
-                    "several": roles.several,
-                    "returns": roles.duties.returns,
-                    "sums": [dataclasses.asdict(run) for run in roles.sums],
-                    "theirs": roles.theirs,
-                    "owned": sorted(roles.owned),
-                    "refresh": resumption.back is None
-                    and not roles.parted
-                    and not self.observer.busy(),
-                    "loaders": self.failures.loaders_live,
-                },
+            assignment = assign(
+                roles,
+                worker_ids,
+                rank,
+                epoch=control.epoch,
+                step=resumption.step,
+                todo=resumption.todo[rank],
+                refresh=refresh,
+                loaders=self.failures.loaders_live,
             )
+            self.tell(worker_id, assignment)
 
     def _roll_back(self) -> None:
         """Put the base in the place of a state that is torn."""
@@ -169,7 +176,7 @@ class WorkerGroup:
         self.host.base.roll_back()
         self.control.snapshot_due[:] = 0  # later steps' marks may lie in the places of those redone
 
-    def tell(self, worker_id: int, message: Message) -> None:
+    def tell(self, worker_id: int, message: AgentMessage) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""
         with contextlib.suppress(Closed):
             self.host.worker_ids[worker_id].channel.send(message)
@@ -312,7 +319,7 @@ class WorkerGroup:
         woken = [worker_id for worker_id, step in self._idle.items() if step < lease]
         for worker_id in woken:
             del self._idle[worker_id]
-            self.tell(worker_id, {"op": "run"})
+            self.tell(worker_id, RunSteps())
         if woken:
             self.decide(membership.WorkersResumed())
 
@@ -348,28 +355,45 @@ class WorkerGroup:
             self._idle.pop(worker_id.number, None)
             self.decide(membership.WorkerDied(worker_id.number))
             return
-        match message["event"]:
-            case "hello":
-                self._admit(worker_id.number, str(message["probe"]))
-                self.decide(membership.WorkerReady(worker_id.number))
-            case "idle":
-                self._idle[worker_id.number] = message["step"]
-                self.decide(membership.WorkerRested(worker_id.number))
-            case "regroup" | "inferred":
-                self.decide(membership.WorkerRested(worker_id.number))
-            case "batch" | "scored":
-                self.evaluation.heard(message)
-            case "corrupt":
-                facts = {name: value for name, value in message.items() if name != "event"}
-                self.observer.event("corrupt", host=self.host.name, **facts)
-                if "tensor" in facts:
-                    self.failures.spoilt(facts)
-                    self.decide(membership.WorkerCorrupted(worker_id.number))
-            case "lost_loader":
+        number = worker_id.number
+        match message:
+            case Started():
+                self._admit(number, message.probe)
+                self.decide(membership.WorkerReady(number))
+            case Rested():
+                self._idle[number] = message.step
+                self.decide(membership.WorkerRested(number))
+            case Interrupted() | BatchesDone():
+                self.decide(membership.WorkerRested(number))
+            case BatchDone():
+                result = json.loads(message.result)
+                self.evaluation.batch_done(message.round, message.batch, result)
+            case Scored():
+                self.evaluation.scored(message)
+            case ShardCorrupted():
+                self.observer.event(
+                    "corrupt",
+                    host=self.host.name,
+                    worker=message.worker_id,
+                    step=message.step,
+                    shard=message.shard,
+                )
+            case StateCorrupted():
+                self.observer.event(
+                    "corrupt",
+                    host=self.host.name,
+                    worker=message.worker_id,
+                    step=message.step,
+                    tensor=message.tensor,
+                    elements=list(message.elements),
+                )
+                self.failures.spoilt(message)
+                self.decide(membership.WorkerCorrupted(number))
+            case LoaderLost():
                 self.failures.lost_loader(worker_id)
-            case "failed":
-                error = from_message(message["error"])
-                raise self.failures.raised(error, message["step"], self.snapshot)
+            case WorkerFailed():
+                error = from_message(message.error)
+                raise self.failures.raised(error, message.step, self.snapshot)
 
     # Held-out data. With other hosts, the master shares the batches out.
 
@@ -411,7 +435,7 @@ class WorkerGroup:
     def dismiss(self) -> None:
         """Send the workers home and see them go."""
         for worker_id in self.members.status:
-            self.tell(worker_id, {"op": "stop"})
+            self.tell(worker_id, Stop())
         for _ in self._until_gone(time.monotonic() + DISMISS_SECONDS):
             pass
 

@@ -272,7 +272,7 @@ class HostGroup:
             return True
         if answer is not None:
             self._asked.get(heard.peer, set()).discard(answer["batch"])
-            self._worker_group.evaluation.heard({**answer, "event": "batch"})
+            self._worker_group.evaluation.batch_done(**answer)
         return True
 
     # The parts of the state that each host alone has, while all rest.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import blake3
 
@@ -23,12 +22,12 @@ from lockstep.optim.block_owner import BlockOwner
 from lockstep.optim.local_rounds import LocalRounds, LocalUpdate
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.optim.lr_schedule import LrSchedule
-from lockstep.planning.blocks import Block, own_blocks
-from lockstep.planning.byte_ranges import ByteRange
+from lockstep.planning.assignment import Assignment, WorkerShare
+from lockstep.planning.blocks import Block
 from lockstep.planning.digest_sample import DigestSample
-from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import Sampling
 from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
+from lockstep.planning.worker_messages import StateCorrupted
 from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
@@ -36,41 +35,6 @@ from lockstep.state.snapshot import SnapshotPart
 from lockstep.worker.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.forward_backward import ForwardBackward
 from lockstep.worker.shard_claims import ShardClaims
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """What one worker does in each step, as long as the membership stays as it is."""
-
-    worker_id: int
-    rank: int
-    workers: int
-    shards: tuple[int, ...]
-    """Those that are this worker's to begin with."""
-    mine: range
-    """Those that this host computes."""
-    subtrees: tuple[range, ...]
-    """What is summed by itself before all is: all hosts' subtrees, or groups."""
-    several: bool
-    """Whether there are several hosts."""
-    blocks: Sequence[int]
-    """Those that it updates."""
-    norms: Sequence[int]
-    """The trainable parameters whose gradient norms it takes, where there is a limit."""
-    returns: Returns
-    """What hosts give each other when each has summed its share."""
-    sums: tuple[ByteRange, ...]
-    """What of a slot it sums for all hosts, where they return sums."""
-    theirs: frozenset[int]
-    """The parameters that other hosts alone update."""
-    owned: frozenset[int]
-    """The parameters that some host alone updates."""
-
-
-def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
-    """Divide whole parameters among workers, for their norms."""
-    whole = [Block(param=i, start=0, stop=size, whole=True) for i, size in enumerate(sizes)]
-    return own_blocks(whole, workers)
 
 
 class TrainStep:
@@ -112,26 +76,37 @@ class TrainStep:
             place=place, seed=seed, autocast=autocast, faults=faults,
         )  # fmt: skip
 
-    def join(self, part: Assignment, barrier: Barrier, owner: BlockOwner, step: int) -> None:
-        """Take a part in the membership that begins now, with this step."""
-        self.part, self.barrier, self.owner = part, barrier, owner
+    def join(
+        self, part: Assignment, share: WorkerShare, barrier: Barrier, owner: BlockOwner
+    ) -> None:
+        """Take a part in the membership that begins now."""
+        self.part, self.share, self.barrier, self.owner = part, share, barrier, owner
+        self.host_shards, self._subtrees = part.host_shards, part.subtrees
+        self._rank, self._workers, self._worker_id = part.rank, part.workers, part.worker_id
         self._seconds = self.control.seconds[part.worker_id]
-        self._gradients.early = part.several and not self._audit_fraction
-        self._sums = SubtreeSums(self.shared, part.subtrees, part.mine, part.rank, part.workers)
-        self._not_begun = set(part.theirs)
+        self._gradients.early = part.several_hosts and not self._audit_fraction
+        self._sums = SubtreeSums(
+            self.shared, part.subtrees, self.host_shards, part.rank, part.workers
+        )
+        self._not_begun = set(part.remote_params)
         self._compressor = None
         if self.shared.codec is not None:
             self._compressor = Compressor(
-                self.shared, self.shared.codec, part.subtrees, part.mine, owner.slots, part.blocks
+                self.shared,
+                self.shared.codec,
+                part.subtrees,
+                self.host_shards,
+                owner.slots,
+                share.blocks,
             )
-        self._share = ShareSum(self.shared, owner.slots, part.sums)
-        self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
-        ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
+        self._share = ShareSum(self.shared, owner.slots, share.sums)
+        self._guard = StateGuard(self.shared, share.blocks, self.seed, self._audit_fraction)
+        ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, share.blocks))
         buffers = self.shared.buffer_ranges() if part.rank == 0 else []
-        self._local = LocalUpdate(self.shared, part.mine, part.rank, part.workers)
+        self._local = LocalUpdate(self.shared, self.host_shards, part.rank, part.workers)
         segments = self.shared.segments
         if self._audit_fraction:
-            self._guard.close(step - 1)
+            self._guard.close(part.step - 1)
         self._base = SnapshotPart(
             segments["state"], segments["base"], [*ranges, *buffers, *self._local.ranges]
         )
@@ -163,13 +138,13 @@ class TrainStep:
         self._fault("reduce", step)
         active = self.sampling.active(step)
         if self._audit_fraction:
-            self._check_all(step, [shard for shard in active if shard in self.part.mine])
+            self._check_all(step, [shard for shard in active if shard in self.host_shards])
         presence = self._exchange(step, active)
         scale = None
         if self._limit is not None:
-            scale = self._limit.scale(step, presence, self.part.norms, self._meet_norms)
+            scale = self._limit.scale(step, presence, self.share.norms, self._meet_norms)
         reduced = clock()
-        control.set_updating(self.part.worker_id, step)
+        control.set_updating(self._worker_id, step)
         self.owner.update(step, presence, scale)
         if self.shared.committed:
             self._combine_buffers(step)
@@ -178,7 +153,7 @@ class TrainStep:
         if self.part.returns == "parameters":
             self._await_parameters(step, presence)
         updated = clock()
-        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self.part.several)
+        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self.part.several_hosts)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
@@ -187,7 +162,7 @@ class TrainStep:
             self.refresh_snapshot(step + 1)
         copied = clock()
         self._fault("audit", step)
-        if self.part.rank == 0:
+        if self._rank == 0:
             control.times[step % RING] = committed
         if self._audit_fraction:
             self._guard.close(step)
@@ -200,15 +175,15 @@ class TrainStep:
     def _exchange(self, step: int, active: Sequence[int]) -> GradientPresence:
         """See that all hosts' gradients are there, as shards or as sums of subtrees."""
         control, part = self.control, self.part
-        if part.subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
+        if self._subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
             self._sum_subtrees(step, active)
-        if part.several:
+        if part.several_hosts:
             self._fault("exchange", step)
             self.barrier.arrive(progress_of(step, Phase.SUMMED))
             self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
         if self._compressor is not None:
             self._compressor.restore()
-        presence: GradientPresence = GradientPresence(control, active, part.subtrees)
+        presence: GradientPresence = GradientPresence(control, active, self._subtrees)
         if part.returns == "sums":
             if control.exchanged < exchange_of(step, Stage.RETURNING):
                 self._share.sum(presence)
@@ -225,7 +200,7 @@ class TrainStep:
         if not self._sums and self._compressor is None:
             return
         presence = GradientPresence(
-            self.control, [shard for shard in active if shard in self.part.mine]
+            self.control, [shard for shard in active if shard in self.host_shards]
         )
         self._sums.sum(presence)
         if self._compressor is not None:
@@ -235,7 +210,7 @@ class TrainStep:
         """Return when what other hosts have updated is there."""
         self._fault("return", step)
         self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
-        if self.part.rank == 0 and self._not_begun:
+        if self._rank == 0 and self._not_begun:
             begun = {param for param in self._not_begun if any(presence.of(param))}
             self.shared.note_begun(begun)
             self._not_begun -= begun
@@ -243,13 +218,13 @@ class TrainStep:
     def refresh_snapshot(self, committed: int) -> None:
         """Bring this worker's part of the base to the state after so many committed steps."""
         self._base.refresh()
-        if self.part.rank == 0:
+        if self._rank == 0:
             self.control.snapshot_step = committed
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
-        mine = self.part.mine
-        if len(mine) == self.part.workers:
+        mine = self.host_shards
+        if len(mine) == self._workers:
             for shard in todo:
                 self._compute(step, shard)
             return
@@ -264,14 +239,14 @@ class TrainStep:
         """Forward and backward of one shard, into its slot."""
         control, loss = self.control, 0.0
         if shard in self.sampling.active(step):
-            control.beat(self.part.worker_id, shard)
+            control.beat(self._worker_id, shard)
             slot = self.shared.slots[shard]
             loss = self._gradients.make(step, shard, slot, control.has_grad[shard])
             struck = self._fault("slot", step, shard)
             if struck is not None:
                 flip_gradient_bit(slot)
         control.losses[step % RING, shard] = loss
-        control.shard_by[shard] = self.part.worker_id
+        control.shard_by[shard] = self._worker_id
         control.shard_done[shard] = step
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
@@ -298,12 +273,15 @@ class TrainStep:
         Raises:
             Regroup: always. The others are held up until the master has regrouped them.
         """
-        self.control.set_updating(self.part.worker_id, step)  # so the state counts as torn
-        place = {
-            "tensor": self.shared.names[changed.param],
-            "elements": [changed.start, changed.stop],
-        }
-        self._report({"event": "corrupt", "worker": self.part.worker_id, "step": step, **place})
+        self.control.set_updating(self._worker_id, step)  # so the state counts as torn
+        self._report(
+            StateCorrupted(
+                step=step,
+                worker_id=self._worker_id,
+                tensor=self.shared.names[changed.param],
+                elements=(changed.start, changed.stop),
+            )
+        )
         raise Regroup
 
     def _meet(self, progress: int) -> None:
@@ -326,10 +304,12 @@ class TrainStep:
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""
-        _, everybodys = self.audit.split(step, self.part.owned)  # the exchanger does the others
+        _, everybodys = self.audit.split(
+            step, self.part.owned_params
+        )  # the exchanger does the others
         for index, unit in everybodys.items():
-            if (step + index) % self.part.workers == self.part.rank:
+            if (step + index) % self._workers == self._rank:
                 view = self._state[unit.offset : unit.offset + unit.nbytes]
                 self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))
         # Nobody sleeps until a step has started, so nobody is woken: the master looks by itself.
-        self.control.set_progress(self.part.worker_id, progress_of(step + 1, Phase.STARTED))
+        self.control.set_progress(self._worker_id, progress_of(step + 1, Phase.STARTED))
