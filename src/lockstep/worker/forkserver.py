@@ -45,8 +45,8 @@ from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
 
 if TYPE_CHECKING:
+    from lockstep.worker.context import Session
     from lockstep.worker.load_task import Loaded
-    from lockstep.worker.main import Session
 
 NEEDED = ("torch", "torch._dynamo", "lockstep.worker.main")
 """What every run imports: an optimizer's first step needs the compiler to say that it is not meant.
@@ -135,7 +135,7 @@ class ForkServer:
 
     def set_up(self, request: SetUp) -> None:
         """Build the shared state and tell the agent where everything lies."""
-        from lockstep.worker.main import Session
+        from lockstep.worker.context import Session
 
         self.session = Session.build(
             self.loaded.task,
