@@ -71,7 +71,7 @@ class Session:
         """Move the model to shared memory. Called once, in the nursery, with the plan's message."""
         model.train()
         plan = Plan.from_message(message)
-        task.set_position(plan.place)
+        task.set_position(plan.position)
         shared = build(
             task,
             model,
@@ -114,7 +114,7 @@ class Worker:
             self.loader,
             session.schedule,
             plan_digest_sample(self.shared.layout),
-            place=plan.place,
+            place=plan.position,
             seed=plan.seed,
             autocast=plan.precision == "bf16",
             clip_grad_norm=plan.clip_grad_norm,
@@ -243,7 +243,7 @@ class Worker:
 
     def _inference(self, *, autocast: bool) -> Inference:
         plan = self.session.plan
-        begun = plan.place
+        begun = plan.position
         place = begun.at_batch(self.step, 0, begun.samples)
         return Inference(self.session.task, self.shared, place, plan.seed, autocast=autocast)
 
