@@ -1,7 +1,7 @@
-"""The agent: what takes part in a job on another host than the master's.
+"""Agent: takes part in a job on another host than the master's.
 
-It loads the task, connects to the master, sets up its host's memory and workers, and then does as
-it is told until the master ends the job, or is lost.
+It loads the task, connects to the master, sets up its host's memory and workers, and then carries
+out the master's orders until the job ends, or the master is lost.
 """
 
 from __future__ import annotations
@@ -9,37 +9,22 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent import membership
-from lockstep.agent.answer_chunks import in_chunks
+from lockstep.agent.followed_part import FollowedPart
 from lockstep.agent.host_messages import (
     FROM_MASTER,
     AgentFailed,
-    EventForwarded,
-    ExchangeTrouble,
-    HostPaused,
     HostPresent,
-    HostReady,
     HostRefused,
-    InferBatches,
     JobEnded,
-    LeaseExtended,
-    PauseWorkers,
     PlanAssigned,
-    Recovered,
-    ResumeWorkers,
-    SendState,
-    StepRecorded,
 )
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
-from lockstep.agent.observer import NullObserver
-from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import (
     JobError,
@@ -119,9 +104,10 @@ def serve(
             settings = dict(offer.settings)
             records = None if offer.records is None else offer.records.as_request()
             with _fetched_data(link, offer, silence) as data:
-                local = LocalHost.start(source, settings, records, networked=True, data=data)
+                local = LocalHost.start(
+                    source, settings, records, networked=True, data=data, name=identity.node
+                )
             stack.enter_context(local)
-            local.name = identity.node
             mesh = HostMesh(identity, host, offer.job, report, link.wake, silence)
             stack.callback(mesh.close)
             agent = Agent(local, link, mesh, offer.master, silence, moved)
@@ -129,11 +115,7 @@ def serve(
         except NetworkError:
             raise
         except LockstepError as error:
-            step = (
-                agent.worker_group.step
-                if agent is not None and agent.worker_group is not None
-                else 0
-            )
+            step = 0 if agent is None else agent.step
             link.tell(offer.master, AgentFailed(error=ErrorMessage.of(error), step=step))
             _await_end(link)
             raise
@@ -174,7 +156,7 @@ def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Agent:
-    """One host's part in a job, from the plan to its end."""
+    """One host's part in a job, from the task's loading to the job's end."""
 
     def __init__(
         self,
@@ -188,11 +170,15 @@ class Agent:
         """The master is given up after so many seconds without a sign of life."""
         self.host, self.link, self.mesh, self.master = host, link, mesh, master
         self._silent_seconds = silent_seconds
-        self.worker_group: Following | None = None
-        self._ready = self._ended = self._moved = False
-        self._tell_moved = moved
-        self._asked: deque[InferBatches | SendState] = deque()
-        """What is to be done when all rest: held-out batches, or the state to be given."""
+        self._part: FollowedPart | None = None
+        """None: the plan has not come yet."""
+        self._ended = False
+        self._moved = moved
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed and recorded."""
+        return 0 if self._part is None else self._part.group.step
 
     def run(self, workers: int) -> None:
         """Load the task, say that this host is there, and serve."""
@@ -207,66 +193,16 @@ class Agent:
         )
         self.link.tell(self.master, present)
         while not self._ended:
-            if self.worker_group is None:
+            if self._part is None:
                 select.select([self.link], [], [], 0.5)
-                self._check_patience(begun)
+                self._check_plan_time(begun)
             else:
-                self._tick(self.worker_group)
+                self._part.tick()
             for heard in self.link.take():
                 self._heard(heard)
             self._check_master()
-        if self.worker_group is not None:
-            self.worker_group.dismiss()
-
-    def _tick(self, worker_group: Following) -> None:
-        """Lead the workers for a moment, and report."""
-        worker_group.listen()
-        worker_group.history.drain()
-        if not self._moved and worker_group.history.committed_at:
-            self._moved = True
-            self._tell_moved()
-        for step, digest in worker_group.history.marks.items():
-            self.link.tell(self.master, StepRecorded(step=step, digest=digest))
-        worker_group.history.marks.clear()
-        recovered = worker_group.failures.recovered(worker_group.history.committed_at)
-        if recovered:
-            self.link.tell(self.master, Recovered(recoveries=recovered))
-        while self.mesh.troubles:
-            trouble = self.mesh.troubles.popleft()
-            self._trouble(trouble.generation, trouble.peer, trouble.why)
-        if not self._ready and worker_group.members.complete:
-            self._ready = True  # only now: nobody is held up while workers start
-            self.link.tell(self.master, HostReady(workers=worker_group.plan.workers))
-        status = worker_group.stands()
-        if status is not None:
-            paused = HostPaused(generation=self.mesh.generation, status=status)
-            self.link.tell(self.master, paused)
-        self._do_asked(worker_group)
-        worker_group.grant()
-        worker_group.watch()
-
-    def _do_asked(self, worker_group: Following) -> None:
-        """Do what was asked for, if everybody rests where it was to be done. What the master has
-        not waited for is done with."""
-        while self._asked and self._asked[0].step < worker_group.step:
-            self._asked.popleft()
-        while self._asked and worker_group.rests_at(self._asked[0].step):
-            asked = self._asked.popleft()
-            if isinstance(asked, SendState):
-                worker_group.give(self.master)
-            else:
-                self._infer(worker_group, asked)
-
-    def _infer(self, worker_group: Following, asked: InferBatches) -> None:
-        """Do this host's part of a round of held-out batches, and send what comes of each."""
-        results = worker_group.evaluation.divide(asked.what, asked.batches)
-        for batch, result in zip(asked.batches, results, strict=True):
-            for chunk in in_chunks(asked.round, batch, result):
-                self.link.tell(self.master, chunk)
-
-    def _trouble(self, generation: int, peer: str, why: str) -> None:
-        trouble = ExchangeTrouble(generation=generation, other=peer, why=why)
-        self.link.tell(self.master, trouble)
+        if self._part is not None:
+            self._part.group.dismiss()
 
     def _heard(self, heard: Heard) -> None:
         if heard.peer != self.master or self._ended:  # what follows the end is a goodbye
@@ -278,44 +214,37 @@ class Agent:
 
     def _do(self, message: Message) -> None:
         match message:
-            case PlanAssigned(plan=plan) if self.worker_group is None:
-                self._set_up(_parse_plan(self.master, plan))
+            case PlanAssigned() if self._part is None:
+                self._set_up(message)
             case HostRefused(error=refusal):
                 error = refusal.error()
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
             case JobEnded():
                 self._ended = True
-            case _ if self.worker_group is None:
+            case _ if self._part is None or isinstance(message, PlanAssigned):
                 raise ProtocolError(
-                    f"host {self.master} has sent {type(message).__name__} before a plan"
+                    f"host {self.master} has sent {type(message).__name__}",
+                    expected="a plan, once, and then orders",
                 )
             case _:
-                self._lead(self.worker_group, message)
+                self._part.do(message)
 
-    def _lead(self, worker_group: Following, message: Message) -> None:
-        """Do as the master says, once there are workers."""
-        match message:
-            case PauseWorkers(generation=generation):
-                self._asked = deque(each for each in self._asked if not isinstance(each, SendState))
-                worker_group.hold(generation)
-            case ResumeWorkers(order=order, lease=lease):
-                worker_group.leased = lease
-                worker_group.arrange(order)
-            case LeaseExtended(step=step):
-                worker_group.leased = step
-                worker_group.grant()
-            case InferBatches() | SendState():
-                self._asked.append(message)
-            case _:
-                raise ProtocolError(
-                    f"host {self.master} has sent {type(message).__name__} a second time"
-                )
+    def _set_up(self, message: PlanAssigned) -> None:
+        """Allocate what the plan needs, and start workers.
 
-    def _set_up(self, plan: Plan) -> None:
-        self.host.set_up(plan, networked=True)
-        self.worker_group = Following(self.host, plan, Forward(self), None, mesh=self.mesh)
-        self.worker_group.agent = self
-        self.worker_group.decide(membership.GroupStarted())
+        Raises:
+            ProtocolError: it is no plan.
+        """
+        try:
+            plan = Plan.from_message(message.plan)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(
+                f"host {self.master} has sent a plan that is none", found=ascii(str(error))[:200]
+            ) from error
+        memory = self.host.set_up(plan, networked=True)
+        self._part = FollowedPart(
+            self.host, memory, plan, self.link, self.mesh, self.master, self._moved
+        )
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)
@@ -327,20 +256,11 @@ class Agent:
                 fix="resume the run where its folder is",
             )
 
-    def _check_patience(self, begun: float) -> None:
+    def _check_plan_time(self, begun: float) -> None:
         if time.monotonic() - begun > PLAN_SECONDS:
             raise PeerTimeoutError(
                 f"host {self.master} has sent no plan", expected=f"one within {PLAN_SECONDS:.0f} s"
             )
-
-
-def _parse_plan(master: str, message: Mapping[str, Any]) -> Plan:
-    try:
-        return Plan.from_message(message)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ProtocolError(
-            f"host {master} has sent a plan that is none", found=ascii(str(error))[:200]
-        ) from error
 
 
 def _await_end(link: ControlLink) -> None:
@@ -352,36 +272,3 @@ def _await_end(link: ControlLink) -> None:
             heard.message is None or isinstance(heard.message, JobEnded) for heard in link.take()
         ):
             return
-
-
-class Following(WorkerGroup):
-    """A crew that goes as far as its master says."""
-
-    agent: Agent
-    leased = 0
-
-    def _lease(self) -> int:
-        return self.leased
-
-    def rests_at(self, step: int) -> bool:
-        """Whether everybody rests, with the state after so many steps."""
-        return (
-            not self.members.regrouping
-            and self.members.all_rest
-            and len(self._idle) == len(self.members.formed)
-            and self.step == step
-        )
-
-    def _torn(self, why: str) -> None:
-        assert self.mesh is not None
-        self.agent._trouble(self.mesh.generation, "", why)
-
-
-class Forward(NullObserver):
-    """Keeps nothing, and forwards to the master what people may want to know."""
-
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
-
-    def event(self, name: str, **fields: object) -> None:
-        self.agent.link.tell(self.agent.master, EventForwarded(name=name, fields=fields))

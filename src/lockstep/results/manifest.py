@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,22 @@ from lockstep.job.task import Task
 from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.plan import Plan
 
+_PLANNED = {field.name for field in dataclasses.fields(Plan)}
 IDENTITY = (
-    "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",
-    "local_steps", "compression", "groups", "seed", "clip_grad_norm", "precision", "numerics",
-)  # fmt: skip
-"""What the plan decides that the numbers depend on."""
+    *(
+        name
+        for name, setting in SETTINGS.items()
+        # The plan turns `data_epochs` into `steps`, and `data` into `holdings`.
+        if setting.declared.changes_numbers and name in _PLANNED
+    ),
+    "train_samples",
+    "eval_samples",
+)
+"""The fields of a plan that the results depend on."""
 
 
 def make_manifest(
-    source: TaskSource, job: Job, plan: Plan, profile: dict[str, Any], facts: dict[str, Any]
+    source: TaskSource, job: Job, plan: Plan, profile: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a new run, ready for JSON.
 
@@ -133,7 +142,7 @@ def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, An
         )
 
 
-def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
+def differences(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
     """What is known to differ between a recorded run and what has been loaded now."""
     notes = []
     if facts["code"] != manifest["code"]:

@@ -9,7 +9,7 @@ fit a struct's types and bounds is refused before anybody looks at it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, dataclass_transform
+from typing import Annotated, Any, Generic, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -24,6 +24,11 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+JsonText = str
+"""JSON: what users' code returns or is given. It may hold all that JSON can hold, and is handed on
+as it is: `json.dumps` at one end, `json.loads` at the other."""
+OsText = bytes
+"""A path or an environment variable, as `os.fsencode` gives it: it may be no UTF-8."""
 Label = Annotated[
     str, msgspec.Meta(max_length=256, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")
 ]
@@ -36,25 +41,11 @@ SHOWN = 200
 """Characters of an error that are shown."""
 
 
-if TYPE_CHECKING:
-
-    @dataclass_transform(
-        frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,)
-    )
-    class Message:
-        """As below. mypy does not know that subclasses of a frozen struct are frozen."""
-
-else:
-
-    class Message(
-        msgspec.Struct,
-        frozen=True,
-        kw_only=True,
-        forbid_unknown_fields=True,
-        tag_field="op",
-        tag=True,
-    ):
-        """Base of all messages. A subclass sets its `tag`, by default the class's own name."""
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"
+):
+    """Base of all messages. A subclass sets its `tag`, by default the class's own name."""
 
 
 M = TypeVar("M")
@@ -68,7 +59,7 @@ class Codec(Generic[M]):
         anything else."""
         self._broken = broken
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kinds, strict=True)
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=_as_plain)
 
     def encode(self, message: M) -> bytes:
         """The bytes of a message."""
@@ -90,9 +81,6 @@ class Codec(Generic[M]):
             ) from error
 
 
-_ENCODER = msgspec.msgpack.Encoder()
-
-
 def encode(message: Message) -> bytes:
     """The bytes of a message of any kind.
 
@@ -100,7 +88,7 @@ def encode(message: Message) -> bytes:
         ProtocolError: it holds what cannot be sent, such as a number of more than 64 bits.
     """
     try:
-        return _ENCODER.encode(message)
+        return msgspec.msgpack.encode(message, enc_hook=_as_plain)
     except (OverflowError, UnicodeEncodeError, TypeError, RecursionError) as error:
         raise ProtocolError(
             f"a message {type(message).__name__} cannot be sent",
@@ -186,3 +174,11 @@ class ErrorMessage(Message):
             found=printable(self.found),
             fix=printable(self.fix),
         )
+
+
+def _as_plain(value: Any) -> Any:
+    """A number or text of a subclass, such as `numpy.float64`, as what it is."""
+    for kind in (str, float, int):
+        if isinstance(value, kind):
+            return kind(value)
+    raise NotImplementedError(f"a message cannot hold a {type(value).__name__}")
