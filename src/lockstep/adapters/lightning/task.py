@@ -216,15 +216,15 @@ class LightningTask(Task):
         import torch
 
         module, kept = self._module, self._kept
-        exchange_plan = [parcel for parcel in outputs["left"] if parcel is not None]
+        parcels = [parcel for parcel in outputs["left"] if parcel is not None]
         hook = f"on_{self._part}_epoch_end"
         logged = Logged(kept, module)
         with torch.no_grad(), self._running(module, self._stage, hook, logged):
-            kept.unpack(module, exchange_plan)
-            for name, metric in exchange_plan[0]["logged"].items():
+            kept.unpack(module, parcels)
+            for name, metric in parcels[0]["logged"].items():
                 logged.log(name, module.get_submodule(metric).compute())
             self._hook(module, hook)
-        kept.check_carried(module, exchange_plan, hook)
+        kept.check_carried(module, parcels, hook)
         for name, metric in logged.metrics.items():
             logged.log(name, module.get_submodule(metric).compute())
         kept.roll_back(module)

@@ -96,27 +96,25 @@ class Kept:
         }
         return {"metrics": metrics, "lists": {name: new for name, new in lists.items() if new}}
 
-    def unpack(self, module: nn.Module, exchange_plan: Sequence[Parcel]) -> None:
+    def unpack(self, module: nn.Module, parcels: Sequence[Parcel]) -> None:
         """Leave in the module what all batches have left, in their order."""
         self.roll_back(module)
         for name, metric in self._metrics(module):
-            found = [each["metrics"][name] for each in exchange_plan if name in each["metrics"]]
+            found = [each["metrics"][name] for each in parcels if name in each["metrics"]]
             if found:
                 _fill(name, metric, [_decoded(each["states"]) for each in found])
                 metric._update_count = sum(each["count"] for each in found)
-        for name in dict.fromkeys(name for each in exchange_plan for name in each["lists"]):
-            items = [
-                item for each in exchange_plan for item in _decoded(each["lists"].get(name, []))
-            ]
+        for name in dict.fromkeys(name for each in parcels for name in each["lists"]):
+            items = [item for each in parcels for item in _decoded(each["lists"].get(name, []))]
             setattr(module, name, [*self._lists.get(name, ()), *items])
 
-    def check_carried(self, module: nn.Module, exchange_plan: Sequence[Parcel], hook: str) -> None:
+    def check_carried(self, module: nn.Module, parcels: Sequence[Parcel], hook: str) -> None:
         """Refuse a hook that keeps something from one evaluation to the next, such as the best.
 
         Raises:
             TaskError: it changed a metric that no batch had changed.
         """
-        filled = {name for each in exchange_plan for name in each["metrics"]}
+        filled = {name for each in parcels for name in each["metrics"]}
         carried = [
             n for n, metric in self._metrics(module) if metric._update_count and n not in filled
         ]
