@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep.errors import TaskError
@@ -11,6 +12,16 @@ from lockstep.errors import TaskError
 PIECE = 400_000
 """Characters of JSON in a message: its quoting may double them, and a message has at most 1 MiB."""
 MOST_PIECES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
+    """What was made of a held-out batch."""
+
+    round: int
+    """Of questions: the one that this answers."""
+    batch: int
+    result: Any
 
 
 def in_pieces(batch: int, result: Any) -> Iterator[dict[str, Any]]:

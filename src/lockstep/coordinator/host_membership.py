@@ -78,7 +78,7 @@ class HostLost:
 
 @dataclass(frozen=True)
 class ExchangeFailed:
-    """A host cannot go on: its state is corrupted (`peer` is empty), or it has lost another host."""
+    """A host cannot go on: its state is corrupted (no `peer`), or it has lost another host."""
 
     name: str
     generation: int

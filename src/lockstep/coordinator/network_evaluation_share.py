@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lockstep.agent.answer_chunks import AnswerAssembler
+from lockstep.agent.answer_chunks import AnswerAssembler, BatchResult
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.worker_group import BatchResult, WorkerGroup
+from lockstep.agent.worker_group import WorkerGroup
 from lockstep.coordinator.host_inbox import HostInbox
 from lockstep.net.control_link import ControlLink
 from lockstep.net.tcp_transport import TcpTransport
