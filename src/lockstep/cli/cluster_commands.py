@@ -66,9 +66,10 @@ def up(
 
 def token(state: StateOption = None, valid: Valid = 900.0) -> None:
     """Print another join token of the `up` that runs here. It is as good as a password."""
+    from lockstep.cluster.daemon.cluster_messages import AskToken, TokenAnswer
     from lockstep.cluster.daemon.control_socket import ask
 
-    print(ask(_state(state), {"op": "token", "seconds": valid})["token"])
+    print(ask(_state(state), AskToken(seconds=valid), TokenAnswer).token)
 
 
 def hosts(
@@ -76,15 +77,18 @@ def hosts(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List the hosts that have joined the `up` that runs here, and their jobs."""
+    from lockstep.cluster.daemon.cluster_messages import AskHosts, HostsAnswer
     from lockstep.cluster.daemon.control_socket import ask
+    from lockstep.system.messages import printable
 
-    rows = ask(_state(state), {"op": "hosts"})["hosts"]
+    rows = ask(_state(state), AskHosts(), HostsAnswer).hosts
     if as_json:
-        print(json.dumps(rows))
+        members = [{"name": row.name, "workers": row.workers, "jobs": row.jobs} for row in rows]
+        print(json.dumps(members))
         return
     for row in rows:
-        jobs = ", ".join(f"{job} {said}" for job, said in row["jobs"].items())
-        print(f"{row['name']:<24} {row['workers']:>3} workers  {jobs}".rstrip())
+        jobs = ", ".join(f"{job} {state}" for job, state in row.jobs.items())
+        print(printable(f"{row.name:<24} {row.workers:>3} workers  {jobs}".rstrip()))
 
 
 def join(
@@ -163,7 +167,9 @@ def _digest(text: str) -> str:
 
 def report(who: str, why: str) -> None:
     """Say on stderr what happens."""
-    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+    from lockstep.system.messages import printable
+
+    print(printable(f"lockstep: {who}: {why}"), file=sys.stderr, flush=True)
 
 
 def _state(path: Path | None) -> Path:

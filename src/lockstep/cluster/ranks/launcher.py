@@ -1,4 +1,4 @@
-"""A job whose processes are started one on each host: by torchrun, by SLURM, or by hand.
+"""Rank launcher: for a job whose processes torchrun, SLURM or people start, one on each host.
 
     torchrun --nnodes 2 --nproc-per-node 1 ... -m lockstep rank --secret FILE job.yaml
     srun --ntasks-per-node=1 lockstep rank --secret FILE job.yaml
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.job_offer import OFFER, JobOffer
 from lockstep.cluster.ranks.rank_environment import RankPlace
 from lockstep.cluster.state_folder import (
     SECRET,
@@ -35,6 +35,7 @@ from lockstep.net.enrolment import JoinServer, join
 from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import RankInvitation, SharedSecret, make_secret, read_secret
 from lockstep.net.transport import Report, ignore
+from lockstep.system.messages import encode, printable
 
 ATTEMPT_SECONDS, PAUSE_SECONDS = 10.0, 0.5
 MASTER = "rank-0"
@@ -88,7 +89,7 @@ class RankLauncher:
                 self._authority.sign,
                 host=self.host,
                 port=self._place.port,
-                greeting={"offer": offer.to_message()},
+                greeting=encode(offer),
                 proof=self._shared.proof(self._authority.certificate),
                 report=show,
             )
@@ -129,7 +130,7 @@ def enter(
             identity, greeting = join(
                 invitation, folder / "node", _name(place.rank), timeout=ATTEMPT_SECONDS
             )
-            return identity, JobOffer.from_message(greeting.get("offer", {}))
+            return identity, OFFER.decode(greeting)
         except (PeerClosedError, PeerTimeoutError) as error:
             if time.monotonic() > limit:
                 error.fix = "see whether rank 0 runs, and that all have the same --port"
@@ -189,4 +190,4 @@ def _name(rank: int) -> str:
 
 def show(who: str, why: str) -> None:
     """Say on stderr what happens."""
-    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+    print(printable(f"lockstep: {who}: {why}"), file=sys.stderr, flush=True)
