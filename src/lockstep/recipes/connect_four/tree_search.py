@@ -1,9 +1,9 @@
 """Tree search: Gumbel AlphaZero search with few simulations, for many games at once.
 
 The method is that of Danihelka, Guez, Schrittwieser and Silver, "Policy improvement by planning
-with Gumbel", 2022: actions at the root are drawn without replacement by Gumbel noise and halved until
-two are left; deeper in the tree, visits follow the improved policy. Its policy improves on the
-network's with any number of simulations, so that two cores suffice.
+with Gumbel", 2022: actions at the root are drawn without replacement by Gumbel noise and halved
+until two are left; deeper in the tree, visits follow the improved policy. Its policy improves on
+the network's with any number of simulations, so that two cores suffice.
 
 The actions considered at the root have trees of their own, which are independent of each other.
 So one simulation for each of them, in each of the games, makes one batch for the network.
