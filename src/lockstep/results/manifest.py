@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ IDENTITY = (
 
 
 def make_manifest(
-    source: TaskSource, job: Job, plan: Plan, profile: dict[str, Any], facts: dict[str, Any]
+    source: TaskSource, job: Job, plan: Plan, profile: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a new run, as JSON can hold it.
 
@@ -140,7 +141,7 @@ def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, An
         )
 
 
-def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
+def differences(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Known differences between a recorded run and what has been loaded now."""
     notes = []
     if facts["code"] != manifest["code"]:
