@@ -13,6 +13,7 @@ position         where in a run a call of the task's methods belongs
 job              a task with its settings
 settings         fields that declare their limits, their option and their documentation
 settings_table   the generated tables of docs/job-files.md
+run_request      a job as it was asked for, with the settings that were given
 job_file         YAML files that describe a job
 faults           scripted faults, for tests
 code_digest      a digest of the source files that define a task

@@ -34,7 +34,7 @@ def at_least(least: int, **given: object) -> None:
     """Check arguments of a recipe that are whole numbers.
 
     Raises:
-        JobError: one is no whole number, or is less than `least`.
+        JobError: one is not a whole number, or is less than `least`.
     """
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

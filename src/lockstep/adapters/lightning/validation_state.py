@@ -65,7 +65,7 @@ class Kept:
             if own is metric:
                 return name
         raise TaskError(
-            "a metric is logged that is no part of the module",
+            "a metric is logged that is not part of the module",
             expected="an attribute of the module, or in an nn.ModuleDict or nn.ModuleList there",
             found=type(metric).__name__,
             fix="make it in __init__, as an attribute: self.val_accuracy = ...",

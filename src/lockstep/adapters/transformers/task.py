@@ -84,7 +84,7 @@ def from_transformers(
         model = _FromConfig(model, _auto_class(transformers, auto_class))
     elif auto_class is not None:
         raise JobError(
-            "auto_class is given, but the model is no configuration",
+            "auto_class is given, but the model is not a configuration",
             expected="a PretrainedConfig with auto_class, or a model without",
             found=repr(type(model)),
             fix="leave out auto_class",
