@@ -53,7 +53,7 @@ def test_what_comes_of_an_earlier_round_is_passed_over() -> None:
         taken.add("b", chunk)
     found = taken.add("b", whole[-1])
     assert found is not None
-    assert found["batch"] == 7
+    assert found.batch == 7
 
 
 GOOD: dict[str, Any] = {"round": 1, "batch": 1, "chunk": 0, "chunks": 1, "text": "1"}
