@@ -62,7 +62,7 @@ def rising(data_epoch: int, step: int, batch: int) -> float:
 class PlainKnowing(PlainNet):
     scheduler_interval: Literal["step", "data_epoch"] = "step"
 
-    def told(self, place: Position) -> None:
+    def set_position(self, place: Position) -> None:
         self.place = place
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:

@@ -167,7 +167,7 @@ def tell(task: Any, *, training: bool, **numbers: int) -> None:
     """Tell the task where in the run the next calls belong."""
     ended = numbers["step"] if training else max(numbers["step"] - 1, 0)
     data_epoch = ended // numbers["steps_per_epoch"]
-    task.told(types.SimpleNamespace(training=training, data_epoch=data_epoch, **numbers))
+    task.set_position(types.SimpleNamespace(training=training, data_epoch=data_epoch, **numbers))
 
 
 @contextlib.contextmanager
