@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
+.PHONY: help run test test-long fuzz check format docs-tree bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -38,14 +38,18 @@ test-long: $(READY) ## Run the long tests only
 fuzz: $(READY) ## Try 3,000 inputs in each fuzz test, and print how they ended
 	$(BIN)/python -m pytest --fuzz 3000 $(ARGS)
 
-check: $(READY) ## Check format, lint and types
+check: $(READY) ## Check format, lint, types and the layers of packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(READY) ## Format, and fix what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs-tree: $(READY) ## Write the file tree in docs/architecture.md anew
+	$(BIN)/python -m tests.support.file_tree
 
 bench: $(READY) ## Measure Lockstep against its alternatives (half an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.run $(ARGS)
@@ -57,7 +61,7 @@ bench-recovery: $(READY) ## Measure recovery from killed workers, beside torchru
 bench-checkpoints: $(READY) ## Measure what a checkpoint a second costs
 	$(BIN)/python -m benchmarks.checkpoints $(ARGS)
 
-bench-records: $(READY) ## Measure what the base and the ledger cost
+bench-records: $(READY) ## Measure what the snapshot and the ledger cost
 	$(BIN)/python -m benchmarks.records $(ARGS)
 
 bench-stragglers: $(READY) ## Measure what a worker at a quarter of its speed costs
