@@ -150,7 +150,7 @@ EVENTS = st.one_of(
 
 
 @given(st.lists(EVENTS, max_size=30))
-def test_whatever_happens_the_fleet_is_valid(events: Sequence[host_membership.Event]) -> None:
+def test_whatever_happens_the_membership_is_valid(events: Sequence[host_membership.Event]) -> None:
     state, _, _ = decide(HostMembership(master="m"), host_membership.HostReady("m", 1))
     state, _, _ = decide(state, host_membership.HostPaused("m", 1, standing(4)))
     for event in events:

@@ -10,7 +10,7 @@ from lockstep.state.snapshot import Snapshot, SnapshotPart, steps_between
 from lockstep.system.shared_memory import Segment
 
 
-def test_the_base_is_copied_part_by_part_and_put_back() -> None:
+def test_the_snapshot_is_refreshed_in_parts_and_rolled_back_to() -> None:
     shape = ControlShape(shards=1, max_workers=1, params=1)
     control = ControlSegment(Segment.create("control", shape.nbytes()), shape)
     state, kept = Segment.create("state", 8192), Segment.create("base", 8192)
@@ -35,7 +35,7 @@ def test_the_base_is_copied_part_by_part_and_put_back() -> None:
     kept.close()
 
 
-def test_the_base_is_as_young_as_its_cost_allows() -> None:
+def test_the_snapshot_is_as_recent_as_its_cost_allows() -> None:
     assert steps_between(10 << 20, 2, steps_per_second=0.0) == 1
     assert steps_between(10 << 20, 2, steps_per_second=1.0) == 1, "long steps: after each"
     assert steps_between(1 << 10, 2, steps_per_second=1000.0) == 50
