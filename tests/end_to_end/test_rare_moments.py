@@ -122,10 +122,10 @@ def test_a_worker_has_died_before_it_is_killed() -> None:
     with subprocess.Popen(["true"]) as process:
         pidfd = os.pidfd_open(process.pid)
     stack = os.memfd_create("stack")
-    worker_id = WorkerHandle(number=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
-    assert worker_id.python_stack() == ""
-    worker_id.kill()
-    worker_id.close()
+    worker = WorkerHandle(worker_id=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
+    assert worker.python_stack() == ""
+    worker.kill()
+    worker.close()
     theirs.close()
 
 

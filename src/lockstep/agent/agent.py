@@ -1,7 +1,7 @@
-"""The agent: what takes part in a job on another host than the master's.
+"""Agent: takes part in a job on another host than the master's.
 
-It loads the task, connects to the master, sets up its host's memory and workers, and then does as
-it is told until the master ends the job, or is lost.
+It loads the task, connects to the master, sets up its host's memory and workers, and then carries
+out the master's orders until the job ends, or the master is lost.
 """
 
 from __future__ import annotations
@@ -9,20 +9,14 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lockstep.agent import membership
-from lockstep.agent.answer_chunks import in_pieces
-from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.followed_part import FollowedPart
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
-from lockstep.agent.observer import NullObserver
-from lockstep.agent.regroup_messages import RegroupOrder
-from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import (
     JobError,
@@ -96,9 +90,10 @@ def serve(
             )
             settings, records = dict(offer.settings), offer.records
             with _fetched_data(link, offer, silence) as data:
-                local = LocalHost.start(source, settings, records, networked=True, data=data)
+                local = LocalHost.start(
+                    source, settings, records, networked=True, data=data, name=identity.node
+                )
             stack.enter_context(local)
-            local.name = identity.node
             mesh = HostMesh(identity, host, offer.job, report, link.wake, silence)
             stack.callback(mesh.close)
             agent = Agent(local, link, mesh, offer.master, silence, moved)
@@ -106,11 +101,7 @@ def serve(
         except NetworkError:
             raise
         except LockstepError as error:
-            step = (
-                agent.worker_group.step
-                if agent is not None and agent.worker_group is not None
-                else 0
-            )
+            step = 0 if agent is None else agent.step
             link.tell(offer.master, "failed", error=to_message(error), step=step)
             _await_end(link)
             raise
@@ -151,7 +142,7 @@ def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Agent:
-    """One host's part in a job, from the plan to its end."""
+    """One host's part in a job, from the task's loading to the job's end."""
 
     def __init__(
         self,
@@ -165,11 +156,15 @@ class Agent:
         """The master is given up after so many seconds without a sign of life."""
         self.host, self.link, self.mesh, self.master = host, link, mesh, master
         self._silent_seconds = silent_seconds
-        self.worker_group: Following | None = None
-        self._ready = self._ended = self._moved = False
-        self._tell_moved = moved
-        self._asked: deque[Mapping[str, Any]] = deque()
-        """What is to be done when all rest: held-out batches, or the state to be given."""
+        self._part: FollowedPart | None = None
+        """None: the plan has not come yet."""
+        self._ended = False
+        self._moved = moved
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed and recorded."""
+        return 0 if self._part is None else self._part.group.step
 
     def run(self, workers: int) -> None:
         """Load the task, say that this host is there, and serve."""
@@ -180,71 +175,16 @@ class Agent:
         facts = facts_of(loaded)
         self.link.tell(self.master, "present", workers=workers, facts=facts, samples=samples)
         while not self._ended:
-            if self.worker_group is None:
+            if self._part is None:
                 select.select([self.link], [], [], 0.5)
-                self._check_patience(begun)
+                self._check_plan_time(begun)
             else:
-                self._tick(self.worker_group)
+                self._part.tick()
             for heard in self.link.take():
                 self._heard(heard)
             self._check_master()
-        if self.worker_group is not None:
-            self.worker_group.dismiss()
-
-    def _tick(self, worker_group: Following) -> None:
-        """Lead the workers for a moment, and report."""
-        worker_group.listen()
-        worker_group.history.drain()
-        if not self._moved and worker_group.history.committed_at:
-            self._moved = True
-            self._tell_moved()
-        for step, digest in worker_group.history.marks.items():
-            self.link.tell(self.master, "recorded", step=step, digest=digest)
-        worker_group.history.marks.clear()
-        recovered = worker_group.failures.recovered(worker_group.history.committed_at)
-        if recovered:
-            self.link.tell(self.master, "recovered", recoveries=recovered)
-        while self.mesh.troubles:
-            trouble = self.mesh.troubles.popleft()
-            self._trouble(trouble.generation, trouble.peer, trouble.why)
-        if not self._ready and worker_group.members.complete:
-            self._ready = True  # only now: nobody is held up while workers start
-            self.link.tell(self.master, "ready", workers=worker_group.plan.workers)
-        standing = worker_group.stands()
-        if standing is not None:
-            self.link.tell(
-                self.master,
-                "stood",
-                generation=self.mesh.generation,
-                standing=standing.to_message(),
-            )
-        self._do_asked(worker_group)
-        worker_group.grant()
-        worker_group.watch()
-
-    def _do_asked(self, worker_group: Following) -> None:
-        """Do what was asked for, if everybody rests where it was to be done. What the master has
-        not waited for is done with."""
-        while self._asked and self._asked[0]["step"] < worker_group.step:
-            self._asked.popleft()
-        while self._asked and worker_group.rests_at(self._asked[0]["step"]):
-            asked = self._asked.popleft()
-            if asked["op"] == "give":
-                worker_group.give(self.master)
-            else:
-                self._infer(worker_group, asked["op"], asked)
-
-    def _infer(self, worker_group: Following, what: Inferred, asked: Mapping[str, Any]) -> None:
-        """Do this host's part of a round of held-out batches, and send what comes of each."""
-        batches = [int(batch) for batch in asked["batches"]]
-        for batch, result in zip(
-            batches, worker_group.evaluation.divide(what, batches), strict=True
-        ):
-            for piece in in_pieces(batch, result):
-                self.link.tell(self.master, "batch", round=asked["round"], **piece)
-
-    def _trouble(self, generation: int, peer: str, why: str) -> None:
-        self.link.tell(self.master, "trouble", generation=generation, other=peer, why=why)
+        if self._part is not None:
+            self._part.group.dismiss()
 
     def _heard(self, heard: Heard) -> None:
         if heard.peer != self.master or self._ended:  # what follows the end is a goodbye
@@ -263,32 +203,20 @@ class Agent:
     def _do(self, message: Mapping[str, Any]) -> None:
         match message["op"]:
             case "set_up":
-                self._set_up(Plan.from_message(message["plan"]))
-            case "hold":
-                assert self.worker_group is not None
-                self._asked = deque(item for item in self._asked if item["op"] != "give")
-                self.worker_group.hold(message["generation"])
-            case "arrange":
-                assert self.worker_group is not None
-                self.worker_group.leased = message["lease"]
-                self.worker_group.arrange(RegroupOrder.from_message(message))
-            case "lease":
-                assert self.worker_group is not None
-                self.worker_group.leased = message["step"]
-                self.worker_group.grant()
+                plan = Plan.from_message(message["plan"])
+                memory = self.host.set_up(plan, networked=True)
+                self._part = FollowedPart(
+                    self.host, memory, plan, self.link, self.mesh, self.master, self._moved
+                )
             case "refused":
                 error = from_message(message["error"])
                 raise RefusedError(error.what, expected=error.expected, found=error.found)
-            case "evaluate" | "predict" | "give":
-                self._asked.append(message)
             case "end":
                 self._ended = True
-
-    def _set_up(self, plan: Plan) -> None:
-        self.host.set_up(plan, networked=True)
-        self.worker_group = Following(self.host, plan, Forward(self), None, mesh=self.mesh)
-        self.worker_group.agent = self
-        self.worker_group.decide(membership.GroupStarted())
+            case _:
+                if self._part is None:
+                    raise ValueError(f"{message['op']} before the plan")
+                self._part.do(message)
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)
@@ -300,7 +228,7 @@ class Agent:
                 fix="resume the run where its folder is",
             )
 
-    def _check_patience(self, begun: float) -> None:
+    def _check_plan_time(self, begun: float) -> None:
         if time.monotonic() - begun > PLAN_SECONDS:
             raise PeerTimeoutError(
                 f"host {self.master} has sent no plan", expected=f"one within {PLAN_SECONDS:.0f} s"
@@ -314,36 +242,3 @@ def _await_end(link: ControlLink) -> None:
         select.select([link], [], [], 0.1)
         if any(heard.message is None or heard.message.get("op") == "end" for heard in link.take()):
             return
-
-
-class Following(WorkerGroup):
-    """A crew that goes as far as its master says."""
-
-    agent: Agent
-    leased = 0
-
-    def _lease(self) -> int:
-        return self.leased
-
-    def rests_at(self, step: int) -> bool:
-        """Whether everybody rests, with the state after so many steps."""
-        return (
-            not self.members.regrouping
-            and self.members.all_rest
-            and len(self._idle) == len(self.members.formed)
-            and self.step == step
-        )
-
-    def _torn(self, why: str) -> None:
-        assert self.mesh is not None
-        self.agent._trouble(self.mesh.generation, "", why)
-
-
-class Forward(NullObserver):
-    """Keeps nothing, and forwards to the master what people may want to know."""
-
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
-
-    def event(self, name: str, **fields: object) -> None:
-        self.agent.link.tell(self.agent.master, "event", name=name, fields=fields)

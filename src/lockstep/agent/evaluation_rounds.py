@@ -1,23 +1,20 @@
-"""Evaluation, an agent's end: held-out batches go to the workers, what they make of them comes
-back. The same for predictions.
+"""Evaluation rounds: held-out batches go to the workers, and what they make of them comes back.
 
-The state is at rest meanwhile. When a worker dies, its successors do the batches that are missing;
-what other hosts have not answered when they are lost, the master's own workers do.
+The same for predictions. The state is at rest meanwhile. When a worker dies, its successors do the
+batches that are missing; what other hosts have not answered when they are lost, this host does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 from lockstep.agent import membership
+from lockstep.agent.worker_group import WorkerGroup
 from lockstep.errors import TaskError
 from lockstep.planning.eval_batches import Outputs, combine, gather
 from lockstep.system.unix_channel import Message
-
-if TYPE_CHECKING:
-    from lockstep.agent.worker_group import WorkerGroup
 
 Inferred = Literal["evaluate", "predict"]
 """What is made of a held-out batch: its metrics, or its predictions."""
@@ -26,87 +23,124 @@ SCORE_SECONDS = 300.0
 """The longest that `Task.score` and `Task.baseline` may take together."""
 
 
-class Evaluation:
-    """What a crew does between two rests to evaluate. It hands on the workers' answers."""
+class EvaluationShare(Protocol):
+    """How the batches of a round are divided among hosts."""
 
-    def __init__(self, worker_group: WorkerGroup) -> None:
-        self.worker_group = worker_group
+    def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
+        """Give other hosts their part of the batches, under the number of a round; the rest."""
+
+    def gather(self) -> None:
+        """Wait for what other hosts have made of theirs; it goes to the group's answers."""
+
+
+class OwnShare:
+    """All batches are done on this host."""
+
+    def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
+        return list(batches)
+
+    def gather(self) -> None:
+        pass
+
+
+class EvaluationRounds:
+    """What a worker group does between two rests to evaluate, or to predict."""
+
+    def __init__(self, group: WorkerGroup, share: EvaluationShare) -> None:
+        self._group, self._share = group, share
         self._round = 0
         self._results: dict[int, Any] = {}
-        self._scored: Message | None = None
 
-    def heard(self, message: Message) -> None:
-        """Take an answer, a `batch` or `scored`; one to an earlier question is dropped."""
-        if message["round"] != self._round:
-            return
-        if message["event"] == "batch":
-            self._results[message["batch"]] = message["result"]
-        else:
-            self._scored = message
-
-    def run(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """The held-out metrics of the state at rest."""
-        shell, plan = self.worker_group, self.worker_group.plan
-        results = self.divide("evaluate", range(plan.eval_batches))
+        group = self._group
+        results = self.divide("evaluate", range(group.plan.eval_batches))
         while True:
-            scored = self._score(shell.members.formed[0], gather(results))
+            scored = self._score(group.members.formed[0], gather(results))
             if scored is not None:
                 return {**combine(results), **scored}
-            shell.await_rest()
+            group.await_rest()
 
     def divide(self, what: Inferred, batches: Sequence[int]) -> list[Any]:
         """What the workers make of each batch, in order; each batch is done by one of them."""
-        shell = self.worker_group
+        group = self._group
         self._results.clear()
         others = True
         while missing := [batch for batch in batches if batch not in self._results]:
-            shell.await_rest()
+            group.await_rest()
             self._round += 1
-            self._ask(what, shell.share_out(what, self._round, missing) if others else missing)
-            shell.await_rest()
-            shell.failures.evaluating = False
-            shell.gather()
+            own = self._share.share_out(what, self._round, missing) if others else missing
+            self._ask(what, own)
+            group.await_rest()
+            group.failure_log.evaluating = False
+            self._share.gather()
+            self._take_answers()
             others = False  # what other hosts have not answered is done here
-        shell.failures.evaluated()
+        group.failure_log.evaluated()
         return [self._results[batch] for batch in batches]
 
     def _ask(self, what: Inferred, batches: Sequence[int]) -> None:
         """Divide batches among those who rest, and wait until they have done them, or one died."""
-        shell = self.worker_group
-        worker_ids, epoch = shell.members.formed, shell.control.epoch
-        shell.failures.evaluating = True
+        group = self._group
+        worker_ids, epoch = group.members.formed, group.control.epoch
+        group.failure_log.evaluating = True
         for rank, worker_id in enumerate(worker_ids):
-            shell.control.forget_shard(worker_id)
-            mine = list(batches[rank :: len(worker_ids)])
-            shell.tell(worker_id, {"op": what, "round": self._round, "batches": mine})
-        shell.decide(membership.WorkersResumed())
-        while shell.control.epoch == epoch and not shell.members.all_rest:
-            shell.listen()
-            shell.watch()
+            group.control.forget_shard(worker_id)
+            own = list(batches[rank :: len(worker_ids)])
+            group.tell(worker_id, {"op": what, "round": self._round, "batches": own})
+        group.decide(membership.WorkersResumed())
+        while group.control.epoch == epoch and not group.members.all_rest:
+            group.listen()
+            group.watch()
+
+    def _answers(self) -> Iterator[Message]:
+        """The answers to the last question; those to an earlier one are dropped."""
+        answers = self._group.answers
+        while answers:
+            message = answers.popleft()
+            if message["round"] == self._round:
+                yield message
+
+    def _take_answers(self) -> None:
+        for message in self._answers():
+            if message["event"] == "batch":
+                self._results[message["batch"]] = message["result"]
 
     def _score(self, worker_id: int, outputs: Outputs) -> dict[str, float] | None:
-        """The metrics of all outputs together, and at the end the baseline; None: `worker_id`
-        died."""
-        shell = self.worker_group
-        epoch, ends = shell.control.epoch, shell.step >= shell.plan.steps
+        """The metrics of all outputs together, and at the end the baseline; None: the worker that
+        was asked has died."""
+        group = self._group
+        ends = group.step >= group.plan.steps
         if not outputs and not ends:
             return {}
-        self._scored = None
         message = {"op": "score", "round": self._round, "outputs": outputs, "baseline": ends}
-        shell.tell(worker_id, message)
-        limit = time.monotonic() + SCORE_SECONDS
-        while shell.control.epoch == epoch and self._scored is None:
-            shell.listen()
-            shell.failures.kill_stopped(worker_id)
+        group.tell(worker_id, message)
+        scored = self._await_score(worker_id)
+        if scored is None:
+            return None
+        if scored["baseline"]:
+            group.observer.event("baseline", metrics=scored["baseline"])
+        metrics: dict[str, float] = scored["metrics"]
+        return metrics
+
+    def _await_score(self, worker_id: int) -> Message | None:
+        """The worker's answer; None: it has died.
+
+        Raises:
+            TaskError: it does not answer.
+        """
+        group = self._group
+        epoch, limit = group.control.epoch, time.monotonic() + SCORE_SECONDS
+        while group.control.epoch == epoch:
+            group.listen()
+            for message in self._answers():
+                if message["event"] == "scored":
+                    return message
+            group.failure_detector.kill_stopped(worker_id)
             if time.monotonic() > limit:
                 raise TaskError(
                     "Task.score or Task.baseline does not return",
                     expected=f"an answer within {SCORE_SECONDS:.0f} s",
                     fix="do the work that can be divided in Task.outputs",
                 )
-        if self._scored is None:
-            return None
-        if self._scored["baseline"]:
-            shell.observer.event("baseline", metrics=self._scored["baseline"])
-        metrics: dict[str, float] = self._scored["metrics"]
-        return metrics
+        return None

@@ -1,4 +1,4 @@
-"""One host's nodes as the master sees them: the nursery, the workers and the shared memory."""
+"""Local host: the processes of one host, its forkserver and its workers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,8 @@ from lockstep.agent.forkserver_client import (
 )
 from lockstep.agent.preload import environment_for, new_forkserver
 from lockstep.job.task_source import TaskSource
-from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
-from lockstep.planning.slot_map import SlotMap
-from lockstep.state.control_segment import ControlSegment, ControlShape
-from lockstep.state.snapshot import Snapshot
+from lockstep.state.host_memory import HostMemory
 from lockstep.system.folders import working_folder
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed, Message
@@ -38,7 +35,7 @@ STACK_SECONDS = 0.5
 class WorkerHandle:
     """A worker process and the two descriptors that stand for it."""
 
-    number: int
+    worker_id: int
     pid: int
     channel: Channel
     pidfd: int
@@ -87,14 +84,14 @@ class WorkerHandle:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that a seat's worker said (`message`), or its death (`message` is None)."""
+    """Something that a worker said (`message`), or its death (`message` is None)."""
 
-    worker_id: WorkerHandle
+    worker: WorkerHandle
     message: Message | None
 
 
 def _search_path(here: str, shipped: str) -> list[str]:
-    """Where a nursery that works `here` looks for modules; first in the folder of code that was
+    """Where a forkserver that works `here` looks for modules; first in the folder of code that was
     sent, if any was."""
     path = [entry or here for entry in sys.path]
     return [shipped, here, *path] if shipped else path
@@ -103,15 +100,13 @@ def _search_path(here: str, shipped: str) -> list[str]:
 class LocalHost:
     """Starts and ends the processes of one host. Use it as a context manager."""
 
-    def __init__(self, forkserver: ForkServerClient) -> None:
-        self._forkserver = forkserver
-        self.name = platform.node() or "localhost"
-        self.worker_ids: dict[int, WorkerHandle] = {}
+    def __init__(self, forkserver: ForkServerClient, name: str) -> None:
+        self._forkserver, self.name = forkserver, name
+        self.workers: dict[int, WorkerHandle] = {}
         self.facts: dict[str, Any] = {}
-        self.layout: Layout | None = None
         self.data: Segment | None = None
         """The data sets, if they are to be sent to other hosts."""
-        self._segments: list[Segment] = []
+        self._memory: HostMemory | None = None
         self.also_wake: int | None = None
         """A descriptor at which `events` returns, too, when it is readable."""
 
@@ -124,12 +119,13 @@ class LocalHost:
         *,
         networked: bool = False,
         data: Segment | None = None,
+        name: str = "",
     ) -> LocalHost:
-        """Start a nursery and have it load the task.
+        """Start a forkserver and have it load the task.
 
         `records` says which file takes the place of its data: `{"path", "keep"}`. `networked`: the
         facts are to be compared with other hosts'. `data`: what the master has sent, the data sets
-        or that file.
+        or that file. `name`: the host's, by default the machine's.
 
         Raises:
             JobError: the folder that this process works in is gone.
@@ -160,19 +156,13 @@ class LocalHost:
         finally:
             for fd in fds:
                 os.close(fd)
-        return cls(forkserver)
+        return cls(forkserver, name or platform.node() or "localhost")
 
     def __enter__(self) -> LocalHost:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def known_layout(self) -> Layout:
-        """Where everything lies. Asked when the host is set up."""
-        assert self.layout is not None
-        return self.layout
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
@@ -184,40 +174,35 @@ class LocalHost:
 
     def clone(self) -> LocalHost:
         """A second host with the same task, for a trial."""
-        clone = LocalHost(self._forkserver.clone())
+        clone = LocalHost(self._forkserver.clone(), self.name)
         clone.facts = self.facts
         return clone
 
-    def set_up(self, plan: Plan, *, networked: bool = False) -> dict[str, Any]:
-        """Allocate shared memory for the plan; returns the numerics profile.
+    def set_up(self, plan: Plan, *, networked: bool = False) -> HostMemory:
+        """Allocate shared memory for the plan. It is closed with the host.
 
         `networked`: other hosts may take part.
         """
         request = {"op": "setup", "plan": plan.to_message(), "networked": networked}
         message, fds = self._forkserver.ask(request, "ready", LOAD_SECONDS)
-        self._segments = [
-            Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
-        ]
-        self.layout = Layout.from_message(message["layout"])
-        self.state = self._segments[0]
-        self.control = ControlSegment(self._segments[2], ControlShape(**message["control"]))
-        self.base = Snapshot(self.control, self.state, self._segments[1])
-        self.slots, self.slot_map = self._segments[3], SlotMap.from_message(message["slots"])
-        profile: dict[str, Any] = message["profile"]
-        return profile
+        self._memory = HostMemory.from_message(message, fds)
+        return self._memory
 
-    def spawn(self, number: int) -> WorkerHandle:
-        """Fork a worker into a seat."""
+    def spawn(self, worker_id: int) -> WorkerHandle:
+        """Fork a worker."""
         message, (channel_fd, pidfd) = self._forkserver.ask(
-            {"op": "spawn", "seat": number}, "spawned", FORK_SECONDS
+            {"op": "spawn", "seat": worker_id}, "spawned", FORK_SECONDS
         )
-        worker_id = WorkerHandle(
-            number=number, pid=message["pid"], channel=Channel.from_fd(channel_fd), pidfd=pidfd
+        worker = WorkerHandle(
+            worker_id=worker_id,
+            pid=message["pid"],
+            channel=Channel.from_fd(channel_fd),
+            pidfd=pidfd,
         )
-        if number in self.worker_ids:
-            self.worker_ids[number].close()
-        self.worker_ids[number] = worker_id
-        return worker_id
+        if worker_id in self.workers:
+            self.workers[worker_id].close()
+        self.workers[worker_id] = worker
+        return worker
 
     def events(self, timeout: float) -> Iterator[Event]:
         """What the workers have said, and who has died; waits up to `timeout` seconds for it.
@@ -230,12 +215,12 @@ class LocalHost:
         poll = select.poll()
         channels: dict[int, WorkerHandle] = {}
         deaths: dict[int, WorkerHandle] = {}
-        for worker_id in self.worker_ids.values():
-            if worker_id.alive:
-                poll.register(worker_id.channel, select.POLLIN)
-                poll.register(worker_id.pidfd, select.POLLIN)
-                channels[worker_id.channel.fileno()] = worker_id
-                deaths[worker_id.pidfd] = worker_id
+        for worker in self.workers.values():
+            if worker.alive:
+                poll.register(worker.channel, select.POLLIN)
+                poll.register(worker.pidfd, select.POLLIN)
+                channels[worker.channel.fileno()] = worker
+                deaths[worker.pidfd] = worker
         poll.register(self._forkserver.channel, select.POLLIN)
         if self.also_wake is not None:
             poll.register(self.also_wake, select.POLLIN)
@@ -245,37 +230,34 @@ class LocalHost:
         if self._forkserver.channel.fileno() in ready:
             self._forkserver.hear()
         for fd in ready & deaths.keys():
-            worker_id = deaths[fd]
-            yield from self._heard(worker_id)
-            worker_id.alive = False
-            yield Event(worker_id=worker_id, message=None)
+            worker = deaths[fd]
+            yield from self._heard(worker)
+            worker.alive = False
+            yield Event(worker=worker, message=None)
 
-    def _heard(self, worker_id: WorkerHandle) -> Iterator[Event]:
+    def _heard(self, worker: WorkerHandle) -> Iterator[Event]:
         try:
-            while worker_id.channel.ready():
-                message, fds = worker_id.channel.receive()
+            while worker.channel.ready():
+                message, fds = worker.channel.receive()
                 if fds:
-                    worker_id.stack_fd = fds[0]
-                yield Event(worker_id=worker_id, message=message)
+                    worker.stack_fd = fds[0]
+                yield Event(worker=worker, message=message)
         except Closed:
             return
 
-    def how_it_ended(self, worker_id: WorkerHandle) -> str:
+    def how_it_ended(self, worker: WorkerHandle) -> str:
         """Why a dead worker died, in words."""
-        code = self._forkserver.exit_code(worker_id.pid, 1.0)
+        code = self._forkserver.exit_code(worker.pid, 1.0)
         return "ended" if code is None else describe_exit(code)
 
     def close(self) -> None:
         """End every process and let go of the shared memory."""
-        for worker_id in self.worker_ids.values():
-            worker_id.close()
-        self.worker_ids.clear()
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
         self._forkserver.close()
         if self.data is not None:
             self.data.close()
-        if self._segments:
-            self.base.close()
-            self.control.close()
-            for segment in (*self._segments[:2], self._segments[3]):
-                segment.close()
-            self._segments = []
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None

@@ -1,4 +1,4 @@
-"""The history of a run: committed steps, from the ring to the sink, in order."""
+"""Step log: committed steps, from the ring buffer to the observer, in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Container
 
 from blake3 import blake3
 
-from lockstep.agent.local_host import LocalHost
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import step_in_flight
 from lockstep.agent.stall_policy import StallTimeout
@@ -16,20 +15,26 @@ from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, progress_of
 from lockstep.results.ledger import StepRecord
 from lockstep.state.control_segment import DIGEST_BYTES, RING
+from lockstep.state.host_memory import HostMemory
 
 MARK_STEPS, MARKS = 64, 64
 """Of every so many steps a digest is kept, of so many of them."""
 
 
 class StepLog:
-    """Drains the ring: every step once, when all members have committed and digested it."""
+    """Drains the ring buffer: every step once, when all members have committed and digested it."""
 
     def __init__(
-        self, host: LocalHost, plan: Plan, observer: RunObserver, clock: Throughput, step: int
+        self,
+        memory: HostMemory,
+        plan: Plan,
+        observer: RunObserver,
+        throughput: Throughput,
+        step: int,
     ) -> None:
-        assert host.layout is not None
-        self.host, self.plan, self.observer, self.clock = host, plan, observer, clock
-        self.control, self.audit = host.control, plan_digest_sample(host.layout)
+        self.plan, self.observer, self.throughput = plan, observer, throughput
+        self.control, self._state = memory.control, memory.state
+        self.digest_sample = plan_digest_sample(memory.layout)
         self.step = step
         """How many steps are committed and recorded."""
         self.worker_ids: tuple[int, ...] = ()
@@ -46,7 +51,7 @@ class StepLog:
         self.sampling = plan.sampling
 
     def drain(self) -> None:
-        """Give every step that all members have committed and digested to the sink."""
+        """Give every step that all members have committed and digested to the observer."""
         if not self.worker_ids:
             return
         self._drain_to(min(self.control.progress(worker_id) for worker_id in self.worker_ids))
@@ -64,8 +69,8 @@ class StepLog:
         self.drain()
         if self.step < step:
             self._drain_to(progress_of(step - 1, Phase.STARTED))
-            state = memoryview(self.host.state.map)
-            _, everybodys = self.audit.split(step - 1, self.owned)
+            state = memoryview(self._state.map)
+            _, everybodys = self.digest_sample.split(step - 1, self.owned)
             for index, unit in everybodys.items():
                 digest = blake3(state[unit.offset : unit.offset + unit.nbytes]).digest(DIGEST_BYTES)
                 self.control.set_digest(step - 1, index, digest)
@@ -86,7 +91,7 @@ class StepLog:
             self._record(self.step)
             self.step += 1
         if self.step > first:
-            self.observer.progress(self.step, self.loss, self.clock.rate, len(self.worker_ids))
+            self.observer.progress(self.step, self.loss, self.throughput.rate, len(self.worker_ids))
 
     def _record(self, step: int) -> None:
         control, place = self.control, step % RING
@@ -98,7 +103,7 @@ class StepLog:
             loss += value * weight
         units = {
             unit.name: control.digest(step, index)
-            for index, unit in enumerate(self.audit.units(step))
+            for index, unit in enumerate(self.digest_sample.units(step))
         }
         norm = None if self.plan.sum_limit is None else float(control.total_norms[place])
         if step == 0:
@@ -116,7 +121,7 @@ class StepLog:
             self.marks[step] = blake3(record.body().encode()).hexdigest(16)
             self.marks.pop(step - MARKS * MARK_STEPS, None)
         self.committed_at = float(control.times[place])
-        self.patience.step_took(self.clock.committed(self.committed_at, size))
+        self.patience.step_took(self.throughput.committed(self.committed_at, size))
         self.loss = loss
 
 

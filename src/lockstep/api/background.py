@@ -6,8 +6,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from lockstep.api.training import Taskish, run
+from lockstep.api.training import run
 from lockstep.coordinator.run_control import RunControl
+from lockstep.job.run_request import Taskish
 from lockstep.results.result import Result
 
 

@@ -7,6 +7,7 @@ import time
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.observer import NullObserver
 from lockstep.coordinator.coordinator import Coordinator
+from lockstep.coordinator.open_hosts import ready_alone
 from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.job.job import Job
 from lockstep.planning.core_split import Division, Facts, choose, close, divisions
@@ -53,7 +54,8 @@ def _measure(job: Job, facts: Facts, division: Division, host: LocalHost) -> flo
         ahead_seconds=0.1,
     )
     with host.clone() as clone:
-        clone.set_up(trial)
-        coordinator = Coordinator(clone, trial, schedule, NullObserver(), warm_up=WARM_UP_SECONDS)
+        coordinator = Coordinator(
+            ready_alone(clone, trial), schedule, NullObserver(), warm_up=WARM_UP_SECONDS
+        )
         coordinator.run()
-        return coordinator.clock.rate
+        return coordinator.throughput

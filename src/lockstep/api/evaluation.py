@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.api.stored_model import EvaluationObserver, load_stored, newest_checkpoint, set_up
+from lockstep.api.stored_model import EvaluationObserver, newest_checkpoint, request_of
 from lockstep.coordinator.launcher import Launcher
+from lockstep.coordinator.open_hosts import open_hosts
 from lockstep.coordinator.run_control import RunControl
 from lockstep.errors import RunFolderError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
-from lockstep.planning.data_partition import check_same, check_together
 from lockstep.results.manifest import check_fitted, differences, recorded_source
 
 
@@ -56,17 +56,14 @@ def evaluate(
     Job(task="", workers=workers)  # refuses what is out of range
     model = newest_checkpoint(run)
     settings = model.manifest["job"]
-    check_together(settings.get("data", "build"), alone=on is None)
     source = recorded_source(model.manifest, task, Path(run))
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
     heard, control = EvaluationObserver(), RunControl()
-    with control, load_stored(source, settings, on) as (host, hosts):
-        facts = host.facts
+    with control, open_hosts(request_of(source, settings), on) as hosts:
+        facts = hosts.host.facts
         check_fitted(run, model.manifest, facts)
         plan = model.plan(workers, hosts)
-        if plan.holdings and hosts is not None:
-            check_same(plan.holdings, hosts.rendezvous.samples)
-        else:
+        if not plan.holdings:
             plan = dataclasses.replace(plan, eval_samples=facts["eval_samples"])
         if not plan.eval_samples:
             raise RunFolderError(
@@ -74,7 +71,7 @@ def evaluate(
                 expected="a data set from Task.eval_data",
                 fix="define it, and evaluate with the changed task",
             )
-        set_up(model, plan, host, hosts, heard, control, evaluate=True).run()
+        model.coordinator(plan, hosts, heard, control, evaluate=True).run()
     return Evaluated(
         metrics=heard.metrics,
         baseline=heard.baseline,

@@ -18,12 +18,12 @@ from blake3 import blake3
 from lockstep.api.stored_model import (
     EvaluationObserver,
     StoredModel,
-    load_stored,
     newest_checkpoint,
-    set_up,
+    request_of,
 )
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
+from lockstep.coordinator.open_hosts import open_hosts
 from lockstep.coordinator.run_control import RunControl
 from lockstep.errors import StoppedError
 from lockstep.job.job import Job
@@ -94,13 +94,13 @@ def predict(
     heard, control = EvaluationObserver(), RunControl()
     records = {"path": str(Path(data).absolute()), "keep": list(keep)}
     settings = {**model.manifest["job"], "data": "build"}  # the records take the place of its data
-    with control, load_stored(source, settings, on, records) as (host, hosts):
-        facts = host.facts
+    with control, open_hosts(request_of(source, settings), on, records) as hosts:
+        facts = hosts.host.facts
         check_fitted(run, model.manifest, facts)
         size = batch_size or model.manifest["plan"]["eval_batch_size"]
         samples = facts["eval_samples"]
         plan = model.plan(workers, hosts, eval_samples=samples, eval_batch_size=size, holdings=())
-        coordinator = set_up(model, plan, host, hosts, heard, control)
+        coordinator = model.coordinator(plan, hosts, heard, control)
         identity = {
             "model": model.checkpoint.manifest["fingerprint"],
             "data": blake3().update_mmap(data).hexdigest(),
@@ -152,7 +152,7 @@ def _rounds(
     first = rows.rows
     for start in range(rows.rows // plan.eval_batch_size, total, some):
         batches = range(start, min(start + some, total))
-        for found in coordinator.evaluation.divide("predict", batches):
+        for found in coordinator.rounds.divide("predict", batches):
             rows.add(found)
         now = time.monotonic()
         if now - noted >= NOTE_SECONDS:

@@ -12,6 +12,7 @@ from typing import Any
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.observer import NullObserver
 from lockstep.coordinator.coordinator import Coordinator
+from lockstep.coordinator.open_hosts import ready_alone
 from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.task import Task
@@ -27,6 +28,7 @@ from lockstep.results.ledger import Line, StepRecord, read_ledger
 from lockstep.results.manifest import check_manifest, differences, recorded_source
 from lockstep.results.run_folder import RunFolder
 from lockstep.state.fingerprint import fingerprint, tensor_digests
+from lockstep.state.host_memory import HostMemory
 
 TENSOR_SEARCH_STEPS = 32
 """After a first difference, how many more steps are replayed to name the tensors that differ."""
@@ -116,20 +118,20 @@ def verify(
     with LocalHost.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
         facts = host.loaded()
         notes = differences(manifest, facts)
-        host.set_up(plan)
-        start = _restore(host, lines[0], checkpoints, first)
+        ready = ready_alone(host, plan)
+        start = _restore(ready.memory, lines[0], checkpoints, first)
         comparison = Comparison(recorded)
         schedule = StopSchedule(steps=last, steps_per_epoch=plan.steps_per_epoch)
         step = start.step if start is not None else 0
-        coordinator = Coordinator(host, plan, schedule, comparison, step)
+        coordinator = Coordinator(ready, schedule, comparison, step)
         with contextlib.suppress(Mismatch):
             coordinator.run()
         if (error := comparison.error(notes)) is not None:
             raise error
-        final = _compare_end(host, lines, checkpoints, last, notes)
+        final = _compare_end(ready.memory, lines, checkpoints, last, notes)
         if final:
-            assert host.layout is not None
-            check_model_file(folder.model_path, host.layout, memoryview(host.state.map))
+            state = memoryview(ready.memory.state.map)
+            check_model_file(folder.model_path, ready.memory.layout, state)
     return Verification(
         first=step,
         last=last,
@@ -187,15 +189,14 @@ def _span(steps: tuple[int | None, int | None], recorded: int) -> tuple[int, int
 
 
 def _restore(
-    host: LocalHost, genesis: Line, checkpoints: list[Checkpoint], first: int
+    memory: HostMemory, genesis: Line, checkpoints: list[Checkpoint], first: int
 ) -> Checkpoint | None:
     """Put the newest checkpoint at or before `first` in place; None: the seed's own state."""
-    assert host.layout is not None
     for checkpoint in checkpoints:
         if checkpoint.step <= first:
-            checkpoint.load_into(host.layout, host.state)
+            checkpoint.load_into(memory.layout, memory.state)
             return checkpoint
-    digests = tensor_digests(host.layout, host.state)
+    digests = tensor_digests(memory.layout, memory.state)
     if fingerprint(digests) != genesis.content["state"]:
         raise IntegrityError(
             "the replay differs from the ledger before the first step",
@@ -207,15 +208,14 @@ def _restore(
 
 
 def _compare_end(
-    host: LocalHost,
+    memory: HostMemory,
     lines: list[Line],
     checkpoints: list[Checkpoint],
     last: int,
     notes: tuple[str, ...],
 ) -> bool:
     """Compare the whole state where the run recorded it; whether it did."""
-    assert host.layout is not None
-    digests = tensor_digests(host.layout, host.state)
+    digests = tensor_digests(memory.layout, memory.state)
     found = fingerprint(digests)
     for checkpoint in checkpoints:
         if checkpoint.step == last and checkpoint.manifest["fingerprint"] != found:

@@ -1,4 +1,4 @@
-"""A host's place among the others: its connections of one generation, its exchanger, its state.
+"""Host mesh: a host's connections to all others in one generation, and its exchange thread.
 
 Every generation of hosts has connections of its own, so that nothing that was sent in an earlier
 one can be taken for something else.
@@ -6,35 +6,22 @@ one can be taken for something else.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from blake3 import blake3
-
-from lockstep.agent.local_host import LocalHost
 from lockstep.collectives.exchange_plan import ExchangePlan
 from lockstep.collectives.exchange_thread import ExchangeThread
-from lockstep.errors import IntegrityError, NetworkError
-from lockstep.net.frames import Kind
+from lockstep.collectives.state_transfer import StateTransfer
+from lockstep.errors import NetworkError
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
-from lockstep.net.transport import Key, Pending, Report, await_slip
-from lockstep.planning.byte_ranges import ByteRange
+from lockstep.net.transport import Report
 from lockstep.planning.host_role import HostRole
-from lockstep.planning.slot_map import cut
-from lockstep.state.control_segment import RING
+from lockstep.state.host_memory import HostMemory
 from lockstep.system import machine
 
 CONNECT_SECONDS = 5.0
-STATE_SECONDS = 600.0
-"""The longest that a copy of the state may take."""
-DIGEST_BYTES = 32
-PIECE_BYTES = 4 << 20
-"""Pieces in which a state is sent: each is digested while the next is on its way."""
-LOSSES, NORM, DIGEST = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
-"""Tags of what goes with a state, behind those of its pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +86,13 @@ class HostMesh:
 
     def start(
         self,
-        host: LocalHost,
-        roles: HostRole,
+        memory: HostMemory,
+        role: HostRole,
         step: int,
         worker_ids: Callable[[], Sequence[int]],
     ) -> None:
         """Exchange from this step on. Called when everybody rests."""
-        if not roles.several:
+        if not role.several:
             return
         assert self._mesh is not None
         generation = self.generation
@@ -114,16 +101,16 @@ class HostMesh:
             peer = next((n for n in addresses if f"host {n}" in error.what), "")
             self.trouble(generation, peer, error)
 
-        addresses = roles.others
-        plan = roles.plan
+        addresses = role.others
+        plan = role.plan
         exchange_plan = ExchangePlan(
-            host.control,
-            memoryview(host.slots.map),
-            memoryview(host.state.map),
-            host.slot_map,
-            host.known_layout,
-            roles.arrangement,
-            roles.duties,
+            memory.control,
+            memoryview(memory.slots.map),
+            memoryview(memory.state.map),
+            memory.slot_map,
+            memory.layout,
+            role.arrangement,
+            role.duties,
             self.name,
         )
         self._exchange_thread = ExchangeThread(
@@ -138,7 +125,10 @@ class HostMesh:
 
     def trouble(self, generation: int, peer: str, error: NetworkError) -> None:
         """Take note of why this host cannot go on. May be called from any thread."""
-        why = error.what + (f": {error.found}" if error.found else "")
+        self.report(generation, peer, error.what + (f": {error.found}" if error.found else ""))
+
+    def report(self, generation: int, peer: str, why: str) -> None:
+        """The same, in words."""
         self.troubles.append(Trouble(generation=generation, peer=peer, why=why))
         self._wake()
 
@@ -153,79 +143,7 @@ class HostMesh:
             self._mesh.close()
             self._mesh = None
 
-    # The state, from one host to another. Called when everybody rests on both.
-
-    def send_state(
-        self,
-        host: LocalHost,
-        step: int,
-        peers: Sequence[str],
-        part: Sequence[ByteRange] | None = None,
-    ) -> None:
-        """Give the state after `step` committed steps, or a part of it, to these hosts."""
+    def transfer(self, memory: HostMemory) -> StateTransfer:
+        """What moves state between the hosts of this generation."""
         assert self._mesh is not None
-        mesh, digest = self._mesh, blake3()
-        slips: list[Pending] = []
-
-        def send(tag: int, view: memoryview) -> None:
-            slips.extend(mesh.send(peer, Key(Kind.STATE, step, tag), view) for peer in peers)
-
-        for tag, view in _pieces(host, step, part):
-            send(tag, view)
-            digest.update(view)  # while it is sent
-        send(DIGEST, memoryview(digest.digest(DIGEST_BYTES)))
-        for slip in slips:
-            slip.wait(STATE_SECONDS)
-
-    def receive_state(
-        self,
-        host: LocalHost,
-        step: int,
-        source: str,
-        part: Sequence[ByteRange] | None = None,
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Get the state, or a part of it, from a host, in place of this one's.
-
-        `wanted` is asked again and again whether it still is.
-
-        Raises:
-            NetworkError: it has not come whole. This host then has none.
-            IntegrityError: its bytes are not those that were sent.
-        """
-        assert self._mesh is not None
-        told = bytearray(DIGEST_BYTES)
-        items = list(_pieces(host, step, part))
-        slips = [
-            self._mesh.expect(source, Key(Kind.STATE, step, tag), view)
-            for tag, view in [*items, (DIGEST, memoryview(told))]
-        ]
-        digest = blake3()
-        for slip, (_, view) in zip(slips, items, strict=False):
-            await_slip(slip, STATE_SECONDS, wanted)
-            digest.update(view)  # while more comes
-        await_slip(slips[-1], STATE_SECONDS, wanted)
-        found = digest.digest(DIGEST_BYTES)
-        if found != told:
-            raise IntegrityError(
-                f"the state from host {source} has changed on its way",
-                expected=f"digest {told.hex()[:16]}…",
-                found=f"digest {found.hex()[:16]}…",
-                fix="look for faulty memory on both hosts",
-            )
-
-
-def _pieces(
-    host: LocalHost, step: int, part: Sequence[ByteRange] | None
-) -> Iterator[tuple[int, memoryview]]:
-    """The state, and what is known of the step before, or a part of the state; by tag."""
-    state = memoryview(host.state.map)
-    ranges = [ByteRange(offset=0, nbytes=host.state.nbytes)] if part is None else part
-    pieces = itertools.chain.from_iterable(cut(run, PIECE_BYTES) for run in ranges)
-    for tag, piece in enumerate(pieces):
-        yield tag, state[piece.offset : piece.offset + piece.nbytes]
-    if part is not None:
-        return
-    place = (step - 1) % RING
-    yield LOSSES, host.control.losses[place].data.cast("B")
-    yield NORM, host.control.total_norms[place : place + 1].data.cast("B")
+        return StateTransfer(transport=self._mesh, memory=memory)

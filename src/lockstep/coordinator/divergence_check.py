@@ -17,20 +17,20 @@ class DivergenceCheck:
         """A host has recorded a step."""
         self._told[name, step] = digest
 
-    def check(self, history: StepLog) -> None:
+    def check(self, own_name: str, step_log: StepLog) -> None:
         """Compare with what the master has recorded: losses, and parts of the state.
 
         Raises:
             IntegrityError: it is not the same.
         """
         for (name, step), digest in list(self._told.items()):
-            if step >= history.step:
+            if step >= step_log.step:
                 continue  # not recorded here yet
             del self._told[name, step]
-            mine = history.marks.get(step, digest)
+            mine = step_log.marks.get(step, digest)
             if mine != digest:
                 raise IntegrityError(
-                    f"host {name} and host {history.host.name} have computed different states",
+                    f"host {name} and host {own_name} have computed different states",
                     expected=f"the same record of step {step}: {mine}",
                     found=digest,
                     fix="look for faulty memory on both; then resume from the last checkpoint",

@@ -1,8 +1,8 @@
-"""The roster: which hosts have come to a job, what each would run, and whether it may take part.
+"""Rendezvous: hosts come to a job, are compared, get the plan, and become ready.
 
-A host comes, has its facts compared with the master's, is told the plan, and is ready when its
-workers have started. Before the run the master waits for the hosts that it knows of; others may
-come at any time.
+A host comes with its facts, which are compared with the master's, receives its part of the plan,
+and is ready when its workers have started. Before the run the master waits for the hosts that it
+knows of; others may come at any time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import select
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
@@ -33,6 +32,7 @@ from lockstep.planning.data_partition import Samples, check_open
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan
 from lockstep.planning.shard_placement import share
+from lockstep.state.host_memory import HostMemory
 from lockstep.system import machine
 
 MOST_SAMPLES = 1 << 48
@@ -65,11 +65,6 @@ class Rendezvous:
         self._plan: Plan | None = None
         self._expected: tuple[str, ...] = ()
         """The hosts that were there when the job was offered."""
-
-    @property
-    def capacity(self) -> int:
-        """How many workers would compute on all hosts together."""
-        return sum(self._computing().values())
 
     @property
     def samples(self) -> dict[str, Samples]:
@@ -112,18 +107,18 @@ class Rendezvous:
                 fix="correct `servers`, or start that host",
             )
 
-    def set_up(self, plan: Plan, host: LocalHost) -> tuple[Plan, dict[str, Any]]:
+    def set_up(self, plan: Plan, host: LocalHost) -> tuple[Plan, HostMemory]:
         """Have every host, `host` is the master's own, allocate what the plan needs, and the others
-        start their workers; returns the plan of the master's own and the numerics profile."""
+        start their workers; returns the plan and the memory of the master's own."""
         self._plan = plan
         workers = self.share_out(plan.workers)
         for name in self.capacities:
             if name != self.master:
                 self._set_up(name, workers[name])
         own = plan.for_host(self.master, workers[self.master])
-        profile = host.set_up(own, networked=True)
+        memory = host.set_up(own, networked=True)
         self._await(self.ready, "to set up its memory")
-        return own, profile
+        return own, memory
 
     def present(self, name: str, message: Message, *, running: bool) -> None:
         """A host has loaded the task.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ IDENTITY = (
 
 
 def make_manifest(
-    source: TaskSource, job: Job, plan: Plan, profile: dict[str, Any], facts: dict[str, Any]
+    source: TaskSource, job: Job, plan: Plan, profile: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a new run, ready for JSON.
 
@@ -133,7 +134,7 @@ def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, An
         )
 
 
-def differences(manifest: dict[str, Any], facts: dict[str, Any]) -> tuple[str, ...]:
+def differences(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
     """What is known to differ between a recorded run and what has been loaded now."""
     notes = []
     if facts["code"] != manifest["code"]:

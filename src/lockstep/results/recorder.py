@@ -8,9 +8,8 @@ import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
-from lockstep.agent.local_host import LocalHost
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.plan import Plan
@@ -22,25 +21,25 @@ from lockstep.results.result import Result
 from lockstep.results.run_folder import Events, RunFolder
 from lockstep.state.control_segment import Stat
 from lockstep.state.fingerprint import fingerprint, tensor_digests
+from lockstep.state.host_memory import HostMemory
 from lockstep.system.json_files import write_json
 
 
 class Recorder:
-    """A sink that keeps everything. Use it as a context manager."""
+    """A run observer that keeps everything. Use it as a context manager."""
 
     def __init__(
         self,
         folder: RunFolder,
-        host: LocalHost,
+        memory: HostMemory,
         plan: Plan,
         keep_checkpoints: int,
         start: Restart,
         *,
         quiet: bool,
     ) -> None:
-        assert host.layout is not None
-        self.folder, self.host, self.plan = folder, host, plan
-        self.layout = host.layout
+        self.folder, self.memory, self.plan = folder, memory, plan
+        self.layout = memory.layout
         self.keep_checkpoints = keep_checkpoints
         self.ledger = Ledger(folder.ledger_path, start.ledger or FIRST)
         self.events = Events(folder.events_path)
@@ -49,6 +48,8 @@ class Recorder:
         self.recoveries = start.recoveries
         self._start = start
         self._loss = start.loss
+        self._workers: set[int] = set()
+        """The workers that this host has had."""
         self._baseline: Any = {}
         self._state: bytes | memoryview = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -58,7 +59,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self.display.__enter__()
         if self._start.ledger is None:
-            digests = tensor_digests(self.layout, self.host.state)
+            digests = tensor_digests(self.layout, self.memory.state)
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
         else:
             self.event("resumed", step=self._start.step)
@@ -79,7 +80,7 @@ class Recorder:
             with contextlib.suppress(OSError):  # a full disk has been reported when it was met
                 file.close()
 
-    # The sink.
+    # As a run observer.
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
@@ -90,6 +91,8 @@ class Recorder:
             self._first_step_at = time.time()
         if name == "baseline":
             self._baseline = fields["metrics"]
+        if name == "spawned" and "host" not in fields:
+            self._workers.add(cast(int, fields["worker"]))
         self.events.add(name, **fields)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
@@ -170,7 +173,7 @@ class Recorder:
             source=source,
         )  # fmt: skip
         if self.plan.faults:
-            fired = self.host.control.fired[: len(self.plan.faults)].tolist()
+            fired = self.memory.control.fired[: len(self.plan.faults)].tolist()
             self.events.add("faults", fired=fired)
         self.events.add("finished", steps=steps, fingerprint=digest)
         with disk_errors("the result"):
@@ -186,8 +189,8 @@ class Recorder:
     def _times(self) -> dict[str, dict[str, float]]:
         return {
             str(number): {
-                stat.name.lower(): round(float(self.host.control.seconds[number][stat]), 4)
+                stat.name.lower(): round(float(self.memory.control.seconds[number][stat]), 4)
                 for stat in Stat
             }
-            for number in sorted(self.host.worker_ids)
+            for number in sorted(self._workers)
         }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.agent.local_host import LocalHost
 from lockstep.errors import IntegrityError, disk_errors
 from lockstep.results.checkpoint import (
     Checkpoint,
@@ -18,6 +18,7 @@ from lockstep.results.checkpoint import (
 from lockstep.results.ledger import Line, read_ledger
 from lockstep.results.manifest import differences
 from lockstep.results.run_folder import RunFolder
+from lockstep.state.host_memory import HostMemory
 from lockstep.system.json_files import with_nan
 
 
@@ -35,22 +36,21 @@ class Restart:
     notes: list[str] = field(default_factory=list)
 
 
-def find_restart(folder: RunFolder, host: LocalHost) -> Restart:
+def find_restart(folder: RunFolder, memory: HostMemory, facts: Mapping[str, Any]) -> Restart:
     """Restore the newest good checkpoint that the ledger confirms; without one, begin again.
 
     The ledger is cut after the checkpoint's step: what was committed later is computed again, to
     the same bits. Checkpoints that are torn or altered are named in the notes.
     """
-    assert host.layout is not None
     with disk_errors("the run folder"):
         remove_partial(folder.checkpoints)
-    notes = list(differences(folder.read_manifest(), host.facts))
+    notes = list(differences(folder.read_manifest(), facts))
     lines = _readable_lines(folder, notes)
     for path in list_checkpoints(folder.checkpoints):
         try:
             checkpoint = open_checkpoint(path)
             line = _line_of(checkpoint, lines)
-            checkpoint.load_into(host.layout, host.state)
+            checkpoint.load_into(memory.layout, memory.state)
         except IntegrityError as error:
             notes.append(f"{error.what}: passed over")
             continue

@@ -1,0 +1,138 @@
+"""Followed part: a host's part in a job whose master is on another host.
+
+The workers run as far as the master's lease; when all rest, the host does what the master has asked
+for: held-out batches, or to give its part of the state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lockstep.agent import membership
+from lockstep.agent.answer_chunks import in_pieces
+from lockstep.agent.evaluation_rounds import EvaluationRounds, OwnShare
+from lockstep.agent.host_regroup import HostRegroup
+from lockstep.agent.local_host import LocalHost
+from lockstep.agent.observer import NullObserver
+from lockstep.agent.regroup_messages import RegroupOrder
+from lockstep.agent.worker_group import WorkerGroup
+from lockstep.collectives.host_mesh import HostMesh
+from lockstep.net.control_link import ControlLink
+from lockstep.planning.plan import Plan
+from lockstep.state.host_memory import HostMemory
+
+
+class Forwarder(NullObserver):
+    """Keeps nothing, and forwards to the master what people may want to know."""
+
+    def __init__(self, link: ControlLink, master: str) -> None:
+        self._link, self._master = link, master
+
+    def event(self, name: str, **fields: object) -> None:
+        self._link.tell(self._master, "event", name=name, fields=fields)
+
+
+class FollowedPart:
+    """Runs a worker group as a master on another host orders."""
+
+    def __init__(
+        self,
+        host: LocalHost,
+        memory: HostMemory,
+        plan: Plan,
+        link: ControlLink,
+        mesh: HostMesh,
+        master: str,
+        moved: Callable[[], object],
+    ) -> None:
+        """`moved` is called once, when this host has taken part in a step."""
+        self._link, self._mesh, self._master, self._moved = link, mesh, master, moved
+        self._leased = 0
+        self.group = WorkerGroup(
+            host, memory, plan, Forwarder(link, master), None, lease=lambda: self._leased, held=True
+        )
+        self._regroup = HostRegroup(self.group, mesh)
+        self._rounds = EvaluationRounds(self.group, OwnShare())
+        self._ready = self._has_moved = False
+        self._asked: deque[Mapping[str, Any]] = deque()
+        """What is to be done when all rest."""
+        self.group.decide(membership.GroupStarted())
+
+    def tick(self) -> None:
+        """Lead the workers for a moment, and report."""
+        group = self.group
+        group.listen()
+        group.step_log.drain()
+        self._report()
+        self._do_asked()
+        group.grant()
+        group.watch()
+
+    def do(self, message: Mapping[str, Any]) -> None:
+        """Carry out an order of the master's, or note it until all rest."""
+        match message["op"]:
+            case "hold":
+                self._asked = deque(item for item in self._asked if item["op"] != "give")
+                self._regroup.pause(message["generation"])
+            case "arrange":
+                self._leased = message["lease"]
+                self._regroup.resume(RegroupOrder.from_message(message))
+            case "lease":
+                self._leased = message["step"]
+                self.group.grant()
+            case "evaluate" | "predict" | "give":
+                self._asked.append(message)
+
+    def _report(self) -> None:
+        """Tell the master what has happened since the last report."""
+        step_log, link, master = self.group.step_log, self._link, self._master
+        if not self._has_moved and step_log.committed_at:
+            self._has_moved = True
+            self._moved()
+        for step, digest in step_log.marks.items():
+            link.tell(master, "recorded", step=step, digest=digest)
+        step_log.marks.clear()
+        recovered = self.group.failure_log.recovered(step_log.committed_at)
+        if recovered:
+            link.tell(master, "recovered", recoveries=recovered)
+        self._regroup.report_corruption()
+        while self._mesh.troubles:
+            trouble = self._mesh.troubles.popleft()
+            link.tell(
+                master, "trouble",
+                generation=trouble.generation, other=trouble.peer, why=trouble.why,
+            )  # fmt: skip
+        if not self._ready and self.group.members.complete:
+            self._ready = True  # only now: nobody is held up while workers start
+            link.tell(master, "ready", workers=self.group.plan.workers)
+        status = self._regroup.status()
+        if status is not None:
+            generation = self._mesh.generation
+            link.tell(master, "stood", generation=generation, standing=status.to_message())
+
+    def _do_asked(self) -> None:
+        """Do what was asked for, if everybody rests where it was to be done. What the master has
+        not waited for is dropped."""
+        while self._asked and self._asked[0]["step"] < self.group.step:
+            self._asked.popleft()
+        while self._asked and self._rests_at(self._asked[0]["step"]):
+            asked = self._asked.popleft()
+            if asked["op"] == "give":
+                self._regroup.give_part(self._master)
+            else:
+                self._infer(asked)
+
+    def _rests_at(self, step: int) -> bool:
+        """Whether everybody rests, with the state after so many steps."""
+        group = self.group
+        return group.at_rest and len(group.idle) == len(group.members.formed) and group.step == step
+
+    def _infer(self, asked: Mapping[str, Any]) -> None:
+        """Do this host's part of a round of held-out batches, and send what comes of each."""
+        batches = [int(batch) for batch in asked["batches"]]
+        results = self._rounds.divide(asked["op"], batches)
+        for batch, result in zip(batches, results, strict=True):
+            for piece in in_pieces(batch, result):
+                self._link.tell(self._master, "batch", round=asked["round"], **piece)

@@ -1,0 +1,45 @@
+"""Host inbox: what other hosts have said, heard at once or kept for when it can be dealt with."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable, Iterable
+
+from lockstep.net.control_link import ControlLink
+from lockstep.net.transport import Heard
+
+
+class HostInbox:
+    """The one reader of a job's control link while the job runs."""
+
+    def __init__(self, link: ControlLink, silent_seconds: float) -> None:
+        """`silent_seconds`: a host without a sign of life for so long counts as silent."""
+        self._link, self._silent_seconds = link, silent_seconds
+        self.kept: list[Heard] = []
+        """What was heard, and cannot be dealt with now."""
+
+    def take(self) -> list[Heard]:
+        """All that was heard, in order, with what had been kept."""
+        kept, self.kept = self.kept, []
+        return [*kept, *self._link.take()]
+
+    def keep(self, seconds: float, handled: Callable[[Heard], bool]) -> None:
+        """Hear for so many seconds, and keep what is not `handled`."""
+        select.select([self._link], [], [], seconds)
+        self.kept += [heard for heard in self._link.take() if not handled(heard)]
+
+    def has_said(self, name: str) -> bool:
+        """Whether something that this host has said is kept."""
+        return any(heard.peer == name for heard in self.kept)
+
+    def silent_for(self, name: str) -> float:
+        """Seconds since this host's last sign of life."""
+        return self._link.silent_for(name)
+
+    def is_silent(self, name: str) -> bool:
+        """Whether this host has given no sign of life for too long."""
+        return self.silent_for(name) > self._silent_seconds
+
+    def any_silent(self, names: Iterable[str]) -> bool:
+        """Whether one of these hosts is silent."""
+        return any(map(self.is_silent, names))

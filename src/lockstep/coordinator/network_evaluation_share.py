@@ -1,0 +1,87 @@
+"""Network evaluation share: held-out batches divided among hosts, and their answers gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lockstep.agent.answer_chunks import AnswerAssembler
+from lockstep.agent.evaluation_rounds import Inferred
+from lockstep.agent.worker_group import WorkerGroup
+from lockstep.coordinator.host_inbox import HostInbox
+from lockstep.net.control_link import ControlLink
+from lockstep.net.tcp_transport import TcpTransport
+from lockstep.net.transport import Heard
+from lockstep.planning.data_partition import held_out_batches
+from lockstep.planning.shard_placement import share_batches
+
+
+class NetworkEvaluationShare:
+    """The master's end of a round of held-out batches, while all hosts rest."""
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        inbox: HostInbox,
+        link: ControlLink,
+        transport: TcpTransport,
+        workers: Callable[[], Mapping[str, int]],
+        observe: Callable[[Heard], bool],
+        check_ended: Callable[[str], None],
+    ) -> None:
+        """Divide batches for a worker group, the master's own.
+
+        Args:
+            group: gets the answers.
+            inbox: what hosts say.
+            link: where they are asked.
+            transport: drops a host whose answers are none.
+            workers: the hosts in force, with their numbers of workers.
+            observe: deals with a message that is no answer, if it can be dealt with at once.
+            check_ended: raises, or has the group decide, if the host of this name has ended.
+        """
+        self._group, self._inbox, self._link, self._transport = group, inbox, link, transport
+        self._workers, self._observe, self._check_ended = workers, observe, check_ended
+        self._data_parts = group.plan.holdings
+        self._answers = AnswerAssembler()
+        self._asked: dict[str, set[int]] = {}
+        """By host, the batches that it has not answered yet."""
+
+    def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
+        """Give the other hosts their part of a round, by who has the data or by their numbers of
+        workers; the part of the master's own."""
+        master = self._group.host.name
+        if self._data_parts:
+            owned = held_out_batches(self._data_parts, self._group.plan.eval_batch_size)
+            shares = {name: [n for n in batches if n in owned[name]] for name in owned}
+        else:
+            shares = share_batches(batches, dict(self._workers()), master)
+        rest = shares.pop(master)
+        self._answers.begin(number)
+        self._asked = {name: set(batches) for name, batches in shares.items()}
+        for name, part in shares.items():
+            self._link.tell(name, what, round=number, step=self._group.step, batches=part)
+        return rest
+
+    def gather(self) -> None:
+        """Wait for the answers. Who is lost, or has to be regrouped, is not waited for."""
+        while waiting := [name for name, batches in self._asked.items() if batches]:
+            self._inbox.keep(0.2, self._handled)
+            for name in waiting:
+                if self._data_parts:  # nobody else can do them: it is waited for while it lives
+                    self._check_ended(name)
+                elif self._inbox.has_said(name) or self._inbox.is_silent(name):
+                    self._asked[name] = set()
+
+    def _handled(self, heard: Heard) -> bool:
+        message = heard.message or {}
+        if message.get("op") != "batch":
+            return self._observe(heard)
+        try:
+            answer = self._answers.add(heard.peer, message)
+        except (KeyError, TypeError, ValueError) as error:
+            self._transport.drop(heard.peer, f"it has sent no answer: {ascii(error)[:200]}")
+            return True
+        if answer is not None:
+            self._asked.get(heard.peer, set()).discard(answer["batch"])
+            self._group.answers.append({**answer, "event": "batch"})
+        return True

@@ -1,0 +1,60 @@
+"""Host memory: the mapped segments of a host that is set up, and what lies in them.
+
+The forkserver allocates the segments; agent and workers map the same pages. Whoever holds one of
+these can read the whole state without the model, and without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.planning.memory_layout import Layout
+from lockstep.planning.slot_map import SlotMap
+from lockstep.state.control_segment import ControlSegment, ControlShape
+from lockstep.state.snapshot import Snapshot
+from lockstep.system.shared_memory import Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """The memory of one host's part in a job. Close it when nobody reads it any more."""
+
+    layout: Layout
+    slot_map: SlotMap
+    profile: Mapping[str, Any]
+    """The numerics profile of the process that allocated it."""
+    state: Segment
+    """Parameters, buffers, optimizer state."""
+    slots: Segment
+    """One gradient slot and one buffer slot per shard."""
+    copy: Segment
+    """Where the snapshot is kept."""
+    control: ControlSegment
+    snapshot: Snapshot
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any], fds: Sequence[int]) -> HostMemory:
+        """Map what the forkserver has allocated: its answer, and the four descriptors with it."""
+        state, copy, control_words, slots = (
+            Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
+        )
+        control = ControlSegment(control_words, ControlShape(**message["control"]))
+        return HostMemory(
+            layout=Layout.from_message(message["layout"]),
+            slot_map=SlotMap.from_message(message["slots"]),
+            profile=message["profile"],
+            state=state,
+            slots=slots,
+            copy=copy,
+            control=control,
+            snapshot=Snapshot(control, state, copy),
+        )
+
+    def close(self) -> None:
+        """Unmap everything."""
+        self.snapshot.close()
+        self.control.close()
+        for segment in (self.state, self.copy, self.slots):
+            segment.close()
