@@ -121,7 +121,7 @@ def disturb(
 
 
 def disturb_masters(wanted: lockstep.Result, out: Path, rng: random.Random, tally: Tally) -> None:
-    """A run whose master or forkserver is killed, again and again, and that is resumed each time."""
+    """A run whose master or forkserver is killed repeatedly, and that is resumed each time."""
     command = [
         "run",
         PACED,
@@ -278,7 +278,8 @@ def page(tally: Tally, seed: int) -> str:
             "## Scripted: where a worker harmed itself, and how\n",
             f"| phase | {' | '.join(kinds)} | all |\n|---|{'---:|' * (len(kinds) + 1)}",
             *rows,
-            "\n`start`: before the worker reports that it is ready; `join`: when it becomes a member.",
+            "\n`start`: before the worker reports that it is ready; "
+            "`join`: when it becomes a member.",
             "`stop` is SIGSTOP, `loop` an endless loop: the timeout "
             f"({STALL_SECONDS} s here) finds them. `flip` is a bit of a gradient: found by "
             "the audit.\n",

@@ -1,4 +1,4 @@
-"""Barrier benchmark: two processes that meet twice a step like Lockstep's workers, and exchange nothing."""
+"""Barriers alone: two processes that meet twice a step like workers, and exchange nothing."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Pair = tuple[str, str]
 
 
 class Matcher(nn.Module):
-    """Embeds titles and descriptions alike; a title's scores are its cosines with all descriptions."""
+    """Embeds titles and descriptions; a title's scores are its cosines with all descriptions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,12 +9,15 @@ which step; both are pure. The *epoch* of membership grows whenever the set of w
 agent               takes part in a job on another host than the coordinator's
 local_host          this host: its forkserver, its workers and its shared memory
 worker_group        a host's workers, led through starts, steps, deaths and regroups
+followed_part       a host's part in a job whose coordinator is on another host
+host_regroup        one host's part when the hosts of a job are regrouped
 forkserver_client   the forkserver as its owner sees it: a process that answers over a channel
 preload             preloaded(): keeps a forkserver with torch for many runs
 membership          pure: who works, who joins, who is replaced
 recovery            pure: where to go on after a death
 stall_policy        how long a worker may show no heartbeat
 failure_log         deaths: who, where, and what they cost; when to stop for good
+failure_detector    kills workers that show no heartbeat
 step_log            committed steps, from the ring buffer to the observer, in order
 evaluation_rounds   held-out batches given to workers, and their answers collected
 observer            RunObserver: what is done with commits, events, evaluations, checkpoints

@@ -14,4 +14,5 @@ gradient_compression   what one group of shards gives the others, compressed, wi
 exchange_plan          what goes from host to host in a step, and where in memory it belongs
 exchange_thread        the agent's thread that sends and receives it
 host_mesh              a host's connections of one generation, its exchange thread, its state
+state_transfer         the state, or a part of it, from one host to another
 """

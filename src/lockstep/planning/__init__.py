@@ -8,6 +8,7 @@ sums before hosts exchange anything. A *slot* is where a shard's gradients are s
 
 plan              Plan: hosts, workers, threads and shards, each decision with its reason
 core_split        ways to split the cores into workers and threads, and the choice among them
+host_split        how many workers each host gets, and the plan over all hosts
 sampling          from a step to its shards, and from these to spans of the sample order
 data_partition    which host has how much of the data (`data: local`), and so which shards
 eval_batches      held-out batches, and how their sums become metrics

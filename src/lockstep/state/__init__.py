@@ -5,6 +5,7 @@ It is in four segments that all workers map: *state* (parameters, buffers, optim
 and *control* (progress words, the lease, the ring buffer of step records).
 
 shared_state        SharedState: parameters, buffers and optimizer state, one copy a host
+host_memory         HostMemory: the mapped segments of a host that is set up
 allocation          where each tensor goes: in the state segment, and in each slot
 control_segment     the words that workers and their agent share between messages
 snapshot            Snapshot: the committed state of a few steps ago, to roll back to
