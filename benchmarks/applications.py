@@ -21,7 +21,7 @@ from typing import Any
 
 import lockstep
 from lockstep.job.faults import Fault
-from lockstep.job.task_source import resolve
+from lockstep.job.task_resolution import resolve
 from lockstep.recipes.text.rewriting import Rewriting
 from lockstep.results.result import Result
 

@@ -19,8 +19,9 @@ import lockstep
 from lockstep.data.loader import follow_worker
 from lockstep.data.loader_ipc import NAME
 from lockstep.errors import TaskError
+from lockstep.planning.worker_messages import WorkerFailed, to_agent, to_worker
 from lockstep.system.processes import own_file_positions
-from lockstep.system.unix_channel import Channel, Message
+from lockstep.system.unix_channel import Channel
 from lockstep.worker.main import work
 from tests.zoo.samples import Noisy
 from tests.zoo.vectors import SAMPLES, Vectors
@@ -126,9 +127,9 @@ def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> Non
 class Struck(Channel):
     """As a loader's death is told by torch: by a signal, here just when something is said."""
 
-    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+    def send(self, body: bytes, fds: Sequence[int] = ()) -> None:
         os.kill(os.getpid(), signal.SIGCHLD)
-        super().send(message, fds)
+        super().send(body, fds)
 
 
 def test_a_second_death_does_not_cut_off_the_word_of_the_first() -> None:
@@ -143,14 +144,14 @@ def test_a_second_death_does_not_cut_off_the_word_of_the_first() -> None:
         code = 99
         try:
             signal.signal(signal.SIGCHLD, torch_handler)
-            code = work(None, 0, Struck(theirs.sock))  # type: ignore[arg-type]  # an error at once
+            code = work(None, 0, to_agent(Struck(theirs.sock)))  # type: ignore[arg-type]  # an error at once
         finally:
             os._exit(code)
     theirs.close()
     with contextlib.closing(ours):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
-        message, _ = ours.receive(0.0)
-        assert message["event"] == "failed"
+        message, _ = to_worker(ours).receive(0.0)
+        assert isinstance(message, WorkerFailed)
 
 
 def test_a_loader_whose_worker_has_died_already_ends() -> None:

@@ -26,6 +26,7 @@ from lockstep.errors import PoisonError, StoppedError, WorkerLostError
 from lockstep.job.faults import Fault
 from lockstep.job.task import Parameters
 from lockstep.planning.blocks import cut_blocks, own_blocks
+from lockstep.planning.worker_messages import to_worker
 from lockstep.system.unix_channel import Channel
 from tests.support.harmed_runs import Yard, events, until, yard
 from tests.zoo import ZOO
@@ -122,7 +123,9 @@ def test_a_worker_has_died_before_it_is_killed() -> None:
     with subprocess.Popen(["true"]) as process:
         pidfd = os.pidfd_open(process.pid)
     stack = os.memfd_create("stack")
-    worker = WorkerHandle(worker_id=0, pid=process.pid, channel=ours, pidfd=pidfd, stack_fd=stack)
+    worker = WorkerHandle(
+        worker_id=0, pid=process.pid, channel=to_worker(ours), pidfd=pidfd, stack_fd=stack
+    )
     assert worker.python_stack() == ""
     worker.kill()
     worker.close()

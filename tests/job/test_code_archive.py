@@ -22,7 +22,8 @@ from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.code_archive import MAX_SOURCE, pack, unpack
-from lockstep.job.task_source import TaskSource, resolve
+from lockstep.job.task_resolution import resolve
+from lockstep.job.task_source import TaskSource
 from lockstep.net.blob_transfer import BlobInfo, BlobServer
 from tests.cluster.test_daemon import RUN, alone, waiting_agent
 from tests.support.agents_on_loopback import Agents

@@ -9,7 +9,7 @@ steps have updated it, a slot which step it was computed for and from what.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 from lockstep.agent import membership
 from lockstep.agent.membership import Status, WorkerMembership
 from lockstep.agent.recovery import resume
-from lockstep.planning.blocks import Block, own_blocks
-from lockstep.planning.sampling import home_shards
+from lockstep.planning.assignment import Assignment, share_of
+from lockstep.planning.blocks import Block
 from lockstep.planning.step_phases import Phase, progress_of
+from lockstep.planning.worker_messages import AgentMessage, RunSteps, Stop
 from lockstep.state.control_segment import RING, ControlSegment, ControlShape
 from lockstep.system.shared_memory import Segment
 
@@ -40,7 +41,7 @@ class Process:
     """A simulated worker."""
 
     life: Life
-    inbox: deque[dict[str, Any]] = field(default_factory=deque)
+    inbox: deque[AgentMessage] = field(default_factory=deque)
     said: deque[str] = field(default_factory=deque)
     """What the master has not heard yet: hello, idle, regroup, and at last died."""
     alive: bool = True
@@ -109,15 +110,15 @@ class Simulation:
             while not process.inbox:
                 yield False
             message = process.inbox.popleft()
-            if message["op"] == "stop":
-                return
-            if message["op"] == "join":
-                worker = _Worker(self, worker_id, message["seats"], message["epoch"])
-                step, todo = message["step"], message["todo"]
-                if message["refresh"]:
-                    yield from worker.refresh_snapshot(step)
-            else:
-                todo = None
+            todo = None
+            match message:
+                case Stop():
+                    return
+                case Assignment():
+                    worker = _Worker(self, message)
+                    step, todo = message.step, message.todo
+                    if message.refresh:
+                        yield from worker.refresh_snapshot(step)
             try:
                 while step < self.control.lease:
                     yield from worker.run(step, todo)
@@ -186,7 +187,7 @@ class Simulation:
                 case membership.RaiseEpoch():
                     self.control.raise_epoch()
                 case membership.DismissWorker(worker_id):
-                    self.processes[worker_id].inbox.append({"op": "stop"})
+                    self.processes[worker_id].inbox.append(Stop())
                 case membership.FormGroup(worker_ids):
                     self._form(worker_ids)
                 case membership.GiveUp():
@@ -221,9 +222,13 @@ class Simulation:
         self._grant()
         for rank, worker_id in enumerate(worker_ids):
             self.processes[worker_id].inbox.append(
-                {"op": "join", "epoch": control.epoch, "seats": worker_ids, "step": found.step,
-                 "todo": found.todo[rank],
-                 "refresh": found.back is None and self.written is None}
+                Assignment(
+                    epoch=control.epoch, worker_ids=worker_ids, rank=rank, step=found.step,
+                    todo=found.todo[rank], shard_run=(0, self.shards), subtree_runs=(),
+                    several_hosts=False, returns="nothing", host_sums=(),
+                    remote_params=frozenset(), owned_params=frozenset(),
+                    refresh=found.back is None and self.written is None, loaders=False,
+                )
             )  # fmt: skip
 
     def _grant(self) -> None:
@@ -239,7 +244,7 @@ class Simulation:
         woken = [worker_id for worker_id, step in self.idle.items() if step < self.control.lease]
         for worker_id in woken:
             del self.idle[worker_id]
-            self.processes[worker_id].inbox.append({"op": "run"})
+            self.processes[worker_id].inbox.append(RunSteps())
         if woken:
             self.decide(membership.WorkersResumed())
 
@@ -281,19 +286,14 @@ class Simulation:
 class _Worker:
     """A worker in one membership, as `step.Stepper` with `owner.Owner`."""
 
-    def __init__(
-        self, world: Simulation, worker_id: int, worker_ids: tuple[int, ...], epoch: int
-    ) -> None:
-        self.world, self.control, self.worker_id, self.epoch = (
-            world,
-            world.control,
-            worker_id,
-            epoch,
-        )
-        self.rank, self.workers = worker_ids.index(worker_id), len(worker_ids)
-        self.others = [other for other in worker_ids if other != worker_id]
-        self.home = home_shards(world.shards, self.workers, self.rank)
-        self.own = own_blocks(world.blocks, self.workers)[self.rank]
+    def __init__(self, world: Simulation, assignment: Assignment) -> None:
+        self.world, self.control = world, world.control
+        self.worker_id, self.epoch = assignment.worker_id, assignment.epoch
+        self.rank, self.workers = assignment.rank, assignment.workers
+        self.others = [other for other in assignment.worker_ids if other != self.worker_id]
+        self.home = assignment.shards
+        sizes = [block.size for block in world.blocks]
+        self.own = share_of(assignment, world.blocks, sizes).blocks
         self.parts = [*self.own, len(world.blocks)] if self.rank == 0 else [*self.own]
 
     def wait(self, step: int, phase: Phase) -> Life:
@@ -310,7 +310,7 @@ class _Worker:
         yield True
         yield from self.wait(step, phase)
 
-    def run(self, step: int, todo: list[int] | None) -> Life:
+    def run(self, step: int, todo: Sequence[int] | None) -> Life:
         """As `Stepper.run`."""
         world, control = self.world, self.control
         yield from self.compute(step, self.home if todo is None else todo)

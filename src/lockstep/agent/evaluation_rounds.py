@@ -6,15 +6,16 @@ batches that are missing; what other hosts have not answered when they are lost,
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from lockstep.agent import membership
-from lockstep.agent.worker_group import WorkerGroup
+from lockstep.agent.worker_group import BatchResult, WorkerGroup
 from lockstep.errors import TaskError
 from lockstep.planning.eval_batches import Outputs, combine, gather
-from lockstep.system.unix_channel import Message
+from lockstep.planning.worker_messages import InferBatches, Scored, ScoreOutputs
 
 Inferred = Literal["evaluate", "predict"]
 """What is made of a held-out batch: its metrics, or its predictions."""
@@ -86,25 +87,26 @@ class EvaluationRounds:
         group.failure_log.evaluating = True
         for rank, worker_id in enumerate(worker_ids):
             group.control.forget_shard(worker_id)
-            own = list(batches[rank :: len(worker_ids)])
-            group.tell(worker_id, {"op": what, "round": self._round, "batches": own})
+            own = tuple(batches[rank :: len(worker_ids)])
+            predict = what == "predict"
+            group.tell(worker_id, InferBatches(round=self._round, predict=predict, batches=own))
         group.decide(membership.WorkersResumed())
         while group.control.epoch == epoch and not group.members.all_rest:
             group.listen()
             group.watch()
 
-    def _answers(self) -> Iterator[Message]:
+    def _answers(self) -> Iterator[BatchResult | Scored]:
         """The answers to the last question; those to an earlier one are dropped."""
         answers = self._group.answers
         while answers:
             message = answers.popleft()
-            if message["round"] == self._round:
+            if message.round == self._round:
                 yield message
 
     def _take_answers(self) -> None:
         for message in self._answers():
-            if message["event"] == "batch":
-                self._results[message["batch"]] = message["result"]
+            if isinstance(message, BatchResult):
+                self._results[message.batch] = message.result
 
     def _score(self, worker_id: int, outputs: Outputs) -> dict[str, float] | None:
         """The metrics of all outputs together, and at the end the baseline; None: the worker that
@@ -113,17 +115,16 @@ class EvaluationRounds:
         ends = group.step >= group.plan.steps
         if not outputs and not ends:
             return {}
-        message = {"op": "score", "round": self._round, "outputs": outputs, "baseline": ends}
-        group.tell(worker_id, message)
+        request = ScoreOutputs(round=self._round, outputs=json.dumps(outputs), baseline=ends)
+        group.tell(worker_id, request)
         scored = self._await_score(worker_id)
         if scored is None:
             return None
-        if scored["baseline"]:
-            group.observer.event("baseline", metrics=scored["baseline"])
-        metrics: dict[str, float] = scored["metrics"]
-        return metrics
+        if scored.baseline:
+            group.observer.event("baseline", metrics=scored.baseline)
+        return scored.metrics
 
-    def _await_score(self, worker_id: int) -> Message | None:
+    def _await_score(self, worker_id: int) -> Scored | None:
         """The worker's answer; None: it has died.
 
         Raises:
@@ -134,7 +135,7 @@ class EvaluationRounds:
         while group.control.epoch == epoch:
             group.listen()
             for message in self._answers():
-                if message["event"] == "scored":
+                if isinstance(message, Scored):
                     return message
             group.failure_detector.kill_stopped(worker_id)
             if time.monotonic() > limit:

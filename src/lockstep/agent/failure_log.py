@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lockstep.agent.local_host import LocalHost, WorkerHandle
@@ -20,6 +20,7 @@ from lockstep.errors import (
     WorkerLostError,
 )
 from lockstep.planning.step_phases import Phase, describe_progress, progress_of
+from lockstep.planning.worker_messages import StateCorrupted
 from lockstep.state.fingerprint import non_finite_tensors
 from lockstep.state.host_memory import HostMemory
 
@@ -197,7 +198,7 @@ class FailureLog:
 
     # Memory.
 
-    def corrupted(self, facts: Mapping[str, Any]) -> None:
+    def corrupted(self, found: StateCorrupted) -> None:
         """The state was found changed: gradients may come from it, and none of them counts.
 
         Nobody computes: the worker that found it has passed the step's first meeting.
@@ -205,7 +206,7 @@ class FailureLog:
         Raises:
             IntegrityError: it happens at the same step time and again.
         """
-        step: int = facts["step"]
+        step = found.step
         self.control.shard_done[:] = -1
         self._deaths["state", step, 0] += 1
         if self._deaths["state", step, 0] >= POISON_DEATHS:
@@ -213,7 +214,7 @@ class FailureLog:
                 f"the state changed in memory {POISON_DEATHS} times between steps {step - 1} "
                 f"and {step}",
                 expected="the bytes that were committed",
-                found=f"others in {facts['tensor']}, elements {facts['elements']}, or its "
+                found=f"others in {found.tensor}, elements {list(found.elements)}, or its "
                 "optimizer state",
                 fix="look for faulty memory; then resume the run from its last checkpoint",
             )

@@ -1,7 +1,7 @@
-"""Nurseries, as those see them who start them: processes that answer over a channel.
+"""Forkserver client: starts a forkserver, or clones one, and asks it for things over a channel.
 
-A nursery is started as a process of its own, or cloned from one that is there: the one that has
-loaded a task, for a trial, or one that has loaded torch alone, for many runs (`preloaded`).
+One is cloned where there is one that has loaded a task, for a trial, or torch alone, for many runs
+(`preloaded`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from lockstep.errors import WorkerLostError, from_message
-from lockstep.system.unix_channel import Channel, Closed, Message
+from lockstep.planning.forkserver_messages import (
+    Answer,
+    ChildExited,
+    CloneServer,
+    Request,
+    RequestFailed,
+    ServerCloned,
+    ToForkServer,
+    to_forkserver,
+)
+from lockstep.system.unix_channel import Channel, Closed
 
 LOAD_SECONDS = 600.0
 """The longest that importing torch, or building the task and its data, may take."""
@@ -27,12 +38,15 @@ END_SECONDS = 5.0
 STDERR = 2
 
 
+A = TypeVar("A", bound=Answer)
+
+
 class ForkServerClient:
-    """A nursery and the conversation with it, which is for one thread at a time."""
+    """A forkserver and the conversation with it, which is for one thread at a time."""
 
     def __init__(
         self,
-        channel: Channel,
+        channel: ToForkServer,
         pid: int,
         pidfd: int,
         *,
@@ -48,19 +62,19 @@ class ForkServerClient:
     @classmethod
     def start(cls, environment: Mapping[str, str]) -> ForkServerClient:
         """Start one that has nothing loaded yet."""
-        ours, theirs = Channel.pair()
+        own_end, child_end = Channel.pair()
         command = [
             sys.executable,
             "-m",
             "lockstep.worker.forkserver",
-            str(theirs.fileno()),
+            str(child_end.fileno()),
             str(os.getpid()),
         ]
         child = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            command, pass_fds=[child_end.fileno()], env=environment, stdin=subprocess.DEVNULL
         )
-        theirs.close()
-        return cls(ours, child.pid, os.pidfd_open(child.pid), child=child)
+        child_end.close()
+        return cls(to_forkserver(own_end), child.pid, os.pidfd_open(child.pid), child=child)
 
     def clone(self, environment: Mapping[str, str] | None = None) -> ForkServerClient:
         """Fork it, with what it has loaded; threads may do that at the same time.
@@ -70,16 +84,20 @@ class ForkServerClient:
         Raises:
             WorkerLostError: it has ended.
         """
-        given = {} if environment is None else {"environment": dict(environment)}
+        given: dict[bytes, bytes] | None = None
+        if environment is not None:
+            given = {os.fsencode(name): os.fsencode(environment[name]) for name in environment}
+        fds = [] if given is None else [STDERR]
         with self._cloning:
-            request = {"op": "clone", **given}
-            message, fds = self.ask(request, "cloned", FORK_SECONDS, [STDERR] if given else ())
-        return ForkServerClient(Channel.from_fd(fds[0]), message["pid"], fds[1], parent=self)
+            request = CloneServer(environment=given)
+            cloned, (channel_fd, pidfd) = self.ask(request, ServerCloned, FORK_SECONDS, fds)
+        channel = to_forkserver(Channel.from_fd(channel_fd))
+        return ForkServerClient(channel, cloned.pid, pidfd, parent=self)
 
     def ask(
-        self, request: Message, event: str, seconds: float, fds: Sequence[int] = ()
-    ) -> tuple[Message, list[int]]:
-        """Send a request, and wait for the event that answers it.
+        self, request: Request, answer: type[A], seconds: float, fds: Sequence[int] = ()
+    ) -> tuple[A, list[int]]:
+        """Send a request, and wait for the answer, of this type.
 
         Raises:
             WorkerLostError: it has ended, or is silent for `seconds`.
@@ -89,10 +107,10 @@ class ForkServerClient:
             self.channel.send(request, fds)
         except Closed:
             raise self._lost() from None
-        return self.expect(event, seconds)
+        return self.expect(answer, seconds)
 
-    def expect(self, event: str, seconds: float) -> tuple[Message, list[int]]:
-        """Wait for an event; raises as `ask` does. Time in which this process itself was stopped
+    def expect(self, answer: type[A], seconds: float) -> tuple[A, list[int]]:
+        """Wait for an answer; raises as `ask` does. Time in which this process itself was stopped
         does not count."""
         left = seconds
         while True:
@@ -100,18 +118,18 @@ class ForkServerClient:
                 left -= LOOK_SECONDS
                 if left <= 0.0:
                     raise WorkerLostError(
-                        f"the nursery was silent for {seconds:.0f} s",
-                        expected=f"{event!r}",
+                        f"the forkserver was silent for {seconds:.0f} s",
+                        expected=answer.__name__,
                         fix="look at what the task does when it is built",
                     )
             try:
                 message, fds = self.channel.receive(0.0)
             except Closed:
                 raise self._lost() from None
-            if message["event"] == event:
+            if isinstance(message, answer):
                 return message, fds
-            if message["event"] == "failed":
-                raise from_message(message["error"])
+            if isinstance(message, RequestFailed):
+                raise from_message(message.error)
             self._note(message)
 
     def hear(self) -> None:
@@ -127,7 +145,7 @@ class ForkServerClient:
         self._note(message)
 
     def exit_code(self, pid: int, seconds: float) -> int | None:
-        """How a child of the nursery has ended; None if it does not say so within `seconds`."""
+        """How a child of the forkserver has ended; None if it does not say so within `seconds`."""
         limit = time.monotonic() + seconds
         while pid not in self._codes and time.monotonic() < limit:
             try:
@@ -137,9 +155,9 @@ class ForkServerClient:
             self._note(message)
         return self._codes.get(pid)
 
-    def _note(self, message: Message) -> None:
-        if message["event"] == "exited":
-            self._codes[message["pid"]] = message["code"]
+    def _note(self, message: Answer) -> None:
+        if isinstance(message, ChildExited):
+            self._codes[message.pid] = message.code
 
     def _ends(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import select
@@ -22,11 +23,20 @@ from lockstep.agent.forkserver_client import (
 )
 from lockstep.agent.preload import environment_for, new_forkserver
 from lockstep.job.task_source import TaskSource
+from lockstep.planning.forkserver_messages import (
+    ForkWorker,
+    LoadTask,
+    SetUp,
+    StateReady,
+    TaskLoaded,
+    WorkerForked,
+)
 from lockstep.planning.plan import Plan
+from lockstep.planning.worker_messages import ToWorker, WorkerMessage, to_worker
 from lockstep.state.host_memory import HostMemory
 from lockstep.system.folders import working_folder
 from lockstep.system.shared_memory import Segment
-from lockstep.system.unix_channel import Channel, Closed, Message
+from lockstep.system.unix_channel import Channel, Closed
 
 STACK_SECONDS = 0.5
 
@@ -37,7 +47,7 @@ class WorkerHandle:
 
     worker_id: int
     pid: int
-    channel: Channel
+    channel: ToWorker
     pidfd: int
     alive: bool = True
     stack_fd: int = -1
@@ -87,7 +97,7 @@ class Event:
     """Something that a worker said (`message`), or its death (`message` is None)."""
 
     worker: WorkerHandle
-    message: Message | None
+    message: WorkerMessage | None
 
 
 def _search_path(here: str, shipped: str) -> list[str]:
@@ -137,20 +147,20 @@ class LocalHost:
             fds.append(os.memfd_create("lockstep-task", os.MFD_CLOEXEC))
             with open(fds[0], "wb", closefd=False) as file:
                 file.write(source.payload)
-        request = {
-            "op": "load",
-            "name": source.name,
-            "args": dict(source.args),
-            "code": source.code,
-            "settings": settings,
-            "records": None if records is None else dict(records),
-            "data": 0 if data is None else data.nbytes,
-            "networked": networked,
-            "folder": here,
-            "path": _search_path(here, source.folder),
-            "shipped": source.folder,
-            "offered": source.offered,
-        }
+        request = LoadTask(
+            name=os.fsencode(source.name),
+            args=json.dumps(dict(source.args)),
+            code=source.code,
+            code_folder=os.fsencode(source.folder),
+            offered=source.offered,
+            has_payload=source.payload is not None,
+            settings=json.dumps(settings),
+            records=json.dumps(None if records is None else dict(records)),
+            data_bytes=0 if data is None else data.nbytes,
+            networked=networked,
+            folder=os.fsencode(here),
+            search_path=tuple(map(os.fsencode, _search_path(here, source.folder))),
+        )
         try:
             forkserver.channel.send(request, fds if data is None else [*fds, data.fd])
         finally:
@@ -166,10 +176,10 @@ class LocalHost:
 
     def loaded(self) -> dict[str, Any]:
         """Wait until the task is built; the facts about it."""
-        message, fds = self._forkserver.expect("loaded", LOAD_SECONDS)
-        self.facts = message["facts"]
+        message, fds = self._forkserver.expect(TaskLoaded, LOAD_SECONDS)
+        self.facts = json.loads(message.facts)
         if fds:
-            self.data = Segment(fds[0], message["data"])
+            self.data = Segment(fds[0], message.data_bytes)
         return self.facts
 
     def clone(self) -> LocalHost:
@@ -183,22 +193,18 @@ class LocalHost:
 
         `networked`: other hosts may take part.
         """
-        request = {"op": "setup", "plan": plan.to_message(), "networked": networked}
-        message, fds = self._forkserver.ask(request, "ready", LOAD_SECONDS)
-        self._memory = HostMemory.from_message(message, fds)
+        request = SetUp(plan=plan, networked=networked)
+        ready, fds = self._forkserver.ask(request, StateReady, LOAD_SECONDS)
+        self._memory = HostMemory.map(ready, plan, fds)
         return self._memory
 
     def spawn(self, worker_id: int) -> WorkerHandle:
         """Fork a worker."""
-        message, (channel_fd, pidfd) = self._forkserver.ask(
-            {"op": "spawn", "seat": worker_id}, "spawned", FORK_SECONDS
+        forked, (channel_fd, pidfd) = self._forkserver.ask(
+            ForkWorker(worker_id=worker_id), WorkerForked, FORK_SECONDS
         )
-        worker = WorkerHandle(
-            worker_id=worker_id,
-            pid=message["pid"],
-            channel=Channel.from_fd(channel_fd),
-            pidfd=pidfd,
-        )
+        channel = to_worker(Channel.from_fd(channel_fd))
+        worker = WorkerHandle(worker_id=worker_id, pid=forked.pid, channel=channel, pidfd=pidfd)
         if worker_id in self.workers:
             self.workers[worker_id].close()
         self.workers[worker_id] = worker

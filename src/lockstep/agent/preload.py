@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lockstep.agent.forkserver_client import LOAD_SECONDS, ForkServerClient
 from lockstep.errors import WorkerLostError
+from lockstep.planning.forkserver_messages import Preload, Preloaded
 from lockstep.system import numerics
 from lockstep.system.shared_memory import set_allocator
 
@@ -53,7 +54,7 @@ def preloaded() -> Iterator[None]:
     environment = environment_for("native")
     forkserver, before = ForkServerClient.start(environment), _preloaded
     try:
-        forkserver.ask({"op": "preload"}, "preloaded", LOAD_SECONDS)
+        forkserver.ask(Preload(), Preloaded, LOAD_SECONDS)
         _preloaded = _Preloaded(forkserver=forkserver, fixed=_fixed(environment), owner=os.getpid())
         yield
     finally:

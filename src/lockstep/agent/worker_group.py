@@ -8,10 +8,12 @@ go on after a change by `recovery`; here is the I/O of both. What has to do with
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from lockstep.agent import membership
 from lockstep.agent.failure_detector import FailureDetector
@@ -22,18 +24,43 @@ from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
 from lockstep.agent.step_log import StepLog, Throughput
 from lockstep.errors import NumericsError, WorkerLostError, from_message
+from lockstep.planning.assignment import assign
 from lockstep.planning.host_role import HostRole
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, Stage, progress_of
+from lockstep.planning.worker_messages import (
+    AgentMessage,
+    BatchDone,
+    BatchesDone,
+    Interrupted,
+    LoaderLost,
+    Rested,
+    RunSteps,
+    Scored,
+    ShardCorrupted,
+    Started,
+    StateCorrupted,
+    Stop,
+    WorkerFailed,
+)
 from lockstep.state.control_segment import RING
 from lockstep.state.host_memory import HostMemory
 from lockstep.state.snapshot import steps_between
-from lockstep.system.unix_channel import Closed, Message
+from lockstep.system.unix_channel import Closed
 
 TICK = 0.05
 """Seconds between two looks at the ring buffer."""
 DISMISS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
+    """What was made of a held-out batch in a round, on this host or on another."""
+
+    round: int
+    batch: int
+    result: Any
 
 
 class WorkerGroup:
@@ -77,7 +104,7 @@ class WorkerGroup:
         self.has_state = step is not None
         self.corrupted: str | None = None
         """Why the state is corrupted here, where other hosts have to be asked for it."""
-        self.answers: deque[Message] = deque()
+        self.answers: deque[BatchResult | Scored] = deque()
         """What workers have said of held-out data, for whoever has asked."""
         self.idle: dict[int, int] = {}
         """By worker that rests at the lease's end, its step."""
@@ -112,7 +139,7 @@ class WorkerGroup:
                     self.control.raise_epoch()
                     self.observer.event("regroup", epoch=self.control.epoch, reason=reason)
                 case membership.DismissWorker(worker_id):
-                    self.tell(worker_id, {"op": "stop"})
+                    self.tell(worker_id, Stop())
                     self.observer.event("dismissed", worker=worker_id, reason=reason)
                 case membership.FormGroup(worker_ids):
                     self._form(worker_ids, reason)
@@ -166,28 +193,19 @@ class WorkerGroup:
         self.failure_log.regrouped(resumption)
         self.failure_detector.regrouped()
         self.observer.event("formed", seats=worker_ids, step=resumption.step, reason=reason)
+        refresh = resumption.back is None and not role.parted and not self.observer.busy()
         for rank, worker_id in enumerate(worker_ids):
-            self.tell(
-                worker_id,
-                {
-                    "op": "join",
-                    "epoch": control.epoch,
-                    "seats": worker_ids,
-                    "step": resumption.step,
-                    "todo": resumption.todo[rank],
-                    "mine": [role.shards.start, role.shards.stop],
-                    "trees": [[tree.start, tree.stop] for tree in role.trees],
-                    "several": role.several,
-                    "returns": role.duties.returns,
-                    "sums": [dataclasses.asdict(run) for run in role.sums],
-                    "theirs": role.theirs,
-                    "owned": sorted(role.owned),
-                    "refresh": resumption.back is None
-                    and not role.parted
-                    and not self.observer.busy(),
-                    "loaders": self.failure_log.loaders_live,
-                },
+            assignment = assign(
+                role,
+                worker_ids,
+                rank,
+                epoch=control.epoch,
+                step=resumption.step,
+                todo=resumption.todo[rank],
+                refresh=refresh,
+                loaders=self.failure_log.loaders_live,
             )
+            self.tell(worker_id, assignment)
 
     def roll_back(self) -> None:
         """Put the snapshot in the place of a state that is corrupted."""
@@ -203,7 +221,7 @@ class WorkerGroup:
             self.control.set_updating(worker_id, -1)
             self.control.ask(worker_id, 0)
 
-    def tell(self, worker_id: int, message: Message) -> None:
+    def tell(self, worker_id: int, message: AgentMessage) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""
         with contextlib.suppress(Closed):
             self.host.workers[worker_id].channel.send(message)
@@ -223,7 +241,7 @@ class WorkerGroup:
         woken = [worker_id for worker_id, step in self.idle.items() if step < lease]
         for worker_id in woken:
             del self.idle[worker_id]
-            self.tell(worker_id, {"op": "run"})
+            self.tell(worker_id, RunSteps())
         if woken:
             self.decide(membership.WorkersResumed())
 
@@ -259,28 +277,39 @@ class WorkerGroup:
             self.idle.pop(worker.worker_id, None)
             self.decide(membership.WorkerDied(worker.worker_id))
             return
-        match message["event"]:
-            case "hello":
-                self._admit(worker.worker_id, str(message["probe"]))
-                self.decide(membership.WorkerReady(worker.worker_id))
-            case "idle":
-                self.idle[worker.worker_id] = message["step"]
-                self.decide(membership.WorkerRested(worker.worker_id))
-            case "regroup" | "inferred":
-                self.decide(membership.WorkerRested(worker.worker_id))
-            case "batch" | "scored":
+        worker_id = worker.worker_id
+        match message:
+            case Started():
+                self._admit(worker_id, message.probe)
+                self.decide(membership.WorkerReady(worker_id))
+            case Rested():
+                self.idle[worker_id] = message.step
+                self.decide(membership.WorkerRested(worker_id))
+            case Interrupted() | BatchesDone():
+                self.decide(membership.WorkerRested(worker_id))
+            case BatchDone():
+                result = json.loads(message.result)
+                self.answers.append(
+                    BatchResult(round=message.round, batch=message.batch, result=result)
+                )
+            case Scored():
                 self.answers.append(message)
-            case "corrupt":
-                facts = {name: value for name, value in message.items() if name != "event"}
-                self.observer.event("corrupt", host=self.host.name, **facts)
-                if "tensor" in facts:
-                    self.failure_log.corrupted(facts)
-                    self.decide(membership.WorkerCorrupted(worker.worker_id))
-            case "lost_loader":
+            case ShardCorrupted():
+                self._note_corrupt(message, shard=message.shard)
+            case StateCorrupted():
+                self._note_corrupt(message, tensor=message.tensor, elements=[*message.elements])
+                self.failure_log.corrupted(message)
+                self.decide(membership.WorkerCorrupted(worker_id))
+            case LoaderLost():
                 self.failure_log.lost_loader(worker)
-            case "failed":
-                error = from_message(message["error"])
-                raise self.failure_log.raised(error, message["step"], self.take_snapshot)
+            case WorkerFailed():
+                error = from_message(message.error)
+                raise self.failure_log.raised(error, message.step, self.take_snapshot)
+
+    def _note_corrupt(self, found: ShardCorrupted | StateCorrupted, **what: object) -> None:
+        self.observer.event(
+            "corrupt", host=self.host.name, worker=found.worker_id, step=found.step, **what
+        )
 
     def _admit(self, worker_id: int, probe: str) -> None:
         expected = self.host.facts["probe"]
@@ -321,7 +350,7 @@ class WorkerGroup:
     def dismiss(self) -> None:
         """Send the workers home and see them go; the host kills whoever is left."""
         for worker_id in self.members.status:
-            self.tell(worker_id, {"op": "stop"})
+            self.tell(worker_id, Stop())
         limit = time.monotonic() + DISMISS_SECONDS
         while any(worker.alive for worker in self.host.workers.values()):
             left = limit - time.monotonic()

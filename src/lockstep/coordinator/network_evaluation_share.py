@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lockstep.agent.answer_chunks import AnswerAssembler
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.worker_group import WorkerGroup
+from lockstep.agent.worker_group import BatchResult, WorkerGroup
 from lockstep.coordinator.host_inbox import HostInbox
 from lockstep.net.control_link import ControlLink
 from lockstep.net.tcp_transport import TcpTransport
@@ -83,5 +83,5 @@ class NetworkEvaluationShare:
             return True
         if answer is not None:
             self._asked.get(heard.peer, set()).discard(answer["batch"])
-            self._group.answers.append({**answer, "event": "batch"})
+            self._group.answers.append(BatchResult(**answer))
         return True

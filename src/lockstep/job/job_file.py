@@ -1,4 +1,4 @@
-"""Job files: YAML mappings of a task and a job's settings, with errors that name the line.
+"""Job file: a YAML mapping of a task and its settings, with errors that name the line.
 
 task: mnist            # a recipe, module:Task or file.py:Task
 args: {model: cnn}
@@ -72,7 +72,7 @@ def _lines(path: Path, root: yaml.MappingNode) -> dict[str, int]:
 
 
 def _check(path: Path, line: int, key: Any, value: Any) -> None:
-    """Try one setting by itself, so that an error can name its line."""
+    """Check one key by itself, so that an error can name its line."""
     where = f"{path}, line {line}"
     if key == "task":
         if not isinstance(value, str):
@@ -88,7 +88,7 @@ def _check(path: Path, line: int, key: Any, value: Any) -> None:
         )
     else:
         try:
-            Job(task="", **{str(key): value})
+            SETTINGS[key].checked(value)
         except JobError as error:
             raise JobError(
                 f"{where}: {error.what}", expected=error.expected, found=error.found, fix=error.fix

@@ -44,13 +44,14 @@ class Task:
         """The held-out set, or None. Evaluated after every data epoch: every sample once."""
         return None
 
-    def set_position(self, place: Position) -> None:
-        """Where in the run the calls that follow belong: of how many steps which, and which batch.
+    def set_position(self, position: Position) -> None:
+        """Position in the run of the calls that follow, for what depends on the step or the batch,
+        such as a weight that rises.
 
-        Called before `optimizer` and `scheduler` (with the run's beginning), and before each
-        call of `loss`, `metrics`, `outputs`, `score` and `predict`, for what depends on the step,
-        such as a weight that rises. What is kept must be made of `place` alone, not of what was
-        kept before: a worker computes some shards only. Default: nothing.
+        Called before `optimizer` and `scheduler` (with the beginning of the run), and before each
+        call of `loss`, `metrics`, `outputs`, `score` and `predict`. What is kept must depend on
+        `position` alone, not on what was kept before: a worker computes only some of the shards.
+        Default: nothing.
         """
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:

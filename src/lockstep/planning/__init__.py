@@ -6,20 +6,23 @@ fixed grid, and its *owner* is the worker that updates it. The *reduction tree* 
 binary tree over shard indices along which gradients are summed; a *subtree* of it is what one host
 sums before hosts exchange anything. A *slot* is where a shard's gradients are stored.
 
-plan              Plan: hosts, workers, threads and shards, each decision with its reason
-core_split        ways to split the cores into workers and threads, and the choice among them
-host_split        how many workers each host gets, and the plan over all hosts
-sampling          from a step to its shards, and from these to spans of the sample order
-data_partition    which host has how much of the data (`data: local`), and so which shards
-eval_batches      held-out batches, and how their sums become metrics
-reduction_tree    the balanced binary tree over shards: subtrees, order, depth
-shard_placement   which host computes which shards, as complete subtrees
-ownership         which host sums and updates what: replicated, sharded, servers
-host_role         HostRole: what one host computes, sums, updates and keeps
-step_phases       phases of a step as one word that only grows: the barrier's protocol
-memory_layout     where every tensor is in the shared segments
-blocks            parameters cut into blocks, and blocks given to owners
-byte_ranges       byte ranges: merged, cut evenly, intersected
-slot_map          where gradients are in a slot, and the buckets that hosts send
-digest_sample     which bytes of the state the ledger digests at each step
+plan                 Plan: hosts, workers, threads and shards, each decision with its reason
+core_split           ways to split the cores into workers and threads, and the choice among them
+host_split           how many workers each host gets, and the plan over all hosts
+sampling             from a step to its shards, and from these to spans of the sample order
+data_partition       which host has how much of the data (`data: local`), and so which shards
+eval_batches         held-out batches, and how their sums become metrics
+reduction_tree       the balanced binary tree over shards: subtrees, order, depth
+shard_placement      which host computes which shards, as complete subtrees
+ownership            which host sums and updates what: replicated, sharded, servers
+host_role            HostRole: what one host computes, sums, updates and keeps
+assignment           Assignment: what one worker does while the membership lasts
+step_phases          phases of a step as one word that only grows: the barrier's protocol
+worker_messages      what an agent and a worker of its host say to each other
+forkserver_messages  what an agent and its forkserver say to each other
+memory_layout        where every tensor is in the shared segments
+blocks               parameters cut into blocks, and blocks given to owners
+byte_ranges          byte ranges: merged, cut evenly, intersected
+slot_map             where gradients are in a slot, and the buckets that hosts send
+digest_sample        which bytes of the state the ledger digests at each step
 """

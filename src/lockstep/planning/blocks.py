@@ -65,14 +65,14 @@ def cut_blocks(
     return blocks
 
 
-def own_blocks(blocks: Sequence[Block], workers: int) -> list[range]:
-    """Give each rank a consecutive run of blocks of about the same number of elements."""
-    total = sum(block.size for block in blocks) or 1
+def divide_evenly(sizes: Sequence[int], workers: int) -> list[range]:
+    """Give each rank a consecutive run of items, so that their sizes add up to about the same."""
+    total = sum(sizes) or 1
     owners: list[int] = []
     before = 0
-    for block in blocks:
-        owners.append(min((2 * before + block.size) * workers // (2 * total), workers - 1))
-        before += block.size
+    for size in sizes:
+        owners.append(min((2 * before + size) * workers // (2 * total), workers - 1))
+        before += size
     runs = []
     start = 0
     for rank in range(workers):
@@ -80,6 +80,11 @@ def own_blocks(blocks: Sequence[Block], workers: int) -> list[range]:
         runs.append(range(start, stop))
         start = stop
     return runs
+
+
+def own_blocks(blocks: Sequence[Block], workers: int) -> list[range]:
+    """Give each rank a consecutive run of blocks of about the same number of elements."""
+    return divide_evenly([block.size for block in blocks], workers)
 
 
 GROUP = 1 << 20

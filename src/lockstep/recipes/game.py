@@ -22,10 +22,10 @@ from torch.utils.data import TensorDataset
 from lockstep.job.job import Job
 from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least
-from lockstep.recipes.connect_four.opponents import OPPONENTS, Choose, Match, play, scripted
-from lockstep.recipes.connect_four.rules import COLUMNS, State, new_game, planes
+from lockstep.recipes.connect_four.network import Net, evaluator, likeliest
+from lockstep.recipes.connect_four.opponents import OPPONENTS, Match, play, scripted
+from lockstep.recipes.connect_four.rules import new_game
 from lockstep.recipes.connect_four.self_play import self_play
-from lockstep.recipes.connect_four.tree_search import Evaluate
 
 GAMES, STEPS = 32, 100
 """A step's games over all shards, and the steps between two evaluations."""
@@ -54,29 +54,6 @@ def game(epochs: float = 20, simulations: int = 16, width: int = 64) -> Job:
         task=Game(epochs, simulations, width), data_epochs=epochs, batch_size=GAMES,
         eval_batch_size=50,
     )  # fmt: skip
-
-
-class Net(nn.Module):
-    """A policy and a value for boards; each of the twelve windows of 4 by 4 is looked at first,
-    since any four in a row are in one of them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(2, width, 4), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(12 * width, 2 * width), nn.ReLU(),
-            nn.Linear(2 * width, 2 * width), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(2 * width, COLUMNS + 1)
-        nn.init.zeros_(self.head.weight)
-
-    def forward(self, boards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Boards `[n, 2, 6, 7]`, as `planes` has them, to logits `[n, 7]` and values `[n]`.
-
-        A value is what the player to move may expect, from -1 to 1.
-        """
-        out = self.head(self.body(boards))
-        return out[:, :COLUMNS], out[:, COLUMNS].tanh()
 
 
 class Game(Task):
@@ -145,30 +122,6 @@ class Game(Task):
             matches(batch), lambda states: [scripted(state, "one_ply", draw) for state in states]
         )
         return wins(batch[0], torch.tensor(worth))
-
-
-def evaluator(model: nn.Module) -> Evaluate:
-    """The network, as `search` wants it."""
-
-    def evaluate(states: Sequence[State]) -> tuple[list[list[float]], list[float]]:
-        with torch.no_grad():
-            logits, values = model(planes(states))
-        return logits.tolist(), values.tolist()
-
-    return evaluate
-
-
-def likeliest(network: Evaluate) -> Choose:
-    """The player that takes the policy's likeliest column that is free, without a search."""
-
-    def choose(states: Sequence[State]) -> list[int]:
-        logits, _ = network(states)
-        return [
-            max(state.legal_actions(), key=row.__getitem__)
-            for state, row in zip(states, logits, strict=True)
-        ]
-
-    return choose
 
 
 def matches(batch: Sequence[torch.Tensor]) -> list[Match]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping
@@ -16,11 +17,18 @@ from lockstep.job.task import Task
 from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.plan import Plan
 
+_PLANNED = {field.name for field in dataclasses.fields(Plan)}
 IDENTITY = (
-    "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",
-    "local_steps", "compression", "groups", "seed", "clip_grad_norm", "precision", "numerics",
-)  # fmt: skip
-"""What the plan decides that the numbers depend on."""
+    *(
+        name
+        for name, setting in SETTINGS.items()
+        # The plan turns `data_epochs` into `steps`, and `data` into `holdings`.
+        if setting.declared.changes_numbers and name in _PLANNED
+    ),
+    "train_samples",
+    "eval_samples",
+)
+"""The fields of a plan that the results depend on."""
 
 
 def make_manifest(

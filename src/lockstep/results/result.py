@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
-from lockstep.job.task_source import TaskSource, resolve
+from lockstep.job.task_resolution import resolve
+from lockstep.job.task_source import TaskSource
 from lockstep.results.run_folder import RunFolder
 from lockstep.system.json_files import plain, with_nan
 

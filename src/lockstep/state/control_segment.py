@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from lockstep.job.faults import MAX_FAULTS
 from lockstep.planning.digest_sample import PER_STEP
+from lockstep.planning.memory_layout import Layout
+from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Stage, exchange_of
 from lockstep.system import futex
 from lockstep.system.shared_memory import Segment
@@ -49,6 +51,13 @@ class ControlShape:
     max_workers: int
     """How many workers there can be at one time; a worker's seat is its index here."""
     params: int
+
+    @staticmethod
+    def of(plan: Plan, layout: Layout) -> ControlShape:
+        """The sizes of a planned run."""
+        return ControlShape(
+            shards=plan.shards, max_workers=plan.max_workers, params=len(layout.trainable)
+        )
 
     def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Name, element type and shape of each array, in order."""

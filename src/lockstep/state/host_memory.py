@@ -6,11 +6,14 @@ these can read the whole state without the model, and without torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.planning.forkserver_messages import StateReady
 from lockstep.planning.memory_layout import Layout
+from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
 from lockstep.state.control_segment import ControlSegment, ControlShape
 from lockstep.state.snapshot import Snapshot
@@ -35,16 +38,16 @@ class HostMemory:
     snapshot: Snapshot
 
     @staticmethod
-    def from_message(message: Mapping[str, Any], fds: Sequence[int]) -> HostMemory:
+    def map(ready: StateReady, plan: Plan, fds: Sequence[int]) -> HostMemory:
         """Map what the forkserver has allocated: its answer, and the four descriptors with it."""
         state, copy, control_words, slots = (
-            Segment(fd, nbytes) for fd, nbytes in zip(fds, message["nbytes"], strict=True)
+            Segment(fd, nbytes) for fd, nbytes in zip(fds, ready.segment_bytes, strict=True)
         )
-        control = ControlSegment(control_words, ControlShape(**message["control"]))
+        control = ControlSegment(control_words, ControlShape.of(plan, ready.layout))
         return HostMemory(
-            layout=Layout.from_message(message["layout"]),
-            slot_map=SlotMap.from_message(message["slots"]),
-            profile=message["profile"],
+            layout=ready.layout,
+            slot_map=ready.slot_map,
+            profile=json.loads(ready.profile),
             state=state,
             slots=slots,
             copy=copy,

@@ -8,7 +8,7 @@ fit a struct's types and bounds is refused before anybody looks at it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -23,11 +23,17 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+JsonText = str
+"""JSON: what users' code returns or is given. It may hold all that JSON can hold, and is handed on
+as it is: `json.dumps` at one end, `json.loads` at the other."""
+OsText = bytes
+"""A path or an environment variable, as `os.fsencode` gives it: it may be no UTF-8."""
 
 SHOWN = 200
 """Characters of an error that are shown."""
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 class Message(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"
 ):
@@ -43,7 +49,7 @@ class Codec(Generic[M]):
     def __init__(self, kinds: Any) -> None:
         """`kinds`: a subclass of `Message`, or a union of several."""
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kinds, strict=True)
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=_as_plain)
 
     def encode(self, message: M) -> bytes:
         """The bytes of a message."""
@@ -63,3 +69,11 @@ class Codec(Generic[M]):
                 expected="one of the messages of this conversation, with values within bounds",
                 found=ascii(str(error))[:SHOWN],
             ) from error
+
+
+def _as_plain(value: Any) -> Any:
+    """A number or text of a subclass, such as `numpy.float64`, as what it is."""
+    for kind in (str, float, int):
+        if isinstance(value, kind):
+            return kind(value)
+    raise NotImplementedError(f"a message cannot hold a {type(value).__name__}")

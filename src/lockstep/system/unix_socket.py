@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import ProtocolError
-from lockstep.system.unix_channel import Message
 
 MAX_LINE = 1 << 20
 
@@ -27,7 +26,7 @@ class Lines:
         """Send a message. Raises OSError."""
         self.sock.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> Message | None:
+    def receive(self) -> dict[str, Any] | None:
         """The next message; None at the end of the stream.
 
         Raises:

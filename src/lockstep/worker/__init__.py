@@ -8,6 +8,7 @@ forkserver         the forkserver: preloads torch and the task, then forks worke
 load_task          what it loads: the task, its model and data sets, and the facts for the plan
 build_state        builds the shared state, once a host
 main               a worker process: messages from its agent, steps between them
+context            what a worker process keeps while memberships change
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 forward_backward   loss and gradient of one shard, into its slot
 gradient_hooks     gradients on their way from autograd into the slot

@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from lockstep.errors import IntegrityError
 from lockstep.planning.blocks import Block
+from lockstep.planning.worker_messages import ShardCorrupted, StateCorrupted
 from lockstep.state.control_segment import RING
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
@@ -29,7 +30,7 @@ from lockstep.system.seeding import derive
 
 Compute = Callable[[int, int, GradientSlot, Any], float]
 """`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[ShardCorrupted | StateCorrupted], None]
 
 
 def is_audited(seed: int, what: str, step: int, index: int, fraction: float) -> bool:
@@ -90,7 +91,7 @@ class GradientAudit:
             _copy(self._spares[1], slot)
             control.has_grad[shard] = self._flags[1]
             losses[shard] = self._loss
-        self.report({"event": "corrupt", "worker": worker, "step": step, "shard": shard})
+        self.report(ShardCorrupted(step=step, shard=shard, worker_id=worker))
 
     def _again(self, step: int, shard: int, copy: int) -> bytes:
         self._loss = self.compute(step, shard, self._spares[copy], self._flags[copy])

@@ -7,7 +7,6 @@ import traceback
 from pathlib import Path
 
 from lockstep.errors import LockstepError, TaskError, to_message
-from lockstep.system.unix_channel import Message
 
 
 def user_traceback(error: BaseException) -> str:
@@ -24,9 +23,14 @@ def user_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
 
-def describe_error(error: BaseException, doing: str) -> Message:
+def describe_error(error: BaseException, doing: str) -> dict[str, str]:
     """An error as a message: Lockstep's own as it is, the user's with its traceback."""
-    if isinstance(error, LockstepError):
-        return to_message(error)
-    text = user_traceback(error)
-    return to_message(TaskError(f"the task raised an error while {doing}\n\n{text}\n"))
+    if not isinstance(error, LockstepError):
+        text = user_traceback(error)
+        error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")
+    return {name: _encodable(text) for name, text in to_message(error).items()}
+
+
+def _encodable(text: str) -> str:
+    """A text without the halves of characters that paths and exceptions may contain."""
+    return text.encode(errors="backslashreplace").decode()

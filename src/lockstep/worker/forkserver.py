@@ -1,27 +1,18 @@
-"""The nursery: the process that holds torch, the task and its data, and forks workers from them.
+"""Forkserver: preloads torch and the task, then forks workers in milliseconds.
 
-A fork starts in milliseconds with everything loaded and shared memory mapped, so a dead worker is
-replaced at once. The nursery itself computes nothing and starts no thread: forking stays safe.
-
-It serves one agent over a channel:
-
-    preload  torch, and no task             -> preloaded
-    load     the task                       -> loaded    facts for the plan
-    clone    a nursery with what this has   -> cloned    with its channel and pidfd
-    setup    the segments, by the plan      -> ready     with the layout and the descriptors
-    spawn    a worker into a seat           -> spawned   with its channel and pidfd
-             (a child has ended)            -> exited
-
-and ends, with all its workers, when the agent's end of the channel closes.
+A fork starts with everything loaded and shared memory mapped, so a dead worker is replaced at once.
+The forkserver itself computes nothing and starts no thread: forking stays safe. It serves one agent
+(see `planning.forkserver_messages`), and ends, with all its workers, when the agent's end of the
+channel closes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import gc
 import importlib
+import json
 import os
 import select
 import signal
@@ -30,14 +21,32 @@ import traceback
 from typing import TYPE_CHECKING
 
 from lockstep.job.task_source import TaskSource
+from lockstep.planning.forkserver_messages import (
+    ChildExited,
+    CloneServer,
+    ForkWorker,
+    LoadTask,
+    Preload,
+    Preloaded,
+    Request,
+    RequestFailed,
+    ServerCloned,
+    SetUp,
+    StateReady,
+    TaskLoaded,
+    ToClient,
+    WorkerForked,
+    to_client,
+)
+from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics
 from lockstep.system.processes import die_with_parent, own_file_positions
-from lockstep.system.unix_channel import Channel, Closed, Message
+from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
 
 if TYPE_CHECKING:
+    from lockstep.worker.context import Session
     from lockstep.worker.load_task import Loaded
-    from lockstep.worker.main import Session
 
 NEEDED = ("torch", "torch._dynamo", "lockstep.worker.main")
 """What every run imports: an optimizer's first step needs the compiler to say that it is not meant.
@@ -59,34 +68,45 @@ def import_needed() -> None:
     gc.freeze()
 
 
-class Cloned(BaseException):
-    """Leaves the loop of the process that was forked: this one serves another agent."""
-
-
 class ForkServer:
     """The state of the process, and one method per request."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: ToClient) -> None:
         self.channel = channel
-        self.children: dict[int, int] = {}
-        """Process id to seat; -1 for a clone."""
+        self.children: set[int] = set()
+        """Process ids of workers and clones."""
         self.loaded: Loaded
         """By `load`."""
         self.session: Session | None = None
 
-    def preload(self, request: Message, _: list[int]) -> None:
+    def answer(self, request: Request, fds: list[int]) -> bool:
+        """Do what is asked for; true in a clone that this makes, which serves another agent."""
+        match request:
+            case Preload():
+                self.preload()
+            case LoadTask():
+                self.load(request, fds)
+            case SetUp():
+                self.set_up(request)
+            case ForkWorker():
+                self.fork_worker(request.worker_id)
+            case CloneServer():
+                return self.clone(request, fds)
+        return False
+
+    def preload(self) -> None:
         """Import what every run needs."""
         import_needed()
         numerics.configure(threads=1)
-        self.channel.send({"event": "preloaded"})
+        self.channel.send(Preloaded())
 
-    def load(self, request: Message, fds: list[int]) -> None:
+    def load(self, request: LoadTask, fds: list[int]) -> None:
         """Import torch, build the task, its model and its data sets."""
-        os.chdir(request["folder"])
-        sys.path[:] = request["path"]
-        sent = fds.pop() if request["data"] else -1
+        os.chdir(request.folder)
+        sys.path[:] = map(os.fsdecode, request.search_path)
+        sent = fds.pop() if request.data_bytes else -1
         payload = None
-        if fds:
+        if request.has_payload:
             with open(fds[0], "rb") as file:
                 file.seek(0)
                 payload = file.read()
@@ -97,85 +117,82 @@ class ForkServer:
         from lockstep.worker.load_task import load
 
         source = TaskSource(
-            name=request["name"],
-            args=request["args"],
+            name=os.fsdecode(request.name),
+            args=json.loads(request.args),
             payload=payload,
-            code=request["code"],
-            folder=request["shipped"],
-            offered=request["offered"],
+            code=request.code,
+            folder=os.fsdecode(request.code_folder),
+            offered=request.offered,
         )
         self.loaded = load(source, request, sent)
-        message = {"event": "loaded", "facts": self.loaded.facts}
+        facts = json.dumps(self.loaded.facts)
         if self.loaded.ships:
             sets = write_sets(self.loaded.train, self.loaded.held_out)
             with contextlib.closing(sets):
-                self.channel.send({**message, "data": sets.nbytes}, [sets.fd])
+                self.channel.send(TaskLoaded(facts=facts, data_bytes=sets.nbytes), [sets.fd])
         else:
-            self.channel.send(message)
+            self.channel.send(TaskLoaded(facts=facts, data_bytes=0))
 
-    def setup(self, request: Message, _: list[int]) -> None:
+    def set_up(self, request: SetUp) -> None:
         """Build the shared state and tell the agent where everything lies."""
-        from lockstep.worker.main import Session
+        from lockstep.worker.context import Session
 
         self.session = Session.build(
             self.loaded.task,
             self.loaded.model,
             self.loaded.train,
             self.loaded.held_out,
-            request["plan"],
-            networked=request["networked"],
+            request.plan,
+            networked=request.networked,
         )
         shared = self.session.shared
-        names = ("state", "base", "control", "slots")
-        message = {
-            "event": "ready",
-            "layout": shared.layout.to_message(),
-            "control": dataclasses.asdict(shared.control.shape),
-            "slots": shared.slot_map().to_message(),
-            "nbytes": [shared.segments[name].nbytes for name in names],
-            "profile": numerics.profile(request["plan"]["numerics"], request["plan"]["threads"]),
-        }
-        self.channel.send(message, [shared.segments[name].fd for name in names])
+        segments = [shared.segments[name] for name in ("state", "base", "control", "slots")]
+        message = StateReady(
+            layout=shared.layout,
+            slot_map=shared.slot_map(),
+            segment_bytes=tuple(segment.nbytes for segment in segments),
+            profile=json.dumps(numerics.profile(request.plan.numerics, request.plan.threads)),
+        )
+        self.channel.send(message, [segment.fd for segment in segments])
 
-    def spawn(self, request: Message, _: list[int]) -> None:
+    def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""
         assert self.session is not None
-        channel = self._fork(request["seat"], {"event": "spawned", "seat": request["seat"]})
+        channel = self._fork(WorkerForked)
         if channel is not None:
-            self._be_worker(request["seat"], channel)
+            self._be_worker(worker_id, channel)
 
-    def clone(self, request: Message, fds: list[int]) -> None:
-        """Fork a nursery with what this one has loaded, and with the given stderr, if any."""
-        channel = self._fork(-1, {"event": "cloned"})
+    def clone(self, request: CloneServer, fds: list[int]) -> bool:
+        """Fork a forkserver with what this one has loaded; true in the clone."""
+        channel = self._fork(ServerCloned)
         if channel is not None:
-            self.channel, self.children = channel, {}
+            self.channel, self.children = to_client(channel), set()
             for number in (1, 2) if fds else ():
                 os.dup2(fds[0], number)
-            if "environment" in request:
-                os.environ.clear()
-                os.environ.update(request["environment"])
+            if request.environment is not None:
+                os.environb.clear()
+                os.environb.update(request.environment)
         for fd in fds:
             os.close(fd)
-        if channel is not None:
-            raise Cloned
+        return channel is not None
 
-    def _fork(self, worker_id: int, answer: Message) -> Channel | None:
+    def _fork(self, answer: type[WorkerForked | ServerCloned]) -> Channel | None:
         """Fork, and tell the agent of the child; in the child, return its end of its channel."""
-        ours, theirs = Channel.pair()
+        agent_end, child_end = Channel.pair()
         parent = os.getpid()
         _flush()
         pid = os.fork()
         if pid == 0:
-            _in_child(parent, [self.channel, ours])
-            return theirs
-        theirs.close()
-        self.children[pid] = worker_id
+            _in_child(parent, [self.channel.channel, agent_end])
+            return child_end
+        child_end.close()
+        self.children.add(pid)
         pidfd = os.pidfd_open(pid)
         try:
-            self.channel.send({**answer, "pid": pid}, [ours.fileno(), pidfd])
+            self.channel.send(answer(pid=pid), [agent_end.fileno(), pidfd])
         finally:
             os.close(pidfd)
-            ours.close()
+            agent_end.close()
         return None
 
     def _be_worker(self, worker_id: int, channel: Channel) -> None:
@@ -185,7 +202,7 @@ class ForkServer:
         assert self.session is not None
         code = 1
         try:
-            code = work(self.session, worker_id, channel)
+            code = work(self.session, worker_id, to_agent(channel))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -199,9 +216,9 @@ class ForkServer:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            worker_id = self.children.pop(pid, -1)
+            self.children.discard(pid)
             code = os.waitstatus_to_exitcode(status)
-            self.channel.send({"event": "exited", "seat": worker_id, "pid": pid, "code": code})
+            self.channel.send(ChildExited(pid=pid, code=code))
 
     def end(self) -> None:
         """Kill and reap every child."""
@@ -218,7 +235,7 @@ def _flush() -> None:
 
 
 def _in_child(parent: int, inherited: list[Channel]) -> None:
-    """Make a forked child independent of the nursery's own business."""
+    """Make a forked child independent of the forkserver's own business."""
     die_with_parent(parent)
     _take_signals()
     signal.set_wakeup_fd(-1)
@@ -228,24 +245,24 @@ def _in_child(parent: int, inherited: list[Channel]) -> None:
     own_file_positions()
 
 
-def _leave_to_master(number: int, frame: object) -> None:
+def _leave_to_agent(number: int, frame: object) -> None:
     pass
 
 
 def _take_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _leave_to_master)
+            signal.signal(number, _leave_to_agent)
 
 
 def _restore_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == _leave_to_master:
+        if signal.getsignal(number) == _leave_to_agent:
             signal.signal(number, signal.SIG_DFL)
 
 
 def serve(forkserver: ForkServer) -> bool:
-    """Answer requests until the agent closes the channel; true in a clone, that is to go on."""
+    """Answer requests until the agent closes the channel; true in a clone: serve its own agent."""
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -260,29 +277,26 @@ def serve(forkserver: ForkServer) -> bool:
                 forkserver.reap()
             if forkserver.channel.fileno() in ready:
                 request, fds = forkserver.channel.receive()
-                _answer(forkserver, request, fds)
+                if _answer(forkserver, request, fds):
+                    return True
     except Closed:
         forkserver.end()
         return False
-    except Cloned:
-        return True
     finally:
         os.close(wake_read)
         os.close(wake_write)
 
 
-def _answer(forkserver: ForkServer, request: Message, fds: list[int]) -> None:
-    handlers = {
-        "preload": forkserver.preload, "load": forkserver.load, "setup": forkserver.setup,
-        "spawn": forkserver.spawn, "clone": forkserver.clone,
-    }  # fmt: skip
+def _answer(forkserver: ForkServer, request: Request, fds: list[int]) -> bool:
+    """As `ForkServer.answer`; an error becomes a message."""
     try:
-        handlers[request["op"]](request, fds)
+        return forkserver.answer(request, fds)
     except Closed:
         raise
     except (Exception, SystemExit) as error:  # a file may call sys.exit() when it is imported
-        doing = {"load": "loading", "setup": "being set up"}.get(str(request["op"]), "at work")
-        forkserver.channel.send({"event": "failed", "error": describe_error(error, doing)})
+        doing = {LoadTask: "loading", SetUp: "being set up"}.get(type(request), "at work")
+        forkserver.channel.send(RequestFailed(error=describe_error(error, doing)))
+        return False
 
 
 def _end_at_once(forkserver: int) -> None:
@@ -304,7 +318,7 @@ def main() -> None:
     _take_signals()
     os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
-    forkserver = ForkServer(Channel.from_fd(fd))
+    forkserver = ForkServer(to_client(Channel.from_fd(fd)))
     try:
         while True:
             # Comes after what the task registers later; in a clone, in place of what it had before.

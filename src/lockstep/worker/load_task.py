@@ -1,9 +1,9 @@
-"""What a nursery loads: the task, its model and its data sets, and the facts for the plan."""
+"""Loading a task: its model and data sets are built, and the facts for the plan collected."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from lockstep.data.user_datasets import build_sets, length_of
 from lockstep.job.code_digest import code_digest
 from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
-from lockstep.job.task_source import TaskSource, resolve
+from lockstep.job.task_resolution import resolve
+from lockstep.job.task_source import TaskSource
 from lockstep.optim.local_sgd import LocalSGD
+from lockstep.planning.forkserver_messages import LoadTask
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
 from lockstep.worker.model_checks import check_model
@@ -40,28 +42,29 @@ class Loaded:
     """Whether the data sets are to be sent to other hosts."""
 
 
-def load(source: TaskSource, request: Mapping[str, Any], sent: int) -> Loaded:
+def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
     """Build everything, in the order in which random numbers are drawn.
 
-    `request` is that of `Host.start`; `sent` is the descriptor of what the master has sent, if
-    anything: the data sets, or a file of records, which stays open.
+    `sent` is the descriptor of what another host has sent, if anything: the data sets, or a file
+    of records, which stays open.
 
     Raises:
         LockstepError: it cannot be used.
     """
     own, job = resolve(source)
     recipe = {} if job is None else _settings_of(job)
+    settings = json.loads(request.settings)
 
     def setting(name: str) -> Any:
         """What was asked for last counts."""
-        return request["settings"].get(name, recipe.get(name, getattr(_PLAIN, name)))
+        return settings.get(name, recipe.get(name, getattr(_PLAIN, name)))
 
     seed, way = setting("seed"), setting("data")
     seed_everything(seed)
     task = own if setting("local_steps") == 1 else LocalSGD(own, setting("local_steps"))
     model = task.model()
     check_model(model)
-    ships = request["networked"] and way == "ship" and not request["data"]
+    ships = request.networked and way == "ship" and not request.data_bytes
     train, held_out = _sets(own, task, request, sent, alone=ships)
     samples = length_of(train, "train_data")
     facts = {
@@ -73,22 +76,23 @@ def load(source: TaskSource, request: Mapping[str, Any], sent: int) -> Loaded:
         "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
         "probe": numerics.probe(),
     }
-    if request["networked"]:  # with local data there is another one on every host
+    if request.networked:  # with local data there is another one on every host
         local = way == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
     return Loaded(task=task, model=model, train=train, held_out=held_out, facts=facts, ships=ships)
 
 
-def _sets(own: Task, task: Task, request: Mapping[str, Any], sent: int, *, alone: bool) -> Sets:
-    """The records of a file, what the master has sent, or what the task builds."""
-    if request["records"] is not None:
-        if request["data"]:
-            os.ftruncate(sent, request["data"])  # a segment has a page at least
-        samples: Any = samples_of(task, request["records"], sent)  # indexed like any Dataset
+def _sets(own: Task, task: Task, request: LoadTask, sent: int, *, alone: bool) -> Sets:
+    """The records of a file, what another host has sent, or what the task builds."""
+    records = json.loads(request.records)
+    if records is not None:
+        if request.data_bytes:
+            os.ftruncate(sent, request.data_bytes)  # a segment has a page at least
+        samples: Any = samples_of(task, records, sent)  # indexed like any Dataset
         return samples, samples
-    if request["data"]:
+    if request.data_bytes:
         try:
-            return read_sets(sent, request["data"])
+            return read_sets(sent, request.data_bytes)
         finally:
             os.close(sent)
     return build_sets(own, alone=alone)

@@ -1,140 +1,91 @@
-"""One step of one worker: compute its shards, meet, update its blocks, meet again: committed."""
+"""Train step: compute the shards, meet, reduce, update the blocks, meet again: committed.
+
+All workers of a host run the same step together. They meet at barriers alone; a step counts when
+everybody has passed the last one. Nothing that a worker does before `UPDATED` can be seen in the
+state by others but the blocks that it owns, so a step that is cut short can be finished by others
+or, where some blocks are updated and others not, be undone from the snapshot.
+"""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import blake3
 
 from lockstep.collectives.barrier import Barrier, Regroup
-from lockstep.collectives.grad_norm import GradNormClipper
 from lockstep.collectives.gradient_compression import Compressor
-from lockstep.collectives.gradient_presence import GradientPresence, Summed
+from lockstep.collectives.gradient_presence import GradientPresence
 from lockstep.collectives.subtree_sum import ShareSum, SubtreeSums
 from lockstep.collectives.tree_sum import combine_buffers
-from lockstep.data.loader import Loader
 from lockstep.job.faults import Fault
-from lockstep.job.position import Position
-from lockstep.job.task import Task
 from lockstep.optim.block_owner import BlockOwner
-from lockstep.optim.local_rounds import LocalRounds, LocalUpdate
-from lockstep.optim.local_sgd import LocalSGD
-from lockstep.optim.lr_schedule import LrSchedule
-from lockstep.planning.blocks import Block, own_blocks
-from lockstep.planning.byte_ranges import ByteRange
-from lockstep.planning.digest_sample import DigestSample
-from lockstep.planning.ownership import Returns
-from lockstep.planning.sampling import Sampling
+from lockstep.optim.local_rounds import LocalUpdate
+from lockstep.planning.assignment import Assignment, WorkerShare
+from lockstep.planning.blocks import Block
 from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
+from lockstep.planning.worker_messages import StateCorrupted
 from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
-from lockstep.state.fault_injection import FaultInjector
-from lockstep.state.shared_state import SharedState
 from lockstep.state.snapshot import SnapshotPart
-from lockstep.worker.audit import GradientAudit, Report, StateGuard, flip_bit, flip_gradient_bit
-from lockstep.worker.forward_backward import ForwardBackward
+from lockstep.worker.audit import StateGuard, flip_bit, flip_gradient_bit
+from lockstep.worker.context import WorkerContext
 from lockstep.worker.shard_claims import ShardClaims
 
 
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """What one worker does in each step, as long as the membership stays as it is."""
-
-    worker_id: int
-    rank: int
-    workers: int
-    shards: tuple[int, ...]
-    """Those that are this worker's to begin with."""
-    mine: range
-    """Those that this host computes."""
-    subtrees: tuple[range, ...]
-    """What is summed by itself before all is: all hosts' subtrees, or groups."""
-    several: bool
-    """Whether there are several hosts."""
-    blocks: Sequence[int]
-    """Those that it updates."""
-    norms: Sequence[int]
-    """The trainable parameters whose gradient norms it takes, where there is a limit."""
-    returns: Returns
-    """What hosts give each other when each has summed its share."""
-    sums: tuple[ByteRange, ...]
-    """What of a slot it sums for all hosts, where they return sums."""
-    theirs: frozenset[int]
-    """The parameters that other hosts alone update."""
-    owned: frozenset[int]
-    """The parameters that some host alone updates."""
-
-
-def norm_parts(sizes: Sequence[int], workers: int) -> list[range]:
-    """Divide whole parameters among workers, for their norms."""
-    whole = [Block(param=i, start=0, stop=size, whole=True) for i, size in enumerate(sizes)]
-    return own_blocks(whole, workers)
-
-
 class TrainStep:
-    """Runs steps for one worker."""
+    """Runs the steps of one worker in one membership."""
 
     def __init__(
         self,
-        task: Task,
-        shared: SharedState,
-        sampling: Sampling,
-        loader: Loader,
-        schedule: LrSchedule,
-        audit: DigestSample,
-        *,
-        place: Position,
-        seed: int,
-        autocast: bool,
-        clip_grad_norm: float | None,
-        faults: FaultInjector,
-        audit_fraction: float,
-        report: Report,
+        context: WorkerContext,
+        assignment: Assignment,
+        share: WorkerShare,
+        barrier: Barrier,
+        owner: BlockOwner,
     ) -> None:
-        self.shared, self.sampling, self.loader = shared, sampling, loader
-        self.audit, self.seed, self.faults = audit, seed, faults or None
-        self.control = shared.control
-        self.schedule = schedule
-        self._audit_fraction, self._report = audit_fraction, report
-        self._gradient_audit: GradientAudit | None = None
-        self._claims = ShardClaims(shared.control)
+        shared = context.shared
+        self.context, self.shared, self.control = context, shared, shared.control
+        self.barrier, self.owner = barrier, owner
+        self.shards = assignment.shards
+        """Those of this worker."""
+        self._sampling, self._loader = context.sampling, context.loader
+        self._schedule, self._faults = context.schedule, context.faults or None
+        self._forward_backward = context.forward_backward
+        self._norm_clipper, self._audit = context.norm_clipper, context.gradient_audit
+        self._worker_id, self._rank = assignment.worker_id, assignment.rank
+        self._workers, self._several_hosts = assignment.workers, assignment.several_hosts
+        self._host_shards, self._subtrees = assignment.host_shards, assignment.subtrees
+        self._returns, self._norms = assignment.returns, share.norms
+        self._owned_params = assignment.owned_params
+        self._unseen = set(assignment.remote_params)
+        """The parameters of other hosts that have had no gradient yet."""
+        self._seconds = self.control.seconds[self._worker_id]
+        self._claims = ShardClaims(self.control)
         self._state = memoryview(shared.segments["state"].map)
-        rounds: LocalRounds | None = None
-        self._limit: GradNormClipper | None = None
-        if isinstance(task, LocalSGD):
-            rounds = LocalRounds(task, shared, sampling, clip_grad_norm)
-        elif clip_grad_norm is not None:
-            self._limit = GradNormClipper(shared, clip_grad_norm)
-        self._gradients = ForwardBackward(
-            task, shared, sampling, loader, rounds,
-            place=place, seed=seed, autocast=autocast, faults=faults,
-        )  # fmt: skip
-
-    def join(self, part: Assignment, barrier: Barrier, owner: BlockOwner, step: int) -> None:
-        """Take a part in the membership that begins now, with this step."""
-        self.part, self.barrier, self.owner = part, barrier, owner
-        self._seconds = self.control.seconds[part.worker_id]
-        self._gradients.early = part.several and not self._audit_fraction
-        self._sums = SubtreeSums(self.shared, part.subtrees, part.mine, part.rank, part.workers)
-        self._not_begun = set(part.theirs)
-        self._compressor = None
-        if self.shared.codec is not None:
-            self._compressor = Compressor(
-                self.shared, self.shared.codec, part.subtrees, part.mine, owner.slots, part.blocks
-            )
-        self._share = ShareSum(self.shared, owner.slots, part.sums)
-        self._guard = StateGuard(self.shared, part.blocks, self.seed, self._audit_fraction)
-        ranges = itertools.chain.from_iterable(map(self.shared.block_ranges, part.blocks))
-        buffers = self.shared.buffer_ranges() if part.rank == 0 else []
-        self._local = LocalUpdate(self.shared, part.mine, part.rank, part.workers)
-        segments = self.shared.segments
-        if self._audit_fraction:
-            self._guard.close(step - 1)
-        self._base = SnapshotPart(
-            segments["state"], segments["base"], [*ranges, *buffers, *self._local.ranges]
+        self._forward_backward.early = self._several_hosts and self._audit is None
+        self._subtree_sums = SubtreeSums(
+            shared, self._subtrees, self._host_shards, self._rank, self._workers
         )
+        self._compressor: Compressor | None = None
+        if shared.codec is not None:
+            self._compressor = Compressor(
+                shared, shared.codec, self._subtrees, self._host_shards, owner.slots, share.blocks
+            )
+        self._share_sum = ShareSum(shared, owner.slots, share.sums)
+        self._local_update = LocalUpdate(shared, self._host_shards, self._rank, self._workers)
+        self._snapshot = self._snapshot_part(share)
+        self._guard = StateGuard(shared, share.blocks, context.plan.seed, context.plan.audit)
+        if self._audit is not None:
+            self._guard.close(assignment.step - 1)
+
+    def _snapshot_part(self, share: WorkerShare) -> SnapshotPart:
+        """What of the state this worker alone writes to."""
+        shared = self.shared
+        ranges = [run for number in share.blocks for run in shared.block_ranges(number)]
+        if self._rank == 0:
+            ranges += shared.buffer_ranges()
+        ranges += self._local_update.ranges
+        return SnapshotPart(shared.segments["state"], shared.segments["base"], ranges)
 
     def run(self, step: int, todo: Sequence[int]) -> None:
         """Run one step to its commit.
@@ -147,49 +98,54 @@ class TrainStep:
         """
         clock = time.perf_counter
         control, barrier, seconds = self.control, self.barrier, self._seconds
+        # Compute.
         begun = clock()
         self._compute_all(step, todo)
         computed = clock()
-        fetching = self._gradients.take_fetching()
+        fetching = self._forward_backward.take_fetching()
         seconds[Stat.COMPUTE] += computed - begun - fetching
-        self.loader.consider(seconds[Stat.COMPUTE])
+        self._loader.consider(seconds[Stat.COMPUTE])
+        # Meet: all gradients of this host are in their slots.
         barrier.arrive(progress_of(step, Phase.COMPUTED))
         if self._fault("barrier", step) is not None:
             flip_bit(self.owner.groups[0].blocks[0].param.detach())
-        self.loader.prefetch()
+        self._loader.prefetch()
         waiting = clock()
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
+        # Reduce.
         self._fault("reduce", step)
-        active = self.sampling.active(step)
-        if self._audit_fraction:
-            self._check_all(step, [shard for shard in active if shard in self.part.mine])
+        active = self._sampling.active(step)
+        if self._audit is not None:
+            self._check_step(step, [shard for shard in active if shard in self._host_shards])
         presence = self._exchange(step, active)
         scale = None
-        if self._limit is not None:
-            scale = self._limit.scale(step, presence, self.part.norms, self._meet_norms)
+        if self._norm_clipper is not None:
+            scale = self._norm_clipper.scale(step, presence, self._norms, self._meet_norms)
         reduced = clock()
-        control.set_updating(self.part.worker_id, step)
+        # Update: from here on the state is torn, until all have updated theirs.
+        control.set_updating(self._worker_id, step)
         self.owner.update(step, presence, scale)
         if self.shared.committed:
             self._combine_buffers(step)
-        self._local.run(active)
+        self._local_update.run(active)
         self._fault("update_done", step)
-        if self.part.returns == "parameters":
+        if self._returns == "parameters":
             self._await_parameters(step, presence)
         updated = clock()
-        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self.part.several)
+        # Meet: committed.
+        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self._several_hosts)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
-        self.schedule.go_to(step + 1)
+        self._schedule.go_to(step + 1)
         if control.snapshot_due[step % RING]:
             self.refresh_snapshot(step + 1)
         copied = clock()
         self._fault("audit", step)
-        if self.part.rank == 0:
+        if self._rank == 0:
             control.times[step % RING] = committed
-        if self._audit_fraction:
+        if self._audit is not None:
             self._guard.close(step)
         self._record_digests(step)
         seconds[Stat.DATA] += waiting - computed + fetching
@@ -197,114 +153,97 @@ class TrainStep:
         seconds[Stat.REDUCE] += reduced - meeting
         seconds[Stat.UPDATE] += (updated - reduced) + (copied - committed)
 
-    def _exchange(self, step: int, active: Sequence[int]) -> GradientPresence:
-        """See that all hosts' gradients are there, as shards or as sums of subtrees."""
-        control, part = self.control, self.part
-        if part.subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
-            self._sum_subtrees(step, active)
-        if part.several:
-            self._fault("exchange", step)
-            self.barrier.arrive(progress_of(step, Phase.SUMMED))
-            self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
-        if self._compressor is not None:
-            self._compressor.restore()
-        presence: GradientPresence = GradientPresence(control, active, part.subtrees)
-        if part.returns == "sums":
-            if control.exchanged < exchange_of(step, Stage.RETURNING):
-                self._share.sum(presence)
-            self._fault("return", step)
-            self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
-            presence = Summed(presence, self.shared.tables)
-        if self._limit is not None:
-            self.owner.reduce(presence)
-            self._meet(progress_of(step, Phase.REDUCED))
-        return presence
-
-    def _sum_subtrees(self, step: int, active: Sequence[int]) -> None:
-        """Make what other hosts get: sums, and these small if asked."""
-        if not self._sums and self._compressor is None:
-            return
-        presence = GradientPresence(
-            self.control, [shard for shard in active if shard in self.part.mine]
-        )
-        self._sums.sum(presence)
-        if self._compressor is not None:
-            self._compressor.compress(step, presence)
-
-    def _await_parameters(self, step: int, presence: GradientPresence) -> None:
-        """Return when what other hosts have updated is there."""
-        self._fault("return", step)
-        self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
-        if self.part.rank == 0 and self._not_begun:
-            begun = {param for param in self._not_begun if any(presence.of(param))}
-            self.shared.note_begun(begun)
-            self._not_begun -= begun
-
-    def refresh_snapshot(self, committed: int) -> None:
-        """Bring this worker's part of the base to the state after so many committed steps."""
-        self._base.refresh()
-        if self.part.rank == 0:
-            self.control.snapshot_step = committed
+    # Compute.
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
-        mine = self.part.mine
-        if len(mine) == self.part.workers:
+        host_shards = self._host_shards
+        if len(host_shards) == self._workers:
             for shard in todo:
                 self._compute(step, shard)
             return
-        for shard in (*todo, *reversed(mine)):
+        for shard in (*todo, *reversed(host_shards)):
             if self._claims.take(shard, step):
                 self._compute(step, shard)
                 self._claims.release(shard)
             elif shard in todo:
-                self.loader.skip(step, shard)
+                self._loader.skip(step, shard)
 
     def _compute(self, step: int, shard: int) -> None:
         """Forward and backward of one shard, into its slot."""
         control, loss = self.control, 0.0
-        if shard in self.sampling.active(step):
-            control.beat(self.part.worker_id, shard)
+        if shard in self._sampling.active(step):
+            control.beat(self._worker_id, shard)
             slot = self.shared.slots[shard]
-            loss = self._gradients.make(step, shard, slot, control.has_grad[shard])
-            struck = self._fault("slot", step, shard)
-            if struck is not None:
+            loss = self._forward_backward.make(step, shard, slot, control.has_grad[shard])
+            if self._fault("slot", step, shard) is not None:
                 flip_gradient_bit(slot)
         control.losses[step % RING, shard] = loss
-        control.shard_by[shard] = self.part.worker_id
+        control.shard_by[shard] = self._worker_id
         control.shard_done[shard] = step
 
-    def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
-        """Let a scripted fault strike here; one that flips a bit is returned."""
-        return None if self.faults is None else self.faults.at(phase, step, shard)
+    # Reduce.
 
-    def _check_all(self, step: int, active: Sequence[int]) -> None:
+    def _check_step(self, step: int, active: Sequence[int]) -> None:
         """Audit the step before its gradients are used."""
-        part = self.part
-        if self._gradient_audit is None:
-            self._gradient_audit = GradientAudit(
-                self.shared, self._gradients.make, self._report, self.seed, self._audit_fraction
-            )
+        assert self._audit is not None
         changed = self._guard.open()
         if changed is not None:
             self._give_up_state(step, changed)
         self._meet(progress_of(step, Phase.GUARDED))
-        self._gradient_audit.check(step, active, part.rank, part.workers, part.worker_id)
+        self._audit.check(step, active, self._rank, self._workers, self._worker_id)
         self._meet(progress_of(step, Phase.AUDITED))
 
     def _give_up_state(self, step: int, changed: Block) -> None:
         """Leave the step: the committed state has changed in memory.
 
         Raises:
-            Regroup: always. The others are held up until the master has regrouped them.
+            Regroup: always. The others are held up until the agent has regrouped them.
         """
-        self.control.set_updating(self.part.worker_id, step)  # so the state counts as torn
-        place = {
-            "tensor": self.shared.names[changed.param],
-            "elements": [changed.start, changed.stop],
-        }
-        self._report({"event": "corrupt", "worker": self.part.worker_id, "step": step, **place})
+        self.control.set_updating(self._worker_id, step)  # so the state counts as torn
+        self.context.report(
+            StateCorrupted(
+                step=step,
+                worker_id=self._worker_id,
+                tensor=self.shared.names[changed.param],
+                elements=(changed.start, changed.stop),
+            )
+        )
         raise Regroup
+
+    def _exchange(self, step: int, active: Sequence[int]) -> GradientPresence:
+        """See that all hosts' gradients are there, as shards or as sums of subtrees."""
+        control = self.control
+        if self._subtrees and control.exchanged < exchange_of(step, Stage.SENDING):
+            self._sum_subtrees(step, active)
+        if self._several_hosts:
+            self._fault("exchange", step)
+            self.barrier.arrive(progress_of(step, Phase.SUMMED))
+            self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
+        if self._compressor is not None:
+            self._compressor.restore()
+        presence = GradientPresence.of_step(control, active, self._subtrees)
+        if self._returns == "sums":
+            if control.exchanged < exchange_of(step, Stage.RETURNING):
+                self._share_sum.sum(presence)
+            self._fault("return", step)
+            self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
+            presence = presence.summed(self.shared.tables)
+        if self._norm_clipper is not None:
+            self.owner.reduce(presence)
+            self._meet(progress_of(step, Phase.REDUCED))
+        return presence
+
+    def _sum_subtrees(self, step: int, active: Sequence[int]) -> None:
+        """Make what other hosts get: sums, compressed if asked."""
+        if not self._subtree_sums and self._compressor is None:
+            return
+        presence = GradientPresence.of_step(
+            self.control, [shard for shard in active if shard in self._host_shards]
+        )
+        self._subtree_sums.sum(presence)
+        if self._compressor is not None:
+            self._compressor.compress(step, presence)
 
     def _meet(self, progress: int) -> None:
         self.barrier.arrive(progress)
@@ -313,23 +252,47 @@ class TrainStep:
     def _meet_norms(self, step: int) -> None:
         """Meet when all norms are taken, also those that only other hosts can take."""
         self._meet(progress_of(step, Phase.NORMED))
-        if self.part.returns == "parameters":
+        if self._returns == "parameters":
             self.barrier.await_exchange(exchange_of(step, Stage.NORMED))
+
+    # Update.
 
     def _combine_buffers(self, step: int) -> None:
         """Merge this worker's share of the buffers."""
-        weights = self.sampling.weights(step)
-        part, committed = self.part, self.shared.committed
-        for index in range(part.rank, len(committed), part.workers):
-            homes = [slot.buffers[index] for slot in self.shared.slots]
-            combine_buffers(committed[index], homes, weights)
+        weights = self._sampling.weights(step)
+        committed = self.shared.committed
+        for index in range(self._rank, len(committed), self._workers):
+            left = [slot.buffers[index] for slot in self.shared.slots]
+            combine_buffers(committed[index], left, weights)
+
+    def _await_parameters(self, step: int, presence: GradientPresence) -> None:
+        """Return when what other hosts have updated is there."""
+        self._fault("return", step)
+        self.barrier.await_exchange(exchange_of(step + 1, Stage.STARTED))
+        if self._rank == 0 and self._unseen:
+            begun = {param for param in self._unseen if any(presence.of(param))}
+            self.shared.note_begun(begun)
+            self._unseen -= begun
+
+    # Commit.
+
+    def refresh_snapshot(self, committed: int) -> None:
+        """Bring this worker's part of the snapshot to the state after so many committed steps."""
+        self._snapshot.refresh()
+        if self._rank == 0:
+            self.control.snapshot_step = committed
 
     def _record_digests(self, step: int) -> None:
         """Digest this worker's share of the state for the ledger, and publish the next step."""
-        _, everybodys = self.audit.split(step, self.part.owned)  # the exchanger does the others
-        for index, unit in everybodys.items():
-            if (step + index) % self.part.workers == self.part.rank:
+        # The exchange thread digests what some host alone has.
+        _, everywhere = self.context.digest_sample.split(step, self._owned_params)
+        for index, unit in everywhere.items():
+            if (step + index) % self._workers == self._rank:
                 view = self._state[unit.offset : unit.offset + unit.nbytes]
                 self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))
-        # Nobody sleeps until a step has started, so nobody is woken: the master looks by itself.
-        self.control.set_progress(self.part.worker_id, progress_of(step + 1, Phase.STARTED))
+        # Nobody sleeps until a step has started, so nobody is woken: the agent looks by itself.
+        self.control.set_progress(self._worker_id, progress_of(step + 1, Phase.STARTED))
+
+    def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
+        """Let a scripted fault strike here; one that flips a bit is returned."""
+        return None if self._faults is None else self._faults.at(phase, step, shard)

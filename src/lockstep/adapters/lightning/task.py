@@ -108,8 +108,8 @@ class LightningTask(Task):
         self._left: list[dict[str, Any]] = []
         self.made_from = (module,) if datamodule is None else (module, datamodule)
 
-    def set_position(self, place: Position) -> None:
-        self._trainer.place = place
+    def set_position(self, position: Position) -> None:
+        self._trainer.position = position
 
     def _prepared(self) -> Any:
         """What has the loaders, once it has its data."""
@@ -207,9 +207,9 @@ class LightningTask(Task):
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """What `metrics` has found in the module after validation_step, with the first sample."""
-        assert self._trainer.place is not None
+        assert self._trainer.position is not None
         left, self._left = self._left, []
-        return {"left": [*left, *[None] * (self._trainer.place.samples - 1)]} if left else {}
+        return {"left": [*left, *[None] * (self._trainer.position.samples - 1)]} if left else {}
 
     def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
         """The metrics of all batches together, and what on_validation_epoch_end logs."""
@@ -232,14 +232,14 @@ class LightningTask(Task):
 
     def predict(self, model: Any, batch: Any) -> Sequence[Mapping[str, Any]]:
         """What predict_step returns: by its own names, or as `prediction`."""
-        assert self._trainer.place is not None
+        assert self._trainer.position is not None
         with self._running(model, "predict", "predict_step", None):
             found = _call(model.predict_step, batch, self._batch_idx)
-        return rows_of(found, self._trainer.place.samples)
+        return rows_of(found, self._trainer.position.samples)
 
     @property
     def _batch_idx(self) -> int:
-        return 0 if self._trainer.place is None else self._trainer.place.batch
+        return 0 if self._trainer.position is None else self._trainer.position.batch
 
     @property
     def _has_epoch_end(self) -> bool:

@@ -32,7 +32,7 @@ class NoTrainer:
         self._package = package
         self.callbacks: list[Any] = []
         self.stage: Stage = "fit"
-        self.place: Position | None = None
+        self.position: Position | None = None
         """Told by the run; None: it is not planned yet."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoTrainer:
@@ -51,12 +51,12 @@ class NoTrainer:
     @property
     def current_epoch(self) -> int:
         """The data epoch: in validation, the one that has ended."""
-        return 0 if self.place is None else self.place.data_epoch
+        return 0 if self.position is None else self.position.data_epoch
 
     @property
     def global_step(self) -> int:
         """How many steps are committed."""
-        return 0 if self.place is None else self.place.step
+        return 0 if self.position is None else self.position.step
 
     @property
     def estimated_stepping_batches(self) -> int:
@@ -76,8 +76,8 @@ class NoTrainer:
     @property
     def max_epochs(self) -> int:
         """The run's data epochs, also one that is only begun."""
-        place = self._planned("max_epochs")
-        return math.ceil(place.steps / place.steps_per_epoch)
+        position = self._planned("max_epochs")
+        return math.ceil(position.steps / position.steps_per_epoch)
 
     training = property(lambda self: self.stage == "fit")
     validating = property(lambda self: self.stage == "validate")
@@ -85,19 +85,19 @@ class NoTrainer:
     predicting = property(lambda self: self.stage == "predict")
 
     def _planned(self, name: str) -> Position:
-        if self.place is None:
+        if self.position is None:
             raise TaskError(
                 f"self.trainer.{name} is not known yet",
                 expected="a question of configure_optimizers, or of a step",
                 found="one of setup or configure_model, before the run is planned",
                 fix="ask it later, or give the module the number",
             )
-        return self.place
+        return self.position
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        names = {*vars(type(self)), *vars(self)} - {"place", "stage"}
+        names = {*vars(type(self)), *vars(self)} - {"position", "stage"}
         known = sorted(key for key in names if not key.startswith("_"))
         raise TaskError(
             f"the module asks for self.trainer.{name}, and there is no Trainer",

@@ -56,7 +56,7 @@ def network_of(run: str | Path) -> Evaluate:
         JobError: the run is of something else.
         RunFolderError: it is no finished run.
     """
-    from lockstep.recipes.game import Net, evaluator
+    from lockstep.recipes.connect_four.network import Net, evaluator
     from lockstep.results.result import Result
 
     result = Result.open(run)

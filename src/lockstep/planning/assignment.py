@@ -1,0 +1,136 @@
+"""Assignment: what one worker does in each step, as long as the membership stays as it is.
+
+The agent makes one for each member and sends it; it starts the worker at a step. What follows from
+it and from the model's shapes, the worker's own share of the blocks, norms and sums, is a
+pure function of both: every worker could say what every other one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lockstep.planning.blocks import Block, divide_evenly, own_blocks
+from lockstep.planning.byte_ranges import ByteRange, cut_evenly
+from lockstep.planning.host_role import HostRole
+from lockstep.planning.ownership import Returns
+from lockstep.planning.sampling import home_shards
+from lockstep.system.messages import Message
+
+Run = tuple[int, int]
+"""The first, and the one after the last."""
+
+
+class Assignment(Message, tag="join"):
+    """One worker's part in a membership, and where it starts."""
+
+    epoch: int
+    worker_ids: tuple[int, ...]
+    """All members, by rank."""
+    rank: int
+    step: int
+    """The first step that it runs."""
+    todo: tuple[int, ...]
+    """Its shards of that step that nobody has computed yet."""
+    shard_run: Run
+    """The shards that this host computes."""
+    subtree_runs: tuple[Run, ...]
+    """What is summed by itself before all is: all hosts' subtrees, or groups."""
+    several_hosts: bool
+    returns: Returns
+    """What hosts give each other when each has summed its share."""
+    host_sums: tuple[ByteRange, ...]
+    """What of a slot this host sums for all, where hosts return sums."""
+    remote_params: frozenset[int]
+    """The trainable parameters that other hosts alone update."""
+    owned_params: frozenset[int]
+    """The trainable parameters that some host alone updates."""
+    refresh: bool
+    """Whether the snapshot is brought up to date first."""
+    loaders: bool
+    """Whether loader processes are worth another try."""
+
+    @property
+    def worker_id(self) -> int:
+        return self.worker_ids[self.rank]
+
+    @property
+    def workers(self) -> int:
+        """How many workers this host has."""
+        return len(self.worker_ids)
+
+    @property
+    def host_shards(self) -> range:
+        """The shards that this host computes."""
+        return range(*self.shard_run)
+
+    @property
+    def subtrees(self) -> tuple[range, ...]:
+        """What is summed by itself before all is: all hosts' subtrees, or groups."""
+        return tuple(range(*run) for run in self.subtree_runs)
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """The shards that are this worker's to begin with, in every step."""
+        shards = self.host_shards
+        return tuple(shards[i] for i in home_shards(len(shards), self.workers, self.rank))
+
+
+def assign(
+    role: HostRole,
+    worker_ids: tuple[int, ...],
+    rank: int,
+    *,
+    epoch: int,
+    step: int,
+    todo: tuple[int, ...],
+    refresh: bool,
+    loaders: bool,
+) -> Assignment:
+    """The assignment of the worker of this rank, on a host of this role."""
+    return Assignment(
+        epoch=epoch,
+        worker_ids=worker_ids,
+        rank=rank,
+        step=step,
+        todo=todo,
+        shard_run=(role.shards.start, role.shards.stop),
+        subtree_runs=tuple((tree.start, tree.stop) for tree in role.trees),
+        several_hosts=role.several,
+        returns=role.duties.returns,
+        host_sums=role.sums,
+        remote_params=frozenset(role.theirs),
+        owned_params=role.owned,
+        refresh=refresh,
+        loaders=loaders,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerShare:
+    """What of its host's blocks, norms and sums is one worker's."""
+
+    blocks: Sequence[int]
+    """The blocks that it updates."""
+    norms: Sequence[int]
+    """The trainable parameters whose gradient norms it takes, where there is a limit."""
+    sums: tuple[ByteRange, ...]
+    """What of a slot it sums for all hosts, where they return sums."""
+
+
+def share_of(
+    assignment: Assignment, blocks: Sequence[Block], param_sizes: Sequence[int]
+) -> WorkerShare:
+    """The share of the worker with this assignment.
+
+    `blocks` are the model's, `param_sizes` the elements of its trainable parameters.
+    """
+    rank, workers, remote = assignment.rank, assignment.workers, assignment.remote_params
+    local = [number for number, block in enumerate(blocks) if block.param not in remote]
+    run = own_blocks([blocks[number] for number in local], workers)[rank]
+    sizes = [0 if param in remote else size for param, size in enumerate(param_sizes)]
+    return WorkerShare(
+        blocks=local[run.start : run.stop],
+        norms=[param for param in divide_evenly(sizes, workers)[rank] if param not in remote],
+        sums=tuple(cut_evenly(place, workers)[rank] for place in assignment.host_sums),
+    )

@@ -1,0 +1,147 @@
+"""Forkserver messages: what an agent and its forkserver say to each other.
+
+    request        what it asks for                  answer          with these descriptors
+    Preload        torch, and no task                Preloaded
+    LoadTask       the task, its model and data      TaskLoaded      the data sets, to be sent on
+    CloneServer    a copy with what this one has     ServerCloned    its channel, its pidfd
+    SetUp          the segments, by the plan         StateReady      state, snapshot, control, slots
+    ForkWorker     a worker                          WorkerForked    its channel, its pidfd
+
+Instead of an answer there may be `RequestFailed`. When a child ends, `ChildExited` comes unasked.
+"""
+
+from __future__ import annotations
+
+from lockstep.planning.memory_layout import Layout
+from lockstep.planning.plan import Plan
+from lockstep.planning.slot_map import SlotMap
+from lockstep.system.messages import Codec, JsonText, Message, OsText
+from lockstep.system.unix_channel import Channel, MessageChannel
+
+# Requests.
+
+
+class Preload(Message):
+    """Import what every run needs."""
+
+
+class LoadTask(Message):
+    """Build a task, its model and its data sets. The first descriptor is the pickled task, if the
+    source is no name; the last the data, if `data_bytes` is not 0."""
+
+    name: OsText
+    """As in `TaskSource`; so are the next four."""
+    args: JsonText
+    code: str
+    code_folder: OsText
+    offered: bool
+    has_payload: bool
+    settings: JsonText
+    """What was set for the job; the rest is the task's recipe's to say."""
+    records: JsonText
+    """Which file takes the place of the task's data: `{"path", "keep"}`, or null."""
+    data_bytes: int
+    """How much another host has sent, of data sets or of that file; 0: nothing."""
+    networked: bool
+    """Whether the facts are to be compared with other hosts'."""
+    folder: OsText
+    """Where to work."""
+    search_path: tuple[OsText, ...]
+    """Where modules are looked for."""
+
+
+class CloneServer(Message):
+    """Fork the forkserver, with what it has loaded."""
+
+    environment: dict[OsText, OsText] | None
+    """What the clone's is to be, with the descriptor that comes along as stdout and stderr."""
+
+
+class SetUp(Message):
+    """Allocate the run's shared memory and move the model there."""
+
+    plan: Plan
+    networked: bool
+    """Whether other hosts may take part."""
+
+
+class ForkWorker(Message):
+    """Fork a worker."""
+
+    worker_id: int
+
+
+Request = Preload | LoadTask | CloneServer | SetUp | ForkWorker
+
+# Answers.
+
+
+class Preloaded(Message):
+    """What every run needs is imported."""
+
+
+class TaskLoaded(Message):
+    """The task is built."""
+
+    facts: JsonText
+    """About it, for the plan and the manifest."""
+    data_bytes: int
+    """How much there is of the data sets, if they are to be sent to other hosts; else 0."""
+
+
+class ServerCloned(Message):
+    """There is another forkserver."""
+
+    pid: int
+
+
+class StateReady(Message):
+    """The shared memory is there."""
+
+    layout: Layout
+    slot_map: SlotMap
+    segment_bytes: tuple[int, ...]
+    """Of each segment, in the order of the descriptors."""
+    profile: JsonText
+    """The numerics that workers compute with."""
+
+
+class WorkerForked(Message):
+    """There is a worker."""
+
+    pid: int
+
+
+class ChildExited(Message):
+    """A worker or a clone has ended."""
+
+    pid: int
+    code: int
+    """Its exit code; negative: the signal that killed it."""
+
+
+class RequestFailed(Message):
+    """What was asked for could not be done."""
+
+    error: dict[str, str]
+    """As `errors.to_message` gives it."""
+
+
+Answer = (
+    Preloaded | TaskLoaded | ServerCloned | StateReady | WorkerForked | ChildExited | RequestFailed
+)
+
+REQUESTS: Codec[Request] = Codec(Request)
+ANSWERS: Codec[Answer] = Codec(Answer)
+ToForkServer = MessageChannel[Request, Answer]
+ToClient = MessageChannel[Answer, Request]
+
+
+def to_forkserver(channel: Channel) -> ToForkServer:
+    """The agent's end of a channel between the two."""
+    return MessageChannel(channel, REQUESTS, ANSWERS)
+
+
+def to_client(channel: Channel) -> ToClient:
+    """The forkserver's end."""
+    return MessageChannel(channel, ANSWERS, REQUESTS)

@@ -1,0 +1,140 @@
+"""Context: what a worker process keeps while memberships change.
+
+The forkserver prepares a `Session`, which its forks inherit. Each worker makes a `WorkerContext`
+of it once; what belongs to one membership alone is made anew with each (see `train_step`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from lockstep.collectives.grad_norm import GradNormClipper
+from lockstep.data.fetching import make_fetch
+from lockstep.data.loader import Loader
+from lockstep.job.task import Task
+from lockstep.optim.local_rounds import LocalRounds
+from lockstep.optim.local_sgd import LocalSGD
+from lockstep.optim.lr_schedule import LrSchedule
+from lockstep.planning.digest_sample import DigestSample, plan_digest_sample
+from lockstep.planning.plan import Plan
+from lockstep.planning.sampling import Sampling
+from lockstep.state.fault_injection import FaultInjector
+from lockstep.state.shared_state import SharedState
+from lockstep.system import machine
+from lockstep.worker.audit import GradientAudit, Report
+from lockstep.worker.build_state import build
+from lockstep.worker.forward_backward import ForwardBackward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the forkserver prepares and its forks inherit."""
+
+    task: Task
+    train: Dataset[Any]
+    held_out: Dataset[Any] | None
+    shared: SharedState
+    schedule: LrSchedule
+    """As it is before the first step."""
+    plan: Plan
+
+    @staticmethod
+    def build(
+        task: Task,
+        model: nn.Module,
+        train: Dataset[Any],
+        held_out: Dataset[Any] | None,
+        plan: Plan,
+        *,
+        networked: bool,
+    ) -> Session:
+        """Move the model to shared memory. Called once, in the forkserver."""
+        model.train()
+        task.set_position(plan.position)
+        shared = build(
+            task,
+            model,
+            shards=plan.shards,
+            max_workers=plan.max_workers,
+            clip=plan.sum_limit is not None,
+            networked=networked,
+            compression=plan.compression,
+            groups=plan.groups,
+        )
+        schedule = LrSchedule(task, shared.optimizer, plan.sampling)
+        return Session(
+            task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerContext:
+    """One worker process: its view of the session, and what carries over from step to step."""
+
+    worker_id: int
+    task: Task
+    held_out: Dataset[Any] | None
+    plan: Plan
+    shared: SharedState
+    sampling: Sampling
+    loader: Loader
+    schedule: LrSchedule
+    forward_backward: ForwardBackward
+    norm_clipper: GradNormClipper | None
+    """Where the norm of the summed gradient is limited."""
+    gradient_audit: GradientAudit | None
+    """Where the job asks for an audit."""
+    digest_sample: DigestSample
+    faults: FaultInjector
+    report: Report
+    """Tells the agent of corruption."""
+
+    @staticmethod
+    def of(session: Session, worker_id: int, report: Report) -> WorkerContext:
+        """The context of a worker that has just been forked."""
+        plan, task, shared = session.plan, session.task, session.shared
+        sampling = plan.sampling
+        loader = Loader(
+            make_fetch(task, session.train, plan.seed),
+            sampling,
+            loaders=plan.loaders,
+            spare_cores=machine.cores() - plan.workers * plan.threads,
+            last=plan.steps,
+            part=plan.part,
+        )
+        faults = FaultInjector(plan.faults, worker_id, shared.control)
+        rounds: LocalRounds | None = None
+        norm_clipper: GradNormClipper | None = None
+        if isinstance(task, LocalSGD):
+            rounds = LocalRounds(task, shared, sampling, plan.clip_grad_norm)
+        elif plan.clip_grad_norm is not None:
+            norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
+        forward_backward = ForwardBackward(
+            task, shared, sampling, loader, rounds,
+            place=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
+        )  # fmt: skip
+        gradient_audit: GradientAudit | None = None
+        if plan.audit:
+            gradient_audit = GradientAudit(
+                shared, forward_backward.make, report, plan.seed, plan.audit
+            )
+        return WorkerContext(
+            worker_id=worker_id,
+            task=task,
+            held_out=session.held_out,
+            plan=plan,
+            shared=shared,
+            sampling=sampling,
+            loader=loader,
+            schedule=session.schedule,
+            forward_backward=forward_backward,
+            norm_clipper=norm_clipper,
+            gradient_audit=gradient_audit,
+            digest_sample=plan_digest_sample(shared.layout),
+            faults=faults,
+            report=report,
+        )
