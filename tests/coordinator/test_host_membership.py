@@ -20,26 +20,36 @@ from lockstep.coordinator.host_membership import (
 )
 
 
-def standing(whole: int | None, base: int | None = None) -> HostStatus:
+def host_status(whole: int | None, base: int | None = None) -> HostStatus:
     return HostStatus(whole=whole, base=base)
 
 
 @pytest.mark.parametrize(
-    ("standings", "step", "source", "actions"),
+    ("statuses", "step", "source", "actions"),
     [
-        ({"m": standing(5), "b": standing(5)}, 5, "m", {"m": "keep", "b": "keep"}),
-        ({"m": standing(5), "b": standing(6)}, 6, "b", {"m": "copy", "b": "keep"}),
-        ({"m": standing(None, 3), "b": standing(6)}, 6, "b", {"m": "copy", "b": "keep"}),
-        ({"m": standing(6), "b": standing(None, 6)}, 6, "m", {"m": "keep", "b": "back"}),
-        ({"m": standing(None, 3), "b": standing(None, 3)}, 3, "m", {"m": "back", "b": "back"}),
-        ({"m": standing(None, 3), "b": standing(None, 4)}, 4, "b", {"m": "copy", "b": "back"}),
-        ({"m": standing(7), "new": standing(None)}, 7, "m", {"m": "keep", "new": "copy"}),
+        ({"m": host_status(5), "b": host_status(5)}, 5, "m", {"m": "keep", "b": "keep"}),
+        ({"m": host_status(5), "b": host_status(6)}, 6, "b", {"m": "copy", "b": "keep"}),
+        ({"m": host_status(None, 3), "b": host_status(6)}, 6, "b", {"m": "copy", "b": "keep"}),
+        ({"m": host_status(6), "b": host_status(None, 6)}, 6, "m", {"m": "keep", "b": "back"}),
+        (
+            {"m": host_status(None, 3), "b": host_status(None, 3)},
+            3,
+            "m",
+            {"m": "back", "b": "back"},
+        ),
+        (
+            {"m": host_status(None, 3), "b": host_status(None, 4)},
+            4,
+            "b",
+            {"m": "copy", "b": "back"},
+        ),
+        ({"m": host_status(7), "new": host_status(None)}, 7, "m", {"m": "keep", "new": "copy"}),
     ],
 )
 def test_the_newest_whole_state_counts(
-    standings: dict[str, HostStatus], step: int, source: str, actions: dict[str, str]
+    statuses: dict[str, HostStatus], step: int, source: str, actions: dict[str, str]
 ) -> None:
-    assert settle(standings, "m") == (step, source, actions)
+    assert settle(statuses, "m") == (step, source, actions)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,7 @@ def test_the_newest_whole_state_counts(
 def test_where_parts_go_on(
     steps: dict[str, int | None], before: str, wanted: tuple[int, dict[str, str]]
 ) -> None:
-    found = settle_parts({n: standing(s, 2) for n, s in steps.items()}, "m", frozenset(before))
+    found = settle_parts({n: host_status(s, 2) for n, s in steps.items()}, "m", frozenset(before))
     assert found == (wanted[0], "m", wanted[1])
 
 
@@ -74,9 +84,9 @@ BOTH = (host_membership.HostReady("m", 1), host_membership.HostReady("b", 2))
 
 
 def test_all_stand_before_any_goes_on() -> None:
-    state, said = run(*BOTH, host_membership.HostPaused("m", 2, standing(0)))
+    state, said = run(*BOTH, host_membership.HostPaused("m", 2, host_status(0)))
     assert said == [PauseHosts(1), PauseHosts(2)]
-    state, (order,), _ = decide(state, host_membership.HostPaused("b", 2, standing(None)))
+    state, (order,), _ = decide(state, host_membership.HostPaused("b", 2, host_status(None)))
     assert isinstance(order, ResumeHosts)
     assert (order.workers, order.source) == ({"m": 1, "b": 2}, "m")
     assert order.actions == {"m": "keep", "b": "copy"}
@@ -86,7 +96,7 @@ def test_all_stand_before_any_goes_on() -> None:
 def test_what_is_said_of_an_earlier_generation_is_not_heard() -> None:
     state, _ = run(*BOTH)
     for event in (
-        host_membership.HostPaused("b", 1, standing(9)),
+        host_membership.HostPaused("b", 1, host_status(9)),
         host_membership.ExchangeFailed("b", 1, "m", "old"),
     ):
         assert decide(state, event)[:2] == (state, ())
@@ -95,8 +105,8 @@ def test_what_is_said_of_an_earlier_generation_is_not_heard() -> None:
 def test_a_loss_begins_another_generation() -> None:
     state, _ = run(
         *BOTH,
-        host_membership.HostPaused("m", 2, standing(0)),
-        host_membership.HostPaused("b", 2, standing(0)),
+        host_membership.HostPaused("m", 2, host_status(0)),
+        host_membership.HostPaused("b", 2, host_status(0)),
     )
     state, lost, reason = decide(state, host_membership.HostLost("b", "it died"))
     assert lost == (host_membership.AbandonHost("b", "it died"), PauseHosts(3))
@@ -152,12 +162,12 @@ EVENTS = st.one_of(
 @given(st.lists(EVENTS, max_size=30))
 def test_whatever_happens_the_membership_is_valid(events: Sequence[host_membership.Event]) -> None:
     state, _, _ = decide(HostMembership(master="m"), host_membership.HostReady("m", 1))
-    state, _, _ = decide(state, host_membership.HostPaused("m", 1, standing(4)))
+    state, _, _ = decide(state, host_membership.HostPaused("m", 1, host_status(4)))
     for event in events:
         before = state
         if isinstance(event, host_membership.HostPaused) and event.name == "m":
             event = host_membership.HostPaused(
-                "m", event.generation, standing(4)
+                "m", event.generation, host_status(4)
             )  # it always has a state
         state, commands, reason = decide(state, event)
         assert reason
@@ -172,7 +182,7 @@ def test_whatever_happens_the_membership_is_valid(events: Sequence[host_membersh
                 assert command.generation == state.generation > before.generation
                 assert state.regrouping
         if state.generation > before.generation:
-            assert all(member.standing is None for member in state.members.values())
+            assert all(member.status is None for member in state.members.values())
 
 
 @pytest.mark.parametrize("closed", [True, False])
