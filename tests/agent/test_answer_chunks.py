@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lockstep.agent import answer_chunks
-from lockstep.agent.answer_chunks import AnswerAssembler, in_chunks
+from lockstep.agent.answer_chunks import AnswerAssembler, BatchResult, in_chunks
 from lockstep.agent.host_messages import CHUNK_CHARACTERS, FROM_AGENTS, BatchChunk
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.net.frames import Kind, message_frame
@@ -25,10 +25,10 @@ def test_chunks_are_put_together_whoever_sends_at_the_same_time() -> None:
     for chunk in long[:-1]:
         assert taken.add("b", chunk) is None
         assert taken.add("c", chunk) is None
-    assert taken.add("b", short[0]) == {"round": 3, "batch": 8, "result": [1.5]}
+    assert taken.add("b", short[0]) == BatchResult(round=3, batch=8, result=[1.5])
     whole = taken.add("b", long[-1])
     assert whole is not None
-    found = whole["result"]
+    found = whole.result
     assert found["text"] == LONG["text"]
     assert math.isnan(found["nothing"])
     assert found["infinite"] == -math.inf
@@ -53,7 +53,7 @@ def test_what_comes_of_an_earlier_round_is_passed_over() -> None:
         taken.add("b", chunk)
     found = taken.add("b", whole[-1])
     assert found is not None
-    assert found["batch"] == 7
+    assert found.batch == 7
 
 
 GOOD: dict[str, Any] = {"round": 1, "batch": 1, "chunk": 0, "chunks": 1, "text": "1"}

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep.agent.host_messages import CHUNK_CHARACTERS, MAX_CHUNKS, BatchChunk
 from lockstep.errors import ProtocolError, TaskError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
+    """What was made of a held-out batch."""
+
+    round: int
+    """Of questions: the one that this answers."""
+    batch: int
+    result: Any
 
 
 def in_chunks(round_: int, batch: int, result: Any) -> Iterator[BatchChunk]:
@@ -42,8 +53,8 @@ class AnswerAssembler:
         self._round = number
         self._received.clear()
 
-    def add(self, host: str, message: BatchChunk) -> dict[str, Any] | None:
-        """Take a chunk; `{"round", "batch", "result"}` if it was the last one of an answer.
+    def add(self, host: str, message: BatchChunk) -> BatchResult | None:
+        """Take a chunk; the answer, if it was its last one.
 
         Raises:
             ProtocolError: it is not the next one, or the answer is none.
@@ -60,11 +71,8 @@ class AnswerAssembler:
         if len(received) < message.chunks:
             return None
         del self._received[host, message.batch]
-        return {
-            "round": self._round,
-            "batch": message.batch,
-            "result": _parse(host, "".join(received)),
-        }
+        result = _parse(host, "".join(received))
+        return BatchResult(round=self._round, batch=message.batch, result=result)
 
 
 def _parse(host: str, text: str) -> Any:

@@ -12,10 +12,9 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from lockstep.agent import membership
+from lockstep.agent.answer_chunks import BatchResult
 from lockstep.agent.failure_detector import FailureDetector
 from lockstep.agent.failure_log import FailureLog
 from lockstep.agent.local_host import Event, LocalHost
@@ -52,15 +51,6 @@ from lockstep.system.unix_channel import Closed
 TICK = 0.05
 """Seconds between two looks at the ring buffer."""
 DISMISS_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchResult:
-    """What was made of a held-out batch in a round, on this host or on another."""
-
-    round: int
-    batch: int
-    result: Any
 
 
 class WorkerGroup:

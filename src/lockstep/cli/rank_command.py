@@ -1,4 +1,4 @@
-"""`lockstep rank`: one process of a job whose processes torchrun, SLURM or people start."""
+"""Rank command: one process of a job whose processes torchrun, SLURM or a person starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def rank(
         Path | None, typer.Option(help="The secret that all hosts share: lockstep secret FILE.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Where rank 0 lets the others in.")
+        int | None,
+        typer.Option(min=1, max=65535, help="The port on which rank 0 listens for the others."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-w", min=1, help="Worker processes on this host.")
@@ -37,10 +38,9 @@ def rank(
         str | None,
         typer.Option(help="Which entry of the job file's `cluster` this is: worker:0, ps:0."),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for others.")] = 1800.0,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the others.")] = 1800.0,
 ) -> None:
-    """Take part in a job as the rank that torchrun or SLURM has given this process, or as an entry
-    of the cluster that the job file describes."""
+    """Run one rank of a job: the one given by torchrun or SLURM, or an entry of `cluster`."""
     from lockstep.cluster.ranks.launcher import shared_secret
     from lockstep.system.folders import TemporaryFolder
 
@@ -66,7 +66,7 @@ def _place(job: Job, task: str | None) -> RankPlace:
             "the job file's cluster and --task do not fit each other",
             expected="both, or neither",
             found="no --task" if task is None else "no `cluster` in the job file",
-            fix="add the one, or leave out the other",
+            fix="add the missing one, or leave out the other",
         )
     if job.cluster is None or task is None:
         return place_of(os.environ)
@@ -114,7 +114,7 @@ def _follow(
 
 
 def read_job(name: str) -> Job:
-    """The job that a name or a job file describes."""
+    """The job of a recipe, of a named task, or of a job file."""
     from lockstep.job.job import Job
     from lockstep.job.job_file import SUFFIXES, read_job_file
 
@@ -122,6 +122,6 @@ def read_job(name: str) -> Job:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """Leave by way of everything that has to be closed."""
+    """Exit by SystemExit, so that context managers close what they opened."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(128 + number)

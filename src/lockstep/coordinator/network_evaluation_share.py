@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lockstep.agent.answer_chunks import AnswerAssembler
 from lockstep.agent.evaluation_rounds import Inferred
 from lockstep.agent.host_messages import BatchChunk, InferBatches
-from lockstep.agent.worker_group import BatchResult, WorkerGroup
+from lockstep.agent.worker_group import WorkerGroup
 from lockstep.coordinator.host_inbox import HostInbox
 from lockstep.errors import ProtocolError
 from lockstep.net.control_link import ControlLink
@@ -89,6 +89,6 @@ class NetworkEvaluationShare:
             self._transport.drop(heard.peer, f"it has sent no answer: {error.what}")
             return True
         if answer is not None:
-            self._asked.get(heard.peer, set()).discard(answer["batch"])
-            self._group.answers.append(BatchResult(**answer))
+            self._asked.get(heard.peer, set()).discard(answer.batch)
+            self._group.answers.append(answer)
         return True

@@ -258,7 +258,7 @@ class NetworkHostGroup:
         last: host_membership.PauseHosts | host_membership.ResumeHosts | None = None
         for event in events:
             if isinstance(event, host_membership.HostPaused):
-                self._statuses[event.name] = event.standing
+                self._statuses[event.name] = event.status
             self._membership, commands, reason = host_membership.decide(self._membership, event)
             if isinstance(event, host_membership.ExchangeFailed):
                 self._troubled_at = self._group.step

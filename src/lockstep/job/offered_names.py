@@ -1,7 +1,7 @@
 """Offered names: the checks of a task name that another host has sent.
 
-A name is not code, but resolving it imports a module and calls what it finds there. These checks
-hold that to the module that was meant.
+To resolve a name is to import a module and to call what it finds there. These checks limit that to
+the module that was allowed.
 """
 
 from __future__ import annotations

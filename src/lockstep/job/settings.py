@@ -175,7 +175,7 @@ def _kind(hints: Sequence[Any]) -> Kind:
     """The kind of an annotation, given as the members of a union."""
     (kind,) = (
         _KINDS[base] for hint in hints if (base := get_origin(hint) or hint) in _KINDS
-    )  # str is in none: alone it is no setting's type, beside PathLike it is a path
+    )  # str is not among them: beside PathLike it is a path
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Network: a policy and a value for Connect Four positions, and how to play by it."""
+"""Network: policy and value of Connect Four states, and the player that follows the policy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lockstep.recipes.connect_four.tree_search import Evaluate
 
 
 class Net(nn.Module):
-    """A policy and a value for boards; each of the twelve windows of 4 by 4 is looked at first,
-    since any four in a row are in one of them."""
+    """Network: policy and value of boards. The first layer sees the twelve windows of 4 by 4, since
+    any four in a row lie in one of them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,14 +29,14 @@ class Net(nn.Module):
     def forward(self, boards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Boards `[n, 2, 6, 7]`, as `planes` has them, to logits `[n, 7]` and values `[n]`.
 
-        A value is what the player to move may expect, from -1 to 1.
+        A value is the expected outcome for the player to move, from -1 to 1.
         """
         out = self.head(self.body(boards))
         return out[:, :COLUMNS], out[:, COLUMNS].tanh()
 
 
 def evaluator(model: nn.Module) -> Evaluate:
-    """The network, as `search` wants it."""
+    """The network as the function that `search` takes."""
 
     def evaluate(states: Sequence[State]) -> tuple[list[list[float]], list[float]]:
         with torch.no_grad():
@@ -47,7 +47,7 @@ def evaluator(model: nn.Module) -> Evaluate:
 
 
 def likeliest(network: Evaluate) -> Choose:
-    """The player that takes the policy's likeliest column that is free, without a search."""
+    """The player that takes the likeliest free column of the policy, without a search."""
 
     def choose(states: Sequence[State]) -> list[int]:
         logits, _ = network(states)
