@@ -1,8 +1,8 @@
 """From machines to agents: what starts an agent on each host of a cluster, and offers it jobs.
 
-A *head* (`lockstep up`) enrols hosts and knows which are there. A *node* (`lockstep join`) is a host
-that waits for jobs, and starts an agent process for each. A *launcher* brings agents to the hosts
-of one job: of such a cluster, of Ray, or of processes that torchrun or SLURM has started (*ranks*).
+A *head* (`lockstep up`) enrols hosts and knows which are there. A *node* (`lockstep join`) is a
+host that waits for jobs, and starts an agent process for each. A *launcher* brings agents to the
+hosts of one job: of such a cluster, of Ray, or processes that torchrun or SLURM starts (*ranks*).
 
 daemon/        `lockstep up` and `lockstep join`
 ray/           the nodes of a Ray cluster
