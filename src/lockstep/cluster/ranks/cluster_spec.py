@@ -1,4 +1,4 @@
-"""Cluster spec: a cluster as a job file describes it, who computes, who has the parameters, and where. Pure.
+"""Cluster spec: who computes, who has the parameters, and where, from a job file. Pure.
 
     cluster:
       worker: [10.0.0.1:2222, 10.0.0.2:2222]
