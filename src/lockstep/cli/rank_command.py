@@ -114,11 +114,19 @@ def _follow(
 
 
 def read_job(name: str) -> Job:
-    """The job of a recipe, of a named task, or of a job file."""
+    """The job of a recipe, of a named task, or of a job file.
+
+    Raises:
+        JobError: there is no such recipe, or the job file cannot be used.
+    """
     from lockstep.job.job import Job
     from lockstep.job.job_file import SUFFIXES, read_job_file
+    from lockstep.recipes import check_name
 
-    return read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+    job = read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+    if ":" not in str(job.task):
+        check_name(str(job.task))
+    return job
 
 
 def _end(number: int, _: FrameType | None) -> None:
