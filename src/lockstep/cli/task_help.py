@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from typer.core import TyperCommand
 
 from lockstep import recipes
 from lockstep.cli.task_options import options_of
 
-if TYPE_CHECKING:
-    import click
-
 GIVEN = "lockstep.cli.task_help"
-"""Where a context keeps the words of the command line."""
+"""Where a context keeps the words of the command line. Some versions of typer have a copy of click
+inside, so that the types of contexts have no name here."""
 
 
 class CommandOfTask(TyperCommand):
     """Command whose help names the options of the recipe or task that is given with it."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep the words first: `--help` is acted upon before the job is known."""
         ctx.meta[GIVEN] = list(args)
         return super().parse_args(ctx, args)
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """The command's own help, then the options of the recipe or task."""
         super().format_help(ctx, formatter)
         known = recipes.names()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -35,7 +35,11 @@ def _number(text: str) -> int | float:
         return float(text)
 
 
-READ = {"int": int, "float": _number, "bool": lambda text: TRUTH[text.lower()]}
+READ: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": _number,
+    "bool": lambda text: TRUTH[text.lower()],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
