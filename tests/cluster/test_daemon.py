@@ -101,6 +101,24 @@ def test_files_are_private(cluster: Loopback) -> None:
     assert up.wait()[1] == ""  # the tokens are in files
 
 
+def test_what_to_do_while_no_host_has_joined(cluster: Loopback, alone: str) -> None:
+    up = cluster.start("up", "--state", "a", "--name", "a")
+    line = up.until("| lockstep join -")
+    shown = lockstep("hosts", "--state", "a", cwd=cluster.folder)
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("no host has joined; to invite one: lockstep token")
+    assert lockstep("hosts", "--state", "a", "--json", cwd=cluster.folder).stdout == "[]\n"
+    on = ("--on", "up", "--state", "a", "--workers", "1", "--json", "-q")
+    done = lockstep(*RUN, *on, cwd=cluster.folder)
+    assert json.loads(done.stdout)["fingerprint"] == alone
+    assert "no host has joined: the job begins on this machine alone" in done.stderr
+    token = line.partition("paste: echo ")[2].partition(" | lockstep join - --state FOLDER")[0]
+    member = cluster.start("join", "-", "--state", "b", "--name", "b", said=f"{token}\n")
+    member.until("waits for jobs")
+    assert up.end() == 0
+    assert up.wait()[1] == f"{token}\n"
+
+
 def test_tokens(cluster: Loopback) -> None:
     cluster.up()
     token = cluster.token()

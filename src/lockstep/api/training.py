@@ -175,7 +175,7 @@ def _training(
             ) as recorder,
         ):
             requests.take_signals()
-            requests.open(folder.path)
+            requests.open(folder.path, ready.own_plan.max_workers)
             yield (
                 Coordinator(ready, schedule, recorder, start.step, requests=requests.take),
                 recorder,

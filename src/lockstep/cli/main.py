@@ -155,7 +155,8 @@ def scale(
     """Change the number of workers of a running job. The result stays the same."""
     from lockstep.coordinator.run_control import ask
 
-    ask(run, "scale", workers)
+    most = ask(run, "scale", workers).get("max_workers")
+    print(f"workers      {workers} wanted, of at most {most}")
 
 
 @app.command()
