@@ -17,7 +17,7 @@ from lockstep.cli.job_options import Workers, given, takes_settings
 from lockstep.cli.rank_command import rank, read_job
 from lockstep.cli.task_help import CommandOfTask
 from lockstep.cli.task_options import options_of
-from lockstep.errors import JobError, LockstepError
+from lockstep.errors import JobError, LockstepError, RunInterrupted
 
 if TYPE_CHECKING:
     from lockstep.coordinator.launcher import Launcher
@@ -72,14 +72,18 @@ def run(
 
 @contextlib.contextmanager
 def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
-    """The launcher that `--on` names, or None."""
-    if on is None:
-        yield None
-        return
-    from lockstep.cli.launchers import open_launcher
+    """The launcher that `--on` names, or None. An interruption within becomes an error, since typer
+    would drop its message."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if on is None:
+                yield None
+                return
+            from lockstep.cli.launchers import open_launcher
 
-    with open_launcher(on, state, commands.report) as launcher:
-        yield launcher
+            yield stack.enter_context(open_launcher(on, state, commands.report))
+    except RunInterrupted as interrupted:
+        raise interrupted.stopped from None
 
 
 def _show(result: Result, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.errors import JobError
+from lockstep.errors import JobError, RunInterrupted
 
 if TYPE_CHECKING:
     from lockstep.cluster.ranks.rank_environment import RankInfo
@@ -87,8 +87,11 @@ def _lead(
     from lockstep.cluster.ranks.launcher import RankLauncher
 
     job = job if job.cluster is None else on_ranks(job)
-    with RankLauncher(info, shared, folder, workers=workers, wait=wait) as ranks:
-        result = run(job.replace(out=out) if out else job, on=ranks)
+    try:
+        with RankLauncher(info, shared, folder, workers=workers, wait=wait) as ranks:
+            result = run(job.replace(out=out) if out else job, on=ranks)
+    except RunInterrupted as interrupted:
+        raise interrupted.stopped from None
     print(json.dumps(result.to_message()))
 
 

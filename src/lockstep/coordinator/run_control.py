@@ -19,7 +19,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from lockstep.errors import JobError, RunFolderError, from_message, to_message
+from lockstep.errors import (
+    JobError,
+    RunFolderError,
+    RunInterrupted,
+    StoppedError,
+    from_message,
+    to_message,
+)
 
 REQUESTS = ("scale", "pause", "go_on", "checkpoint", "stop")
 SOCKET = "control.sock"
@@ -39,6 +46,7 @@ class RunControl:
         self._path: Path | None = None
         self._handlers: dict[int, Any] = {}
         self._max_workers: int | None = None
+        self._signal_came = False
 
     def __enter__(self) -> RunControl:
         return self
@@ -104,7 +112,12 @@ class RunControl:
     def _signalled(self, number: int, _: FrameType | None) -> None:
         for other in self._handlers:
             signal.signal(other, signal.default_int_handler)
+        self._signal_came = True
         self.add("stop")
+
+    def stopped(self, error: StoppedError) -> StoppedError | RunInterrupted:
+        """What the caller is to get of a stop: if a signal asked for it, an interruption."""
+        return RunInterrupted(error) if self._signal_came else error
 
     def open(self, folder: Path, max_workers: int) -> None:
         """Listen in a run folder. From now on `scale` is refused beyond `max_workers`."""
