@@ -28,7 +28,8 @@ def test_paths_and_columns_are_refused(wrong: Any, found: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "right", [(torch.zeros(3), torch.ones(3)), [(torch.zeros(3), 1)], (torch.zeros(2), torch.ones(3))]
+    "right",
+    [(torch.zeros(3), torch.ones(3)), [(torch.zeros(3), 1)], (torch.zeros(2), torch.ones(3))],
 )
 def test_samples_in_a_tuple_or_a_list(right: Any) -> None:
     assert length_of(right, "train_data") == len(right)

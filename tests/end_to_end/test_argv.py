@@ -15,7 +15,8 @@ args = parser.parse_args()
 class T(lockstep.Task):
     def model(self): return torch.nn.Linear(4, 2)
     def train_data(self): return [(torch.ones(4), 1)] * 32
-    def loss(self, model, batch): return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    def loss(self, model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
     def optimizer(self, params):
         print(sys.argv, args.lr, file=sys.stderr)
         return torch.optim.SGD(params, lr=args.lr)
