@@ -62,15 +62,15 @@ def rising(data_epoch: int, step: int, batch: int) -> float:
 class PlainKnowing(PlainNet):
     scheduler_interval: Literal["step", "data_epoch"] = "step"
 
-    def told(self, place: Position) -> None:
-        self.place = place
+    def set_position(self, position: Position) -> None:
+        self.position = position
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         loss = functional.cross_entropy(model(batch[0]), batch[1])
-        return loss * rising(self.place.data_epoch, self.place.step, self.place.batch)
+        return loss * rising(self.position.data_epoch, self.position.step, self.position.batch)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        return OneCycleLR(optimizer, max_lr=0.2, total_steps=self.place.steps + 1)
+        return OneCycleLR(optimizer, max_lr=0.2, total_steps=self.position.steps + 1)
 
 
 def weights_of(net: nn.Module) -> dict[str, torch.Tensor]:

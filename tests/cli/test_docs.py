@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.cli.main import app
+from lockstep.job import settings_table
 from lockstep.job.job import SETTINGS
 from lockstep.recipes.datasets import fetch
 from tests.support import command
@@ -77,3 +78,9 @@ def test_commands_exist() -> None:
 def test_every_setting_is_documented() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "job-files.md").read_text(), re.M)
     assert sorted(documented) == sorted(SETTINGS)
+
+
+def test_the_tables_of_settings_are_current() -> None:
+    page = (ROOT / "docs" / "job-files.md").read_text()
+    how = "python -m lockstep.job.settings_table docs/job-files.md"
+    assert settings_table.fill_in(page) == page, f"write them anew: {how}"

@@ -10,8 +10,8 @@ BEGINNING = Position(training=True, step=0, steps=10, steps_per_epoch=4, batch=0
 
 
 class Told(Blobs):
-    def set_position(self, place: Position) -> None:
-        self.place = place
+    def set_position(self, position: Position) -> None:
+        self.position = position
 
 
 def test_steps_and_held_out_batches() -> None:
@@ -28,8 +28,8 @@ def test_updates_within_rounds() -> None:
     task = Told()
     rounds = LocalSGD(task, 3)
     rounds.set_position(BEGINNING.at_step(5, samples=9))
-    assert (task.place.step, task.place.batch, task.place.steps) == (15, 3, 30)
+    assert (task.position.step, task.position.batch, task.position.steps) == (15, 3, 30)
     rounds.begin_update(2)
-    assert (task.place.step, task.place.batch, task.place.data_epoch) == (17, 5, 1)
+    assert (task.position.step, task.position.batch, task.position.data_epoch) == (17, 5, 1)
     rounds.set_position(BEGINNING.at_batch(8, batch=1, samples=9))
-    assert (task.place.step, task.place.batch, task.place.data_epoch) == (24, 1, 1)
+    assert (task.position.step, task.position.batch, task.position.data_epoch) == (24, 1, 1)

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 import lockstep
 from lockstep.errors import JobError, TaskError
 from lockstep.job.code_digest import code_digest
-from lockstep.job.task_source import TaskSource, resolve
+from lockstep.job.task_resolution import resolve
+from lockstep.job.task_source import TaskSource
 from lockstep.planning.eval_batches import combine
 from tests.support import command
 from tests.support.command import TASKS
@@ -288,5 +289,5 @@ def test_a_master_does_not_import_torch(tmp_path: Path) -> None:
         " steps=2, quiet=True, out=sys.argv[1]);"
         "sys.exit('torch' in sys.modules)"
     )
-    ended = command.python("-c", code, str(tmp_path / "run"), cwd=TASKS.parent.parent)
+    ended = command.python("-c", code, str(tmp_path / "run"), cwd=TASKS.parents[2])
     assert ended.returncode == 0, ended.stderr

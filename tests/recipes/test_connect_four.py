@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lockstep.recipes.connect_four import terminal
+from lockstep.recipes.connect_four.network import likeliest
 from lockstep.recipes.connect_four.opponents import OPPONENTS, Match, play, scripted
 from lockstep.recipes.connect_four.rules import COLUMNS, ROWS, State, new_game, outcome, planes
 from lockstep.recipes.connect_four.self_play import self_play
 from lockstep.recipes.connect_four.tree_search import Evaluate, halving, search
-from lockstep.recipes.game import likeliest
 
 Board = list[list[int]]
 """Six rows, the top one first: 1 where the first player has a stone, 2 where the second has."""

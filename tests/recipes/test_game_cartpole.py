@@ -31,9 +31,10 @@ from lockstep.recipes.cartpole import (
     roll_out,
 )  # fmt: skip
 from lockstep.recipes.connect_four import terminal
+from lockstep.recipes.connect_four.network import Net, evaluator
 from lockstep.recipes.connect_four.opponents import OPPONENTS
 from lockstep.recipes.connect_four.self_play import self_play
-from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, Net, evaluator, game
+from lockstep.recipes.game import MATCHES, OPENING, TRUST, Game, game
 from lockstep.results.result import Result
 from lockstep.system.seeding import seed_everything
 from tests.support import command

@@ -254,13 +254,13 @@ def test_data_that_give_the_model_another_meaning(name: str, tmp_path: Path) -> 
     known = path.read_text()
     path.write_text(known + other)
     out = tmp_path / "rows.jsonl"
-    with pytest.raises(DataError, match="does not know what is in these data"):
+    with pytest.raises(DataError, match="was not fitted to these data"):
         lockstep.predict(run.folder, tmp_path / "record.jsonl", out=out, task=task)
     assert not out.exists()
-    with pytest.raises(DataError, match="does not know what is in these data"):
+    with pytest.raises(DataError, match="was not fitted to these data"):
         lockstep.evaluate(run.folder, task=task)
     (run.folder / "result.json").unlink()
-    with pytest.raises(DataError, match="does not know what is in these data"):
+    with pytest.raises(DataError, match="was not fitted to these data"):
         lockstep.resume(run.folder, task=task, quiet=True)
     path.write_text(known)
     assert lockstep.predict(run.folder, tmp_path / "record.jsonl", out=out, task=task).records

@@ -1,4 +1,4 @@
-"""What the adapters share: parts that are given as they are or as a function that makes them."""
+"""Common parts of the adapters: optional packages, and arguments that may be functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def need(package: str, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
-            raise  # it is there, and lacks something of its own
+            raise  # the package is installed, and lacks a package of its own
         raise JobError(
             f"this needs the package {package}",
             expected=f"{package}, from the extra {extra}",
@@ -35,7 +35,7 @@ def need(package: str, extra: str) -> ModuleType:
 
 
 def build_model(model: Any) -> nn.Module:
-    """The module itself, or what the function makes: called in the nursery, under the seed."""
+    """The module, or the one that the function builds. Called in the forkserver, seeded."""
     from torch import nn
 
     built: nn.Module = model if isinstance(model, nn.Module) else model()
@@ -43,20 +43,20 @@ def build_model(model: Any) -> nn.Module:
 
 
 def base_of(model: Any) -> Any:
-    """A transformers model itself, without PEFT's module around it."""
+    """A transformers model without the module that PEFT wraps around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def build_data(data: Any) -> Any:
-    """The data set itself, or what the function makes."""
+    """The data set, or the one that the function builds."""
     return data() if callable(data) and not hasattr(data, "__getitem__") else data
 
 
 def check_callable(name: str, value: object, form: str, *, optional: bool = False) -> None:
-    """Refuse an argument that cannot be called.
+    """Check that an argument can be called.
 
     Raises:
-        JobError: it cannot.
+        JobError: it cannot be called.
     """
     if callable(value) or (optional and value is None):
         return
@@ -71,7 +71,7 @@ def check_callable(name: str, value: object, form: str, *, optional: bool = Fals
 def answer_by(
     task: Task, from_record: Callable[..., Any] | None, predict: Callable[..., Any] | None
 ) -> None:
-    """Have a task of an adapter predict by the user's functions, where there are any.
+    """Give a task the user's functions for predictions, where there are any.
 
     Raises:
         JobError: one of them cannot be called.

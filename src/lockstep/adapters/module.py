@@ -1,4 +1,4 @@
-"""`from_module`: any `nn.Module` with a data set, as in a plain PyTorch loop; timm's models too."""
+"""Adapter `from_module`: any `nn.Module` with a data set; timm's models and schedules too."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ def from_module(
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
     predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
 ) -> Task:
-    """The task of a plain PyTorch loop: `loss(model(inputs), targets).backward()` and a step.
+    """Task of a plain PyTorch loop: `loss(model(inputs), targets).backward()` and a step.
 
     Args:
-        model: the module, sent to the workers with its weights; or a function that makes it there,
-            under the job's seed.
-        dataset: map-style, of pairs `(inputs, targets)`; or a function that makes it. A data set
-            that is handed over is copied once: for a large one give a function.
+        model: the module, sent to the workers with its weights; or a function that builds it
+            there, under the job's seed.
+        dataset: map-style, of pairs `(inputs, targets)`; or a function that builds it. A
+            data set is copied once: for a large one give a function.
         loss: the mean over a batch from `(outputs, targets)`, a scalar.
         optimizer: from the parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         eval_dataset: the held-out data, of the same form.
-        scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`; one of
-            timm's counts updates (`t_in_epochs=False`), or data epochs with that interval.
+        scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`. A
+            schedule of timm counts updates (`t_in_epochs=False`), or with the interval
+            `data_epoch` data epochs.
         scheduler_interval: when it is stepped.
         metrics: held-out metrics beside the loss, from `(outputs, targets)`: one number per
             sample, `[n]`, or the mean over the batch.
         collate: samples to a pair `(inputs, targets)`; default: torch's `default_collate`.
-        from_record: to predict from a file: of a record, what `collate` takes; the inputs alone
-            will do where that is `default_collate`.
-        predict: from `(model, batch)`, with what `collate` made: a mapping for each sample.
+        from_record: from a record of a file to predict from: the sample for `collate`. With
+            `default_collate` the inputs alone are enough.
+        predict: from `(model, batch)`, a mapping for each sample.
 
     Raises:
         JobError: an argument is of the wrong kind.
@@ -73,7 +74,7 @@ def from_module(
 
 
 class ModuleTask(Task):
-    """A module, its data, its loss and its optimizer as a task. Made by `from_module`."""
+    """Task made by `from_module`."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class ModuleTask(Task):
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         schedule = None if self._make_scheduler is None else self._make_scheduler(optimizer)
         if hasattr(schedule, "step_update"):
-            return _Told(schedule, self.scheduler_interval)  # type: ignore[return-value]
+            return _TimmSchedule(schedule, self.scheduler_interval)  # type: ignore[return-value]
         return schedule
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
@@ -122,8 +123,8 @@ class ModuleTask(Task):
         return {name: metric(outputs, targets) for name, metric in named.items()}
 
 
-class _Told:
-    """A schedule of timm, which has to be told how far it is, stepped as one of PyTorch."""
+class _TimmSchedule:
+    """A schedule of timm, which takes the number of updates, with the `step()` of PyTorch's."""
 
     def __init__(self, schedule: Any, interval: Literal["step", "data_epoch"]) -> None:
         check_schedule(getattr(schedule, "lr_scheduler", schedule))  # a plateau is wrapped
@@ -134,16 +135,16 @@ class _Told:
                 found=f"t_in_epochs={schedule.t_in_epochs}, scheduler_interval={interval!r}",
                 fix="change one of them; t_initial and warmup_t count the same",
             )
-        self._tell = schedule.step if schedule.t_in_epochs else schedule.step_update
+        self._set = schedule.step if schedule.t_in_epochs else schedule.step_update
         self._count = 0
 
     def step(self) -> None:
         self._count += 1
-        self._tell(self._count)
+        self._set(self._count)
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
-    """Raises: TaskError: the batch is no pair."""
+    """The inputs and targets of a batch. Raises: TaskError: the batch is not a pair."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""

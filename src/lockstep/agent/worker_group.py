@@ -277,33 +277,29 @@ class WorkerGroup:
                 self.decide(membership.WorkerRested(worker_id))
             case Interrupted() | BatchesDone():
                 self.decide(membership.WorkerRested(worker_id))
-            case BatchDone(round=round, batch=batch):
+            case BatchDone():
                 result = json.loads(message.result)
-                self.answers.append(BatchResult(round=round, batch=batch, result=result))
+                self.answers.append(
+                    BatchResult(round=message.round, batch=message.batch, result=result)
+                )
             case Scored():
                 self.answers.append(message)
-            case ShardCorrupted(step=step, worker_id=guilty, shard=shard):
-                facts = {"worker": guilty, "step": step, "shard": shard}
-                self.observer.event("corrupt", host=self.host.name, **facts)
+            case ShardCorrupted():
+                self._note_corrupt(message, shard=message.shard)
             case StateCorrupted():
-                self._corrupted(message)
+                self._note_corrupt(message, tensor=message.tensor, elements=[*message.elements])
+                self.failure_log.corrupted(message)
+                self.decide(membership.WorkerCorrupted(worker_id))
             case LoaderLost():
                 self.failure_log.lost_loader(worker)
             case WorkerFailed():
                 error = from_message(message.error)
                 raise self.failure_log.raised(error, message.step, self.take_snapshot)
 
-    def _corrupted(self, found: StateCorrupted) -> None:
+    def _note_corrupt(self, found: ShardCorrupted | StateCorrupted, **what: object) -> None:
         self.observer.event(
-            "corrupt",
-            host=self.host.name,
-            worker=found.worker_id,
-            step=found.step,
-            tensor=found.tensor,
-            elements=list(found.elements),
+            "corrupt", host=self.host.name, worker=found.worker_id, step=found.step, **what
         )
-        self.failure_log.corrupted(found)
-        self.decide(membership.WorkerCorrupted(found.worker_id))
 
     def _admit(self, worker_id: int, probe: str) -> None:
         expected = self.host.facts["probe"]

@@ -1,4 +1,4 @@
-"""The commands of a cluster: up, token, hosts, join, pack, secret."""
+"""Cluster commands: up, token, hosts, join, pack, secret."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Valid = Annotated[float, typer.Option(min=0.0, help="Seconds until a token expir
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the commands of a cluster to `lockstep`."""
+    """Add these commands to `lockstep`."""
     for command in (up, token, hosts, join, pack, secret):
         app.command()(command)
 
@@ -34,16 +34,21 @@ def up(
     state: StateOption = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65534, help="For hosts; newcomers use the next one.")
+        int,
+        typer.Option(min=0, max=65534, help="The port for hosts; new hosts enrol on the next one."),
     ] = 0,
-    name: Annotated[str | None, typer.Option(help="This host's name, at the first time.")] = None,
-    tokens: Annotated[int, typer.Option(min=0, max=1000, help="Tokens to print.")] = 1,
+    name: Annotated[
+        str | None, typer.Option(help="This host's name; kept after the first start.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=0, max=1000, help="Number of join tokens to print.")
+    ] = 1,
     token_file: Annotated[
-        Path | None, typer.Option(help="Write them to FILE, or FILE-1, FILE-2, ... instead.")
+        Path | None, typer.Option(help="Write the tokens to FILE, or FILE-1, FILE-2, ... instead.")
     ] = None,
     valid: Valid = 900.0,
 ) -> None:
-    """Make this machine the centre of a cluster. Prints join tokens, and stays."""
+    """Make this machine the head of a cluster. Prints join tokens, and runs until it is stopped."""
     from lockstep.cluster.daemon.head import run_up
 
     def ready(here: Head) -> None:
@@ -65,50 +70,54 @@ def up(
 
 
 def token(state: StateOption = None, valid: Valid = 900.0) -> None:
-    """Print another join token of the `up` that runs here. It is as good as a password."""
+    """Print another join token of the `lockstep up` on this machine. Keep it like a password."""
+    from lockstep.cluster.daemon.cluster_messages import AskToken, TokenAnswer
     from lockstep.cluster.daemon.control_socket import ask
 
-    print(ask(_state(state), {"op": "token", "seconds": valid})["token"])
+    print(ask(_state(state), AskToken(seconds=valid), TokenAnswer).token)
 
 
 def hosts(
     state: StateOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """List the hosts that have joined the `up` that runs here, and their jobs."""
+    """List the hosts that have joined the `lockstep up` on this machine, and their jobs."""
+    from lockstep.cluster.daemon.cluster_messages import AskHosts, HostsAnswer
     from lockstep.cluster.daemon.control_socket import ask
+    from lockstep.system.messages import printable
 
-    rows = ask(_state(state), {"op": "hosts"})["hosts"]
+    rows = ask(_state(state), AskHosts(), HostsAnswer).hosts
     if as_json:
-        print(json.dumps(rows))
+        members = [{"name": row.name, "workers": row.workers, "jobs": row.jobs} for row in rows]
+        print(json.dumps(members))
         return
     for row in rows:
-        jobs = ", ".join(f"{job} {said}" for job, said in row["jobs"].items())
-        print(f"{row['name']:<24} {row['workers']:>3} workers  {jobs}".rstrip())
+        jobs = ", ".join(f"{job} {status}" for job, status in row.jobs.items())
+        print(printable(f"{row.name:<24} {row.workers:>3} workers  {jobs}".rstrip()))
 
 
 def join(
     token: Annotated[
-        str | None, typer.Argument(help="A file that holds a token, or - for stdin.")
+        str | None, typer.Argument(help="A file with a join token, or - for stdin.")
     ] = None,
     state: StateOption = None,
     name: Annotated[str | None, typer.Option(help="This host's name in the cluster.")] = None,
     host: Annotated[
-        str | None, typer.Option(help="The address that others reach this host at.")
+        str | None, typer.Option(help="The address of this host for the others.")
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-w", min=1, help="Worker processes for each job.")
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="A module whose tasks may run here, besides recipes. Repeatable."),
+        typer.Option(help="A module whose tasks may run here, besides recipes. May be repeated."),
     ] = None,
     allow_code: Annotated[
         list[str] | None,
-        typer.Option(help="The digest of code that may be sent and run here. Repeatable."),
+        typer.Option(help="The digest of code that may be sent and run here. May be repeated."),
     ] = None,
 ) -> None:
-    """Make this machine a host of a cluster: with a token at first, then without. Stays."""
+    """Make this machine a host of a cluster. The first time takes a token. Runs until stopped."""
     from lockstep.cluster.daemon.admission import Allowed
     from lockstep.cluster.daemon.node import run_member
     from lockstep.cluster.state_folder import host_name
@@ -129,7 +138,7 @@ def pack(
     task: Annotated[str, typer.Argument(help="module:Task, file.py:Task, or a module alone.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what `run --ship-code` would send of a task's code, and the digest to allow it by."""
+    """List the files that `run --ship-code` would send, with the digest for `--allow-code`."""
     from lockstep.job.code_archive import pack as pack_code
 
     archive = pack_code(task)
@@ -141,8 +150,8 @@ def pack(
         print(f"{nbytes:>9,}  {name}")
 
 
-def secret(path: Annotated[Path, typer.Argument(help="The file to make.")]) -> None:
-    """Make a secret file for jobs that torchrun or SLURM starts on several hosts."""
+def secret(path: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
+    """Write a secret file for jobs that torchrun or SLURM starts on several hosts."""
     from lockstep.net.shared_secret import make_secret
 
     make_secret(path)
@@ -162,8 +171,10 @@ def _digest(text: str) -> str:
 
 
 def report(who: str, why: str) -> None:
-    """Say on stderr what happens."""
-    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+    """Report an event on stderr."""
+    from lockstep.system.messages import printable
+
+    print(printable(f"lockstep: {who}: {why}"), file=sys.stderr, flush=True)
 
 
 def _state(path: Path | None) -> Path:

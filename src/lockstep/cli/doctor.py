@@ -1,4 +1,4 @@
-"""Doctor: whether this machine has what Lockstep needs, and computes the same bits twice."""
+"""Doctor: checks that this machine meets the requirements, and computes the same bits twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was looked at."""
+    """Check: the result of one test of this machine."""
 
     name: str
     good: bool
@@ -31,7 +31,7 @@ class Check:
 
 
 class Examination(Task):
-    """A small job with dropout, batch statistics and a short last batch."""
+    """A small task with dropout, batch statistics and a short last batch."""
 
     def model(self) -> nn.Module:
         from torch import nn
@@ -66,12 +66,12 @@ def examine() -> list[Check]:
         Check(
             name="processor",
             good=platform.machine() == "x86_64",
-            found=f"{platform.machine()}, {machine.cores()} cores for us",
+            found=f"{platform.machine()}, {machine.cores()} cores available",
         ),
         Check(
             name="futex",
             good=True,
-            found="available" if futex.available() else "not here: waits will poll",
+            found="available" if futex.available() else "not available: waits poll",
         ),
         _memory(),
         _pidfd(),
@@ -96,7 +96,9 @@ def _memory() -> Check:
     except (LockstepError, OSError) as error:
         return Check(name="memory", good=False, found=str(error))
     return Check(
-        name="memory", good=True, found=f"{available_bytes() / 2**30:.1f} GiB can be shared"
+        name="memory",
+        good=True,
+        found=f"{available_bytes() / 2**30:.1f} GiB of shared memory available",
     )
 
 

@@ -1,73 +1,66 @@
-"""What the command line says of a job: an option for each setting, and the recipe's own."""
+"""Job options: the command line's option for each setting of a job, and the task's arguments."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from lockstep.errors import JobError
+from lockstep.job.job import SETTINGS
+from lockstep.job.settings import Setting
 
 Workers = Annotated[int | None, typer.Option("--workers", "-w", help="Worker processes.")]
+"""For commands that take no other setting; the default depends on the command."""
 
-SETTINGS: dict[str, Any] = {
-    "workers": Workers,
-    "shards": Annotated[
-        int | None, typer.Option(help="V: slices of each batch; the numbers' grain.")
-    ],
-    "threads": Annotated[int | None, typer.Option(help="Intra-op threads per worker.")],
-    "data_epochs": Annotated[float | None, typer.Option(help="Passes over the training data.")],
-    "steps": Annotated[
-        int | None, typer.Option(help="Optimizer updates, instead of --data-epochs.")
-    ],
-    "batch_size": Annotated[int | None, typer.Option(help="Samples per step, over all workers.")],
-    "local_steps": Annotated[int | None, typer.Option(help="Updates between two exchanges.")],
-    "compression": Annotated[
-        str | None, typer.Option(help="Of gradients between hosts: none, bf16, int8 or topk.")
-    ],
-    "groups": Annotated[
-        int | None, typer.Option(help="With --compression: how many groups of shards.")
-    ],
-    "ownership": Annotated[
-        str | None, typer.Option(help="Between hosts: replicated, sharded or servers.")
-    ],
-    "servers": Annotated[
-        list[str] | None, typer.Option("--server", help="A host that is a server; give it again.")
-    ],
-    "seed": Annotated[int | None, typer.Option(help="Seed of everything.")],
-    "eval_batch_size": Annotated[int | None, typer.Option(help="Samples per held-out batch.")],
-    "max_workers": Annotated[int | None, typer.Option(help="How far `scale` may go.")],
-    "clip_grad_norm": Annotated[float | None, typer.Option(help="Limit of the gradient's norm.")],
-    "precision": Annotated[str | None, typer.Option(help="fp32 or bf16.")],
-    "numerics": Annotated[str | None, typer.Option(help="native or portable.")],
-    "loaders": Annotated[int | None, typer.Option(help="Loader processes per worker.")],
-    "checkpoint_steps": Annotated[int | None, typer.Option(help="Checkpoint every N steps.")],
-    "checkpoint_seconds": Annotated[float | None, typer.Option(help="... or seconds.")],
-    "audit": Annotated[float | None, typer.Option(help="Fraction computed twice, 0 to 1.")],
-    "stall_seconds": Annotated[float | None, typer.Option(help="Replace a silent worker.")],
-    "host_seconds": Annotated[float | None, typer.Option(help="Give a silent host up.")],
-    "data": Annotated[
-        str | None, typer.Option("--host-data", help="Data on other hosts: build, ship or local.")
-    ],
-    "ship_code": Annotated[
-        bool | None, typer.Option("--ship-code", help="Send the task's code to the other hosts.")
-    ],
-    "out": Annotated[str | None, typer.Option(help="The run folder; must not exist.")],
+PANELS = {
+    True: "Settings that the results depend on, bit for bit",
+    False: "Settings that they do not depend on",
 }
-"""By the setting's name: its type, and how the option is called and explained."""
+"""Headings in the help, by `changes_numbers`."""
+
+
+def option_of(setting: Setting) -> Any:
+    """The annotation that makes a parameter the option of a setting."""
+    declared = setting.declared
+    option = typer.Option(
+        *(declared.options or ()),
+        help=_help(setting),
+        rich_help_panel=PANELS[declared.changes_numbers],
+    )
+    return Annotated[setting.kind.option | None, option]
+
+
+def _help(setting: Setting) -> str:
+    default = setting.default_text
+    parts = [
+        setting.declared.help,
+        f"One of {', '.join(setting.choices)}." if setting.choices else "",
+        "May be repeated." if setting.kind.option == list[str] else "",
+        f"Default: {default}." if default and setting.kind.option is not bool else "",
+    ]
+    return re.sub(r"`([^`]*)`", _without_backticks, " ".join(part for part in parts if part))
+
+
+def _without_backticks(quoted: re.Match[str]) -> str:
+    name = quoted[1]
+    return f"--{name.replace('_', '-')}" if name in SETTINGS else name
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of all settings, in the place of its `**settings`. None of those
-    that are not given has a value."""
+    """Give a command an option for each setting, in place of its `**settings`."""
     signature = inspect.signature(command, eval_str=True)
     own = list(signature.parameters.values())
     options = [each for each in own if each.kind is each.KEYWORD_ONLY]
     settings = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in SETTINGS.items()
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option_of(setting)
+        )
+        for name, setting in SETTINGS.items()
+        if setting.declared.options is not None
     ]
     first = own[: own.index(options[0])]
     whole = signature.replace(parameters=[*first, *settings, *options])
@@ -76,7 +69,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the command line gives."""
+    """The settings that the command line gives; typer has None for the others."""
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Launchers by name: what `--on NAME` stands for."""
+"""Launchers by name: the launcher that `--on NAME` selects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_launcher(
     """The launcher that `--on` names: `up` for this machine's cluster, `ray`, or a token file.
 
     Raises:
-        IdentityError: it names none.
+        IdentityError: there is no such launcher.
         LockstepError: the cluster cannot be reached, or does not let this machine in.
     """
     from lockstep.cluster.ray.launcher import address_in, on_ray

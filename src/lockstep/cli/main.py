@@ -1,4 +1,4 @@
-"""The command line. stdout carries results, stderr everything else."""
+"""Main: the commands that work on jobs and runs. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ data_app = typer.Typer(no_args_is_help=True, help="Data sets of the recipes.")
 app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
-SAID_IF_ANY = {"groups", "servers", "faults", "holdings", "part"}
-"""Of a plan, what most jobs have none of."""
+SHOWN_IF_SET = {"groups", "servers", "faults", "holdings", "part"}
+"""Fields of a plan that most jobs leave empty."""
 WITH_ARGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 JobArgument = Annotated[
     str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
 ]
 On = Annotated[
     str | None,
-    typer.Option("--on", help="Other hosts: up, ray, ray:ADDRESS, or a file with a join token."),
+    typer.Option(
+        "--on", help="Run on other hosts too: up, ray, ray:ADDRESS, or a file with a join token."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -58,7 +60,7 @@ def run(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Train a job. Further --options are arguments of the recipe or task: --model cnn."""
+    """Train a job. Other --options are arguments of the recipe or task: --model cnn."""
     from lockstep.api.training import run as run_job
 
     with _launcher(on, state) as launcher:
@@ -68,7 +70,7 @@ def run(
 
 @contextlib.contextmanager
 def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
-    """What brings agents to the hosts that `--on` names."""
+    """The launcher that `--on` names, or None."""
     if on is None:
         yield None
         return
@@ -109,7 +111,7 @@ def plan(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Show what `run` would do with the same options, and why. Nothing is trained or written."""
+    """Show the plan that `run` would make with the same options, with its reasons."""
     from lockstep.api.training import plan as plan_job
 
     found = plan_job(*_job(job, ctx.args), **given(settings))
@@ -119,7 +121,7 @@ def plan(
         return
     reasons = message.pop("reasons")
     for name, value in message.items():
-        if value or name not in SAID_IF_ANY:
+        if value or name not in SHOWN_IF_SET:
             print(f"{name:<16} {'-' if value is None else value}")
     print("\nbecause")
     for reason in reasons:
@@ -135,7 +137,7 @@ def resume(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Go on with a run that was stopped or killed, to the same result."""
+    """Resume a run that was stopped or killed. The result is the same."""
     from lockstep.api.training import resume as resume_run
 
     with _launcher(on, state) as launcher:
@@ -145,10 +147,10 @@ def resume(
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that is under way.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a running job.")],
     workers: Annotated[int, typer.Option("--workers", "-w", help="Worker processes wanted.")],
 ) -> None:
-    """Change the number of workers of a running job. No bit changes."""
+    """Change the number of workers of a running job. The result stays the same."""
     from lockstep.coordinator.run_control import ask
 
     ask(run, "scale", workers)
@@ -156,7 +158,7 @@ def scale(
 
 @app.command()
 def stop(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Stop a running job at a step's end, with a checkpoint to resume from."""
+    """Stop a running job after its current step, with a checkpoint to resume from."""
     from lockstep.coordinator.run_control import ask
 
     ask(run, "stop")
@@ -165,11 +167,11 @@ def stop(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    steps: Annotated[str, typer.Option(help="Which steps: A:B.")] = ":",
+    steps: Annotated[str, typer.Option(help="The steps to replay, A:B; default: all.")] = ":",
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Replay steps of a run and compare them with its ledger."""
+    """Replay steps of a run, and compare them with its ledger."""
     from lockstep.api.verification import parse_steps, to_json
     from lockstep.api.verification import verify as verify_run
 
@@ -193,7 +195,7 @@ def evaluate(
     state: commands.StateOption = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run's model on held-out data. Further --options change the task's arguments."""
+    """Evaluate a run's model on held-out data. Other --options change the task's arguments."""
     from lockstep.api.evaluation import evaluate as evaluate_run
     from lockstep.system.json_files import plain
 
@@ -210,24 +212,24 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    data: Annotated[Path, typer.Argument(help="Records: JSON lines, or *.parquet.")],
-    out: Annotated[Path, typer.Option(help="The file to make, in the order of the records.")],
+    data: Annotated[Path, typer.Argument(help="The records: a file of JSON lines, or *.parquet.")],
+    out: Annotated[Path, typer.Option(help="The file to write, in the order of the records.")],
     keep: Annotated[
         list[str] | None, typer.Option(help="Columns to copy, such as id,text. May be repeated.")
     ] = None,
     workers: Workers = None,
-    batch_size: Annotated[int | None, typer.Option(help="Records at a time.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records per batch.")] = None,
     on: On = None,
     state: commands.StateOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Predict from a file of records. What was cut short is gone on with by the same command."""
+    """Predict from a file of records. The same command resumes an interrupted prediction."""
     from lockstep.api.prediction import predict as predict_run
 
     if str(out) == "-":
         raise JobError(
-            "predict writes to a file, which can be gone on with",
+            "predict writes to a file, so that it can be resumed",
             expected="a name, such as rows.jsonl or rows.parquet",
             found="--out -",
         )
@@ -248,7 +250,7 @@ def predict(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: what Lockstep needs, and a small run on one and on two workers."""
+    """Check this machine's requirements, and that one and two workers compute the same bits."""
     from lockstep.cli.doctor import examine
 
     checks = examine()
@@ -263,7 +265,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write a run's report.html again."""
+    """Write a run's report.html anew."""
     from lockstep.results.report import write_report
     from lockstep.results.run_folder import RunFolder
 
@@ -273,10 +275,14 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 @app.command()
 def play(
     run: Annotated[Path, typer.Argument(help="A finished run of the recipe game.")],
-    second: Annotated[bool, typer.Option("--second", help="Let the network begin.")] = False,
-    itself: Annotated[bool, typer.Option("--self", help="The network against itself.")] = False,
+    second: Annotated[
+        bool, typer.Option("--second", help="Play second: the network begins.")
+    ] = False,
+    itself: Annotated[
+        bool, typer.Option("--self", help="Let the network play against itself.")
+    ] = False,
     simulations: Annotated[
-        int, typer.Option(min=1, help="Positions that the network looks at per move.")
+        int, typer.Option(min=1, help="Positions that the search evaluates per move.")
     ] = 128,
 ) -> None:
     """Play Connect Four against a trained network."""
@@ -287,7 +293,7 @@ def play(
 
 @data_app.command()
 def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")]) -> None:
-    """Fetch a recipe's data into the cache, and print the folder."""
+    """Fetch a data set into the cache, and print its folder."""
     from lockstep.recipes.datasets import fetch as fetch_data
 
     print(fetch_data(name))
@@ -295,7 +301,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A data set, such as mnist.")
 
 @data_app.command("list")
 def list_data(as_json: Json = False) -> None:
-    """List the data sets that can be fetched, and which are here."""
+    """List the data sets, and which of them are on this machine."""
     from lockstep.recipes.datasets import DATA_SETS
 
     rows = [
@@ -325,7 +331,7 @@ def main() -> None:
 
 
 def guarded(command: Callable[[], None]) -> None:
-    """Run a command line; errors become a message and an exit code."""
+    """Run a command; errors become a message on stderr and an exit code."""
     try:
         command()
     except LockstepError as error:
@@ -335,6 +341,8 @@ def guarded(command: Callable[[], None]) -> None:
         print("lockstep: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except SystemExit as leaving:
-        if leaving.code == INTERRUPTED:  # what newer typers make of Ctrl-C, without a word
+        if (
+            leaving.code == INTERRUPTED
+        ):  # newer versions of typer turn Ctrl-C into this, without a message
             print("lockstep: interrupted", file=sys.stderr)
         raise

@@ -1,4 +1,4 @@
-"""`lockstep rank`: one process of a job whose processes torchrun, SLURM or people start."""
+"""Rank command: one process of a job whose processes torchrun, SLURM or a person starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from lockstep.errors import JobError
 
 if TYPE_CHECKING:
-    from lockstep.cluster.ranks.rank_environment import RankPlace
+    from lockstep.cluster.ranks.rank_environment import RankInfo
     from lockstep.job.job import Job
     from lockstep.net.shared_secret import SharedSecret
 
@@ -27,7 +27,8 @@ def rank(
         Path | None, typer.Option(help="The secret that all hosts share: lockstep secret FILE.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Where rank 0 lets the others in.")
+        int | None,
+        typer.Option(min=1, max=65535, help="The port on which rank 0 listens for the others."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-w", min=1, help="Worker processes on this host.")
@@ -37,44 +38,43 @@ def rank(
         str | None,
         typer.Option(help="Which entry of the job file's `cluster` this is: worker:0, ps:0."),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for others.")] = 1800.0,
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the others.")] = 1800.0,
 ) -> None:
-    """Take part in a job as the rank that torchrun or SLURM has given this process, or as an entry
-    of the cluster that the job file describes."""
+    """Run one rank of a job: the one given by torchrun or SLURM, or an entry of `cluster`."""
     from lockstep.cluster.ranks.launcher import shared_secret
     from lockstep.system.folders import TemporaryFolder
 
     signal.signal(signal.SIGTERM, _end)
     wanted = read_job(job)
-    place = _place(wanted, task)
+    info = _info(wanted, task)
     if port is not None:
-        place = replace(place, port=port)
-    shared = shared_secret(place, secret)
+        info = replace(info, port=port)
+    shared = shared_secret(info, secret)
     with TemporaryFolder("lockstep-rank-") as folder:
-        if place.rank == 0:
-            _lead(place, shared, folder.path, wanted, workers, out, wait)
+        if info.rank == 0:
+            _lead(info, shared, folder.path, wanted, workers, out, wait)
         else:
-            _follow(place, shared, folder.path, wanted, workers, wait)
+            _follow(info, shared, folder.path, wanted, workers, wait)
 
 
-def _place(job: Job, task: str | None) -> RankPlace:
-    from lockstep.cluster.ranks.cluster_spec import place_in
-    from lockstep.cluster.ranks.rank_environment import place_of
+def _info(job: Job, task: str | None) -> RankInfo:
+    from lockstep.cluster.ranks.cluster_spec import rank_in
+    from lockstep.cluster.ranks.rank_environment import rank_info
 
     if (job.cluster is None) != (task is None):
         raise JobError(
             "the job file's cluster and --task do not fit each other",
             expected="both, or neither",
             found="no --task" if task is None else "no `cluster` in the job file",
-            fix="add the one, or leave out the other",
+            fix="add the missing one, or leave out the other",
         )
     if job.cluster is None or task is None:
-        return place_of(os.environ)
-    return place_in(job.cluster, task)
+        return rank_info(os.environ)
+    return rank_in(job.cluster, task)
 
 
 def _lead(
-    place: RankPlace,
+    info: RankInfo,
     shared: SharedSecret,
     folder: Path,
     job: Job,
@@ -87,21 +87,21 @@ def _lead(
     from lockstep.cluster.ranks.launcher import RankLauncher
 
     job = job if job.cluster is None else on_ranks(job)
-    with RankLauncher(place, shared, folder, workers=workers, wait=wait) as ranks:
+    with RankLauncher(info, shared, folder, workers=workers, wait=wait) as ranks:
         result = run(job.replace(out=out) if out else job, on=ranks)
     print(json.dumps(result.to_message()))
 
 
 def _follow(
-    place: RankPlace, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
+    info: RankInfo, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
     from lockstep.agent.agent import serve
     from lockstep.cluster.ranks.launcher import enter, own_address, show
     from lockstep.job.task_source import source_of
     from lockstep.system import machine
 
-    expected, host = source_of(job).name, own_address(place)
-    identity, offer = enter(place, shared, folder, wait)
+    expected, host = source_of(job).name, own_address(info)
+    identity, offer = enter(info, shared, folder, wait)
     if offer.task != expected:
         raise JobError(
             "rank 0 runs another job than this rank was started for",
@@ -114,7 +114,7 @@ def _follow(
 
 
 def read_job(name: str) -> Job:
-    """The job that a name or a job file describes."""
+    """The job of a recipe, of a named task, or of a job file."""
     from lockstep.job.job import Job
     from lockstep.job.job_file import SUFFIXES, read_job_file
 
@@ -122,6 +122,6 @@ def read_job(name: str) -> Job:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """Leave by way of everything that has to be closed."""
+    """Exit by SystemExit, so that context managers close what they opened."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(128 + number)

@@ -1,9 +1,8 @@
-"""Code as an archive: what `ship_code` sends to other hosts, and how they unpack it.
+"""Code archive: a task's module or package as a tar file, for `ship_code`.
 
-An archive is a tar file (USTAR) of one module, or of one package: files that can be imported by
-their names, in the order of these, with the same mode and time. The same sources give the same
-bytes, and so the same digest, on every machine. Nothing else counts as an archive: what is read is
-packed again and compared, so there are no links, devices, paths that lead out, or second copies.
+The tar file (USTAR) holds importable files, sorted by name, with fixed modes and times. The same
+sources give the same bytes, and so the same digest, on every machine. A received archive is packed
+again and compared, so it has no links, devices, paths outside its folder, or second copies.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from lockstep.errors import IntegrityError, JobError
 from lockstep.system.folders import working_folder
 
 MAX_FILES, MAX_SOURCE = 2000, 4 << 20
-"""How many files an archive may have, and how many bytes they may have together."""
+"""Limits of an archive: number of files, and bytes of all files together."""
 MAX_BYTES = 8 << 20
-"""Of an archive, with its headers."""
+"""Limit of an archive's size, headers included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """The code of a task, ready to be sent."""
+    """Archive: the code of a task, ready to be sent."""
 
     task: str
-    """The task's name where the archive is: `module:Task`."""
+    """The task's name in the archive: `module:Task`."""
     files: Mapping[str, int]
-    """By path, how many bytes it has."""
+    """The size in bytes of each file, by path."""
     data: bytes
 
     @property
@@ -45,20 +44,20 @@ class Archive:
 
 
 def pack(name: str) -> Archive:
-    """Pack the module or package of a task (`module:Task`, `file.py:Task`), or one named alone.
+    """Pack the code of a task (`module:Task`, `file.py:Task`), or a module.
 
-    A package is packed from its outermost one on. Imports nothing.
+    Of a module in a package, the whole top-level package is packed. Nothing is imported.
 
     Raises:
-        JobError: there is no such code, or some that cannot be packed.
+        JobError: there is no such code, or it cannot be packed.
     """
-    place, colon, attribute = name.rpartition(":")
-    place = place if colon else attribute
-    if place.endswith(".py"):
-        path = Path(place)
+    where, colon, attribute = name.rpartition(":")
+    where = where if colon else attribute
+    if where.endswith(".py"):
+        path = Path(where)
         found, module = {path.name: path}, path.stem
     else:
-        found, module = dict(_files_of(place.partition(".")[0])), place
+        found, module = dict(_files_of(where.partition(".")[0])), where
     files = {}
     for relative, path in sorted(found.items()):
         files[relative] = _read(path)
@@ -73,12 +72,12 @@ def pack(name: str) -> Archive:
 
 
 def unpack(data: bytes, folder: Path) -> None:
-    """Write an archive's files into a folder, which is there, private and empty.
+    """Write an archive's files into an existing, private, empty folder.
 
-    The caller has compared the digest with one that was allowed.
+    The caller has compared the digest with those that are allowed.
 
     Raises:
-        IntegrityError: it is not an archive that `pack` makes. Nothing is written then.
+        IntegrityError: it is not an archive of `pack`. Nothing is written then.
     """
     for relative, content in _entries(data).items():
         path = folder / relative
@@ -88,7 +87,7 @@ def unpack(data: bytes, folder: Path) -> None:
 
 
 def _files_of(module: str) -> Iterator[tuple[str, Path]]:
-    """The files of a module or package that is not inside another, by their paths in an archive."""
+    """The files of a top-level module or package, with their paths in an archive."""
     here = working_folder()
     spec = PathFinder.find_spec(module, [here, *sys.path])
     if spec is None:
@@ -99,20 +98,20 @@ def _files_of(module: str) -> Iterator[tuple[str, Path]]:
         )
     if spec.submodule_search_locations is None:
         if not (spec.origin or "").endswith(".py"):
-            raise _unusable(module, "it is no Python source", spec.origin or "compiled in")
+            raise _unusable(module, "it is not Python source", spec.origin or "compiled in")
         yield f"{module}.py", Path(str(spec.origin))
         return
     roots = list(spec.submodule_search_locations)
     if len(roots) != 1:
-        raise _unusable(module, "it lies in several folders", ", ".join(roots))
+        raise _unusable(module, "it is in several folders", ", ".join(roots))
     for folder, folders, names in os.walk(roots[0]):
         folders[:] = [name for name in folders if name.isidentifier()]
         for linked in (Path(folder, name) for name in folders):
             if linked.is_symlink():
-                raise _unusable(module, "it has a link in it", str(linked))
+                raise _unusable(module, "it contains a link", str(linked))
         for name in names:
             stem, suffix = os.path.splitext(name)
-            if suffix == ".py" and stem.isidentifier():  # others cannot be imported by name
+            if suffix == ".py" and stem.isidentifier():  # other files cannot be imported
                 path = Path(folder, name)
                 yield str(PurePosixPath(module, path.relative_to(roots[0]))), path
 
@@ -122,7 +121,7 @@ def _read(path: Path) -> bytes:
         raise _unusable(path.name, "it is a link", str(path))
     try:
         with path.open("rb") as file:
-            return file.read(MAX_SOURCE + 1)  # one more than is allowed
+            return file.read(MAX_SOURCE + 1)  # one byte more than allowed
     except OSError as error:
         raise _unusable(path.name, "it cannot be read", f"{path}: {error.strerror}") from None
 
@@ -130,7 +129,7 @@ def _read(path: Path) -> bytes:
 def _check_size(name: str, files: int, nbytes: int) -> None:
     if files > MAX_FILES or nbytes > MAX_SOURCE:
         raise JobError(
-            f"the code of {name} is too much to be shipped",
+            f"the code of {name} is too large to be shipped",
             expected=f"at most {MAX_FILES:,} files and {MAX_SOURCE:,} bytes",
             found=f"at least {files} files, {nbytes:,} bytes",
             fix="install it on every host, and have them allow it: lockstep join --allow MODULE",
@@ -138,13 +137,13 @@ def _check_size(name: str, files: int, nbytes: int) -> None:
 
 
 def _check_names(files: Mapping[str, bytes]) -> None:
-    """Check that every path could be imported: so none leads out of the folder it is put into."""
+    """Check that every path is importable, so that none leads outside its folder."""
     for name in files:
         *folders, last = name.split("/")
         stem, suffix = os.path.splitext(last)
         if suffix != ".py" or not all(part.isidentifier() for part in (*folders, stem)):
             raise JobError(
-                f"the file {name!a} does not belong into an archive of code",
+                f"the file {name!a} does not belong in an archive of code",
                 expected="a name that can be imported, such as package/module.py",
                 found=ascii(name),
                 fix="rename it",
@@ -152,7 +151,7 @@ def _check_names(files: Mapping[str, bytes]) -> None:
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:
-    """The one archive that there is of these files."""
+    """The archive of these files: always the same bytes."""
     buffer = io.BytesIO()
     try:
         with tarfile.open(
@@ -171,14 +170,14 @@ def _entries(data: bytes) -> dict[str, bytes]:
     """The files of an archive.
 
     Raises:
-        IntegrityError: `_tar` would not make it.
+        IntegrityError: `_tar` gives other bytes for these files.
     """
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
             files = {}
             for member in tar:
                 if member.type != tarfile.REGTYPE or member.pax_headers or member.size > len(data):
-                    raise JobError("an entry is no plain file", found=ascii(member.name))
+                    raise JobError("an entry is not a plain file", found=ascii(member.name))
                 reader = tar.extractfile(member)
                 assert reader is not None
                 files[member.name] = reader.read()
@@ -189,8 +188,8 @@ def _entries(data: bytes) -> dict[str, bytes]:
     except (tarfile.TarError, JobError, ValueError, OSError, EOFError) as error:
         found = str(error)
     raise IntegrityError(
-        "an archive of code is not one that Lockstep makes",
-        expected="plain .py files, each once, in order, whose paths stay inside",
+        "an archive of code does not have the form that Lockstep writes",
+        expected="plain .py files, each once, sorted, with paths inside the folder",
         found=found,
         fix="have the master pack it again: lockstep run --ship-code",
     )

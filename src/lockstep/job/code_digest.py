@@ -1,4 +1,4 @@
-"""Code digest: the source files that a task is defined in."""
+"""Code digest: a digest of the source files that define a task."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lockstep.job.task import Task
 def code_digest(task: Task) -> str:
     """A digest of the file that defines the task, or of its methods' source; "" if unknown.
 
-    A task of an adapter names what it was made from in `made_from`: that is the user's code. So is
-    the function that a name led to.
+    A task of an adapter lists in `made_from` the user's objects that it was made from, and so does
+    a task that a named function has returned.
     """
     parts = (type(task), *parts_made_from(task))
     found = dict.fromkeys(data for part in parts if (data := _code(part)))  # each file once
@@ -24,7 +24,7 @@ def code_digest(task: Task) -> str:
 
 
 def parts_made_from(task: Task) -> tuple[Any, ...]:
-    """What a task was made from, and what a task among that was made from."""
+    """The objects that a task was made from, recursively."""
     parts = getattr(task, "made_from", ())
     return tuple(
         inner for part in parts

@@ -13,17 +13,17 @@ PHASES = (
     "load", "forward", "backward", "slot", "barrier", "reduce", "update_begin", "update_end",
     "update_done", "commit", "audit", "evaluate",
 )  # fmt: skip
-"""Where in a step a fault can strike."""
+"""The phases of a step in which a fault can happen."""
 
 
 BETWEEN_HOSTS = ("exchange", "return")
-"""Where else in a step on several hosts: before they give each other their sums, and, where
-each sums or updates a share for all, what has become of it."""
+"""More phases of a step on several hosts: before hosts exchange their partial sums, and before
+they return the sums or parameters that they own."""
 
 
 AROUND = ("start", "join")
-"""Where else: before a worker has said that it is there, in a seat whose last word was this step's;
-and when it has been told that it is a member, from this step on."""
+"""Phases outside of a step: before a worker has reported that it is ready, where this step was the
+last report for its worker_id; and when it has become a member, from this step on."""
 
 
 ANYWHERE = (*PHASES, *BETWEEN_HOSTS, *AROUND)
@@ -32,20 +32,20 @@ ANYWHERE = (*PHASES, *BETWEEN_HOSTS, *AROUND)
 KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host")
 """SIGKILL; SIGSEGV; exit status 3; SIGSTOP; an endless loop; each shard slower from here on; a
 flipped bit in the gradient (phase `slot`) or in a parameter (phase `barrier`); SIGKILL to the
-process that leads the host's workers, and so to all of its host."""
+host's agent, and so to all of its workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault: what happens to which worker, when."""
+    """Fault: what happens to which worker, and when."""
 
     worker_id: int
-    """The worker's seat; -1: whoever gets there first."""
+    """The worker; -1: the first one that gets there."""
     step: int
     phase: str
     kind: Literal["kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host"] = "kill"
     repeat: bool = False
-    """Strike again at every replacement: a poisoned shard."""
+    """Happen again to every replacement, as with a poisoned shard."""
     shard: int | None = None
     """Only while on this shard."""
     host: str | None = None
@@ -63,9 +63,9 @@ MAX_FAULTS = 64
 
 
 NOBODY = -2
-"""The seat of a fault that strikes nobody."""
+"""The worker_id of a fault that happens to no worker."""
 
 
 def to_message(faults: Sequence[Fault]) -> list[dict[str, Any]]:
-    """JSON-ready."""
+    """The faults as JSON can hold them."""
     return [dataclasses.asdict(fault) for fault in faults]

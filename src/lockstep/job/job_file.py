@@ -1,4 +1,4 @@
-"""Job files: YAML mappings of a task and a job's settings, with errors that name the line.
+"""Job file: a YAML mapping of a task and its settings, with errors that name the line.
 
 task: mnist            # a recipe, module:Task or file.py:Task
 args: {model: cnn}
@@ -20,7 +20,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def read_job_file(path: Path) -> Job:
-    """The job that a file describes. A task that is a file is looked for beside the job file.
+    """The job that a file describes. A task's file is relative to the folder of the job file.
 
     Raises:
         JobError: the file is missing, is not YAML, or has an unknown key or a wrong value.
@@ -53,7 +53,7 @@ def _lines(path: Path, root: yaml.MappingNode) -> dict[str, int]:
     """The line of each key.
 
     Raises:
-        JobError: a key is given twice: YAML would take the last without a word.
+        JobError: a key is given twice, of which YAML would silently take the last.
     """
     lines: dict[str, int] = {}
     for key, _ in root.value:
@@ -72,7 +72,7 @@ def _lines(path: Path, root: yaml.MappingNode) -> dict[str, int]:
 
 
 def _check(path: Path, line: int, key: Any, value: Any) -> None:
-    """Try one setting by itself, so that an error can name its line."""
+    """Check one key by itself, so that an error can name its line."""
     where = f"{path}, line {line}"
     if key == "task":
         if not isinstance(value, str):
@@ -88,7 +88,7 @@ def _check(path: Path, line: int, key: Any, value: Any) -> None:
         )
     else:
         try:
-            Job(task="", **{str(key): value})
+            SETTINGS[key].checked(value)
         except JobError as error:
             raise JobError(
                 f"{where}: {error.what}", expected=error.expected, found=error.found, fix=error.fix
@@ -96,7 +96,8 @@ def _check(path: Path, line: int, key: Any, value: Any) -> None:
 
 
 def _beside(path: Path, task: str) -> str:
-    place, colon, attribute = task.rpartition(":")
-    if colon and place.endswith(".py") and not Path(place).is_absolute():
-        return f"{(path.parent / place).resolve()}:{attribute}"
+    """The task's name, with a relative file made absolute by the folder of the job file."""
+    file, colon, attribute = task.rpartition(":")
+    if colon and file.endswith(".py") and not Path(file).is_absolute():
+        return f"{(path.parent / file).resolve()}:{attribute}"
     return task

@@ -1,5 +1,4 @@
-"""Run request: what was asked for, before the task is loaded: a job, and which settings are
-given."""
+"""Run request: a job as it was asked for, with the settings that were given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task: the code that a user writes."""
+"""Task: the user's code, as a class to subclass."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """The user's code. Subclass it; `model`, `train_data`, `loss` and `optimizer` are required.
+    """Task: the user's code. `model`, `train_data`, `loss` and `optimizer` are required.
 
     One instance is made per run and forked into every worker. Methods that draw random numbers
     may use torch's, Python's and NumPy's global generators: they are seeded before each call
-    (`lockstep.system.seeding` says from what), so the draws do not depend on the number of workers.
+    (see `lockstep.system.seeding`), so the draws do not depend on the number of workers.
     """
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
     """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
     planned_batch_size: int | None = None
-    """Samples of an optimizer update in this run. Set by Lockstep before it calls `scheduler`."""
+    """Samples per optimizer update in this run. Set by Lockstep before it calls `scheduler`."""
 
     def model(self) -> nn.Module:
         """Build the model, on the CPU, freshly initialised."""
@@ -41,16 +41,17 @@ class Task:
         raise NotImplementedError
 
     def eval_data(self) -> Dataset[Any] | None:
-        """The held-out set, or None. Evaluated after every data epoch: every sample once."""
+        """The held-out set, or None. It is evaluated after every data epoch, each sample once."""
         return None
 
-    def set_position(self, place: Position) -> None:
-        """Where in the run the calls that follow belong: of how many steps which, and which batch.
+    def set_position(self, position: Position) -> None:
+        """Position in the run of the calls that follow, for what depends on the step or the batch,
+        such as a weight that rises.
 
-        Called before `optimizer` and `scheduler` (with the run's beginning), and before each
-        call of `loss`, `metrics`, `outputs`, `score` and `predict`, for what depends on the step,
-        such as a weight that rises. What is kept must be made of `place` alone, not of what was
-        kept before: a worker computes some shards only. Default: nothing.
+        Called before `optimizer` and `scheduler` (with the beginning of the run), and before each
+        call of `loss`, `metrics`, `outputs`, `score` and `predict`. What is kept must depend on
+        `position` alone, not on what was kept before: a worker computes only some of the shards.
+        Default: nothing.
         """
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -89,43 +90,43 @@ class Task:
         return {}
 
     def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
-        """Metrics that are no means over samples, such as AUC or BLEU.
+        """Metrics that are not means over samples, such as AUC or BLEU.
 
         Called in one worker with the `outputs` of all held-out samples, in the order of the data:
-        tensors of shape `[N, ...]` (float64, int64 or bool) and lists of length N. What it
-        returns joins the means of `metrics`; the numbers are those of any number of workers.
+        tensors of shape `[N, ...]` (float64, int64 or bool) and lists of length N. Its values are
+        reported with those of `metrics`. They are the same for any number of workers.
         """
         return {}
 
     def baseline(self) -> Mapping[str, float]:
-        """What something trivial reaches on the held-out data, by the names of the metrics.
+        """Held-out metrics of a trivial predictor, by the names of the metrics.
 
-        Called in one worker after the last step; shown beside the metrics. Default: nothing.
+        Called in one worker after the last step; reported beside the metrics. Default: nothing.
         """
         return {}
 
     def fitted(self) -> str:
-        """What the training data decide besides the parameters, as a text: a vocabulary, ranges,
-        the names of classes. Default: nothing.
+        """What is fitted to the training data besides the parameters, as a text: a vocabulary,
+        ranges, the names of classes. Default: nothing.
 
-        Called after `model`. A run records its digest, and where the data give another one, the
-        run's model is neither evaluated nor asked for predictions.
+        Called after `model`. A run records its digest. With data that give another digest, the
+        run's model is neither evaluated nor used for predictions.
         """
         return ""
 
     def from_record(self, record: Mapping[str, Any]) -> Any:
-        """A record of a file to predict from, as a sample: what `collate` takes.
+        """The sample of a record, for `collate`.
 
-        A record is a row of a JSONL or Parquet file, its columns by name.
+        A record is a row of a JSONL or Parquet file to predict from, its columns by name.
         """
         raise TaskError(
             f"{type(self).__name__} does not say what a record is",
-            expected="Task.from_record(record): the sample that a row of the file stands for",
+            expected="Task.from_record(record): the sample of a row of the file",
             fix="define it beside Task.predict; of an adapter it is an argument, from_record=",
         )
 
     def predict(self, model: nn.Module, batch: Any) -> Sequence[Mapping[str, Any]]:
-        """What is predicted of a batch of samples: for each a row of what JSON can hold.
+        """Predictions for a batch: for each sample a mapping of values that JSON can hold.
 
         Called as `metrics` is, with what `collate` makes of samples.
         """
@@ -136,7 +137,7 @@ class Task:
         )
 
     def collate(self, samples: list[Any]) -> Any:
-        """Samples to a batch; the default is torch's `default_collate`."""
+        """The batch of a list of samples; default: torch's `default_collate`."""
         from torch.utils.data import default_collate
 
         return default_collate(samples)

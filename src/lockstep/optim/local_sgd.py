@@ -44,13 +44,13 @@ class LocalSGD(Task):
     def model(self) -> nn.Module:
         return self.task.model()
 
-    def set_position(self, place: Position) -> None:
-        self._place = place
+    def set_position(self, position: Position) -> None:
+        self._position = position
         self.begin_update(0)
 
     def begin_update(self, number: int) -> None:
         """Tell the task of an update within the round."""
-        self.task.set_position(self._place.within(number, self.steps))
+        self.task.set_position(self._position.within(number, self.steps))
 
     def train_data(self) -> Dataset[Any]:
         return self.task.train_data()

@@ -90,8 +90,8 @@ class Plan:
         return math.ceil(self.train_samples / self.batch_size)
 
     @property
-    def place(self) -> Position:
-        """Where the run begins."""
+    def position(self) -> Position:
+        """The position of the beginning of the run."""
         return Position(
             training=True,
             step=0,

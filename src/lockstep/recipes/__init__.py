@@ -1,4 +1,19 @@
-"""Ready-made jobs: `lockstep run NAME`. Each module here holds a function of its own name."""
+"""Recipes: functions that return ready-made jobs, for `lockstep run NAME`.
+
+A recipe is a module here that holds a function of its own name. Packages hold what recipes share.
+
+mnist         handwritten digits: softmax regression, an MLP or a CNN
+vision        images, by a small residual network
+recommend     the next item of a user, by self-attention
+clicks        yes or no from a table, by DeepFM
+translate     translation, by a transformer
+summarise     summaries, by a transformer
+game          Connect Four by self-play
+cartpole      a pole on a cart, by PPO
+connect_four  rules, search, network and opponents of the recipe `game`
+text          tokens, transformer and beam search of the recipes on texts
+datasets      the recipes' data sets: fetched, checked and read
+"""
 
 from __future__ import annotations
 
@@ -11,15 +26,15 @@ from lockstep.job.job import Job
 
 
 def names() -> list[str]:
-    """The recipes there are: the modules of this package, without what they share."""
+    """The names of the recipes: the modules of this package that are not packages."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def at_least(least: int, **given: object) -> None:
-    """Check whole numbers that a recipe was given.
+    """Check arguments of a recipe that are whole numbers.
 
     Raises:
-        JobError: one is none, or is less than `least`.
+        JobError: one is not a whole number, or is less than `least`.
     """
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -31,10 +46,10 @@ def at_least(least: int, **given: object) -> None:
 
 
 def texts(**given: object) -> None:
-    """Check texts that a recipe was given, or None.
+    """Check arguments of a recipe that are texts or None.
 
     Raises:
-        JobError: one is another thing, which the command line may have made of it.
+        JobError: one is neither. The command line reads `5` as a number, for instance.
     """
     for name, value in given.items():
         if value is not None and not isinstance(value, str):

@@ -1,10 +1,10 @@
-"""Balance a pole on a cart, by proximal policy optimisation (PPO: Schulman and others, 2017).
+"""Recipe `cartpole`: a pole on a cart, by PPO (proximal policy optimisation, Schulman et al. 2017).
 
 A data epoch is one iteration of PPO: a rollout, and `PASSES` passes over its transitions, whose
-numbers are the samples. The model keeps the policy with which the iteration began in a buffer, and
-the rollout is a function of that policy alone. So every worker makes it for itself, once for each
-iteration, and one that takes the place of a dead one makes the same. What is divided among workers
-is the learning, not the rollout. `docs/applications.md` says what the recipe reaches.
+numbers are the samples. A buffer of the model holds the policy with which the iteration began, and
+the rollout is a function of that policy alone. So every worker computes it once per iteration, and
+a replacement computes the same. Workers share the optimization, not the rollout.
+`docs/applications.md` reports the returns.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least
 
 CARTS, LENGTH = 8, 512
-"""A rollout: so many carts side by side for so many moves. An episode ends after 500."""
+"""Carts and moves of a rollout. An episode ends after 500 moves."""
 PASSES = 8
 MINIBATCH = 512
 STEPS = CARTS * LENGTH * PASSES // MINIBATCH
-"""Of an iteration. With another batch size than `MINIBATCH` it takes as many steps, not passes."""
+"""Steps of an iteration; with another batch size than `MINIBATCH` their number stays the same."""
 DISCOUNT, TRACE = 0.99, 0.95
 """Gamma, and the lambda of generalised advantage estimation (Schulman and others, 2016)."""
 CLIP, ENTROPY = 0.2, 0.005
 RATE = 2e-3
 EPISODES, HELD_OUT = 100, 1_000_000
-"""How many episodes are held out, and the first one's seed."""
+"""The number of held-out episodes, and the seed of the first."""
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
 """Observations `[n, 4]` to actions `[n]`: 0 pushes to the left, 1 to the right."""
@@ -47,13 +47,13 @@ def cartpole(iterations: int = 25) -> Job:
     """Learn to balance a pole.
 
     Args:
-        iterations: Rollouts to learn from; the learning rate falls to 0 by their end.
+        iterations: Number of rollouts; the learning rate falls to 0 by their end.
 
     Raises:
         DataError: Gymnasium is not installed.
     """
     at_least(0, iterations=iterations)
-    carts(1)  # so that a run does not begin without them
+    carts(1)  # so that a missing package is reported before the run
     return Job(
         task=CartPole(iterations), data_epochs=iterations, batch_size=MINIBATCH,
         eval_batch_size=25, clip_grad_norm=0.5,
@@ -61,7 +61,7 @@ def cartpole(iterations: int = 25) -> Job:
 
 
 class Actor(nn.Module):
-    """A policy and a value, of networks of their own; and the policy that made the rollout."""
+    """Actor and critic as separate networks, and the parameters that made the rollout."""
 
     old: torch.Tensor
     clock: torch.Tensor
@@ -74,7 +74,7 @@ class Actor(nn.Module):
         self.value = nn.Sequential(
             nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
         )
-        # All shards leave the same in these two, which is what is then committed.
+        # All shards write the same values to these two buffers.
         self.register_buffer("old", self.flat())
         self.register_buffer("clock", torch.tensor(0))
 
@@ -87,7 +87,7 @@ class Actor(nn.Module):
         return nn.utils.parameters_to_vector(self.parameters()).detach()
 
     def tick(self) -> None:
-        """Count a step; at an iteration's first one, keep the parameters as those of old."""
+        """Count a step; at the first of an iteration, copy the parameters to `old`."""
         if self.clock % STEPS == 0:
             self.old.copy_(self.flat())
         self.clock += 1
@@ -95,7 +95,7 @@ class Actor(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Transitions, `CARTS * LENGTH` of them, and the parameters that made them."""
+    """Rollout: `CARTS * LENGTH` transitions, and the parameters that made them."""
 
     made_by: torch.Tensor
     seen: torch.Tensor
@@ -103,15 +103,15 @@ class Rollout:
     actions: torch.Tensor
     """`[n]`, int64."""
     log_probabilities: torch.Tensor
-    """`[n]`, of these actions."""
+    """`[n]`: the log-probabilities of the actions."""
     advantages: torch.Tensor
-    """`[n]`, with mean 0 and deviation 1."""
+    """`[n]`, with mean 0 and standard deviation 1."""
     returns: torch.Tensor
-    """`[n]`: what the value is to become."""
+    """`[n]`: the targets of the value."""
 
 
 class CartPole(Task):
-    """Balance the pole; see `cartpole`."""
+    """Task of the recipe `cartpole`."""
 
     def __init__(self, iterations: int = 25) -> None:
         self.iterations = iterations
@@ -126,11 +126,11 @@ class CartPole(Task):
         return TensorDataset(torch.arange(CARTS * LENGTH).repeat(PASSES))
 
     def eval_data(self) -> TensorDataset:
-        """The seeds of the episodes that are held out."""
+        """The seeds of the held-out episodes."""
         return TensorDataset(torch.arange(HELD_OUT, HELD_OUT + EPISODES))
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """PPO's clipped objective, the error of the value, and a little for entropy."""
+        """PPO's clipped objective, the error of the value, and an entropy bonus."""
         assert isinstance(model, Actor)
         model.tick()
         past, chosen = self._rollout(model.old), batch[0]
@@ -146,7 +146,7 @@ class CartPole(Task):
         return total
 
     def _rollout(self, old: torch.Tensor) -> Rollout:
-        """The rollout of these parameters: the last one, if they made it."""
+        """The rollout of these parameters, kept until they change."""
         if self._last is None or not torch.equal(self._last.made_by, old):
             self._last = roll_out(old.clone())
         return self._last
@@ -156,7 +156,7 @@ class CartPole(Task):
         return torch.optim.Adam(params, lr=RATE, eps=1e-5)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        """Down to 0 in a straight line."""
+        """Linear decay to 0."""
         steps = max(1, self.iterations * STEPS)
         return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
 
@@ -165,13 +165,13 @@ class CartPole(Task):
         return {"return": episodes(lambda seen: model(seen)[0].argmax(dim=1), batch[0].tolist())}
 
     def baseline(self) -> dict[str, float]:
-        """The mean return of pushing to where the pole leans."""
+        """The mean return of always pushing to the side where the pole leans."""
         seeds = self.eval_data().tensors[0].tolist()
         return {"return": episodes(lambda seen: (seen[:, 2] > 0).long(), seeds).mean().item()}
 
 
 def carts(count: int) -> list[Any]:
-    """Gymnasium's `CartPole-v1`, so many times.
+    """`count` environments `CartPole-v1` of Gymnasium.
 
     Raises:
         DataError: Gymnasium is not installed.
@@ -207,16 +207,16 @@ def episodes(policy: Policy, seeds: Sequence[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def roll_out(old: torch.Tensor) -> Rollout:
-    """The transitions of the policy with these parameters.
+    """The rollout of the policy with these parameters.
 
-    Its random numbers come from the parameters as well, so that it is a function of them alone.
+    It is seeded from the parameters, so that it is a function of them alone.
     """
     digest = hashlib.blake2b(old.numpy().tobytes(), digest_size=4).digest()
     seed, actor = int.from_bytes(digest, "little"), Actor()
-    nn.utils.vector_to_parameters(old, actor.parameters())  # not those that it drew just now
+    nn.utils.vector_to_parameters(old, actor.parameters())  # in place of its random ones
     draws = torch.rand(LENGTH, CARTS, generator=torch.Generator().manual_seed(seed))
     made = carts(CARTS)
-    now = np.stack([cart.reset(seed=seed + place)[0] for place, cart in enumerate(made)])
+    now = np.stack([cart.reset(seed=seed + index)[0] for index, cart in enumerate(made)])
     seen = np.empty((LENGTH + 1, CARTS, 4), np.float32)
     after = np.empty((LENGTH, CARTS, 4), np.float32)
     actions = torch.empty(LENGTH, CARTS, dtype=torch.int64)
@@ -225,10 +225,10 @@ def roll_out(old: torch.Tensor) -> Rollout:
         seen[move] = now
         right = actor.policy(torch.from_numpy(now)).softmax(dim=1)[:, 1]
         actions[move] = draws[move] < right
-        for place, (cart, action) in enumerate(zip(made, actions[move].tolist(), strict=True)):
-            after[move, place], rewards[move, place], fell, late, _ = cart.step(action)
-            fallen[move, place], ended[move, place] = fell, fell or late
-            now[place] = cart.reset()[0] if fell or late else after[move, place]
+        for index, (cart, action) in enumerate(zip(made, actions[move].tolist(), strict=True)):
+            after[move, index], rewards[move, index], fell, late, _ = cart.step(action)
+            fallen[move, index], ended[move, index] = fell, fell or late
+            now[index] = cart.reset()[0] if fell or late else after[move, index]
     before = torch.from_numpy(seen[:LENGTH])
     logits, values = actor(before)
     gain = advantages(rewards, values, actor(torch.from_numpy(after))[1], fallen, ended)
@@ -254,9 +254,9 @@ def advantages(
     Args:
         rewards: of each move.
         values: of what was seen before it.
-        after: of what was seen after it; worth nothing where the pole has `fallen`.
+        after: of what was seen after it; counted as 0 where the pole has `fallen`.
         fallen: 1 or 0.
-        ended: 1 where the episode was over, also because of the time; what came then is another's.
+        ended: 1 where the episode ended, by a fall or the time limit; the next move begins another.
     """
     surprise = rewards + DISCOUNT * after * (1 - fallen) - values
     found, last = torch.empty_like(rewards), torch.zeros_like(rewards[0])

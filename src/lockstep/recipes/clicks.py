@@ -1,8 +1,9 @@
-"""Yes or no from hashed categorical features, as for clicks: here, who earns more than 50,000.
+"""Recipe `clicks`: a binary label from hashed categorical features, as in click prediction.
 
-Every column of a table becomes a category per row, every category a bucket of one hash, and the
-model a factorisation machine beside a network (DeepFM: Guo, Tang, Ye, Li and He, 2017). One fifth
-of the rows is held out. `docs/applications.md` says what it reaches and in what time.
+Every value of a table becomes a category, and every category a hash bucket. The model is a
+factorisation machine with a network (DeepFM: Guo, Tang, Ye, Li and He, 2017). The default table is
+`adult`: who earns more than 50,000. One fifth of the rows is held out. `docs/applications.md`
+reports metrics and times.
 """
 
 from __future__ import annotations
@@ -40,22 +41,22 @@ from lockstep.recipes.datasets.tables import (
 BATCH_SIZE = 256
 BUCKETS = 1 << 14
 QUANTILES = 40
-"""A column of numbers with more values than this is cut into ranges."""
+"""A numeric column with more distinct values than this is divided into ranges."""
 HELD_OUT = 5
-"""One row in so many is held out."""
+"""One row in `HELD_OUT` is held out."""
 
 
 def clicks(
     data: str | None = None, label: str = "income", epochs: float = 6, width: int = 16
 ) -> Job:
-    """Learn how likely a yes is.
+    """Predict the probability of a yes.
 
     Args:
         data: A table (CSV or TSV) with named columns. None: the data set `adult`.
-        label: The column to predict. It has two values, and one in each row; the one that sorts
-            last means yes.
+        label: The column to predict, with one of two values in each row; the one that sorts last
+            means yes.
         epochs: Passes over the data.
-        width: The length of embeddings.
+        width: Length of the embeddings.
     """
     texts(data=data, label=label)
     at_least(1, width=width)
@@ -64,7 +65,7 @@ def clicks(
 
 
 class DeepFM(nn.Module):
-    """Log-odds: a sum over categories, their pairs' products, and what a network adds."""
+    """DeepFM: log-odds as a sum of category weights, pairwise products and a network's output."""
 
     def __init__(self, fields: int, width: int) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class DeepFM(nn.Module):
 
 
 class Clicks(Task):
-    """Predict yes or no; see `clicks`."""
+    """Task of the recipe `clicks`."""
 
     scheduler_interval = "data_epoch"
 
@@ -95,12 +96,12 @@ class Clicks(Task):
 
     @property
     def rows(self) -> Rows:
-        """The table, read when first asked for."""
+        """The rows of the table, read on first use."""
         return self._read[0]
 
     @property
     def ranges(self) -> Ranges:
-        """Those of the rows to learn from."""
+        """The ranges of the columns, from the training rows."""
         return self._read[1]
 
     @functools.cached_property
@@ -122,12 +123,12 @@ class Clicks(Task):
         return DeepFM(self.rows[0].shape[1], self.width)
 
     def train_data(self) -> TensorDataset:
-        """`(buckets, yes or no)` of the rows to learn from."""
+        """`(buckets, yes or no)` of the training rows."""
         features, labels, held_out = self.rows
         return TensorDataset(features[~held_out], labels[~held_out])
 
     def eval_data(self) -> TensorDataset:
-        """`(buckets, yes or no)` of the rows held out."""
+        """`(buckets, yes or no)` of the held-out rows."""
         features, labels, held_out = self.rows
         return TensorDataset(features[held_out], labels[held_out])
 
@@ -140,11 +141,11 @@ class Clicks(Task):
         return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.02)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> ExponentialLR:
-        """A rate that halves with every pass; it needs no known end."""
+        """A learning rate that halves every data epoch."""
         return ExponentialLR(optimizer, gamma=0.5)
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
-        """Per row, `[n]`: the cross-entropy, and whether the likelier answer is the right one."""
+        """Per row, `[n]`: the cross-entropy, and whether the likelier answer is correct."""
         odds = model(batch[0])
         return {
             "loss": F.binary_cross_entropy_with_logits(odds, batch[1], reduction="none"),
@@ -156,11 +157,11 @@ class Clicks(Task):
         return {"odds": model(batch[0]), "yes": batch[1] > 0}
 
     def score(self, outputs: dict[str, Any]) -> dict[str, float]:
-        """The area under the ROC curve, which is no mean over rows."""
+        """The area under the ROC curve."""
         return {"auc": auc(outputs["odds"], outputs["yes"])}
 
     def baseline(self) -> dict[str, float]:
-        """What naive Bayes reaches: counts of the same categories, nothing learned."""
+        """AUC and accuracy of naive Bayes on the same categories."""
         features, labels = self.train_data().tensors
         held_out, answers = self.eval_data().tensors
         counts = [
@@ -174,11 +175,11 @@ class Clicks(Task):
         return {"auc": auc(odds, answers > 0), "accuracy": right}
 
     def fitted(self) -> str:
-        """The columns, and the ranges of those with many numbers."""
+        """The columns, with the ranges of numeric ones."""
         return json.dumps(self.ranges)
 
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
-        """A row, from the columns of the table but the label: its buckets, `[fields]`."""
+        """The buckets `[fields]` of a row, from the columns of the table without the label."""
         missing = [name for name in self.ranges if name not in record]
         try:
             row = {name: [record[name]] for name in self.ranges}
@@ -188,7 +189,7 @@ class Clicks(Task):
                 "a record is not a row of the table",
                 expected=f"the columns {', '.join(self.ranges)}",
                 found=f"none of {', '.join(missing)}" if missing else str(error),
-                fix="give each record all of them, as the table has them; others may be there too",
+                fix="give each record all of these columns; others are ignored",
             ) from None
 
     def predict(self, model: nn.Module, features: torch.Tensor) -> list[dict[str, Any]]:
@@ -197,10 +198,10 @@ class Clicks(Task):
 
 
 def answers_of(table: Table, label: str) -> NDArray[np.bool_]:
-    """Which rows are a yes, `[rows]`.
+    """The rows whose label means yes, `[rows]`.
 
     Raises:
-        DataError: the column `label` does not say so of every row, or there is no other.
+        DataError: the column `label` does not have two values, or is the only one.
     """
     texts = table.columns.get(label)
     if texts is None or len(table.columns) < 2:
@@ -220,21 +221,21 @@ def answers_of(table: Table, label: str) -> NDArray[np.bool_]:
 def _unusable(table: Table, label: str, found: str) -> DataError:
     return DataError(
         f"the column {label} of {table.source} cannot be learned",
-        expected=f"one of two values in each of {2 * HELD_OUT} rows or more, both of them among "
-        "those to learn from and those held out, and another column",
+        expected=f"one of two values in each of {2 * HELD_OUT} rows or more, both in the training "
+        "and in the held-out rows, and another column",
         found=found,
         fix="name the label: --label COLUMN; or mend these rows, or add some",
     )
 
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Buckets `[n, fields]`, yes or no `[n]` (float), and `[n]`: which rows are held out."""
+"""Buckets `[n, fields]`, yes or no `[n]` (float), and whether a row is held out `[n]` (bool)."""
 Ranges = dict[str, list[float] | None]
-"""By column: where its ranges end, ascending; None: its values are categories."""
+"""By column: the ascending ends of its ranges; None: its values are categories."""
 
 
 def ranges_of(columns: Mapping[str, Sequence[str]], known: NDArray[np.bool_]) -> Ranges:
-    """Into which ranges columns of many numbers are cut, by the rows that are `known`."""
+    """The ranges of numeric columns, from the rows that are `known`."""
     ranges: Ranges = {}
     for name, values in columns.items():
         numbers = np.array(numbers_of(values) or [], float)
@@ -242,14 +243,14 @@ def ranges_of(columns: Mapping[str, Sequence[str]], known: NDArray[np.bool_]) ->
         if len(np.unique(numbers[~np.isnan(numbers)])) > QUANTILES:
             rows, cuts = numbers[known], np.linspace(0, 1, QUANTILES + 1)[1:-1]
             rows = rows[~np.isnan(rows)]
-            # Ranges of equal counts, and of equally many values where most rows have the same.
+            # Quantiles of the rows, and of the distinct values in case most rows have the same one.
             edges = [np.quantile(each, cuts) for each in (rows, np.unique(rows)) if len(each)]
             ranges[name] = np.unique(np.concatenate([[], *edges])).tolist()
     return ranges
 
 
 def hashed(columns: Mapping[str, Sequence[Any]], ranges: Ranges) -> NDArray[np.int64]:
-    """A bucket for each value of some columns, `[rows, columns]`.
+    """The bucket of each value, `[rows, columns]`.
 
     Raises:
         ValueError: a value of a column of ranges is neither a number nor missing.
@@ -276,8 +277,8 @@ def auc(scores: torch.Tensor, yes: torch.Tensor) -> float:
 
     `scores` and `yes` (bool) are `[n]`; NaN if all answers are the same.
     """
-    _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]
+    _, index, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[index]
     ones, zeros = int(yes.sum()), int((~yes).sum())
     if not ones or not zeros:
         return float("nan")

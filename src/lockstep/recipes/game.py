@@ -1,10 +1,10 @@
-"""Connect Four, learned by playing against itself.
+"""Recipe `game`: Connect Four by self-play.
 
-Each shard plays games of its own with the committed parameters, each side searching, and learns
-from them once: what the search made of the policy, and how the game ended. The games are drawn
-from (seed, step, shard), so they are the same whoever plays them; none is kept for a later step.
-The rules are OpenSpiel's. `docs/applications.md` says how well it plays, and after what time;
-`lockstep play RUN` lets you try.
+Each shard plays games of its own with the committed parameters, both sides with a tree search, and
+trains on them once: on the policies of the search and the outcomes of the games. The games are
+seeded from (seed, step, shard), so they are the same on any worker; none is kept for a later step.
+The rules are OpenSpiel's. `docs/applications.md` reports strength and times; `lockstep play RUN`
+plays against the network.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.utils.data import TensorDataset
 from lockstep.job.job import Job
 from lockstep.job.task import Parameters, Task
 from lockstep.recipes import at_least
-from lockstep.recipes.connect_four.opponents import OPPONENTS, Choose, Match, play, scripted
-from lockstep.recipes.connect_four.rules import COLUMNS, State, new_game, planes
+from lockstep.recipes.connect_four.network import Net, evaluator, likeliest
+from lockstep.recipes.connect_four.opponents import OPPONENTS, Match, play, scripted
+from lockstep.recipes.connect_four.rules import new_game
 from lockstep.recipes.connect_four.self_play import self_play
-from lockstep.recipes.connect_four.tree_search import Evaluate
 
 GAMES, STEPS = 32, 100
-"""A step's games over all shards, and the steps between two evaluations."""
+"""Games per step over all shards, and steps between two evaluations."""
 OPENING, TRUST = 8, 0.5
-"""What `self_play` is given."""
+"""Arguments of `self_play`."""
 MATCHES = 200
 """Held-out games against each opponent; in half of them the network moves second."""
 RATE, WARM_UP = 3e-3, 20
@@ -42,45 +42,22 @@ def game(epochs: float = 20, simulations: int = 16, width: int = 64) -> Job:
 
     Args:
         epochs: Rounds of 100 steps, 3,200 games; the learning rate falls to 0 by their end.
-        simulations: Positions that each search looks at.
-        width: Of the network.
+        simulations: Positions that each search evaluates.
+        width: Channels of the network.
 
     Raises:
         DataError: OpenSpiel is not installed.
     """
     at_least(1, simulations=simulations, width=width)
-    new_game()  # so that a run does not begin without the rules
+    new_game()  # so that a missing package is reported before the run
     return Job(
         task=Game(epochs, simulations, width), data_epochs=epochs, batch_size=GAMES,
         eval_batch_size=50,
     )  # fmt: skip
 
 
-class Net(nn.Module):
-    """A policy and a value for boards; each of the twelve windows of 4 by 4 is looked at first,
-    since any four in a row are in one of them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(2, width, 4), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(12 * width, 2 * width), nn.ReLU(),
-            nn.Linear(2 * width, 2 * width), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(2 * width, COLUMNS + 1)
-        nn.init.zeros_(self.head.weight)
-
-    def forward(self, boards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Boards `[n, 2, 6, 7]`, as `planes` has them, to logits `[n, 7]` and values `[n]`.
-
-        A value is what the player to move may expect, from -1 to 1.
-        """
-        out = self.head(self.body(boards))
-        return out[:, :COLUMNS], out[:, COLUMNS].tanh()
-
-
 class Game(Task):
-    """Play Connect Four; see `game`."""
+    """Task of the recipe `game`."""
 
     def __init__(self, epochs: float = 20, simulations: int = 16, width: int = 64) -> None:
         self.epochs, self.simulations, self.width = epochs, simulations, width
@@ -90,7 +67,7 @@ class Game(Task):
         return Net(self.width)
 
     def train_data(self) -> TensorDataset:
-        """A number for each game to be played until the next evaluation."""
+        """A number for each game until the next evaluation."""
         return TensorDataset(torch.arange(GAMES * STEPS))
 
     def eval_data(self) -> TensorDataset:
@@ -99,8 +76,8 @@ class Game(Task):
         return TensorDataset(games // MATCHES, games % 2, games)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Play a game for each sample, and learn from them: the mean over games, and in each over
-        its positions, of the policy's cross-entropy and the value's squared error."""
+        """Play a game for each sample. The loss is the mean over games, and over the positions of
+        each, of the policy's cross-entropy plus the value's squared error."""
         learned = self_play(
             len(batch[0]), evaluator(model),
             simulations=self.simulations, opening=OPENING, trust=TRUST,
@@ -115,19 +92,19 @@ class Game(Task):
         return torch.optim.AdamW(params, lr=RATE, weight_decay=1e-4)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        """Up in a few steps, and down to 0 in a straight line."""
+        """Linear warm-up, then linear decay to 0."""
         steps = max(1, self.epochs * STEPS)
         return LambdaLR(
             optimizer, lambda step: max(0.0, min((step + 1) / WARM_UP, 1 - step / steps))
         )
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
-        """None that is a mean over all games; see `score`."""
+        """None; see `score`."""
         return {}
 
     def outputs(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-        """Per held-out game, `[n]`: the opponent, and what the game is worth to the network's
-        policy, which plays without a search."""
+        """Per held-out game, `[n]`: the opponent, and the outcome for the network's policy, which
+        plays without a search."""
         network = evaluator(model)
         return {
             "opponent": batch[0],
@@ -135,11 +112,11 @@ class Game(Task):
         }
 
     def score(self, outputs: dict[str, Any]) -> dict[str, float]:
-        """The share of games won against each opponent; a draw is not won."""
+        """The fraction of games won against each opponent; a draw is not won."""
         return wins(outputs["opponent"], outputs["worth"])
 
     def baseline(self) -> dict[str, float]:
-        """What looking one ply ahead wins of the same games."""
+        """The fraction of the same games that the player `one_ply` wins."""
         batch, draw = self.eval_data().tensors, random.Random(0)
         worth = play(
             matches(batch), lambda states: [scripted(state, "one_ply", draw) for state in states]
@@ -147,32 +124,8 @@ class Game(Task):
         return wins(batch[0], torch.tensor(worth))
 
 
-def evaluator(model: nn.Module) -> Evaluate:
-    """The network, as `search` wants it."""
-
-    def evaluate(states: Sequence[State]) -> tuple[list[list[float]], list[float]]:
-        with torch.no_grad():
-            logits, values = model(planes(states))
-        return logits.tolist(), values.tolist()
-
-    return evaluate
-
-
-def likeliest(network: Evaluate) -> Choose:
-    """The player that takes the policy's likeliest column that is free, without a search."""
-
-    def choose(states: Sequence[State]) -> list[int]:
-        logits, _ = network(states)
-        return [
-            max(state.legal_actions(), key=row.__getitem__)
-            for state, row in zip(states, logits, strict=True)
-        ]
-
-    return choose
-
-
 def matches(batch: Sequence[torch.Tensor]) -> list[Match]:
-    """The games that a batch of held-out samples stands for."""
+    """The matches of a batch of held-out samples."""
     return [
         Match(opponent=OPPONENTS[opponent], first=bool(first), seed=seed)
         for opponent, first, seed in zip(*(column.tolist() for column in batch), strict=True)
@@ -180,7 +133,7 @@ def matches(batch: Sequence[torch.Tensor]) -> list[Match]:
 
 
 def wins(opponents: torch.Tensor, worth: torch.Tensor) -> dict[str, float]:
-    """The share of games won against each opponent, from `[n]` and `[n]`."""
+    """The fraction of games won against each opponent, from `[n]` and `[n]`."""
     return {
         f"wins_{name}": (worth[opponents == index] > 0).double().mean().item()
         for index, name in enumerate(OPPONENTS)

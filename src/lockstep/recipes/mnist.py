@@ -1,7 +1,7 @@
-"""Handwritten digits: 4,000 to learn from and 1,000 held out, with one of three models.
+"""Recipe `mnist`: handwritten digits, 4,000 for training and 1,000 held out, by three models.
 
-On the held-out digits softmax regression gets 90 to 91 %, the MLP 94 to 95 % and the CNN 98 to
-99 %, depending on the seed.
+Held-out accuracy is 90 to 91 % for softmax regression, 94 to 95 % for the MLP and 98 to 99 % for
+the CNN, depending on the seed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64
 DATA_EPOCHS = {"softmax": 20, "mlp": 15, "cnn": 10}
-"""The models there are, and for how long each learns."""
+"""The models, with their default data epochs."""
 
 
 def mnist(model: str = "softmax", data: str | None = None) -> Job:
-    """Learn to read digits.
+    """Classify handwritten digits.
 
     Args:
         model: `softmax` (softmax regression by plain gradient descent), `mlp` or `cnn`.
         data: A file of digits, as `lockstep.recipes.datasets.load_mnist` reads it; None: the
-        fetched ones.
+            fetched ones.
 
     Raises:
         JobError: there is no such model.
@@ -43,7 +43,7 @@ def mnist(model: str = "softmax", data: str | None = None) -> Job:
 
 
 class Mnist(Task):
-    """Classify images of digits; see `mnist`."""
+    """Task of the recipe `mnist`."""
 
     scheduler_interval = "data_epoch"
 
@@ -82,15 +82,15 @@ class Mnist(Task):
         )
 
     def train_data(self) -> TensorDataset:
-        """The images to learn from."""
+        """The training images."""
         return self._split("train")
 
     def eval_data(self) -> TensorDataset:
-        """The images held out."""
+        """The held-out images."""
         return self._split("test")
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Mean cross-entropy; the CNN learns from images distorted anew each time."""
+        """Mean cross-entropy; for the CNN, of randomly distorted images."""
         from torch.nn import functional as F
 
         images, labels = batch
@@ -109,13 +109,13 @@ class Mnist(Task):
         return torch.optim.SGD(params, lr=0.2)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        """For the CNN, a rate that falls by a fifth with every pass; it needs no known end."""
+        """For the CNN, a learning rate that falls by a fifth every data epoch."""
         from torch.optim.lr_scheduler import ExponentialLR
 
         return ExponentialLR(optimizer, gamma=0.8) if self.kind == "cnn" else None
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
-        """Per image, `[n]`: the cross-entropy, and whether the likeliest digit is the right one."""
+        """Per image, `[n]`: the cross-entropy, and whether the likeliest digit is correct."""
         from torch.nn import functional as F
 
         images, labels = batch
@@ -126,7 +126,7 @@ class Mnist(Task):
         }
 
     def baseline(self) -> dict[str, float]:
-        """The accuracy of taking the digit whose mean image is nearest."""
+        """The accuracy of the digit whose mean image is nearest."""
         return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
@@ -170,7 +170,7 @@ def _no_digit(found: str) -> DataError:
 
 
 def distort(images: torch.Tensor) -> torch.Tensor:
-    """Turn, scale, slant and shift each image a little, all in one operation.
+    """Rotate, scale, shear and shift each image a little, in one operation.
 
     Draws from torch's global generator, which is seeded per step and shard.
 

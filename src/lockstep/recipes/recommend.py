@@ -1,10 +1,10 @@
-"""Which film next: a two-tower model of MovieLens 100k, judged by each user's last film.
+"""Recipe `recommend`: the next film of a user, by a two-tower model of MovieLens 100k.
 
-The user's tower sees who the user is and the films before; the film's tower is its embedding. A
-film's score is their product, and the loss a softmax over films, as in Covington, Adams and
-Sargin, "Deep Neural Networks for YouTube Recommendations", 2016. Held out is the last film of
-every user (leave one out), and its rank is among all films that the user has not yet seen.
-`docs/applications.md` says what it reaches and in what time.
+The user's tower takes the user and the latest films; the film's tower is its embedding. A film's
+score is their product, and the loss a softmax over films, as in Covington, Adams and
+Sargin, "Deep Neural Networks for YouTube Recommendations", 2016. The last film of every
+user is held out (leave one out), and ranked among all films that the user has not seen.
+`docs/applications.md` reports metrics and times.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ from lockstep.recipes.datasets.movielens import Ratings
 
 BATCH_SIZE = 512
 LENGTH = 20
-"""How many of the films before are looked at."""
+"""The number of latest films that the model takes."""
 TOP = 10
-"""How many films a recommendation has."""
+"""The number of films in a recommendation."""
 PADDING = 0
-"""Stands for no film; film `i` of the data is number `i + 1` to the model."""
+"""The number of no film; film `i` of the data has the number `i + 1` in the model."""
 
 
 def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> Job:
-    """Learn which item a user takes next.
+    """Recommend the next item of each user.
 
     Args:
         data: A table of ratings, as `lockstep.recipes.datasets.load_ratings` reads it (CSV or TSV
-        with
-            user_id, item_id and perhaps timestamp). None: MovieLens 100k.
+            with user_id, item_id and optionally timestamp). None: MovieLens 100k.
         epochs: Passes over the data.
-        width: The length of embeddings.
+        width: Length of the embeddings.
     """
     texts(data=data)
     at_least(1, width=width)
@@ -54,7 +53,7 @@ def recommend(data: str | None = None, epochs: float = 10, width: int = 64) -> J
 
 
 class Towers(nn.Module):
-    """Scores of all items for users of whom the latest items are known."""
+    """Two-tower model: scores of all items for users with their latest items."""
 
     def __init__(self, users: int, items: int, width: int) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ class Towers(nn.Module):
 
 
 class Recommend(Task):
-    """Predict the next item of users; see `recommend`."""
+    """Task of the recipe `recommend`."""
 
     scheduler_interval = "data_epoch"
 
@@ -89,12 +88,12 @@ class Recommend(Task):
 
     @functools.cached_property
     def ratings(self) -> Ratings:
-        """Who took what, in order; read when first asked for."""
+        """The ratings in order, read on first use."""
         return load_ratings(self.data)
 
     @functools.cached_property
     def histories(self) -> list[torch.Tensor]:
-        """The items of each user, `[n]`, the earliest first; numbers of the model."""
+        """The items of each user, `[n]`, the earliest first, as the model's numbers."""
         ends = np.flatnonzero(np.diff(self.ratings.users)) + 1
         return list(map(torch.from_numpy, np.split(self.ratings.items + 1, ends)))
 
@@ -133,7 +132,7 @@ class Recommend(Task):
         )
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Mean cross-entropy of the item that was taken, among all."""
+        """Mean cross-entropy of the next item, among all items."""
         users, before, items = batch[:3]
         return F.cross_entropy(model(users, before), items)
 
@@ -142,7 +141,7 @@ class Recommend(Task):
         return torch.optim.AdamW(params, lr=2e-3, weight_decay=0.05)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> ExponentialLR:
-        """A rate that falls with every pass; it needs no known end."""
+        """A learning rate that falls by a constant factor every data epoch."""
         return ExponentialLR(optimizer, gamma=0.85)
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
@@ -155,7 +154,7 @@ class Recommend(Task):
         }
 
     def baseline(self) -> dict[str, float]:
-        """Hit rate and NDCG of recommending to everybody what most have taken."""
+        """Hit rate and NDCG of recommending the most popular items to everybody."""
         _, _, items, seen = self.eval_data().tensors
         known = torch.cat([history[:-1] for history in self.histories])
         taken = torch.bincount(known, minlength=len(self.ratings.item_names) + 1).double()
@@ -163,7 +162,7 @@ class Recommend(Task):
         return {name: value.double().mean().item() for name, value in values.items()}
 
     def fitted(self) -> str:
-        """Which user and which item each number stands for."""
+        """The names of users and items, in the order of their numbers."""
         return json.dumps([self.ratings.user_names, self.ratings.item_names])
 
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
@@ -180,7 +179,7 @@ class Recommend(Task):
         return torch.tensor(names.index(user))
 
     def predict(self, model: nn.Module, users: torch.Tensor) -> list[dict[str, Any]]:
-        """For each of the users (`[n]`, numbers of the data), up to `TOP` items that come next."""
+        """For each of the users (`[n]`, numbers of the data), up to `TOP` recommended items."""
         known = [self.histories[user] for user in users.tolist()]
         before = torch.stack([F.pad(h[-LENGTH:], (LENGTH - min(len(h), LENGTH), 0)) for h in known])
         seen = nn.utils.rnn.pad_sequence(known, batch_first=True, padding_value=PADDING)
@@ -200,15 +199,15 @@ class Recommend(Task):
 
 
 def unseen(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """`scores` `[n, items]` with those of the items in `seen` `[n, any]`, and of none, at -inf."""
+    """`scores` `[n, items]` with -inf for the items in `seen` `[n, any]` and for padding."""
     return scores.scatter(1, seen, -torch.inf).index_fill(1, torch.tensor([PADDING]), -torch.inf)
 
 
 def ranking(scores: torch.Tensor, items: torch.Tensor) -> dict[str, torch.Tensor]:
     """HR and NDCG at `TOP` of `items` `[n]` by `scores` `[n, items]`; `[n]` each.
 
-    An item's rank counts those with a higher score, and half of those with the same one, which
-    is where it would be on average: an item that was seen is never above it.
+    An item's rank is the number of items with a higher score, plus half of those with the same
+    score, which is its mean rank among them.
     """
     own = scores.gather(1, items[:, None])
     rank = (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2

@@ -1,8 +1,8 @@
-"""A description in one line: from what a Debian package says of itself to its synopsis.
+"""Recipe `summarise`: the one-line synopsis of a Debian package from its description.
 
-A small transformer that can copy, for a synopsis takes most of its words from the description. 500
-descriptions are held out, and scored by ROUGE. `docs/applications.md` says what it reaches and in
-what time.
+The model is a small transformer with a copy mechanism, since a synopsis takes most of its words
+from the description. 500 descriptions are held out, and scored by ROUGE. `docs/applications.md`
+reports scores and times.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lockstep.recipes.text.rouge import rouge
 
 BATCH_SIZE = 64
 LONGEST = (80, 26)
-"""Tokens of a description that are read, and of a synopsis."""
+"""Most tokens of a description and of a synopsis."""
 
 
 def summarise(
     data: str | None = None, epochs: float = 3, width: int = 192, vocabulary: int = 6000
 ) -> Job:
-    """Learn to summarise.
+    """Summarise texts.
 
     Args:
-        data: Pairs, as `lockstep.recipes.datasets.text_pairs.read_pairs` reads them: TSV or CSV
-        with the columns
-            source (a text) and target (its summary), or JSONL. None: Debian's descriptions.
+        data: Pairs, as `lockstep.recipes.datasets.text_pairs.read_pairs` reads them: TSV or
+            CSV with the columns source (a text) and target (its summary), or JSONL. None: Debian's
+            descriptions.
         epochs: Passes over the data; the learning rate falls to 0 by their end.
-        width: Of the transformer.
-        vocabulary: How many subwords there are.
+        width: Width of the transformer.
+        vocabulary: Number of subwords.
     """
     texts(data=data)
     settings = Settings(
@@ -46,7 +46,7 @@ def summarise(
 
 
 class Summarise(Rewriting):
-    """Summarise; see `summarise`."""
+    """Task of the recipe `summarise`."""
 
     def __init__(self, settings: Settings, data: str | None = None) -> None:
         super().__init__(settings)
@@ -62,7 +62,7 @@ class Summarise(Rewriting):
         return rouge(outputs["texts"], [target for _, target in self.split.held_out])
 
     def baseline(self) -> dict[str, float]:
-        """What the first words reach, as many as a summary has on average."""
+        """ROUGE of the first words of the source, as many as a summary has on average."""
         lengths = [len(target.split()) for _, target in self.split.train]
         count = round(sum(lengths) / len(lengths))
         return self.score(

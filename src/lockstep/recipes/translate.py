@@ -1,8 +1,8 @@
-"""English to German: what Debian says of its packages, by a small transformer that can copy.
+"""Recipe `translate`: English to German, by a small transformer with a copy mechanism.
 
-Synopses and paragraphs of at most 20 words, 500 of them held out, scored by BLEU and chrF. The
-vocabulary is learned from the same texts. `docs/applications.md` says what it reaches and in what
-time.
+The data are synopses and paragraphs of at most 20 words from Debian's package descriptions, 500 of
+them held out, scored by BLEU and chrF. The vocabulary is learned from the training texts.
+`docs/applications.md` reports scores and times.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from lockstep.recipes.text.rewriting import Rewriting, Settings
 
 BATCH_SIZE = 64
 LONGEST = (64, 64)
-"""Tokens of a source and of a target."""
+"""Most tokens of a source and of a target."""
 
 
 def translate(
     data: str | None = None, epochs: float = 8, width: int = 192, vocabulary: int = 4000,
     words: int = 20,
 ) -> Job:  # fmt: skip
-    """Learn to translate.
+    """Translate texts.
 
     Args:
-        data: Pairs, as `lockstep.recipes.datasets.text_pairs.read_pairs` reads them: TSV or CSV
-        with the columns
-            source and target, or JSONL. None: Debian's descriptions, English to German.
+        data: Pairs, as `lockstep.recipes.datasets.text_pairs.read_pairs` reads them: TSV or
+            CSV with the columns source and target, or JSONL. None: Debian's descriptions, English
+            to German.
         epochs: Passes over the data; the learning rate falls to 0 by their end.
-        width: Of the transformer.
-        vocabulary: How many subwords there are, of both languages together.
-        words: Sources with more words are left out.
+        width: Width of the transformer.
+        vocabulary: Number of subwords, of both languages together.
+        words: Most words of a source; pairs with longer sources are left out.
     """
     texts(data=data)
     at_least(1, words=words)
@@ -51,7 +51,7 @@ def translate(
 
 
 class Translate(Rewriting):
-    """Translate; see `translate`."""
+    """Task of the recipe `translate`."""
 
     def __init__(self, settings: Settings, data: str | None = None, words: int = 20) -> None:
         super().__init__(settings)
@@ -65,7 +65,7 @@ class Translate(Rewriting):
         return split_pairs(short, f"the sources of at most {self.words} words of {name}")
 
     def score(self, outputs: dict[str, Any]) -> dict[str, float]:
-        """BLEU and chrF of all held-out translations together, 0 to 100."""
+        """Corpus BLEU and chrF of all held-out translations, 0 to 100."""
         return compare(outputs["texts"], [target for _, target in self.split.held_out])
 
     def baseline(self) -> dict[str, float]:
@@ -78,13 +78,13 @@ class Translate(Rewriting):
         return [source for source, _ in self.split.held_out]
 
     def nearest(self) -> list[str]:
-        """For each held-out source, the target of the source that is most like it."""
+        """For each held-out source, the target of the most similar training source."""
         known = Neighbours([source for source, _ in self.split.train])
         return [self.split.train[known.nearest(source)][1] for source in self.copied()]
 
 
 def compare(texts: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """BLEU and chrF of texts, as sacrebleu has them.
+    """BLEU and chrF of texts, by sacrebleu.
 
     Raises:
         JobError: the package sacrebleu is missing.

@@ -1,7 +1,7 @@
-"""Pictures of clothes: 60,000 to learn from and 10,000 held out, by a small residual network.
+"""Recipe `vision`: image classification by a small residual network; default: Fashion-MNIST.
 
-He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2016, made small enough for
-two cores. `docs/applications.md` says what it reaches and in what time.
+The network is that of He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2016,
+made small enough for two cores. `docs/applications.md` reports accuracy and times.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from lockstep.recipes.mnist import nearest_mean
 
 BATCH_SIZE = 128
 RATE, WARM_UP = 0.15, 0.2
-"""The highest learning rate, and the part of the run in which it is reached."""
+"""The highest learning rate, and the fraction of the run in which it is reached."""
 SHIFT = 2
-"""Pixels: images are shifted by at most so many."""
+"""The largest shift of an image, in pixels."""
 
 
 def vision(
     data: str | None = None, epochs: float = 10, width: int = 24, size: int = 28,
     color: bool = False,
 ) -> Job:  # fmt: skip
-    """Learn to tell classes of images apart.
+    """Classify images.
 
     Args:
-        data: A folder of images, as `lockstep.recipes.datasets.images.read_images` reads it: four
-        IDX
-            files, or `train/CLASS/*` and `test/CLASS/*`. None: Fashion-MNIST.
+        data: A folder of images, as `lockstep.recipes.datasets.images.read_images` reads it:
+            four IDX files, or `train/CLASS/*` and `test/CLASS/*`. None: Fashion-MNIST.
         epochs: Passes over the data; the learning rate falls to 0 by their end.
         width: Channels of the first stage; the others have two and four times as many.
         size: Image folders: scale images to `size` x `size`.
@@ -57,7 +56,7 @@ def vision(
 
 
 class Residual(nn.Module):
-    """A block that halves the image where it widens, and adds its input to its output."""
+    """Residual block, which halves the image where it has more channels."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class Residual(nn.Module):
 
 
 class Vision(Task):
-    """Classify images; see `vision`."""
+    """Task of the recipe `vision`."""
 
     def __init__(
         self, data: str | None, epochs: float, width: int, size: int = 28, color: bool = False
@@ -91,7 +90,7 @@ class Vision(Task):
 
     @functools.cached_property
     def images(self) -> Images:
-        """Both splits, read when first asked for."""
+        """Both splits, read on first use."""
         if self.data is None:
             return load_fashion_mnist()
         return read_images(self.data, size=self.size, color=self.color)
@@ -112,20 +111,20 @@ class Vision(Task):
         )
 
     def train_data(self) -> TensorDataset:
-        """The images to learn from, as bytes."""
+        """The training images, as bytes."""
         return _dataset(self.images.train_images, self.images.train_labels)
 
     def eval_data(self) -> TensorDataset:
-        """The images held out, as bytes."""
+        """The held-out images, as bytes."""
         return _dataset(self.images.test_images, self.images.test_labels)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Mean cross-entropy over images that are mirrored and shifted anew each time."""
+        """Mean cross-entropy of randomly mirrored and shifted images."""
         images, labels = batch
         return F.cross_entropy(model(_scaled(jitter(images) if model.training else images)), labels)
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
-        """Gradient descent with Nesterov's momentum; weights decay, biases and norms do not."""
+        """SGD with Nesterov momentum, and weight decay for weights only."""
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
@@ -133,7 +132,7 @@ class Vision(Task):
         return torch.optim.SGD(groups, lr=RATE, momentum=0.9, nesterov=True)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        """Up to the highest rate, then down to 0 by half a cosine."""
+        """Linear warm-up, then cosine decay to 0."""
         size = self.planned_batch_size or BATCH_SIZE
         steps = max(1.0, self.epochs * math.ceil(len(self.images.train_labels) / size))
 
@@ -146,7 +145,7 @@ class Vision(Task):
         return LambdaLR(optimizer, factor)
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | float]:
-        """Per image, `[n]`: the cross-entropy, and whether the likeliest class is the right one."""
+        """Per image, `[n]`: the cross-entropy, and whether the likeliest class is correct."""
         images, labels = batch
         logits = model(_scaled(images))
         return {
@@ -155,16 +154,16 @@ class Vision(Task):
         }
 
     def baseline(self) -> dict[str, float]:
-        """The accuracy of taking the class whose mean image is nearest."""
+        """The accuracy of the class whose mean image is nearest."""
         return {"accuracy": nearest_mean(self.train_data(), self.eval_data())}
 
     def fitted(self) -> str:
-        """The names of the classes, and what an image is."""
+        """The names of the classes, and the shape of an image."""
         return json.dumps([self.images.classes, self.images.train_images.shape[1:]])
 
     def from_record(self, record: Mapping[str, Any]) -> torch.Tensor:
         """An image, from `image`: the path of a file that Pillow reads. uint8, `[channels, height,
-        width]`; it is scaled, and made grey, as the images of the training set are."""
+        width]`; it is scaled and converted like the training images."""
         channels, _, size = self.images.train_images.shape[1:]
         path = record.get("image")
         if not isinstance(path, str):
@@ -194,7 +193,7 @@ def _scaled(images: torch.Tensor) -> torch.Tensor:
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
-    """Mirror every other image, and shift each by up to `SHIFT` pixels; what is new is black.
+    """Mirror half of the images at random, and shift each by up to `SHIFT` pixels.
 
     Draws from torch's global generator, which is seeded per step and shard.
 

@@ -1,1 +1,18 @@
-"""Stage 5, aggregate: the run folder and everything in it."""
+"""Stage 5, aggregate: what a run records, and how it is read again.
+
+The *run folder* holds everything about a run. The *manifest* has what is needed to repeat it, its
+*identity* what the results depend on. The *ledger* has a hash-chained line for each committed step.
+A *checkpoint* is the committed state on disk, a *fingerprint* the digest of a state.
+
+run_folder       the folder's files, its lock, and the list of events
+manifest         job, plan, numerics profile and identity of a run
+ledger           the hash-chained record of committed steps
+checkpoint       states as safetensors, checked by digests
+recorder         the observer that writes all of these while the run goes on
+restart          the state from which a run is resumed
+result           the result as one object and one JSON document
+prediction_file  the rows of a prediction, in order and resumable
+progress         a progress bar, or lines, on stderr
+report           `report.html`, made from the run folder
+charts           the report's curves as SVG
+"""

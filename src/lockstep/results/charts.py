@@ -1,4 +1,4 @@
-"""Curves as SVG: long series cut down to what a chart can show, and drawn by pygal."""
+"""Charts: curves as SVG, drawn by pygal; long series are reduced to a few hundred points."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 POINTS = 600
-"""At most so many points per curve; even."""
+"""The most points of a curve; an even number."""
 LARGEST, SMALLEST = 1e100, 1e-100
-"""Larger numbers are not drawn, and where all are smaller, 0: a scale would over- or underflow."""
+"""Limits of drawn numbers: larger ones are left out, and if all are smaller, 0 is drawn instead."""
 MOST_STEPS = 1e15
 
 
 def drawable(value: float) -> bool:
-    """Whether `value` can be drawn: finite, and not absurdly large."""
+    """Whether `value` can be drawn: it is finite and at most `LARGEST`."""
     return math.isfinite(value) and abs(value) <= LARGEST
 
 
@@ -33,7 +33,7 @@ def figure(value: float) -> str:
 
 @dataclass(slots=True)
 class Bin:
-    """A run of neighbouring steps: the first and the last, and their losses."""
+    """Bin: consecutive steps, with the sum and the range of their losses."""
 
     first: int
     last: int
@@ -43,7 +43,7 @@ class Bin:
     high: float
 
     def absorb(self, other: Bin) -> None:
-        """Take in the bin that follows."""
+        """Merge the bin that follows into this one."""
         self.last = other.last
         self.count += other.count
         self.total += other.total
@@ -52,9 +52,9 @@ class Bin:
 
 @dataclass(slots=True)
 class Curve:
-    """A loss curve of at most `POINTS` bins, however many steps are added.
+    """Curve: losses in at most `POINTS` bins, for any number of steps.
 
-    When the bins run out, neighbours are merged and bins hold twice as many steps from then on.
+    When the bins are full, neighbours are merged, and bins hold twice as many steps from then on.
     """
 
     bins: list[Bin] = field(default_factory=list)
@@ -89,10 +89,10 @@ def chart(
     *,
     size: tuple[int, int],
 ) -> str:
-    """`points` (and an outline to fill) over steps as SVG without scripts or style; or nothing.
+    """A chart of `points`, and of a filled `band`, over steps: SVG without scripts or styles.
 
-    Only numbers go in, so nothing in the SVG has to be trusted. The page's style sheet colours
-    it, in light and dark. pygal's own scripts and styles are taken out.
+    Without points it is empty. Only numbers go in, so that the SVG is safe. The page's style sheet
+    colours it; pygal's own scripts and styles are removed.
     """
     if not points:
         return ""
@@ -119,10 +119,10 @@ def chart(
 
 
 def _spread(*outlines: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The outlines with values that a chart cannot tell apart made equal.
+    """The outlines, with values made equal that differ by less than a chart can show.
 
-    pygal searches for the ticks of a scale without end where its values differ by a few units
-    in the last place, as a metric that has converged does.
+    pygal loops forever over the ticks of a scale whose ends differ by a few units in the last
+    place, as those of a metric that has converged.
     """
     values = [y for outline in outlines for _, y in outline]
     low, high = min(values), max(values)
@@ -134,7 +134,7 @@ def _spread(*outlines: Sequence[tuple[float, float]]) -> list[list[tuple[float, 
 
 
 class Panel(NamedTuple):
-    """A chart (SVG) with its heading, its last value and a note below."""
+    """Panel: a chart (SVG) with a heading, the last value and a note."""
 
     title: str
     value: str
@@ -143,7 +143,7 @@ class Panel(NamedTuple):
 
 
 def loss_panel(ledger: Iterable[Mapping[str, Any]]) -> Panel:
-    """The loss of every committed step; `ledger` gives its entries and is read once."""
+    """The panel of the training loss. `ledger`: the ledger's entries, which are read once."""
     curve, last = Curve(), math.nan
     for entry in ledger:
         step, loss = _step(entry), _hex_float(entry.get("loss"))
@@ -166,7 +166,7 @@ def loss_panel(ledger: Iterable[Mapping[str, Any]]) -> Panel:
 
 
 def metric_panels(history: Iterable[Any]) -> list[Panel]:
-    """One panel per held-out metric, in the order in which they first appear."""
+    """A panel for each held-out metric, in the order in which they first appear."""
     points: dict[str, list[tuple[float, float]]] = {}
     dropped: dict[str, int] = {}
     for entry in map(mapping, history):
@@ -202,13 +202,13 @@ def number(value: Any) -> float | None:
 
 
 def _step(entry: Mapping[str, Any]) -> int | None:
-    """The step of an entry of the ledger or of the history; None if it is none."""
+    """The step of an entry of the ledger or of the history; None if it has none."""
     step = number(entry.get("step"))
     return int(step) if step is not None and 0 <= step <= MOST_STEPS else None
 
 
 def _hex_float(value: Any) -> float:
-    """The loss of a ledger's line; NaN if it is missing or is none."""
+    """The loss of a ledger's line; NaN if it is missing or not a number."""
     try:
         return float.fromhex(value)
     except (TypeError, ValueError, OverflowError):

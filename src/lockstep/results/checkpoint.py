@@ -1,4 +1,4 @@
-"""Checkpoints: the committed state as safetensors, with digests; whole or not there at all."""
+"""Checkpoint: the committed state as safetensors with digests, written atomically."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _write_tensors(path: Path, named: list[tuple[str, Entry]], state: bytes | me
     }
     try:
         safetensors.serialize_file(tensors, str(path), metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:  # what else can be wrong is the disk
+    except safetensors.SafetensorError as error:  # nothing but the disk can be at fault
         raise OSError(str(error)) from error
     _sync(path)
 
@@ -62,7 +62,7 @@ def write_checkpoint(
     """Write the state after `step` committed steps under `folder`, atomically.
 
     Raises:
-        ResourceError: the disk is full or the folder cannot be written; what was there stays.
+        ResourceError: the disk is full or the folder cannot be written; older checkpoints stay.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}-{os.getpid()}"
@@ -94,14 +94,14 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise ResourceError(
             f"the checkpoint of step {step} could not be written: {error}",
-            expected=f"room for it under {folder}",
+            expected=f"free space under {folder}",
             fix="free disk space or choose another run folder; earlier checkpoints are kept",
         ) from error
     return final
 
 
 def _is_good(path: Path, digest: str) -> bool:
-    """Whether a whole checkpoint with this digest of its manifest is there already."""
+    """Whether `path` is an intact checkpoint whose manifest has this digest."""
     try:
         return _manifest_digest(open_checkpoint(path).manifest) == digest
     except IntegrityError:
@@ -110,14 +110,14 @@ def _is_good(path: Path, digest: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint on disk whose files have the digests of its manifest."""
+    """Checkpoint: one on disk, whose files have the digests of its manifest."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
 
     def load_into(self, layout: Layout, state: Segment) -> None:
-        """Write the tensors into the state segment, before any worker is there.
+        """Write the tensors into the state segment, before any worker runs.
 
         Raises:
             IntegrityError: the state does not have the recorded fingerprint afterwards.
@@ -156,7 +156,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Check a checkpoint's files against its manifest.
 
     Raises:
-        IntegrityError: a file is missing, torn or altered; it is named.
+        IntegrityError: a file is missing, truncated or altered; it is named.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -166,7 +166,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{path / MANIFEST} is not what was written",
                 expected=f"digest {_manifest_digest(manifest)[:16]}…",
                 found=f"digest {str(recorded)[:16]}…",
-                fix="it was torn or altered; an earlier checkpoint can be used",
+                fix="it was truncated or altered; an earlier checkpoint can be used",
             )
         for name, expected in manifest["files"].items():
             _check_file(path / name, expected, manifest)
@@ -190,12 +190,12 @@ def _check_file(path: Path, expected: str, manifest: dict[str, Any]) -> None:
             f"{path} is not what was written",
             expected=f"digest {expected[:16]}…",
             found=f"digest {found[:16]}…{_name_tensors(path, manifest)}",
-            fix="it was torn or altered; an earlier checkpoint can be used",
+            fix="it was truncated or altered; an earlier checkpoint can be used",
         )
 
 
 def _name_tensors(path: Path, manifest: dict[str, Any]) -> str:
-    """Which tensors of an altered file differ, as far as it can still be read."""
+    """The tensors of an altered file that differ, as far as it can still be read."""
     try:
         tensors = _read_tensors(path)
     except safetensors.SafetensorError as error:
@@ -249,7 +249,7 @@ def check_model_file(path: Path, layout: Layout, state: bytes | memoryview) -> N
         f"{path} is not what the run computed",
         expected=f"digest {expected[:16]}…",
         found=f"digest {found[:16]}… ({named})",
-        fix="it was torn or altered; the last checkpoint holds the model too",
+        fix="it was truncated or altered; the last checkpoint holds the model too",
     )
 
 
@@ -259,6 +259,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a master left that was killed while it wrote. Called by the run's one master."""
+    """Remove incomplete checkpoints of a killed coordinator. Called under the run's lock."""
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The ledger: one line per committed step, each chained to the one before by its hash.
+"""Ledger: one line per committed step, each chained to the one before by its hash.
 
     {"ledger":1,"job":...,"state":...,"hash":...}                    the job and its initial state
     {"step":0,"data_epoch":0,"samples":256,"loss":"0x1.2p+1","units":{...},"hash":...}
@@ -26,18 +26,19 @@ FIRST = "0" * 32
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What is recorded of a committed step."""
+    """Step record: a committed step as the ledger records it."""
 
     step: int
     data_epoch: int
     samples: int
     loss: float
     units: Mapping[str, str]
-    """Digests of a rolling sample of the state after the step (see `layout.Audit`)."""
+    """Digest sample: digests of a rolling part of the state after the step
+    (`lockstep.planning.digest_sample`)."""
     norm: float | None = None
 
     def body(self) -> str:
-        """The line without its hash; canonical."""
+        """The line without its hash, in canonical form."""
         units = ",".join(f'{json.dumps(name)}:"{digest}"' for name, digest in self.units.items())
         norm = "" if self.norm is None else f',"norm":"{self.norm.hex()}"'
         return (
@@ -51,7 +52,7 @@ def _chain(previous: str, body: str) -> str:
 
 
 class Ledger:
-    """Appends lines to a run's ledger. `flush` gives them to the kernel, `sync` to the disk."""
+    """Ledger: appends lines to a file. `flush` hands them to the kernel, `sync` to the disk."""
 
     def __init__(self, path: Path, last_hash: str = FIRST) -> None:
         self.hash = last_hash
@@ -78,7 +79,7 @@ class Ledger:
             self._file.write(f'{body},"hash":"{self.hash}"}}\n')
 
     def flush(self) -> None:
-        """Give every line to the kernel: a killed master loses none of them.
+        """Hand every line to the kernel, so that a killed coordinator loses none of them.
 
         Raises:
             ResourceError: the disk is full.
@@ -87,7 +88,7 @@ class Ledger:
             self._file.flush()
 
     def sync(self) -> None:
-        """Bring every flushed line to the disk. May be called from any thread."""
+        """Write every flushed line to the disk. May be called from any thread."""
         with disk_errors("the ledger"):
             os.fsync(self._file.fileno())
 
@@ -97,12 +98,12 @@ class Ledger:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line that has been read and whose hash holds."""
+    """A line that has been read, and whose hash is correct."""
 
     content: dict[str, Any]
     body: str
     end: int
-    """Bytes: where the line ends in the file."""
+    """The byte offset of the line's end in the file."""
 
     @property
     def hash(self) -> str:
@@ -113,10 +114,10 @@ class Line:
 def read_ledger(path: Path, *, torn_tail: bool = False) -> Iterator[Line]:
     """Read and check a ledger, line by line.
 
-    With `torn_tail` a last line that was cut off (by a crash) ends the reading quietly.
+    With `torn_tail` an incomplete last line, as a crash leaves it, is ignored.
 
     Raises:
-        IntegrityError: a line's hash does not hold; the line is named.
+        IntegrityError: a line's hash is wrong; the line is named.
     """
     previous, end = FIRST, 0
     with path.open("rb") as file:

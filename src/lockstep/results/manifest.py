@@ -1,7 +1,8 @@
-"""The manifest: what has to be known to repeat a run, and what its numbers depend on."""
+"""Manifest: what is needed to repeat a run, and the identity that its results depend on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping
@@ -16,20 +17,26 @@ from lockstep.job.task import Task
 from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.plan import Plan
 
+_PLANNED = {field.name for field in dataclasses.fields(Plan)}
 IDENTITY = (
-    "shards", "threads", "steps", "batch_size", "eval_batch_size", "train_samples", "eval_samples",
-    "local_steps", "compression", "groups", "seed", "clip_grad_norm", "precision", "numerics",
-)  # fmt: skip
-"""What the plan decides that the numbers depend on."""
+    *(
+        name
+        for name, setting in SETTINGS.items()
+        # The plan turns `data_epochs` into `steps`, and `data` into `holdings`.
+        if setting.declared.changes_numbers and name in _PLANNED
+    ),
+    "train_samples",
+    "eval_samples",
+)
+"""The fields of a plan that the results depend on."""
 
 
 def make_manifest(
     source: TaskSource, job: Job, plan: Plan, profile: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a new run, ready for JSON.
+    """The manifest of a new run, as JSON can hold it.
 
-    `digest` covers `identity`: it is the same for any number of workers, and is what the ledger
-    begins with.
+    `digest` is that of `identity`: the same for any number of workers. The ledger begins with it.
     """
     message = plan.to_message()
     identity = {
@@ -63,7 +70,7 @@ def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
     """Compare a manifest with itself and with the digest that its run's ledger begins with.
 
     Raises:
-        IntegrityError: it is not the run's; what differs is named, as far as it shows.
+        IntegrityError: it is not the run's manifest; known differences are named.
     """
     identity, plan = manifest["identity"], manifest["plan"]
     wrong = [name for name in IDENTITY if identity[name] != plan[name]]
@@ -73,7 +80,7 @@ def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
             expected=f"digest {recorded[:16]}…, which is in the ledger's first line",
             found=f"digest {_digest(identity)[:16]}…"
             + (f"; its plan differs from its identity in {', '.join(wrong)}" if wrong else ""),
-            fix="it was altered; use a copy of it",
+            fix="it was altered; use an unaltered copy",
         )
 
 
@@ -85,7 +92,7 @@ def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> T
     """The source of a recorded run's task: `task` if given, else by its name.
 
     Raises:
-        JobError: the task was a live object, and is not given.
+        JobError: the task was a live object, which has to be given again.
     """
     if task is not None:
         return source_of(Job(task=task))
@@ -100,49 +107,49 @@ def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> T
 
 
 def check_fitted(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
-    """What a run's model was fitted to has to be there again, lest its numbers mean other things.
+    """Check that the data give the same `Task.fitted` as when the model was trained.
 
     Raises:
-        DataError: it is not.
+        DataError: they do not; the model's inputs or outputs would have another meaning.
     """
     had = manifest.get("fitted", facts["fitted"])  # runs of earlier versions do not say
     if facts["fitted"] != had:
         raise DataError(
-            f"the model of {run} does not know what is in these data",
-            expected=f"the data that it has learned from, or others that give the same vocabulary, "
+            f"the model of {run} was not fitted to these data",
+            expected=f"the data that it was trained on, or others that give the same vocabulary, "
             f"ranges and names (digest {had[:16]})",
-            found=f"others (digest {facts['fitted'][:16]})",
-            fix="bring back the files as they were, or train anew",
+            found=f"other data (digest {facts['fitted'][:16]})",
+            fix="restore the files, or train anew",
         )
 
 
 def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
-    """A run goes on with the data with which it began, as far as it shows.
+    """Check that a resumed run has the data with which it began, as far as that is recorded.
 
     Raises:
-        DataError: they are others.
+        DataError: it has others.
     """
     check_fitted(run, manifest, facts)
     plan = manifest["plan"]
-    # Parts that stay on their hosts are compared when the hosts are there.
+    # Data that stay on their hosts are compared when the hosts have joined.
     if not plan.get("holdings") and facts["train_samples"] != plan["train_samples"]:
         raise DataError(
             f"the data of {run} are not those with which it began",
             expected=f"{plan['train_samples']} training samples",
             found=str(facts["train_samples"]),
-            fix="bring back the files as they were, or start another run",
+            fix="restore the files, or start another run",
         )
 
 
 def differences(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is known to differ between a recorded run and what has been loaded now."""
+    """Known differences between a recorded run and what has been loaded now."""
     notes = []
     if facts["code"] != manifest["code"]:
         notes.append("the task's source file is not the one that the run used")
     if facts["probe"] != manifest["probe"]:
         notes.append("this machine does not compute the same bits as the run's")
     had = manifest["plan"]["train_samples"]
-    parts = manifest["plan"].get("holdings")  # compared when the hosts are there
+    parts = manifest["plan"].get("holdings")  # compared when the hosts have joined
     if facts["train_samples"] != had and not parts:
-        notes.append(f"there are {facts['train_samples']} training samples, and were {had}")
+        notes.append(f"there are {facts['train_samples']} training samples; the run had {had}")
     return tuple(notes)

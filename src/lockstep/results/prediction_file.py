@@ -1,7 +1,8 @@
-"""Rows on their way into a file, in order, to be gone on with after a crash.
+"""Prediction file: rows in order, which the same command resumes after a crash.
 
-They are written as JSON lines to `NAME.part`, and `NAME.part.json` says how many are good and what
-they are predictions of. When all are there, the file gets its name, or becomes a Parquet file.
+Rows are written as JSON lines to `NAME.part`. The journal `NAME.part.json` records how many are
+on disk, and the identity of the prediction. When all rows are there, the file is renamed to `NAME`,
+or converted to Parquet.
 """
 
 from __future__ import annotations
@@ -21,45 +22,45 @@ from lockstep.errors import DataError, RunFolderError, disk_errors
 from lockstep.system.json_files import plain, write_json
 
 JOURNAL_SECONDS = 1.0
-"""At most so much work is lost with the process."""
-AGAIN = "give the same command again: it goes on from there"
+"""The time between two writes of the journal: the most work that a crash can lose."""
+AGAIN = "give the same command again to resume"
 CHUNK = 1 << 14
-"""Rows that are turned into a Parquet row group at a time."""
+"""Rows in a Parquet row group."""
 
 
 class PredictionFile:
-    """The file of one prediction. Use it as a context manager."""
+    """Prediction file: the output of one prediction, as a context manager."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """`identity` is what the rows depend on: another one's rows are not gone on with.
+        """`identity`: what the rows depend on. Rows of another identity are not continued.
 
         Raises:
             RunFolderError: the file exists, cannot be made, is being written, or was begun by
                 another prediction.
-            DataError: it is to be Parquet, and pyarrow is missing.
+            DataError: the file is Parquet, and pyarrow is missing.
         """
         self.path, self.identity = path, identity
         self._part = path.with_name(path.name + ".part")
         self._journal = path.with_name(path.name + ".part.json")
         self.rows = 0
-        """How many are written."""
+        """The number of rows written."""
         if path.suffix in PARQUET:
-            pyarrow("parquet")  # so that its absence does not show after all the work
+            pyarrow("parquet")  # so that it is not found missing after all the work
         if path.exists():
             raise RunFolderError(
-                f"{path} exists", expected="a name that is not taken", fix="choose another"
+                f"{path} exists", expected="a path that does not exist", fix="choose another"
             )
         try:
             self._file = self._part.open("ab")
         except OSError as error:
             raise RunFolderError(
                 f"{path} cannot be written",
-                expected="a name in a folder that is there and may be written to",
+                expected="a path in an existing folder that can be written to",
                 found=str(error),
                 fix="make the folder, or choose another",
             ) from None
         try:
-            self._go_on()
+            self._continue()
         except BaseException:
             self._file.close()
             raise
@@ -78,7 +79,7 @@ class PredictionFile:
             try:
                 self._write_journal()
             finally:
-                # What a full disk has no room for, the journal does not vouch for either.
+                # Rows that a full disk could not take are not counted by the journal.
                 with contextlib.suppress(OSError):
                     self._file.close()
 
@@ -93,7 +94,7 @@ class PredictionFile:
             self._write_journal()
 
     def finish(self) -> None:
-        """All rows are there: give the file its name."""
+        """Complete the file: all rows are written."""
         self._write_journal()
         self._file.close()
         with disk_errors("the predictions", AGAIN):
@@ -106,8 +107,8 @@ class PredictionFile:
                 self._part.rename(self.path)
             self._journal.unlink()
 
-    def _go_on(self) -> None:
-        """Take over what an earlier attempt has left, up to what its journal vouches for."""
+    def _continue(self) -> None:
+        """Keep the rows of an interrupted attempt that its journal counts."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -117,7 +118,7 @@ class PredictionFile:
         self._bytes = 0
         if self._journal.exists():
             known = self._read_journal()
-            # Where nothing is written yet, nothing is mixed: a first record may just be mended.
+            # With no rows yet the identity may change: the user may just have mended a record.
             if known.get("rows") != 0 and known.get("identity") != self.identity:
                 raise RunFolderError(
                     f"{self._part} was begun with another model, other data or settings",

@@ -1,7 +1,7 @@
-"""Progress of a run on stderr: a bar on a terminal, a plain line now and then elsewhere.
+"""Progress: a bar on a terminal, otherwise a line every few seconds, on stderr.
 
-No threads (the process forks workers) and no failure of the stream reaches the run. Rich is
-imported only when there is a bar to draw.
+There are no threads, since the process forks workers, and an error of the stream never stops the
+run. Rich is imported only for a bar.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Protocol, Self, TextIO
 REDRAW_SECONDS = 0.1
 """The bar is redrawn at most this often."""
 LINE_SECONDS = 5.0
-"""Plain lines are printed at most this often; evaluations and notes always are."""
+"""Plain lines are printed at most this often; evaluations and notes always."""
 LONGEST_NAME, LEAST_BAR = 20, 10
-"""Columns of the name at most, and of the bar at least."""
+"""Most columns of the name, and fewest of the bar."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The last committed step, and how the run is going."""
+    """Moment: the last committed step, and the run's speed."""
 
     step: int
     loss: float
@@ -37,13 +37,13 @@ class Moment:
 
 
 class Display(Protocol):
-    """Where progress is shown. Strings that come in hold no control characters."""
+    """Display: where progress is shown. Texts have no control characters."""
 
     seconds: float
-    """The least time between two calls of `show`."""
+    """The shortest time between two calls of `show`."""
 
     def show(self, step: int, parts: Sequence[str]) -> None:
-        """Show the newest state of the run; the most important parts come first."""
+        """Show the state of the run; the most important parts come first."""
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -53,7 +53,7 @@ class Display(Protocol):
 
 
 class Progress:
-    """Shows how a run goes; a context manager. All methods must be called from one thread.
+    """Progress: a context manager, whose methods are called from one thread.
 
     `steps` is the run's last step, `name` the job's. `stream` (default: `sys.stderr` at entry)
     and `clock` are for tests. With `enabled` false nothing is ever printed.
@@ -110,12 +110,12 @@ class Progress:
             self._show(now)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Held-out metrics are there: they get a line that stays."""
+        """Print held-out metrics, on a line that stays."""
         values = "  ".join(f"{_clean(name)} {value:.4g}" for name, value in metrics.items())
         self._line(f"evaluated at step {step:,}  {values}".rstrip())
 
     def note(self, text: str) -> None:
-        """A line that stays, above the bar if there is one."""
+        """Print a line that stays, above the bar if there is one."""
         self._line(_clean(text))
 
     def _open(self, stream: TextIO) -> None:
@@ -138,7 +138,7 @@ class Progress:
         self._guard(lambda: display.show(moment.step, parts))
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """From this run's own pace, so a resumed run does not count the steps before it."""
+        """Estimated from this process's speed: a resumed run has made earlier steps before."""
         if self._first is None or step <= self._first[0] or step >= self._steps:
             return None
         return (now - self._first[1]) / (step - self._first[0]) * (self._steps - step)
@@ -176,7 +176,7 @@ class _Plain:
 
 
 class _Bar:
-    """A bar of Rich's, redrawn when told to and never by a thread of its own."""
+    """A bar of Rich, redrawn on `show` and never by a thread of its own."""
 
     seconds = REDRAW_SECONDS
 
@@ -212,7 +212,7 @@ class _Bar:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether control codes make sense on `stream`."""
+    """Whether `stream` is a terminal that takes control codes."""
     try:
         return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
     except (OSError, ValueError):
@@ -220,7 +220,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _describe(moment: Moment, steps: int, seconds_left: float | None) -> list[str]:
-    """What to say about a moment, the most important first."""
+    """The texts that describe a moment, the most important first."""
     parts = [
         f"{moment.step:,}/{steps:,}",
         f"loss {moment.loss:.4g}",

@@ -1,4 +1,4 @@
-"""The recorder: writes a run's history into its folder while the run goes on."""
+"""Recorder: writes the history of a run into its folder, while it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lockstep.system.json_files import write_json
 
 
 class Recorder:
-    """A run observer that keeps everything. Use it as a context manager."""
+    """Recorder: the observer that writes to the run folder, as a context manager."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Recorder:
             with contextlib.suppress(OSError):  # a full disk has been reported when it was met
                 file.close()
 
-    # As a run observer.
+    # Observer.
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)

@@ -1,8 +1,8 @@
-"""`report.html`: one page about a run, built from the files of its folder and from nothing else.
+"""Report: one HTML page about a run, made from the files of its folder alone.
 
-The page is self-contained: no scripts, no fonts, no images, no requests. Its content security
-policy says so to the browser, and every string from the run is escaped. The same files give
-the same bytes. A ledger of any length is read once, in constant memory.
+The page is self-contained: no scripts, fonts, images or requests, which its content security
+policy enforces. Every string from the run is escaped. The same files give the same bytes.
+ A ledger of any length is read once, in constant memory.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ PHASES = {
     "update": "updating",
     "evaluate": "evaluating",
 }
-"""What a worker spends its time on, in the order of the bars, and what the page calls it."""
+"""What workers spend their time on, in the order of the bars, with the page's names."""
 LAST_EVENTS = 200
 LONGEST_TEXT = 400
-"""Longer values in the tables are cut."""
+"""Longer values in the tables are truncated."""
 
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into the run folder `folder` and return its path.
 
-    Only `manifest.json` must be there; what else is missing is left out of the page. The file
-    is replaced in one piece, so a reader never sees half a page.
+    Only `manifest.json` is required; parts whose files are missing are left out. The page is
+    replaced atomically.
 
     Raises:
-        RunFolderError: `folder` has no manifest, or a file in it is not what it should be.
+        RunFolderError: `folder` has no manifest, or a file in it is not readable.
     """
     page = _page(folder)
     path = folder / "report.html"
@@ -120,7 +120,7 @@ def _read_object(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a JSON Lines file. A kill can tear a line: such lines are skipped."""
+    """The JSON objects of a JSON Lines file. Lines that a crash has truncated are skipped."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
@@ -137,7 +137,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _last_events(path: Path) -> tuple[list[tuple[str, str, list[tuple[str, str]]]], int]:
-    """The last events, newest first, as `(time, event, fields)`, and how many there are in all."""
+    """The last events, newest first, as `(time, event, fields)`, and the number of all events."""
     kept: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
     total = 0
     for event in _read_lines(path):
@@ -163,7 +163,7 @@ class Worker(NamedTuple):
 
 
 def _workers(times: Mapping[str, Any]) -> list[Worker]:
-    """A bar per worker, in the order of their numbers, all on one scale."""
+    """A bar for each worker, in the order of worker_ids, all on one scale."""
     spent: dict[str, dict[str, float]] = {}
     for worker in sorted(times, key=_natural):
         seconds = {phase: number(mapping(times[worker]).get(phase)) for phase in PHASES}
@@ -186,7 +186,7 @@ def _natural(key: Any) -> tuple[int, str]:
 
 
 def _figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The key figures, those that are there, as `(label, value)`."""
+    """The key figures that are known, as `(label, value)`."""
     labels = {
         "steps": "steps",
         "samples_per_second": "samples per second",
@@ -219,7 +219,7 @@ def _final_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rows(values: Mapping[str, Any], *, rounded: bool = False) -> list[tuple[str, str]]:
-    """The items of `values` as text, its floats to four digits if `rounded`."""
+    """The items of `values` as text; if `rounded`, floats with four digits."""
     return [(_text(key), _text(value, rounded=rounded)) for key, value in values.items()]
 
 
@@ -231,7 +231,7 @@ class Table(NamedTuple):
 
 
 def _table(entries: Iterable[Any]) -> Table:
-    """A table of mappings that need not have the same keys."""
+    """A table of mappings, whose keys may differ."""
     mappings = [mapping(entry) for entry in entries]
     keys = list(dict.fromkeys(key for each in mappings for key in each))
     rows = [[_text(each.get(key, ""), rounded=True) for key in keys] for each in mappings]
@@ -242,7 +242,7 @@ def _table(entries: Iterable[Any]) -> Table:
 
 
 def _text(value: Any, *, rounded: bool = False) -> str:
-    """Any JSON value as text of bounded length."""
+    """A JSON value as text of bounded length."""
     if rounded and isinstance(value, float):
         return figure(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -250,7 +250,7 @@ def _text(value: Any, *, rounded: bool = False) -> str:
 
 
 def _seconds(value: float) -> str:
-    """A duration in the unit that suits it."""
+    """A duration in milliseconds, seconds, minutes or hours."""
     if value < 1:
         return f"{1000 * value:.3g} ms"
     if value < 120:

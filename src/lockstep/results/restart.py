@@ -1,4 +1,4 @@
-"""Resuming: from what a run left behind to the state that it goes on from."""
+"""Restart: the state from which a run is resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lockstep.system.json_files import with_nan
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """Where a run goes on, and what is already known of it."""
+    """Restart: the step to resume from, and the recorded history before it."""
 
     step: int
     ledger: str | None

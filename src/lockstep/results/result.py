@@ -1,4 +1,4 @@
-"""Aggregate: what a run comes to, as one object and one JSON document."""
+"""Result: the outcome of a run, as one object and one JSON document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import RunFolderError
-from lockstep.job.task_source import TaskSource, resolve
+from lockstep.job.task_resolution import resolve
+from lockstep.job.task_source import TaskSource
 from lockstep.results.run_folder import RunFolder
 from lockstep.system.json_files import plain, with_nan
 
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The result of a run. `model()` gives the trained model."""
+    """Result: the outcome of a run. `model()` returns the trained model."""
 
     folder: Path
     fingerprint: str
     """BLAKE3 over parameters, buffers and optimizer state: equal for any number of workers."""
     steps: int
     samples_per_second: float
-    """In the steps' own time: without start-up, evaluation and checkpoints."""
+    """Throughput of the steps alone, without start-up, evaluation and checkpoints."""
     metrics: dict[str, float]
     """Held-out metrics of the final state, and the last step's loss as `train_loss`."""
     workers: int
@@ -35,16 +36,16 @@ class Result:
     recoveries: list[dict[str, Any]]
     wall_seconds: float
     startup_seconds: float
-    """From the call to the first step's start."""
+    """From the call to the start of the first step."""
     data_wait: float
-    """The fraction of the workers' time that they waited for data."""
+    """The fraction of the workers' time in which they waited for data."""
     times: dict[str, dict[str, float]]
     """Per worker: seconds computing, fetching data, waiting, reducing, updating, evaluating."""
     history: list[dict[str, Any]]
     """`{"step", "data_epoch", "metrics"}` at each evaluation."""
     checkpoints: list[str]
     baseline: dict[str, float] = field(default_factory=dict)
-    """What something trivial reaches, by the names of the metrics: `Task.baseline`."""
+    """Metrics of a trivial predictor: `Task.baseline`."""
     source: TaskSource | None = field(default=None, repr=False, compare=False)
 
     def model(self) -> nn.Module:
@@ -62,7 +63,7 @@ class Result:
         return model.eval()
 
     def to_message(self) -> dict[str, Any]:
-        """What `result.json` holds: null where a metric is not finite."""
+        """The content of `result.json`; a metric that is not finite is null."""
         content = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)

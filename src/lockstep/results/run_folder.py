@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves behind, and where.
+"""Run folder: the files of one run.
 
 manifest.json      the job, the plan, the numerics profile, the task's code digest
 events.jsonl       what happened, when
@@ -6,7 +6,7 @@ ledger.jsonl       what was committed
 checkpoints/       the state at some steps
 model.safetensors  the trained model
 result.json        the result
-report.html        the same for people
+report.html        the result as a page
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lockstep.system.json_files import plain, write_json
 
 
 class RunFolder:
-    """Paths and small files of one run."""
+    """Run folder: paths of the files of one run, and the manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,10 +71,10 @@ class RunFolder:
             raise _exists(str(out))
 
     def __enter__(self) -> RunFolder:
-        """Be the one master of this run until the end of the block.
+        """Lock the run for this coordinator until the end of the block.
 
         Raises:
-            RunFolderError: another process is.
+            RunFolderError: another process holds the lock.
         """
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -136,13 +136,13 @@ class RunFolder:
 def _exists(out: str) -> RunFolderError:
     return RunFolderError(
         f"the run folder {out} exists",
-        expected="a path where nothing is yet",
-        fix=f"choose another, or go on with it: lockstep resume {out}",
+        expected="a path that does not exist",
+        fix=f"choose another, or resume it: lockstep resume {out}",
     )
 
 
 class Events:
-    """Appends to a run's events; each line has a time, an event and its fields."""
+    """Event log: appends lines of a time, an event and its fields."""
 
     def __init__(self, path: Path | None) -> None:
         with disk_errors("the list of events"):

@@ -54,7 +54,7 @@ class Session:
     ) -> Session:
         """Move the model to shared memory. Called once, in the forkserver."""
         model.train()
-        task.set_position(plan.place)
+        task.set_position(plan.position)
         shared = build(
             task,
             model,
@@ -115,7 +115,7 @@ class WorkerContext:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
             task, shared, sampling, loader, rounds,
-            place=plan.place, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
+            place=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
         if plan.audit:

@@ -18,7 +18,8 @@ from lockstep.data.user_datasets import build_sets, length_of
 from lockstep.job.code_digest import code_digest
 from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
-from lockstep.job.task_source import TaskSource, resolve
+from lockstep.job.task_resolution import resolve
+from lockstep.job.task_source import TaskSource
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.planning.forkserver_messages import LoadTask
 from lockstep.system import numerics

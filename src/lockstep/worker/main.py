@@ -156,7 +156,7 @@ class Worker:
 
     def _inference(self, *, autocast: bool) -> Inference:
         context, plan = self.context, self.context.plan
-        position = plan.place.at_batch(self.step, 0, plan.place.samples)
+        position = plan.position.at_batch(self.step, 0, plan.position.samples)
         return Inference(context.task, context.shared, position, plan.seed, autocast=autocast)
 
     def _one_by_one(self, batches: Sequence[int]) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What of a DataLoader is used: its data set and its collate_fn."""
+"""Dataloaders: the data set and the collate_fn of the one DataLoader; its batches are not used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lockstep.errors import TaskError
 
 
 def one_loader(loader: Any, name: str) -> Any:
-    """The only loader, with an order that is the data's own or a shuffle.
+    """The only loader, in the data's order or shuffled.
 
     Raises:
-        TaskError: there are several, or it draws its samples in another way.
+        TaskError: there are several, or its sampler is another one.
     """
     from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
@@ -29,7 +29,7 @@ def one_loader(loader: Any, name: str) -> Any:
     own_batches = type(loader.batch_sampler).__name__ not in ("BatchSampler", "NoneType")
     if not usual or own_batches or getattr(sampler, "replacement", False):
         raise TaskError(
-            f"{name} draws its samples in a way of its own",
+            f"{name} has a sampler of its own",
             expected="every sample once per data epoch: shuffle=True or shuffle=False",
             found=type(loader.batch_sampler if own_batches else sampler).__name__,
             fix="leave out sampler and batch_sampler; the order follows from the job's seed",
@@ -38,7 +38,7 @@ def one_loader(loader: Any, name: str) -> Any:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two collate functions are the same; of objects, of the same class and content."""
+    """Whether two collate functions are the same, or objects of the same class and content."""
     if one is other or one == other:
         return True
     return (

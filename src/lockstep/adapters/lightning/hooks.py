@@ -1,4 +1,4 @@
-"""What of a LightningModule is honoured without a Trainer, and what is refused by name."""
+"""Hooks: the hooks of a LightningModule that are called, and those that are refused by name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from lockstep.errors import JobError, TaskError
 
 PARTS = ("on_predict_", "test_", "predict_", "teardown")
-"""Hooks of predicting have no part in training; what ends with the run frees itself."""
+"""Hooks of prediction are not part of training; teardown is not needed in a process that ends."""
 LOADERS = {"prepare_data", "train_dataloader", "val_dataloader"}
 OF_MODULE = LOADERS | {
     "configure_model", "setup", "on_fit_start", "on_train_start",
     "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end",
     "on_test_start", "on_test_epoch_start", "on_test_epoch_end",
 }  # fmt: skip
-"""Hooks of a module that are called; its loaders, where there is no data module; those of a test,
-where that is what is evaluated."""
+"""Hooks of a module that are called: its loaders where there is no data module, and the hooks of a
+test where the test set is evaluated."""
 OF_DATA = LOADERS | {"setup"}
 """Hooks of a data module that are called."""
 TRAINING = (
@@ -24,12 +24,11 @@ TRAINING = (
     "configure_gradient_clipping", "configure_callbacks",
     "training_step_end", "training_epoch_end", "validation_step_end", "validation_epoch_end",
 )  # fmt: skip
-"""Methods of a LightningModule that would change what a step is, or that Lightning 2 has no more.
-"""
+"""Methods of a LightningModule that change what a step is, or that Lightning 2 has removed."""
 
 
 def check_module(module: Any, kind: type, skip: Sequence[str], *, test: bool) -> None:
-    """Refuse a LightningModule that needs its Trainer. `test`: it is to be tested, not trained.
+    """Refuse a LightningModule that needs its Trainer. `test`: it is tested, not trained.
 
     Raises:
         TaskError: it optimizes by itself, or has a hook that would not be called.
@@ -56,15 +55,15 @@ def check_data(datamodule: Any, kind: type, skip: Sequence[str]) -> None:
 
 
 def check_skipped(skip: Sequence[str], kind: type) -> None:
-    """Refuse to leave out what is no hook.
+    """Check that the names to skip are names of hooks.
 
     Raises:
-        JobError: one of the names is none.
+        JobError: one of them is not.
     """
     unknown = sorted({*skip} - _hooks(kind, TRAINING)) if not isinstance(skip, str) else [skip]
     if unknown:
         raise JobError(
-            "skip names what is no hook",
+            "skip has names that are not hooks",
             expected="a list of names of Lightning's hooks, such as on_train_epoch_end",
             found=", ".join(unknown),
         )
@@ -77,7 +76,7 @@ def _hooks(kind: type, more: tuple[str, ...]) -> set[str]:
 
 
 def _overridden(owner: Any, kind: type, more: tuple[str, ...]) -> set[str]:
-    """The hooks of Lightning's class that the owner's class has anew."""
+    """The hooks of Lightning's class that the owner's class overrides."""
     return {
         name
         for name in _hooks(kind, more)

@@ -1,4 +1,4 @@
-"""What a LightningModule logs while it is evaluated."""
+"""Logs: the values that a LightningModule logs during evaluation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lockstep.errors import TaskError
 
 
 class Logged:
-    """Takes the place of `self.log` and `self.log_dict`."""
+    """Logged: keeps what `self.log` and `self.log_dict` are called with."""
 
     def __init__(self, kept: Kept, module: nn.Module) -> None:
         self._kept, self._module = kept, module
         self.numbers: dict[str, torch.Tensor | float] = {}
         self.metrics: dict[str, str] = {}
-        """By what they are logged as: the module's names of torchmetrics' metrics, which are
-        computed when all batches are there."""
+        """By the logged name, the module's name of a torchmetrics metric, computed after all
+        batches."""
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Keep a number or a metric; of the options only reduce_fx is looked at.
+        """Keep a number or a metric; all options but reduce_fx are ignored.
 
         Raises:
-            TaskError: it is no mean over the batch.
+            TaskError: the value is not a mean over the batch.
         """
         if is_metric(value):
             self.metrics[name] = self._kept.name_of(self._module, value)
@@ -40,22 +40,22 @@ class Logged:
                 "of torchmetrics",
                 found=f"a {type(value).__name__}, reduce_fx={reduce!r}",
                 fix="log the mean over the batch, for an accuracy (scores.argmax(1) == labels)"
-                ".float().mean(); for what is no mean, a metric or on_validation_epoch_end",
+                ".float().mean(); otherwise log a metric, or log in on_validation_epoch_end",
             )
         self.numbers[name] = value
 
     def log_dict(self, values: Mapping[str, Any], *args: Any, **options: Any) -> None:
-        """Keep each; a MetricCollection is such a mapping, too."""
+        """Keep each value of a mapping, which may be a MetricCollection."""
         for name, value in values.items():
             self.log(name, value, **options)
 
 
 @contextlib.contextmanager
 def logging_to(module: nn.Module, logged: Logged | None) -> Iterator[None]:
-    """Have the module log there, or nowhere, while this lasts."""
+    """Have the module log to `logged`, or nowhere, within the block."""
     log = _drop if logged is None else logged.log
     log_dict = _drop if logged is None else logged.log_dict
-    # In the instance, past nn.Module's own way of setting attributes.
+    # In the instance's dict, around nn.Module.__setattr__.
     vars(module).update(log=log, log_dict=log_dict)
     try:
         yield
@@ -64,7 +64,7 @@ def logging_to(module: nn.Module, logged: Logged | None) -> Iterator[None]:
 
 
 def _drop(*args: Any, **options: Any) -> None:
-    """What is logged in training is not looked at."""
+    """Ignore what is logged, as in training."""
 
 
 def _is_number(value: Any) -> bool:

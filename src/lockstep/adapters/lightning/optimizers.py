@@ -1,4 +1,4 @@
-"""What configure_optimizers returns, in every form that Lightning documents for one optimizer."""
+"""Optimizers: what configure_optimizers returns, in every form documented for one optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Configured:
-    """One optimizer and its schedule, if there is one."""
+    """Configured: one optimizer, and its schedule if it has one."""
 
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
@@ -29,11 +29,11 @@ class Configured:
 
     @staticmethod
     def of(module: Any) -> Configured:
-        """What the module's configure_optimizers says.
+        """The optimizer and schedule of the module's configure_optimizers.
 
         Raises:
             OptimizerError: there is no optimizer, or there are several.
-            TaskError: the schedule cannot be followed.
+            TaskError: the schedule is of a kind that is not supported.
         """
         optimizers, schedulers = _split(module.configure_optimizers())
         if len(optimizers) != 1 or not isinstance(optimizers[0], torch.optim.Optimizer):
@@ -42,7 +42,7 @@ class Configured:
                 expected=FORMS,
                 found=f"{len(optimizers)}: {', '.join(type(o).__name__ for o in optimizers)}",
                 fix="use one optimizer with parameter groups; several that take turns (as a GAN's) "
-                "are no one update per step",
+                "do not make one update per step",
             )
         if len(schedulers) > 1:
             raise TaskError(
@@ -59,8 +59,9 @@ class Configured:
 def bind(
     optimizer: torch.optim.Optimizer, module: torch.nn.Module, params: Parameters
 ) -> torch.optim.Optimizer:
-    """The optimizer, over `params` in place of the module's own of the same names: with local
-    steps these are a copy's."""
+    """The optimizer, over `params` instead of the module's parameters of the same names.
+
+    With local steps, `params` are those of a copy."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     given = dict(params.named())
     for group in optimizer.param_groups:
@@ -83,7 +84,7 @@ def _split(found: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any) -> Configured:
-    """The schedule with Lightning's defaults: stepped after every data epoch."""
+    """The schedule, with Lightning's defaults: it is stepped after every data epoch."""
     options = {"interval": "epoch", "frequency": 1}
     if isinstance(scheduler, Mapping):
         options |= {key: scheduler[key] for key in options if key in scheduler}
@@ -115,21 +116,21 @@ def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any) -> Configured:
 
 
 class Following:
-    """A schedule for one optimizer that follows the schedule of another, made in the same way.
+    """Following schedule: copies the group options of another optimizer, which has the schedule.
 
-    configure_optimizers makes both at once, and a schedule may begin again after a recovery: each
-    time with a fresh pair, of which only the options of the groups are used.
+    configure_optimizers builds an optimizer and its schedule together, and a recovery builds the
+    schedule anew: each time there is a fresh pair, of which only the group options are used.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, configured: Configured) -> None:
         self._optimizer, self._leader = optimizer, configured
-        # The leader's optimizer never steps, and PyTorch would warn of it.
+        # The leader's optimizer never steps, which PyTorch would warn of.
         configured.optimizer._opt_called = True  # type: ignore[attr-defined]
         self._steps = 0
         self._copy()
 
     def step(self) -> None:
-        """Step the schedule, every so many data epochs."""
+        """Step the schedule, every `frequency` calls."""
         self._steps += 1
         if self._steps % self._leader.frequency == 0:
             self._leader.scheduler.step()

@@ -1,4 +1,4 @@
-"""What predict_step returns, as rows of a file."""
+"""Predictions: what predict_step returns, as rows of a file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from lockstep.errors import TaskError
 
 COLUMN = "prediction"
-"""The name of the only column, where predict_step gives none."""
+"""The name of the only column, where predict_step returns no names."""
 
 
 def rows_of(found: Any, samples: int) -> list[dict[str, Any]]:
-    """A row for each sample: of a tensor `[n, ...]` or a list, or of several by their names.
+    """A row for each sample, from a tensor `[n, ...]` or a list, or a mapping of these.
 
     Raises:
-        TaskError: it is nothing with one entry for each sample.
+        TaskError: there is not one entry for each sample.
     """
     columns = found if isinstance(found, Mapping) else {COLUMN: found}
     plain = {name: _entries(value) for name, value in columns.items()}

@@ -1,4 +1,4 @@
-"""`from_lightning`: a LightningModule with its data, without Lightning's Trainer."""
+"""Adapter `from_lightning`: a LightningModule with its data, without Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def from_lightning(
     test: bool = False,
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> Task:
-    """Train a LightningModule: its training_step, configure_optimizers and validation_step.
+    """Task of a LightningModule: its training_step, configure_optimizers and validation_step.
 
-    What the Trainer would be told is a setting of the job: `clip_grad_norm` for gradient_clip_val,
-    `batch_size` (times accumulate_grad_batches) for the loaders', `data_epochs` for max_epochs,
-    `precision`. There is no Trainer: `self.trainer` knows the run's numbers and refuses the rest.
+    Options of the Trainer are settings of the job: `clip_grad_norm` for gradient_clip_val,
+    `batch_size` (times accumulate_grad_batches) for that of the loaders, `data_epochs` for
+    max_epochs, `precision`. `self.trainer` is a stub that knows the numbers of the run.
 
     Args:
         module: a LightningModule, sent to the workers with its weights.
-        datamodule: a LightningDataModule; without it, the module has the loaders. Of these the data
-            set and the collate_fn are used; batches and their order are the job's.
-        skip: names of hooks that are left out, since they only print, log or save, say.
-        test: evaluate by test_step on test_dataloader, for `lockstep.evaluate(run, task=...)`.
-        from_record: to predict by predict_step from a file: of a record, what `default_collate`
-            makes batches of.
+        datamodule: a LightningDataModule; without it, the module has the loaders. Their data sets
+            and collate_fn are used; batches and their order are the job's.
+        skip: names of hooks not to call, such as those that only print, log or save.
+        test: evaluate with test_step on test_dataloader, for `lockstep.evaluate(run, task=...)`.
+        from_record: from a record of a file to predict from with predict_step: the sample, for
+            `default_collate`.
 
     Raises:
         JobError: Lightning is not installed, or an argument is of the wrong kind.
-        TaskError: the module or the data module wants what cannot be kept: manual optimization, or
-            a hook that is named in the message.
+        TaskError: the module or the data module uses manual optimization, or has a hook that is
+            not supported, which the message names.
     """
     modules, datamodules = _kinds("LightningModule"), _kinds("LightningDataModule")
     for name, value, kinds in (
@@ -79,7 +79,7 @@ def from_lightning(
 
 
 def _kinds(name: str) -> tuple[type, ...]:
-    """The class, of the packages that have it: whoever has a module has imported one of them."""
+    """The class of this name in each imported package of Lightning, or in the default one."""
     found = [sys.modules[package] for package in PACKAGES if package in sys.modules]
     return tuple(getattr(package, name) for package in found or [need(PACKAGES[0], "lightning")])
 
@@ -88,12 +88,12 @@ PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _package(kind: type) -> str:
-    """The package that has a class."""
+    """The package of Lightning that a class comes from."""
     return next(package for package in PACKAGES if kind.__module__.startswith(f"{package}."))
 
 
 class LightningTask(Task):
-    """A LightningModule and its data as a task. Made by `from_lightning`."""
+    """Task made by `from_lightning`."""
 
     def __init__(
         self, module: Any, datamodule: Any, package: str, skip: Sequence[str], *, test: bool
@@ -108,11 +108,11 @@ class LightningTask(Task):
         self._left: list[dict[str, Any]] = []
         self.made_from = (module,) if datamodule is None else (module, datamodule)
 
-    def set_position(self, place: Position) -> None:
-        self._trainer.place = place
+    def set_position(self, position: Position) -> None:
+        self._trainer.position = position
 
     def _prepared(self) -> Any:
-        """What has the loaders, once it has its data."""
+        """The owner of the loaders, with its data prepared and set up."""
         data = self._module if self._datamodule is None else self._datamodule
         if not self._ready:
             self._module.prepare_data()
@@ -157,7 +157,7 @@ class LightningTask(Task):
         loader = one_loader(getattr(self._prepared(), name)(), name)
         if not alike(loader.collate_fn, self._collate):
             raise TaskError(
-                "training and validation make their batches in two ways",
+                "training and validation have different collate functions",
                 expected="one collate_fn for both",
                 found=f"{self._collate!r} and {loader.collate_fn!r}",
                 fix="give both loaders the same collate_fn",
@@ -184,15 +184,15 @@ class LightningTask(Task):
         return bind(configured.optimizer, self._module, params)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The schedule of configure_optimizers, called anew: schedules begin more than once."""
+        """The schedule of configure_optimizers, which is called anew for each schedule."""
         configured = Configured.of(self._module)
         return None if configured.scheduler is None else Following(optimizer, configured)
 
     def metrics(self, model: Any, batch: Any) -> Mapping[str, torch.Tensor | float]:
-        """What validation_step logs: each number weighted by the samples of its batch.
+        """The numbers that validation_step logs, each weighted by the samples of its batch.
 
-        What else it leaves is kept for `outputs`, which is asked of the same batch next: the step
-        is run once.
+        The parcel of the batch is kept for `outputs`, which is called next for the same batch, so
+        that the step runs once.
         """
         logged = Logged(self._kept, model)
         step = f"{self._part}_step"
@@ -206,40 +206,40 @@ class LightningTask(Task):
         return logged.numbers
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
-        """What `metrics` has found in the module after validation_step, with the first sample."""
-        assert self._trainer.place is not None
+        """The parcel that `metrics` has kept, assigned to the batch's first sample."""
+        assert self._trainer.position is not None
         left, self._left = self._left, []
-        return {"left": [*left, *[None] * (self._trainer.place.samples - 1)]} if left else {}
+        return {"left": [*left, *[None] * (self._trainer.position.samples - 1)]} if left else {}
 
     def score(self, outputs: dict[str, Any]) -> Mapping[str, float]:
-        """The metrics of all batches together, and what on_validation_epoch_end logs."""
+        """The metrics over all batches, and what on_validation_epoch_end logs."""
         import torch
 
         module, kept = self._module, self._kept
-        exchange_plan = [parcel for parcel in outputs["left"] if parcel is not None]
+        parcels = [parcel for parcel in outputs["left"] if parcel is not None]
         hook = f"on_{self._part}_epoch_end"
         logged = Logged(kept, module)
         with torch.no_grad(), self._running(module, self._stage, hook, logged):
-            kept.unpack(module, exchange_plan)
-            for name, metric in exchange_plan[0]["logged"].items():
+            kept.unpack(module, parcels)
+            for name, metric in parcels[0]["logged"].items():
                 logged.log(name, module.get_submodule(metric).compute())
             self._hook(module, hook)
-        kept.check_carried(module, exchange_plan, hook)
+        kept.check_carried(module, parcels, hook)
         for name, metric in logged.metrics.items():
             logged.log(name, module.get_submodule(metric).compute())
         kept.roll_back(module)
         return {name: float(value) for name, value in logged.numbers.items()}
 
     def predict(self, model: Any, batch: Any) -> Sequence[Mapping[str, Any]]:
-        """What predict_step returns: by its own names, or as `prediction`."""
-        assert self._trainer.place is not None
+        """What predict_step returns, under its own names or as `prediction`."""
+        assert self._trainer.position is not None
         with self._running(model, "predict", "predict_step", None):
             found = _call(model.predict_step, batch, self._batch_idx)
-        return rows_of(found, self._trainer.place.samples)
+        return rows_of(found, self._trainer.position.samples)
 
     @property
     def _batch_idx(self) -> int:
-        return 0 if self._trainer.place is None else self._trainer.place.batch
+        return 0 if self._trainer.position is None else self._trainer.position.batch
 
     @property
     def _has_epoch_end(self) -> bool:
@@ -254,8 +254,10 @@ class LightningTask(Task):
     def _running(
         self, module: Any, stage: Stage, method: str, logged: Logged | None
     ) -> Iterator[None]:
-        """Have the module know its run and log to `logged`, or nowhere, while this lasts. It
-        begins as it was built: what a batch leaves behind must not reach the next."""
+        """Run a method of the module with the trainer stub, logging to `logged` or nowhere.
+
+        The module's metrics and lists begin as they were built, so that no batch sees another's.
+        """
         self._kept.roll_back(module)
         module.trainer, self._trainer.stage = self._trainer, stage
         before = held(module)
@@ -265,28 +267,30 @@ class LightningTask(Task):
 
 
 def _overrides(owner: Any, name: str) -> bool:
-    """Whether it has a method of its own and not Lightning's, by its class or put into the object
-    as `LightningDataModule.from_datasets` does."""
+    """Whether an object overrides Lightning's method: in its class, or in the object itself, as
+    `LightningDataModule.from_datasets` does."""
     method = getattr(type(owner), name, None)
     of_class = method is not None and not method.__module__.startswith(OURS)
     return of_class or name in vars(owner)
 
 
 OURS = ("lightning.", "pytorch_lightning.")
-"""How the names of Lightning's own modules begin."""
+"""The prefixes of the names of Lightning's modules."""
 
 
 def _call(step: Callable[..., Any], batch: Any, index: int) -> Any:
-    """`training_step(batch)` or `training_step(batch, batch_idx)`, whatever they are called there;
-    dataloader_idx, where it is wanted, is 0: there is one loader."""
-    places = [p for p in inspect.signature(step).parameters.values() if p.kind in BY_PLACE]
-    wanted = [p for p in places if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
-    indices = len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in places)
+    """Call `training_step(batch)` or `training_step(batch, batch_idx)`, as its signature has it.
+
+    A third parameter, dataloader_idx, is 0, since there is one loader.
+    """
+    positional = [p for p in inspect.signature(step).parameters.values() if p.kind in POSITIONAL]
+    wanted = [p for p in positional if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    indices = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in positional)
     more = max(len(wanted) - 1, indices)
     return step(batch, *[index, *[0] * (more - 1)][:more])
 
 
-BY_PLACE = (
+POSITIONAL = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
     inspect.Parameter.VAR_POSITIONAL,

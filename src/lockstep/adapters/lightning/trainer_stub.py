@@ -1,4 +1,4 @@
-"""What stands in `self.trainer`: the numbers of the run, and a logger that drops what it gets."""
+"""Trainer stub: `self.trainer` with the numbers of the run, and a logger that drops everything."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Stage = Literal["fit", "validate", "test", "predict"]
 
 
 class NoTrainer:
-    """Answers what a LightningModule may know of its run; everything else is refused by name.
+    """Trainer stub: answers what a LightningModule may ask of its run; refuses the rest by name.
 
-    The answers are those of one process, for the bits are: one rank in a world of one.
+    It reports one rank in a world of one, since the results are those of one process.
     """
 
     world_size = num_devices = num_nodes = accumulate_grad_batches = 1
@@ -23,61 +23,61 @@ class NoTrainer:
     is_global_zero = True
     sanity_checking = fast_dev_run = False
     progress_bar_callback = None
-    """Lightning's own `self.print` asks for it, and prints if there is none."""
+    """Lightning's `self.print` prints where there is no progress bar."""
 
     def __init__(self, module: Any, datamodule: Any, package: str) -> None:
-        """`package`: the one of Lightning's whose class the module is of."""
+        """`package`: Lightning's package that the module's class comes from."""
         self.model = self.lightning_module = module
         self.datamodule = datamodule
         self._package = package
         self.callbacks: list[Any] = []
         self.stage: Stage = "fit"
-        self.place: Position | None = None
-        """Told by the run; None: it is not planned yet."""
+        self.position: Position | None = None
+        """The position in the run; None: the run is not planned yet."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoTrainer:
         return self  # a copy of the module belongs to the same run
 
     @property
     def logger(self) -> Any:
-        """Lightning's own logger of nothing; made anew, since it does not survive a pickle."""
+        """Lightning's DummyLogger, built for each call, since it cannot be pickled."""
         return importlib.import_module(f"{self._package}.loggers.logger").DummyLogger()
 
     @property
     def loggers(self) -> list[Any]:
-        """That one."""
+        """A list of the one logger."""
         return [self.logger]
 
     @property
     def current_epoch(self) -> int:
-        """The data epoch: in validation, the one that has ended."""
-        return 0 if self.place is None else self.place.data_epoch
+        """The data epoch; in validation, the one that has ended."""
+        return 0 if self.position is None else self.position.data_epoch
 
     @property
     def global_step(self) -> int:
-        """How many steps are committed."""
-        return 0 if self.place is None else self.place.step
+        """The number of committed steps."""
+        return 0 if self.position is None else self.position.step
 
     @property
     def estimated_stepping_batches(self) -> int:
-        """The run's steps."""
+        """The number of steps in the run."""
         return self._planned("estimated_stepping_batches").steps
 
     @property
     def max_steps(self) -> int:
-        """The run's steps."""
+        """The number of steps in the run."""
         return self._planned("max_steps").steps
 
     @property
     def num_training_batches(self) -> int:
-        """The steps of a data epoch."""
+        """The number of steps in a data epoch."""
         return self._planned("num_training_batches").steps_per_epoch
 
     @property
     def max_epochs(self) -> int:
-        """The run's data epochs, also one that is only begun."""
-        place = self._planned("max_epochs")
-        return math.ceil(place.steps / place.steps_per_epoch)
+        """The number of data epochs in the run, a partial one included."""
+        position = self._planned("max_epochs")
+        return math.ceil(position.steps / position.steps_per_epoch)
 
     training = property(lambda self: self.stage == "fit")
     validating = property(lambda self: self.stage == "validate")
@@ -85,25 +85,25 @@ class NoTrainer:
     predicting = property(lambda self: self.stage == "predict")
 
     def _planned(self, name: str) -> Position:
-        if self.place is None:
+        if self.position is None:
             raise TaskError(
                 f"self.trainer.{name} is not known yet",
-                expected="a question of configure_optimizers, or of a step",
-                found="one of setup or configure_model, before the run is planned",
-                fix="ask it later, or give the module the number",
+                expected="use in configure_optimizers, or in a step",
+                found="use in setup or configure_model, before the run is planned",
+                fix="use it later, or give the module the number",
             )
-        return self.place
+        return self.position
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        names = {*vars(type(self)), *vars(self)} - {"place", "stage"}
+        names = {*vars(type(self)), *vars(self)} - {"position", "stage"}
         known = sorted(key for key in names if not key.startswith("_"))
         raise TaskError(
             f"the module asks for self.trainer.{name}, and there is no Trainer",
             expected=f"one of {', '.join(known)}",
             found=name + ASKED_BY.get(name, ""),
-            fix="leave it out, or give the module what it needs to know",
+            fix="leave it out, or give the module the value",
         )
 
 

@@ -1,10 +1,10 @@
-"""What validation_step leaves in a module besides its logs, gathered for on_validation_epoch_end.
+"""Validation state: metrics and lists that held-out batches fill, gathered over all workers.
 
 In one process, metrics of torchmetrics and lists (`self.outputs.append(...)`) fill up from batch to
-batch. Here every batch begins with the module as it was built, what it leaves is a parcel, and one
-worker puts the parcels of all batches together, in the order of the data. So the numbers are those
-of one process over the same batches. Metrics are put together as torchmetrics itself does between
-processes: by the `dist_reduce_fx` of each of their states, sums one after the other.
+batch. Here every batch begins with the module as it was built, and leaves a parcel. One worker
+merges the parcels of all batches in the order of the data for on_validation_epoch_end, so that the
+results are those of one process. The states of metrics are merged by their `dist_reduce_fx`, as
+torchmetrics does between processes; sums are added one after the other.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import nn
 from lockstep.errors import TaskError
 
 Parcel = dict[str, Any]
-"""`{"metrics": {name: {"count", "states"}}, "lists": {name: items}}`, ready for JSON."""
+"""`{"metrics": {name: {"count", "states"}}, "lists": {name: items}}`, as JSON can hold it."""
 
 
 def is_metric(value: Any) -> bool:
-    """Whether it is one of torchmetrics: whoever has one has imported that."""
+    """Whether a value is a metric of torchmetrics, which is imported wherever there is one."""
     package = sys.modules.get("torchmetrics")
     return package is not None and isinstance(value, package.Metric)
 
@@ -35,7 +35,7 @@ def is_metric(value: Any) -> bool:
 def separate_metrics(module: nn.Module) -> None:
     """Have each metric of a collection keep states of its own.
 
-    Otherwise torchmetrics merges those whose states are alike after the first batch, and which
+    Otherwise torchmetrics merges metrics whose states are equal after the first batch, and which
     batch is the first depends on the worker.
     """
     package = sys.modules.get("torchmetrics")
@@ -45,10 +45,10 @@ def separate_metrics(module: nn.Module) -> None:
 
 
 class Kept:
-    """What a module keeps between batches in one process, and here puts back before each."""
+    """Kept state: the metrics and lists of a module, reset before each batch."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Notes how the module was built. Called once, before any batch."""
+        """Records the lists as the module was built with them. Called before the first batch."""
         self._metric_names = [n for n, part in module.named_modules() if is_metric(part)]
         self._lists = {name: list(v) for name, v in vars(module).items() if isinstance(v, list)}
 
@@ -59,20 +59,20 @@ class Kept:
         """The name of a metric that is logged.
 
         Raises:
-            TaskError: it is none of the module's.
+            TaskError: it is not a metric of the module.
         """
         for name, own in self._metrics(module):
             if own is metric:
                 return name
         raise TaskError(
-            "a metric is logged that is no part of the module",
+            "a metric is logged that is not part of the module",
             expected="an attribute of the module, or in an nn.ModuleDict or nn.ModuleList there",
             found=type(metric).__name__,
             fix="make it in __init__, as an attribute: self.val_accuracy = ...",
         )
 
     def roll_back(self, module: nn.Module) -> None:
-        """Make metrics and lists what they were."""
+        """Reset metrics and lists to what they were when the module was built."""
         for _, metric in self._metrics(module):
             metric.reset()
         for name, built in self._lists.items():
@@ -83,7 +83,7 @@ class Kept:
                 setattr(module, name, list(built))
 
     def parcel(self, module: nn.Module) -> Parcel:
-        """What a batch has left."""
+        """The parcel that a batch has left in the module."""
         metrics = {
             name: {"count": metric._update_count, "states": _encoded(name, metric.metric_state)}
             for name, metric in self._metrics(module)
@@ -96,27 +96,25 @@ class Kept:
         }
         return {"metrics": metrics, "lists": {name: new for name, new in lists.items() if new}}
 
-    def unpack(self, module: nn.Module, exchange_plan: Sequence[Parcel]) -> None:
-        """Leave in the module what all batches have left, in their order."""
+    def unpack(self, module: nn.Module, parcels: Sequence[Parcel]) -> None:
+        """Load the parcels of all batches into the module, in their order."""
         self.roll_back(module)
         for name, metric in self._metrics(module):
-            found = [each["metrics"][name] for each in exchange_plan if name in each["metrics"]]
+            found = [each["metrics"][name] for each in parcels if name in each["metrics"]]
             if found:
                 _fill(name, metric, [_decoded(each["states"]) for each in found])
                 metric._update_count = sum(each["count"] for each in found)
-        for name in dict.fromkeys(name for each in exchange_plan for name in each["lists"]):
-            items = [
-                item for each in exchange_plan for item in _decoded(each["lists"].get(name, []))
-            ]
+        for name in dict.fromkeys(name for each in parcels for name in each["lists"]):
+            items = [item for each in parcels for item in _decoded(each["lists"].get(name, []))]
             setattr(module, name, [*self._lists.get(name, ()), *items])
 
-    def check_carried(self, module: nn.Module, exchange_plan: Sequence[Parcel], hook: str) -> None:
-        """Refuse a hook that keeps something from one evaluation to the next, such as the best.
+    def check_carried(self, module: nn.Module, parcels: Sequence[Parcel], hook: str) -> None:
+        """Refuse a hook that keeps state between evaluations, such as the best value.
 
         Raises:
             TaskError: it changed a metric that no batch had changed.
         """
-        filled = {name for each in exchange_plan for name in each["metrics"]}
+        filled = {name for each in parcels for name in each["metrics"]}
         carried = [
             n for n, metric in self._metrics(module) if metric._update_count and n not in filled
         ]
@@ -131,8 +129,8 @@ class Kept:
 
 
 def held(module: nn.Module) -> dict[str, Any]:
-    """What plain attributes of the module itself hold: numbers, nothing, which tensors, and how
-    much is in a dict, a set or a deque."""
+    """A snapshot of the module's plain attributes, to find changes: numbers, None, the identity and
+    version of tensors, and the sizes of dicts, sets and deques."""
     return {
         name: _mark(value)
         for name, value in vars(module).items()
@@ -144,7 +142,7 @@ def held(module: nn.Module) -> dict[str, Any]:
 
 HOLDING = (int, float, torch.Tensor, dict, set, collections.deque)
 SMALL = 64
-"""Items: a dict that has more is a table, of which only the size is looked at."""
+"""Items: of a larger dict only the size is compared."""
 
 
 def _mark(value: Any) -> Any:
@@ -158,10 +156,10 @@ def _mark(value: Any) -> Any:
 
 
 def check_held(module: nn.Module, before: dict[str, Any], method: str) -> None:
-    """Refuse a method that keeps something in the module from one batch to the next.
+    """Refuse a method that keeps state in the module between batches.
 
     Raises:
-        TaskError: a plain attribute has changed that was there before.
+        TaskError: a plain attribute has changed.
     """
     now = held(module)
     changed = {name: (value, now.get(name)) for name, value in before.items()}
@@ -169,7 +167,7 @@ def check_held(module: nn.Module, before: dict[str, Any], method: str) -> None:
     if changed:
         raise TaskError(
             f"{method} keeps something in self.{next(iter(changed))}",
-            expected="plain attributes that stay as they are: who computes what would count",
+            expected="plain attributes that do not change: results would depend on the worker",
             found=", ".join(f"self.{n}: {old} -> {new}" for n, (old, new) in changed.items()),
             fix="use self.global_step, self.current_epoch or batch_idx; what training has to keep "
             "is a registered buffer; what validation gathers is a torchmetrics metric or a list, "
@@ -178,7 +176,7 @@ def check_held(module: nn.Module, before: dict[str, Any], method: str) -> None:
 
 
 def _fill(name: str, metric: Any, found: list[Mapping[str, Any]]) -> None:
-    """Set a metric's states to those of all batches together."""
+    """Set a metric's states to those of all batches, merged."""
     for state, reduce in metric._reductions.items():
         values = [states[state] for states in found]
         setattr(metric, state, _together(f"{name}.{state}", reduce, values))
@@ -186,7 +184,7 @@ def _fill(name: str, metric: Any, found: list[Mapping[str, Any]]) -> None:
 
 
 def _together(name: str, reduce: Any, values: list[Any]) -> Any:
-    """One state of all batches, by its `dist_reduce_fx`."""
+    """One state of a metric, merged over all batches by its `dist_reduce_fx`."""
     from torchmetrics.utilities import dim_zero_cat, dim_zero_mean, dim_zero_sum
 
     if isinstance(values[0], list):
@@ -206,10 +204,10 @@ def _together(name: str, reduce: Any, values: list[Any]) -> Any:
 
 
 def _encoded(name: str, value: Any) -> Any:
-    """Ready for JSON, with all bits.
+    """A value as JSON can hold it, without loss of bits.
 
     Raises:
-        TaskError: it cannot be.
+        TaskError: it is of another type.
     """
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)

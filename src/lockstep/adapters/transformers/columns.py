@@ -1,4 +1,4 @@
-"""Columns of the data that a transformers model takes: its Trainer's rule."""
+"""Columns: those of the data that a transformers model takes, as its Trainer selects them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ if TYPE_CHECKING:
     from torch import nn
 
 LABELS = frozenset({"label", "label_ids", "labels"})
-"""Columns that collators make labels of."""
+"""Columns that collators turn into labels."""
 
 
 def of_transformers(collator: Callable[[list[Any]], Any]) -> bool:
-    """Whether it is a collator of transformers, not one of the user's."""
+    """Whether a collator is one of transformers, not the user's."""
     kind = collator if inspect.isfunction(collator) else type(collator)
     return kind.__module__.partition(".")[0] == "transformers"
 
 
 def columns_of(model: nn.Module) -> frozenset[str] | None:
-    """The columns that a model takes; None: it may take any."""
+    """The columns that a model takes; None: any."""
     transformers = need("transformers", "transformers")
     base = base_of(model)
     parameters = inspect.signature(base.forward).parameters.values()
     named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(named) < len(parameters) and not isinstance(base, transformers.PreTrainedModel):
-        return None  # what transformers' own models have there are options of attention
+        return None  # in transformers' own models, keyword arguments are options of attention
     return frozenset(named) | LABELS
 
 
 def taken(sample: Mapping[str, Any], columns: frozenset[str]) -> dict[str, Any]:
-    """Of a sample what the model takes.
+    """The columns of a sample that the model takes.
 
     Raises:
-        TaskError: that is nothing but labels, or these are texts.
+        TaskError: they are only labels, or labels that are texts.
     """
     found = {name: value for name, value in sample.items() if name in columns}
     for name in found.keys() & LABELS:

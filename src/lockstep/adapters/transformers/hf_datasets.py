@@ -1,4 +1,4 @@
-"""Hugging Face's `datasets`: what of them can be trained on, and what is refused by name."""
+"""Hugging Face datasets: checks of arguments that are data sets of the package `datasets`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ TABLES = ("arrow", "polars")
 
 
 def check_table(name: str, data: Any) -> None:
-    """Refuse what stands for several data sets, has no length, or gives no samples.
+    """Check that an argument is one map-style data set of samples.
+
+    Args:
+        name: the argument's name, for messages.
+        data: its value.
 
     Raises:
-        JobError: `data`, the argument of this name, is such a thing.
+        JobError: it is several data sets, has no length, or gives tables.
     """
     if isinstance(data, str):
         raise JobError(
@@ -52,7 +56,7 @@ def check_table(name: str, data: Any) -> None:
 
 
 def _kind(data: Any) -> str:
-    """The name of a class of `datasets`; empty if it is another's."""
+    """The name of the class, if it is one of `datasets`; otherwise ""."""
     for kind in type(data).__mro__:
         if kind.__module__.partition(".")[0] == "datasets":
             return kind.__name__

@@ -1,4 +1,4 @@
-"""What transformers models predict, by their kind: the rows of `lockstep predict`.
+"""Predictions: rows of `lockstep predict`, by the kind of transformers model.
 
 Labels and scores are those of transformers' pipelines.
 """
@@ -21,16 +21,16 @@ Row = dict[str, Any]
 def answers(
     model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, generate: Mapping[str, Any]
 ) -> list[Row]:
-    """A row for each sample of a batch; its labels, if there are any, are not looked at.
+    """A row for each sample of a batch. Labels in the batch are ignored.
 
     Args:
         model: in evaluation mode.
-        batch: what it takes.
-        tokenizer: makes texts of generated tokens; None: there is none.
+        batch: the model's inputs.
+        tokenizer: decodes generated tokens; None: there is none.
         generate: arguments of `model.generate`.
 
     Raises:
-        TaskError: there is no answer that everybody would expect of this kind of model.
+        TaskError: this kind of model has no standard form of prediction.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = base_of(model)
@@ -67,7 +67,7 @@ def _classes(logits: torch.Tensor, config: Any) -> list[Row]:
 
 
 def _token_classes(logits: torch.Tensor, inputs: Mapping[str, Any], config: Any) -> list[Row]:
-    """`logits`: `[n, tokens, classes]`. A label and a score for each token that is no padding."""
+    """`logits`: `[n, tokens, classes]`. A label and a score for each token that is not padding."""
     import torch
 
     scores, classes = logits.float().softmax(-1).max(-1)
@@ -91,13 +91,13 @@ def _choices(logits: torch.Tensor) -> list[Row]:
 def _texts(
     model: Any, inputs: dict[str, Any], tokenizer: Any, generate: Mapping[str, Any]
 ) -> list[Row]:
-    """What is generated; of a model that continues its prompt, without the prompt."""
+    """Generated texts, without the prompt where the model repeats it."""
     config = base_of(model).config
     continues = not config.is_encoder_decoder
     if continues:
         inputs = padded_left(inputs)
     if getattr(config, "output_router_logits", False):
-        generate = {"output_router_logits": False, **generate}  # of use to the loss alone
+        generate = {"output_router_logits": False, **generate}  # used by the loss only
     tokens = model.generate(**inputs, **generate)
     if continues:
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
@@ -106,19 +106,19 @@ def _texts(
 
 
 def padded_left(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same samples with their padding before them: a continuation begins after the last token.
+    """The same samples padded on the left, so that a continuation begins after the last token.
 
-    `attention_mask`, `[n, tokens]`, says what is padding; whatever has its shape is moved with it.
+    `attention_mask`, `[n, tokens]`, marks the padding; all inputs of its shape are moved.
     """
     import torch
 
     mask = inputs.get("attention_mask")
     if mask is None:
         return dict(inputs)
-    after = mask.long().flip(1).argmax(1)  # how many places follow the last token
-    places = (torch.arange(mask.shape[1]) - after[:, None]) % mask.shape[1]
+    after = mask.long().flip(1).argmax(1)  # the number of columns after the last token
+    columns = (torch.arange(mask.shape[1]) - after[:, None]) % mask.shape[1]
     return {
-        name: value.gather(1, places)
+        name: value.gather(1, columns)
         if isinstance(value, torch.Tensor) and value.shape == mask.shape
         else value
         for name, value in inputs.items()

@@ -1,4 +1,4 @@
-"""`from_transformers`: a model of Hugging Face transformers, or a configuration of one."""
+"""Adapter `from_transformers`: a model of Hugging Face transformers, or its configuration."""
 
 from __future__ import annotations
 
@@ -48,34 +48,33 @@ def from_transformers(
     predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
     generate: Mapping[str, Any] | None = None,
 ) -> Task:
-    """Fine-tune, or train from scratch, a transformers model with AdamW.
+    """Task that fine-tunes, or trains from scratch, a transformers model with AdamW.
 
-    The loss is the mean that the model itself takes over a shard's batch; shards are weighted by
-    their samples.
+    The loss is the model's own mean over a shard's batch; shards are weighted by their samples.
 
     Args:
-        model: a `PreTrainedModel`, sent to the workers with its weights; a function that makes one
+        model: a `PreTrainedModel`, sent to the workers with its weights; a function that builds one
             there; or a `PretrainedConfig`, from which one is initialised under the job's seed.
-        dataset: a `datasets.Dataset` or any map-style data set whose items are mappings with what
-            the model takes, `labels` among it; or a function that makes it.
+        dataset: a `datasets.Dataset` or any map-style data set whose items are mappings of the
+            model's inputs and `labels`; or a function that builds it.
         eval_dataset: the held-out data, of the same form.
         auto_class: for a configuration, `"AutoModelForSequenceClassification"` or the class.
         collate: a data collator; default: `transformers.default_data_collator`, which does not
             pad. `DataCollatorWithPadding(tokenizer)` pads each shard to its own longest sample.
-            To collators of transformers columns that the model does not take are not given, as
-            by its Trainer; a function of one's own gets the samples whole.
+            Collators of transformers get only the columns that the model takes, as with its
+            Trainer; other functions get all columns.
         loss: from `(outputs, labels)`, the mean over a batch, in place of the model's own: such as
             `transformers.trainer_pt_utils.LabelSmoother(0.1)`.
         lr: AdamW's learning rate.
-        weight_decay: of what has two dimensions or more: not of biases and norms.
-        warmup_steps: over so many steps the rate rises from 0 to `lr`.
-        decay_steps: at this step it has come down to 0, in a line; None: it stays. Give the
-            `steps` of the run.
-        from_record: to predict from a file: a sample, which `collate` takes, of a record, such as
+        weight_decay: of parameters with two or more dimensions, so not of biases and norms.
+        warmup_steps: the steps in which the learning rate rises from 0 to `lr`.
+        decay_steps: the step at which it has fallen linearly to 0, usually the `steps` of the
+            run; None: it does not fall.
+        from_record: from a record of a file to predict from: the sample for `collate`, such as
             `lambda record: tokenizer(record["text"], truncation=True)`.
         predict: from `(model, batch)`, a mapping for each sample of the batch; default: labels and
             scores of a classification, texts of a model that generates (see `answers`).
-        generate: arguments of `model.generate` for that, such as `{"max_new_tokens": 40}`.
+        generate: arguments of `model.generate` for predictions: `{"max_new_tokens": 40}`.
 
     Raises:
         JobError: transformers is not installed, or an argument is of the wrong kind.
@@ -85,7 +84,7 @@ def from_transformers(
         model = _FromConfig(model, _auto_class(transformers, auto_class))
     elif auto_class is not None:
         raise JobError(
-            "auto_class is given, but the model is no configuration",
+            "auto_class is given, but the model is not a configuration",
             expected="a PretrainedConfig with auto_class, or a model without",
             found=repr(type(model)),
             fix="leave out auto_class",
@@ -118,7 +117,7 @@ def from_transformers(
 
 
 def _check_collator(collator: Any, *, evaluates: bool) -> None:
-    """Refuse collators whose draws depend on who collates, or whose batches hide the samples."""
+    """Refuse collators whose draws depend on the worker, or whose batches join the samples."""
     name = type(collator).__name__
     if getattr(collator, "seed", None) is not None:
         raise JobError(
@@ -149,7 +148,7 @@ def _auto_class(transformers: Any, auto_class: str | type | None) -> Any:
 
 
 class _FromConfig:
-    """Makes a model from its configuration."""
+    """Builds a model from its configuration."""
 
     def __init__(self, config: Any, auto_class: Any) -> None:
         self.config, self.auto_class = config, auto_class
@@ -160,12 +159,12 @@ class _FromConfig:
 
 
 class TransformersTask(Task):
-    """A transformers model and its data as a task. Made by `from_transformers`."""
+    """Task made by `from_transformers`."""
 
     warmup_steps: int = 0
     decay_steps: int | None = None
     generate: Mapping[str, Any]
-    """What `model.generate` is given to predict."""
+    """Arguments of `model.generate` for predictions."""
 
     def __init__(
         self,
@@ -180,9 +179,9 @@ class TransformersTask(Task):
         self._model, self._dataset, self._eval_dataset = model, dataset, eval_dataset
         self._collator, self._criterion = collator, criterion
         self._shift: int | None = None
-        """Of a model that scores tokens, what `label_shift` says, once that is known."""
+        """For a model that scores tokens, the result of `label_shift` once it is known."""
         self._columns: frozenset[str] | None = None
-        """Those that the collator gets; None: all."""
+        """The columns that the collator gets; None: all."""
         self.lr, self.weight_decay = lr, weight_decay
         self.made_from = tuple(part for part in (model, criterion) if part is not None)
 
@@ -190,7 +189,7 @@ class TransformersTask(Task):
         model = build_model(self._model)
         if of_transformers(self._collator):
             self._columns = columns_of(model)
-        return model.train()  # from_pretrained leaves it in evaluation mode
+        return model.train()  # from_pretrained returns it in evaluation mode
 
     def train_data(self) -> Dataset[Any]:
         data: Dataset[Any] = build_data(self._dataset)
@@ -215,7 +214,7 @@ class TransformersTask(Task):
         return loss
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
-        """AdamW in two groups, as everybody's fine-tuning has it."""
+        """AdamW with weight decay for parameters of two or more dimensions only."""
         import torch
 
         decayed = [p for p in params if p.ndim > 1]
@@ -228,7 +227,7 @@ class TransformersTask(Task):
         return torch.optim.AdamW(groups, lr=self.lr)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        """Linear, as transformers' own: up over the warm-up, then down."""
+        """transformers' linear schedule: up over the warm-up, then down or constant."""
         transformers = need("transformers", "transformers")
         schedule: LRScheduler
         if self.decay_steps is not None:
@@ -240,7 +239,7 @@ class TransformersTask(Task):
         return schedule
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
-        """Loss, and accuracy of a classification. What is taken over tokens: see `score`."""
+        """Loss, and accuracy of a classification. For metrics over tokens see `score`."""
         if self._shift is not None:
             return {}
         outputs = model(**batch)
@@ -254,7 +253,7 @@ class TransformersTask(Task):
         return found
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | Sequence[Any]]:
-        """Of each sample, the sums over its labelled tokens; see `token_sums`."""
+        """The sums over the labelled tokens of each sample; see `token_sums`."""
         if self._shift is None:
             return {}
         return token_sums(model(**batch).logits, batch["labels"], self._shift)
@@ -264,7 +263,7 @@ class TransformersTask(Task):
         return token_score(outputs) if outputs else {}
 
     def predict(self, model: nn.Module, batch: Any) -> Sequence[Mapping[str, Any]]:
-        """What its kind of model is expected to say; see `answers`."""
+        """The standard predictions of the kind of model; see `answers`."""
         return answers(model, batch, getattr(self._collator, "tokenizer", None), self.generate)
 
 
@@ -276,7 +275,7 @@ def _one_class_each(logits: Any, labels: Any) -> bool:
 
 
 def _own_loss(outputs: Any, batch: Any) -> torch.Tensor:
-    """Raises: TaskError: the model gave none."""
+    """The loss that the model returned. Raises: TaskError: it returned none."""
     loss: torch.Tensor | None = getattr(outputs, "loss", None)
     if loss is None:
         fix = (

@@ -1,4 +1,4 @@
-"""Held-out numbers of models that score tokens: each labelled token counts once."""
+"""Token metrics: held-out loss, perplexity and accuracy over labelled tokens, each counted once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 IGNORED = -100
-"""The label of a token that counts nowhere, as in transformers."""
+"""The label of a token that is not counted, as in transformers."""
 MOST_EXPONENT = 700.0
-"""The largest loss whose perplexity is a float."""
+"""The largest loss whose perplexity fits a float."""
 
 
 def labels_tokens(model: nn.Module, logits: Any, labels: Any) -> bool:
@@ -25,10 +25,10 @@ def labels_tokens(model: nn.Module, logits: Any, labels: Any) -> bool:
 
 
 def label_shift(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """1 if label `t` belongs to the scores at `t - 1`: the next token is predicted; else 0.
+    """1 if label `t` belongs to the scores at `t - 1`, as in next-token prediction; otherwise 0.
 
-    The name does not tell: `BartForCausalLM` does not shift, `GPT2LMHeadModel` does. The model's
-    own loss tells: where labels are shifted, the first token's is not looked at.
+    The class name does not decide it: `BartForCausalLM` does not shift, `GPT2LMHeadModel` does.
+    The model's own loss does: where labels are shifted, the first token's label is ignored.
     """
     import torch
 
@@ -41,7 +41,7 @@ def label_shift(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
 
 def token_sums(logits: torch.Tensor, labels: torch.Tensor, shift: int) -> dict[str, torch.Tensor]:
-    """Of each sample, sums over its labelled tokens, and how many there are.
+    """Sums over the labelled tokens of each sample, and their number.
 
     Args:
         logits: scores, `[n, tokens, classes]`.

@@ -1,4 +1,4 @@
-"""Scripted players of Connect Four, and games against them."""
+"""Opponents: scripted players of Connect Four, and games against them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from lockstep.recipes.connect_four.rules import State, new_game, outcome
 
 Choose = Callable[[Sequence[State]], Sequence[int]]
-"""A player: positions, none of which is over, to columns."""
+"""A player: from states of unfinished games to columns."""
 
 OPPONENTS = ("random", "one_ply", "two_ply")
-"""How far each looks ahead. `one_ply` wins where a stone wins; `two_ply` also leaves the other no
-stone that wins, where it can. Otherwise both play at random."""
+"""The scripted players. `one_ply` plays a winning move if there is one; `two_ply` also avoids moves
+after which the other can win at once. Otherwise both play at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A game against a scripted player; its seed says what that one draws."""
+    """Match: a game against a scripted player, whose draws are seeded."""
 
     opponent: str
     first: bool
@@ -46,7 +46,7 @@ def _won(state: State, player: int) -> bool:
 
 
 def _can_be_won(state: State) -> bool:
-    """Whether the player to move has a stone that wins."""
+    """Whether the player to move can win with one move."""
     if state.is_terminal():
         return False
     player = state.current_player()
@@ -54,7 +54,7 @@ def _can_be_won(state: State) -> bool:
 
 
 def play(matches: Sequence[Match], choose: Choose) -> list[float]:
-    """Play the games side by side; what each is worth to `choose`: 1, 0 or -1."""
+    """Play the games side by side. Returns the outcome of each for `choose`: 1, 0 or -1."""
     states = [new_game() for _ in matches]
     draws = [random.Random(match.seed) for match in matches]
     while any(not state.is_terminal() for state in states):

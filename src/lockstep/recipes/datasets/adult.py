@@ -18,7 +18,7 @@ PACKED, TABLE = "adult.parquet.brotli", "adult.csv"
 
 
 def _convert(files: Files) -> Files:
-    """The table as CSV, which needs no package to be read."""
+    """The table as CSV, which can be read without a package."""
     try:
         import pyarrow.parquet
     except ImportError:

@@ -1,4 +1,4 @@
-"""What Debian says of its packages: descriptions, their one-line synopses, and both in German.
+"""Debian descriptions: descriptions of packages, their one-line synopses, and both in German.
 
 The texts are those of Debian 12 (bookworm) as of its point release 12.15: the archive's own
 translation lists, by the Debian Description Translation Project, joined on the digest that each
@@ -17,21 +17,21 @@ from lockstep.recipes.datasets.text_pairs import COLUMNS, Pair, parse_pairs
 ENGLISH, GERMAN = "Translation-en", "Translation-de"
 TRANSLATIONS, SYNOPSES = "translations.tsv", "synopses.tsv"
 UNTRANSLATED = "<trans>"
-"""Stands in a German text where a part has not been translated."""
+"""Marks a part of a German text that has not been translated."""
 FEWEST_WORDS = 20
-"""A description with fewer says no more than its synopsis."""
+"""A description with fewer words says no more than its synopsis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """One entry of a list."""
+    """Description: one entry of a list."""
 
     synopsis: str
     paragraphs: tuple[str, ...]
 
 
 def parse_list(content: bytes, language: str) -> dict[str, Description]:
-    """The entries of a translation list by the MD5 of their English text; the last one counts."""
+    """The entries of a translation list by the MD5 of their English text; the last one of each."""
     found = {}
     for block in content.decode().split("\n\n"):
         fields: dict[str, list[str]] = {}

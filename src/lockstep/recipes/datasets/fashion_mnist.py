@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 grey images of clothes, from Debian's package of them.
+"""Fashion-MNIST: 70,000 grey images of clothes, from a Debian package.
 
 Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
 Algorithms", 2017.

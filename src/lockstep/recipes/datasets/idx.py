@@ -1,4 +1,4 @@
-"""IDX, the format of MNIST's files: a magic number, the sizes, then the elements."""
+"""IDX: the format of MNIST's files, a magic number, the sizes, and the elements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def from_idx(content: bytes, source: str | Path) -> NDArray[np.uint8]:
         source: its name, for messages.
 
     Raises:
-        DataError: it is no such file.
+        DataError: it is not such a file.
     """
     try:
         if content.startswith(GZIP):

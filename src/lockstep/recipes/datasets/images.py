@@ -1,4 +1,4 @@
-"""Images with labels, in two splits: from IDX files, as MNIST has them, or from an image folder."""
+"""Images: labelled images in two splits, from IDX files as MNIST's, or from an image folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDX_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Images to learn from, and others held out."""
+    """Images: training and held-out images, with labels."""
 
     train_images: NDArray[np.uint8]
     """`[n, channels, height, width]`, 0 to 255."""
@@ -31,18 +31,18 @@ class Images:
     test_images: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
     classes: tuple[str, ...]
-    """What each label means."""
+    """The name of each label."""
 
 
 def images_of(
     contents: dict[str, bytes], classes: tuple[str, ...] = (), source: str | Path = ""
 ) -> Images:
-    """Images out of the contents of four IDX files, by name, packed or not.
+    """Images from the contents of four IDX files, packed by gzip or not.
 
     Args:
         contents: by the names of `IDX_NAMES`, with or without `.gz`.
-        classes: what the labels mean; default: their numbers.
-        source: where they come from, for messages.
+        classes: the names of the labels; default: their numbers.
+        source: their origin, for messages.
 
     Raises:
         DataError: a file is not IDX, or images and labels do not fit each other.
@@ -66,7 +66,7 @@ def images_of(
 
 
 def read_images(folder: str | Path, *, size: int = 28, color: bool = False) -> Images:
-    """Images out of a folder of the user's.
+    """Images from a folder of the user's.
 
     Args:
         folder: four IDX files with MNIST's names, or `train/CLASS/*` and `test/CLASS/*` with an
@@ -74,7 +74,7 @@ def read_images(folder: str | Path, *, size: int = 28, color: bool = False) -> I
         size: images of an image folder are scaled to `size` x `size`.
         color: keep an image folder's colours (3 channels), or make the images grey (1).
 
-    Hidden files and folders do not count, whose names begin with a dot.
+    Files and folders whose names begin with a dot are ignored.
 
     Raises:
         DataError: the folder holds neither, an image cannot be read, or a class has none.
@@ -111,12 +111,12 @@ def _either(folder: Path, name: str) -> Path | None:
 
 
 def _seen(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, by name; nothing if it is no folder."""
+    """The visible content of a folder, sorted; empty if it is not a folder."""
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
 def _listed(folder: Path) -> str:
-    """What is in a folder, for messages."""
+    """The content of a folder, for messages."""
     if not folder.is_dir():
         return "a file" if folder.exists() else "no such folder"
     inside = [path for name in (".", "train") for path in _seen(folder / name)]
@@ -127,7 +127,7 @@ def _files(folder: Path, split: str, classes: tuple[str, ...]) -> list[tuple[Pat
     """The image files of a split, with the number of the class of each.
 
     Raises:
-        DataError: a class has no images to learn from, or the split has none at all.
+        DataError: a class has no training images, or the split has no images.
     """
     found = {name: _seen(folder / split / name) for name in classes}
     strange = {path.name for path in _seen(folder / split) if path.is_dir()} - found.keys()
@@ -145,7 +145,7 @@ def _files(folder: Path, split: str, classes: tuple[str, ...]) -> list[tuple[Pat
 
 
 def read_image(path: Path, size: int, color: bool) -> NDArray[np.uint8]:
-    """An image file, upright, scaled to `[3 or 1, size, size]`; what is transparent is white.
+    """An image file, upright, scaled to `[3 or 1, size, size]`, on a white background.
 
     Raises:
         DataError: it cannot be read, or has more than 8 bits for a channel.
@@ -162,13 +162,13 @@ def read_image(path: Path, size: int, color: bool) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):  # whose conversion cuts off what is above 255
+            if image.mode.startswith(("I", "F")):  # their conversion clips values above 255
                 raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode})")
             if image.has_transparency_data:
                 shown = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
             scaled = image.convert("RGB" if color else "L").resize((size, size))
-    except Exception as error:  # its readers raise whatever a damaged file makes them stumble over
+    except Exception as error:  # Pillow's readers raise any type for a damaged file
         raise DataError(
             f"{path} is not an image that can be used",
             expected="a format that Pillow reads, with 8 bits for a channel",

@@ -1,7 +1,7 @@
-"""all-MiniLM-L6-v2: weights of a small sentence encoder, to be fine-tuned.
+"""MiniLM: the weights of the sentence encoder all-MiniLM-L6-v2, for fine-tuning.
 
 A BERT of six layers of width 384 that was trained on a billion pairs of texts by the project
-Sentence-Transformers. Safetensors alone are kept, so nothing is unpickled.
+Sentence-Transformers. Only safetensors are kept, so nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def minilm_folder() -> Path:
         IntegrityError: they have been altered.
     """
     MINILM.read()
-    # Where the package is installed its own folder would do, but holds more than was checked.
+    # An installed package's own folder has files besides those that were checked.
     return MINILM.folder() if MINILM.where() == "fetched" else MINILM.fetch()

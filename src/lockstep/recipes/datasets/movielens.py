@@ -1,4 +1,4 @@
-"""MovieLens 100k: who rated which film when, from the files that the package RecBole ships.
+"""MovieLens 100k: ratings of films with their times, from the package RecBole.
 
 Harper and Konstan, "The MovieLens Datasets: History and Context", 2015. RecBole's titles differ
 from GroupLens's in that the year has a column of its own.
@@ -36,7 +36,7 @@ MOVIELENS_100K = DataSet(
 
 @dataclass(frozen=True, kw_only=True)
 class Ratings:
-    """Who took which item, each user's items in the order of time."""
+    """Ratings: users and their items, each user's in the order of time."""
 
     users: NDArray[np.int64]
     """`[n]`, numbers of users from 0, ascending."""
@@ -47,15 +47,15 @@ class Ratings:
 
 
 def load_ratings(path: str | Path | None = None) -> Ratings:
-    """Ratings, sorted by user and then by time. How high they are does not matter.
+    """Ratings, sorted by user and then by time. Their values are not used.
 
     Args:
         path: A table with the columns `user_id` (or `user`) and `item_id` (or `item`), and
-            perhaps `timestamp` (a number; without it, the order of the rows is that of time).
-            Where a user has an item more than once, the first time counts. None: MovieLens 100k.
+            optionally `timestamp` (a number; without it, rows are in the order of time). Of
+            several ratings of an item by a user, the first counts. None: MovieLens 100k.
 
     Raises:
-        DataError: the data are not there, or are no ratings.
+        DataError: the data are missing, or are not ratings.
         IntegrityError: the fetched data have been altered.
     """
     if path is not None:
@@ -87,7 +87,7 @@ def _ratings(table: Table, titles: dict[str, str] | None = None) -> Ratings:
 
 
 def _names(table: Table, *columns: str) -> list[str]:
-    """The users or the items of all rows, from the first of these columns that is there."""
+    """The users or the items of all rows, from the first of these columns that the table has."""
     for column in columns:
         names = table.columns.get(column, [])
         for row, name in enumerate(names):
@@ -99,7 +99,7 @@ def _names(table: Table, *columns: str) -> list[str]:
 
 
 def _times(table: Table) -> NDArray[np.float64]:
-    """When each rating was made, `[n]`; zeros where the table does not say it."""
+    """The time of each rating, `[n]`; zeros without a column timestamp."""
     texts = table.columns.get("timestamp", ["0"] * len(table.lines))
     times = [number_of(text) for text in texts]
     if None in times:
@@ -117,8 +117,7 @@ def _unusable(table: Table, found: str, where: str = "") -> DataError:
         f"{where or table.source} is not a {'rating' if where else 'table of ratings'}",
         expected="columns user_id and item_id, and perhaps timestamp, a number",
         found=found,
-        fix="mend or leave out the row; without the column timestamp the order of rows is that "
-        "of time"
+        fix="correct or remove the row; without the column timestamp, rows are in the order of time"
         if where
         else "rename the columns, or leave the path out",
     )

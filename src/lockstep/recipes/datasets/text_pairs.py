@@ -1,7 +1,6 @@
-"""Pairs of texts, a source and its target: from a file, without repetitions, and split by a hash.
+"""Text pairs: sources with targets, from a file, without duplicates, split by a hash.
 
-Which pairs are held out depends on each pair's own text alone, never on the order of the file or
-on what else is in it.
+Whether a pair is held out depends on hashes of the sources, never on the order of the file.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ Pair = tuple[str, str]
 """A source and its target."""
 COLUMNS = ("source", "target")
 HELD_OUT = 500
-"""So many pairs are held out, or a tenth where there are fewer than ten times as many."""
+"""The number of held-out pairs; of fewer than ten times as many pairs, a tenth."""
 FEWEST = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Pairs to learn from, and pairs held out. No source is in both, nor twice in one."""
+    """Split: training and held-out pairs. No source is in both, or twice in one."""
 
     train: tuple[Pair, ...]
     held_out: tuple[Pair, ...]
@@ -36,7 +35,7 @@ def parse_pairs(content: bytes, source: str | Path) -> list[Pair]:
     """Pairs from a table with the columns `source` and `target`.
 
     Raises:
-        DataError: it is no such table.
+        DataError: it is not such a table.
     """
     return _pairs(parse_table(content, source))
 
@@ -57,12 +56,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def split_pairs(pairs: Iterable[Pair], name: str | Path, held_out: int = HELD_OUT) -> Split:
-    """The pairs without repetitions, some held out: those whose sources have the least hashes.
+    """The pairs without duplicates; those with the smallest hashes of their sources are held out.
 
-    Sources that differ in case and space alone are the same; of the targets of one source the one
-    that sorts first is kept. Pairs without a source or a target are left out. Pairs to learn from
-    are in the order of their hashes, held-out ones from the shortest target to the longest, so that
-    a batch has texts of like length.
+    Sources that differ only in case and spaces are the same; of the targets of one source, the one
+    that sorts first is kept. Pairs without a source or a target are left out. Training pairs are
+    sorted by hash, held-out ones by the length of the target, so that a batch has texts of similar
+    length.
 
     Raises:
         DataError: there are too few.
@@ -100,7 +99,7 @@ def _pairs(table: Table) -> list[Pair]:
 
 def _from_lines(path: str | Path) -> list[Pair]:
     pairs = []
-    # Not splitlines, which also splits at characters that JSON leaves as they are.
+    # Not splitlines, which also splits at characters that JSON does not escape.
     for number, line in enumerate(text_of(read_content(path), path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -108,7 +107,7 @@ def _from_lines(path: str | Path) -> list[Pair]:
             entry = json.loads(line)
             pair = (entry["source"], entry["target"])
             for text in pair:
-                text.encode()  # halves of a surrogate pair are no text
+                text.encode()  # half of a surrogate pair has no UTF-8 form
         except KeyError as error:
             raise _unusable(path, f"no {error} in line {number}") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

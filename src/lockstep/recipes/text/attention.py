@@ -1,4 +1,4 @@
-"""Attention over packed rows in training, and one token at a time while a text is written."""
+"""Attention: multi-head, over packed rows in training, and with cached keys in decoding."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Attention(nn.Module):
         memory_rows: Packing,
         causal: bool = False,
     ) -> torch.Tensor:
-        """Let each of `tokens` `[n, width]` look at its row of `memory` `[m, width]`; `[n, width]`.
+        """Attend from `tokens` `[n, width]` to their rows of `memory` `[m, width]`; `[n, width]`.
 
-        `causal`: only at those up to itself, where `memory` is `tokens`.
+        `causal`: only to tokens up to itself, where `memory` is `tokens`.
         """
         mask = memory_rows.there[:, None, None, :]
-        if causal:  # padding comes after everything that a token may look at
+        if causal:  # padding comes after all tokens that may be attended to
             length = mask.shape[3]
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         keys_values = memory_rows.spread(self.key_value(memory))
@@ -44,9 +44,10 @@ class Attention(nn.Module):
     def extend(
         self, tokens: torch.Tensor, before: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let the newest token of each row, `[n, width]`, look at those before it and itself.
+        """Attend from the newest token of each row, `[n, width]`, to itself and those before it.
 
-        `before` holds keys and values `[n, length, 2 * width]`; returned with the newest ones.
+        `before` is the cache of keys and values `[n, length, 2 * width]`, returned with the new
+        ones.
         """
         keys_values = torch.cat([before, self.key_value(tokens)[:, None]], dim=1)
         seen = self._look(self.query(tokens)[:, None], keys_values)
@@ -55,12 +56,12 @@ class Attention(nn.Module):
     def look(
         self, tokens: torch.Tensor, keys_values: torch.Tensor, there: torch.Tensor
     ) -> torch.Tensor:
-        """Let `[rows * k, width]`, k tokens of each row, look at the row's memory.
+        """Attend from `[rows * k, width]`, k tokens of each row, to the row's memory.
 
         Args:
             tokens: `[rows * k, width]`.
             keys_values: `[rows, length, 2 * width]`.
-            there: `[rows, length]`, bool: what of the memory is no padding.
+            there: `[rows, length]`, bool: false for padding of the memory.
         """
         queries = self.query(tokens).unflatten(0, (len(there), -1))
         seen = self._look(queries, keys_values, there[:, None, None, :])
@@ -75,13 +76,13 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """`[rows, n, width]` over `[rows, m, 2 * width]`: `[rows, n, width]`.
 
-        `mask`: what may be looked at, as `[rows or 1, 1, n or 1, m]` (bool).
+        `mask`: what may be attended to, as `[rows or 1, 1, n or 1, m]` (bool).
         """
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in (queries, *keys_values.chunk(2, dim=2))
         )
-        # Written out: on CPUs, PyTorch 2.13's fused kernel takes ten times as long going backward.
+        # Not the fused kernel: on CPUs, its backward pass in PyTorch 2.13 takes ten times as long.
         scores = (query @ key.mT).float() / math.sqrt(query.shape[3])
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)

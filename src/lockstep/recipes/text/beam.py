@@ -1,4 +1,4 @@
-"""Beam search: the likeliest text, as far as a few candidates at a time can find it."""
+"""Beam search: the likeliest text, by keeping the best few candidates at each step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ BEGIN, END = 1, 2
 """The tokens before and after a text."""
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`(newest, parents)`, both `[rows, beams]` (int64), to log-probabilities of the next token,
-`[rows, beams, vocabulary]`: `newest` is each candidate's last token, `parents` which candidate of
-the step before it continues."""
+`[rows, beams, vocabulary]`: `newest` is each candidate's last token, `parents` the candidate
+of the previous step that it continues."""
 
 
 def beam_search(step: Step, rows: int, beams: int, longest: int) -> torch.Tensor:
     """The best text of each row, by mean log-probability of its tokens.
 
-    A candidate that has ended keeps its place among the `beams` until it is outdone.
+    A finished candidate stays among the `beams` until better ones displace it.
 
     Args:
-        step: Scores what may come next.
-        rows: How many texts to write.
-        beams: How many candidates of each are kept.
-        longest: Tokens that a text may have, its end included.
+        step: Scores the next tokens.
+        rows: Number of texts.
+        beams: Number of candidates per text.
+        longest: Most tokens of a text, its end included.
 
     Returns:
         `[rows, at most longest]` (int64): tokens, the end, and padding.
@@ -55,8 +55,11 @@ def beam_search(step: Step, rows: int, beams: int, longest: int) -> torch.Tensor
 
 
 def _allowed(log_probs: torch.Tensor, ended: torch.Tensor, last: bool) -> torch.Tensor:
-    """`log_probs` without what cannot be: after the end comes padding, at no cost, and nothing
-    else; padding and the beginning come nowhere else; and the last token is the end."""
+    """`log_probs` with -inf for tokens that are not allowed.
+
+    After the end comes only padding, at no cost; padding and the beginning come nowhere else; and
+    the last token is the end.
+    """
     if last:
         only = torch.full_like(log_probs, -torch.inf)
         only[:, :, END] = log_probs[:, :, END]
@@ -68,7 +71,8 @@ def _allowed(log_probs: torch.Tensor, ended: torch.Tensor, last: bool) -> torch.
 
 
 def write(model: Transformer, sources: torch.Tensor, beams: int, longest: int) -> torch.Tensor:
-    """What the model makes of sources `[rows, length]` (int64, padded): see `beam_search`."""
+    """The texts that the model writes for sources `[rows, length]` (int64, padded): see
+    `beam_search`."""
     rows = len(sources)
     memory = model.memorise(sources)
     before = model.begin(rows * beams)

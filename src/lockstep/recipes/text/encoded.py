@@ -1,4 +1,4 @@
-"""Pairs of texts as tokens: a data set, and how its samples become a batch."""
+"""Encoded pairs: pairs of texts as tokens, as a data set and as batches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lockstep.recipes.text.vocabulary import Vocabulary
 
 Row = NDArray[np.int32]
 TAIL = 30
-"""Percent of a text that is too long which are taken from its end."""
+"""For a text that is too long, the percentage of the kept tokens that is taken from its end."""
 Sample = tuple[Row, Row]
-"""Tokens of a source and of its target, which has begin and end."""
+"""Tokens of a source, and of its target with begin and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ragged:
-    """Rows of tokens of any lengths, end to end: few objects, however many rows."""
+    """Ragged array: rows of tokens of any lengths in one array."""
 
     tokens: Row
     starts: NDArray[np.int64]
-    """Where each row begins, and where the last one ends."""
+    """The start of each row, and the end of the last one."""
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[int]]) -> Ragged:
@@ -47,7 +47,7 @@ class Ragged:
 
 
 class EncodedPairs(Dataset[Sample]):
-    """Pairs as tokens; what is longer than `longest` (source, target) is cut: see `read`."""
+    """Data set of pairs as tokens, truncated to `longest` (source, target); see `read`."""
 
     def __init__(
         self, pairs: Sequence[Pair], vocabulary: Vocabulary, longest: tuple[int, int]
@@ -69,11 +69,11 @@ class EncodedPairs(Dataset[Sample]):
 
 
 def read(texts: Sequence[str], vocabulary: Vocabulary, longest: int) -> list[list[int]]:
-    """Tokens of sources and the end, so that none is empty.
+    """Tokens of sources, each with the end token, so that none is empty.
 
-    Of what is longer than `longest` the beginning and the end are kept, where texts say most.
+    Of a text longer than `longest` the beginning and the end are kept, which say most.
     """
-    # A word is a token or more, so the words in between would be left out in any case.
+    # A word is at least one token, so the words in between would be left out in any case.
     ends = [
         " ".join([*words[:longest], *words[longest:][-longest:]])
         for words in (text.split() for text in texts)
@@ -88,6 +88,6 @@ def read(texts: Sequence[str], vocabulary: Vocabulary, longest: int) -> list[lis
 def padded(rows: Sequence[Row | list[int]]) -> torch.Tensor:
     """Rows of tokens as a table, `[rows, longest]` (int64)."""
     table = np.full((len(rows), max(map(len, rows))), PADDING, np.int64)
-    for place, row in zip(table, rows, strict=True):
-        place[: len(row)] = row
+    for filled, row in zip(table, rows, strict=True):
+        filled[: len(row)] = row
     return torch.from_numpy(table)

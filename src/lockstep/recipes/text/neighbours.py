@@ -1,4 +1,4 @@
-"""What has been seen that is most like a text: a baseline that learns nothing."""
+"""Neighbours: nearest texts by TF-IDF, as a baseline without training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def words_of(text: str) -> list[str]:
 
 
 class Neighbours:
-    """Texts, to be found by the cosine of their words' TF-IDF weights."""
+    """Nearest-neighbour index of texts, by the cosine of TF-IDF weights."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         counts = [Counter(words_of(text)) for text in texts]
@@ -25,18 +25,18 @@ class Neighbours:
         spread = Counter(word for count in counts for word in count)
         self._rarity = {word: math.log(self._size / n) + 1 for word, n in spread.items()}
         places: dict[str, tuple[list[int], list[float]]] = {word: ([], []) for word in spread}
-        for place, count in enumerate(counts):
+        for index, count in enumerate(counts):
             weights = {word: n * self._rarity[word] for word, n in count.items()}
             length = math.sqrt(sum(weight**2 for weight in weights.values()))
             for word, weight in weights.items():
-                places[word][0].append(place)
+                places[word][0].append(index)
                 places[word][1].append(weight / length)
         self._places: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {
             word: (np.array(where), np.array(weights)) for word, (where, weights) in places.items()
         }
 
     def nearest(self, text: str) -> int:
-        """The place of the text that is most like this one; the first of several."""
+        """The index of the text most similar to this one; the first of several."""
         scores = np.zeros(self._size)
         for word, count in sorted(Counter(words_of(text)).items()):
             if word in self._places:

@@ -1,6 +1,6 @@
-"""Rows of tokens of different lengths, end to end, so that nothing is computed for padding.
+"""Packing: rows of tokens of different lengths end to end, so that padding is not computed.
 
-Only attention needs rows beside each other; everything else works on the tokens alone.
+Only attention needs padded rows; everything else works on single tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PADDING = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Where the tokens of a padded table are."""
+    """Packing: the positions of tokens in a padded table."""
 
     there: torch.Tensor
-    """`[rows, longest]`, bool: what is no padding."""
+    """`[rows, longest]`, bool: false for padding."""
     places: torch.Tensor
-    """`[tokens]`: the tokens' places in the flattened table."""
+    """`[tokens]`: the tokens' indices in the flattened table."""
 
     @classmethod
     def of(cls, table: torch.Tensor) -> Packing:
@@ -29,7 +29,7 @@ class Packing:
         return cls(there=there, places=there.flatten().nonzero().squeeze(1))
 
     def pack(self, table: torch.Tensor) -> torch.Tensor:
-        """What is there of `[rows, longest, ...]`, as `[tokens, ...]`."""
+        """The tokens of a table `[rows, longest, ...]`, as `[tokens, ...]`."""
         return table.flatten(0, 1).index_select(0, self.places)
 
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The task of recipes that turn one text into another: all but the data and the score."""
+"""Rewriting: the task of recipes that write one text for another, without data and score."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from lockstep.recipes.text.vocabulary import SPECIAL, Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a recipe chooses."""
+    """Settings: the hyperparameters that a recipe chooses."""
 
     epochs: float
     batch_size: int
     rate: float
     """The highest learning rate."""
     vocabulary: int
-    """Subwords."""
+    """Number of subwords."""
     width: int
     encoders: int
     decoders: int
     longest: tuple[int, int]
-    """Tokens of a source that are read, and of a target that are learned and written."""
+    """Most tokens of a source, and of a target."""
     heads: int = 4
     dropout: float = 0.1
     smoothing: float = 0.1
     beams: int = 4
     warm_up: float = 0.1
-    """The part of the run in which the learning rate rises."""
+    """The fraction of the run in which the learning rate rises."""
 
     def __post_init__(self) -> None:
         at_least(self.heads, width=self.width)
-        at_least(SPECIAL + 256, vocabulary=self.vocabulary)  # all bytes are in it
+        at_least(SPECIAL + 256, vocabulary=self.vocabulary)  # it contains all bytes
         if self.width % self.heads:
             raise JobError(
                 "width cannot be divided among the heads",
@@ -57,29 +57,29 @@ class Settings:
 
 
 class Rewriting(Task):
-    """Learn to write the targets of sources; a recipe says which, and how well it is done."""
+    """Task of writing targets for sources; a recipe adds the data and the score."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     def read_split(self) -> Split:
-        """The pairs, read anew."""
+        """Read the pairs."""
         raise NotImplementedError
 
     @functools.cached_property
     def split(self) -> Split:
-        """The pairs, read when first asked for."""
+        """The pairs, read on first use."""
         return self.read_split()
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """Subwords of both sides, learned from what is not held out."""
+        """The subwords of sources and targets, learned from the training pairs."""
         texts = (text for pair in self.split.train for text in pair)
         return Vocabulary.learn(texts, self.settings.vocabulary)
 
     @functools.cached_property
     def encoded(self) -> EncodedPairs:
-        """The pairs to learn from, as tokens."""
+        """The training pairs as tokens."""
         return EncodedPairs(self.split.train, self.vocabulary, self.settings.longest)
 
     def model(self) -> nn.Module:
@@ -93,17 +93,17 @@ class Rewriting(Task):
         )  # fmt: skip
 
     def train_data(self) -> EncodedPairs:
-        """The pairs to learn from."""
+        """The training pairs."""
         return self.encoded
 
     def eval_data(self) -> EncodedPairs:
-        """The pairs held out."""
+        """The held-out pairs."""
         return EncodedPairs(self.split.held_out, self.vocabulary, self.settings.longest)
 
     def collate(self, samples: list[Any]) -> Any:
         """Tables of tokens `[n, longest of this batch]` (int64), padded: of sources and of targets.
 
-        Samples without a target are texts, and stay as they are.
+        Samples from records are texts, and are returned as they are.
         """
         if isinstance(samples[0], str):
             return samples
@@ -111,21 +111,21 @@ class Rewriting(Task):
 
     @functools.cached_property
     def mean_length(self) -> float:
-        """Tokens of a target, on average, without its beginning."""
+        """The mean number of tokens in a target, without its begin."""
         return len(self.encoded.targets.tokens) / len(self.encoded) - 1
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Mean cross-entropy of the targets' tokens.
 
-        Divided by what a target has on average, not by what these have: so every token counts the
-        same wherever it is, and the loss of a batch is the mean over its samples.
+        Divided by the mean number of tokens of all targets, not of these, so that every token has
+        the same weight, and the loss of a batch is the mean over its samples.
         """
         losses = model(*batch, smoothing=self.settings.smoothing)
         scaled: torch.Tensor = losses.mean() / self.mean_length
         return scaled
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
-        """AdamW; biases and norms do not decay."""
+        """AdamW, with weight decay for weights only."""
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.01},
             {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
@@ -133,7 +133,7 @@ class Rewriting(Task):
         return torch.optim.AdamW(groups, lr=self.settings.rate, betas=(0.9, 0.98))
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        """Up to the highest rate, then down to 0 by half a cosine."""
+        """Linear warm-up, then cosine decay to 0."""
         chosen = self.settings
         size = self.planned_batch_size or chosen.batch_size
         steps = max(1.0, chosen.epochs * math.ceil(len(self.encoded) / size))
@@ -152,7 +152,7 @@ class Rewriting(Task):
         return {"loss": model(*batch) / tokens}
 
     def outputs(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-        """Per pair: what is written for its source."""
+        """Per pair: the text written for its source."""
         return {"texts": self.write(model, batch[0])}
 
     def write(self, model: nn.Module, sources: torch.Tensor) -> list[str]:
@@ -163,7 +163,7 @@ class Rewriting(Task):
         return self.vocabulary.decode(rows.tolist())
 
     def fitted(self) -> str:
-        """The subwords."""
+        """The vocabulary."""
         return str(self.vocabulary)
 
     def from_record(self, record: Mapping[str, Any]) -> str:
@@ -178,7 +178,7 @@ class Rewriting(Task):
         return text
 
     def predict(self, model: nn.Module, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """For each of the texts, what is written for it."""
+        """The text written for each of the texts."""
         sources = read(texts, self.vocabulary, self.settings.longest[0])
         with torch.no_grad():
             return [{"text": text} for text in self.write(model, padded(sources))]
@@ -187,6 +187,6 @@ class Rewriting(Task):
 def _no_text(found: str) -> DataError:
     return DataError(
         "a record is not a text",
-        expected='{"source": "the text to write another for"}',
+        expected='{"source": "the text to rewrite"}',
         found=found,
     )

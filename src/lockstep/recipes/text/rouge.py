@@ -1,4 +1,4 @@
-"""ROUGE: how many words, pairs of words and longest common sequences two texts share.
+"""ROUGE: the overlap of two texts in words, pairs of words and longest common subsequences.
 
 Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. F1 of each pair, then the mean,
 on words in lower case without stemming, as the package rouge-score computes it by default.
@@ -26,21 +26,21 @@ def _words(text: str) -> list[str]:
 
 
 def _overlap(text: list[str], wanted: list[str], length: int) -> float:
-    """F1 of the runs of `length` words, each counted as often as both texts have it."""
+    """F1 of the n-grams of `length` words, each counted as often as both texts have it."""
     runs = [Counter(zip(*(words[i:] for i in range(length)), strict=False))
             for words in (text, wanted)]  # fmt: skip
     return _f1((runs[0] & runs[1]).total(), runs[0].total(), runs[1].total())
 
 
 def _common(text: list[str], wanted: list[str]) -> int:
-    """The length of the longest sequence of words that both texts have, with gaps."""
+    """The length of the longest common subsequence of words."""
     lengths = [0] * (len(wanted) + 1)
     for word in text:
         diagonal = 0
-        for place, other in enumerate(wanted, start=1):
-            above = lengths[place]
-            longest = max(above, lengths[place - 1])
-            lengths[place] = diagonal + 1 if word == other else longest
+        for index, other in enumerate(wanted, start=1):
+            above = lengths[index]
+            longest = max(above, lengths[index - 1])
+            lengths[index] = diagonal + 1 if word == other else longest
             diagonal = above
     return lengths[-1]
 

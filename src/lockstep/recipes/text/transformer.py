@@ -1,9 +1,9 @@
-"""A transformer that reads one text and writes another, and that can copy words of the first.
+"""Transformer: an encoder-decoder that can copy words of the source (pointer-generator).
 
 Encoder and decoder normalise before each layer (Xiong et al., "On Layer Normalization in the
-Transformer Architecture", 2020), and one table of embeddings serves for reading, writing and
-scoring. A next token is either drawn from the vocabulary or copied from the source, as in See, Liu
-and Manning, "Get To The Point: Summarization with Pointer-Generator Networks", 2017.
+Transformer Architecture", 2020), and share one table of embeddings with the output. A next token is
+either drawn from the vocabulary or copied from the source, as in See, Liu and Manning, "Get To The
+Point: Summarization with Pointer-Generator Networks", 2017.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lockstep.recipes.text.attention import Attention
 from lockstep.recipes.text.packing import Packing
 
 TINY = 1e-9
-"""The probability of copying a token that the source does not have."""
+"""The probability of copying a token that is not in the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How large a transformer is."""
+    """Shape: the sizes of a transformer."""
 
     vocabulary: int
     width: int
@@ -37,19 +37,19 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a decoder step needs to know of the sources."""
+    """Memory: the encoded sources, as decoder steps use them."""
 
     tokens: torch.Tensor
     """`[rows, length]`, int64."""
     rows: Packing
     keys_values: tuple[torch.Tensor, ...]
-    """Of each decoder layer, `[rows, length, 2 * width]`."""
+    """For each decoder layer, `[rows, length, 2 * width]`."""
     pointers: torch.Tensor
-    """What to compare with when copying, `[rows, length, width]`."""
+    """Keys of the copy mechanism, `[rows, length, width]`."""
 
 
 class Feed(nn.Sequential):
-    """The two linear maps with which each layer ends."""
+    """Feed-forward block of a layer."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__(
@@ -58,7 +58,7 @@ class Feed(nn.Sequential):
 
 
 class EncoderLayer(nn.Module):
-    """Look around, and think."""
+    """Encoder layer: self-attention and feed-forward."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Look at what has been written, look at the source, and think."""
+    """Decoder layer: causal self-attention, cross-attention and feed-forward."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
         keys_values: torch.Tensor,
         there: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for the newest token of each text; see `Attention.extend` and `.look`."""
+        """`forward` for the newest token of each text; see `Attention.extend` and `.look`."""
         seen, before = self.written.extend(self.norms[0](tokens), before)
         tokens = tokens + seen
         tokens = tokens + self.source.look(self.norms[1](tokens), keys_values, there)
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Scores of target texts, given source texts."""
+    """Encoder-decoder: log-probabilities of target texts, given source texts."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -136,12 +136,12 @@ class Transformer(nn.Module):
     def forward(
         self, sources: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
     ) -> torch.Tensor:
-        """Minus the log-probability of each target, `[rows]`, in nats.
+        """The negative log-likelihood of each target, `[rows]`, in nats.
 
         Args:
             sources: Tokens `[rows, length]` (int64), padded.
             targets: Tokens `[rows, length]` (int64), padded, with begin and end.
-            smoothing: How much of each target's probability is spread over the vocabulary.
+            smoothing: Label smoothing: the probability that is spread over the vocabulary.
         """
         labels = targets[:, 1:]
         rows, source_rows = Packing.of(labels), Packing.of(sources)
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         return -rows.spread(log_prob[:, None]).sum(dim=(1, 2))
 
     def encode(self, sources: torch.Tensor, rows: Packing) -> torch.Tensor:
-        """Tokens `[rows, length]` to what the encoder makes of them, packed: `[n, width]`."""
+        """Encode tokens `[rows, length]`; packed, `[n, width]`."""
         tokens = self._embed(sources, rows)
         for layer in self.encoders:
             tokens = layer(tokens, rows)
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         return out
 
     def memorise(self, sources: torch.Tensor) -> Memory:
-        """What `step` needs to know of sources, `[rows, length]` (int64), padded."""
+        """The memory of sources `[rows, length]` (int64), padded, for `step`."""
         rows = Packing.of(sources)
         source = self.encode(sources, rows)
         return Memory(
@@ -194,15 +194,15 @@ class Transformer(nn.Module):
 
         Args:
             newest: The last token of each text, `[rows, k]` (int64).
-            before: Of each decoder layer the keys and values of the texts so far,
+            before: For each decoder layer the keys and values of the texts so far,
                 `[rows * k, length, 2 * width]`.
-            memory: The sources.
+            memory: The encoded sources.
 
         Returns:
             `[rows, k, vocabulary]`, and `before` with those of the newest tokens.
         """
-        place = before[0].shape[1]
-        positions = positions_of(place + 1, self.width)[place]
+        length = before[0].shape[1]
+        positions = positions_of(length + 1, self.width)[length]
         tokens = self.embedding(newest.flatten()) * math.sqrt(self.width) + positions
         after = []
         for layer, kept, keys_values in zip(
@@ -223,11 +223,11 @@ class Transformer(nn.Module):
         return (layer for layer in self.decoders if isinstance(layer, DecoderLayer))
 
     def begin(self, texts: int) -> list[torch.Tensor]:
-        """`before` of `step` for texts of which nothing has been written."""
+        """`before` of `step` for empty texts."""
         return [torch.zeros(texts, 0, 2 * self.width) for _ in self.decoders]
 
     def _embed(self, table: torch.Tensor, rows: Packing) -> torch.Tensor:
-        """Embeddings with positions, `[n, width]`."""
+        """Token embeddings plus position encodings, `[n, width]`."""
         length = table.shape[1]
         tokens = self.embedding(rows.pack(table)) * math.sqrt(self.width)
         out: torch.Tensor = self.dropout(
@@ -236,19 +236,19 @@ class Transformer(nn.Module):
         return out
 
     def _scores(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-odds `[n, vocabulary]` (float32) of tokens that are not copied."""
+        """Logits `[n, vocabulary]` (float32) of tokens that are not copied."""
         return F.linear(tokens, self.embedding.weight).float()
 
     def _copying(
         self, queries: torch.Tensor, pointers: torch.Tensor, there: torch.Tensor
     ) -> torch.Tensor:
-        """How likely each place of the source is copied: `[rows, n, length]` (float32)."""
+        """Copy probabilities of the source's tokens: `[rows, n, length]` (float32)."""
         scores = (queries @ pointers.mT).float() / math.sqrt(self.width)
         return scores.masked_fill(~there[:, None], -torch.inf).softmax(dim=2)
 
 
 def positions_of(length: int, width: int) -> torch.Tensor:
-    """Sines and cosines that tell places apart, `[length, width]` (float32)."""
+    """Sinusoidal position encodings, `[length, width]` (float32)."""
     rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)

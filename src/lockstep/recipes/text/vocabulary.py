@@ -1,4 +1,4 @@
-"""Subwords: pieces of words that are learned from texts, so that no word is unknown.
+"""Vocabulary: subwords that are learned from texts, so that no word is unknown.
 
 Byte pair encoding (Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with
 Subword Units", 2016) on bytes, by the package tokenizers. The same texts give the same subwords.
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIAL = 3
-"""Tokens below this one are no subwords: padding, begin and end."""
+"""The number of special tokens, which come first: padding, begin and end."""
 
 
 class Vocabulary:
-    """Turns texts into numbers and back."""
+    """Vocabulary: encodes texts as tokens, and decodes tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     @classmethod
     def learn(cls, texts: Iterable[str], size: int) -> Vocabulary:
-        """The `size` tokens that serve these texts best.
+        """Learn `size` tokens from texts.
 
         Raises:
             JobError: the package tokenizers is missing.
         """
-        # Its threads would not survive the fork into workers.
+        # Its threads do not survive the fork into workers.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
             from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -55,18 +55,18 @@ class Vocabulary:
         return cls(tokenizer)
 
     def __str__(self) -> str:
-        """All that it has learned."""
+        """The whole tokenizer as JSON."""
         return self._tokenizer.to_str()
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size() + SPECIAL
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The subwords of each text."""
+        """The tokens of each text."""
         for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
             yield [number + SPECIAL for number in encoding.ids]
 
     def decode(self, rows: Iterable[Iterable[int]]) -> list[str]:
-        """Texts from rows of tokens; those that are no subwords are left out."""
+        """The texts of rows of tokens; special tokens are left out."""
         pieces = [[number - SPECIAL for number in row if number >= SPECIAL] for row in rows]
         return [self._tokenizer.decode(row).strip() for row in pieces]
