@@ -137,7 +137,7 @@ class LocalRounds:
         first = self.shared.local[0].offset
 
         def view(name: str) -> torch.Tensor:
-            entry = self.shared.entry(name)
+            entry = self.shared.layout.entry(name)
             place = entry.offset - first
             return as_tensor(slot.local, place, entry.dtype, entry.shape, entry.stride)
 

@@ -65,6 +65,14 @@ class Layout:
     exported: tuple[tuple[str, str], ...]
     """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
 
+    def entry(self, name: str) -> Entry:
+        """The tensor of this name."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
     def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[ByteRange]:
         """The bytes of the state segment that are these trainable parameters', of such kinds."""
         return merge_ranges(

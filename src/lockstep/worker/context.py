@@ -30,7 +30,7 @@ from lockstep.worker.build_state import build
 from lockstep.worker.forward_backward import ForwardBackward
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Session:
     """What the forkserver prepares and its forks inherit."""
 
@@ -71,7 +71,7 @@ class Session:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class WorkerContext:
     """One worker process: its view of the session, and what carries over from step to step."""
 
