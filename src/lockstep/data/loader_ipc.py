@@ -18,11 +18,12 @@ import threading
 import weakref
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef, rebuild_storage_fd, reduce_storage
+
+from lockstep.system.torch_patches import hand_over_storages
 
 NAME = "lockstep-batch"
 Waiting = queue.SimpleQueue[torch.UntypedStorage]
@@ -44,9 +45,7 @@ class TensorChannel:
         way, waiting = mine[0].fileno(), Waiting()
         mine[0].close()
         threading.Thread(target=_send, args=(mine[1], waiting), daemon=True).start()
-        # Torch's `default_collate` makes its batches in shared memory, in a loader.
-        torch.UntypedStorage._new_using_fd_cpu = staticmethod(_new_storage)  # type: ignore[assignment, method-assign]
-        ForkingPickler.register(torch.UntypedStorage, functools.partial(_reduce, way, waiting, {}))
+        hand_over_storages(_new_storage, functools.partial(_reduce, way, waiting, {}))
 
     def forked(self) -> None:
         """In the worker, once they are forked: an end that has no other end tells of a death."""

@@ -39,7 +39,7 @@ from lockstep.planning.forkserver_messages import (
     to_client,
 )
 from lockstep.planning.worker_messages import to_agent
-from lockstep.system import numerics
+from lockstep.system import numerics, torch_patches
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
@@ -112,7 +112,7 @@ class ForkServer:
                 payload = file.read()
         import_needed()
         numerics.configure(threads=1)
-        numerics.keep_to_one_thread()
+        torch_patches.keep_to_one_thread()
         from lockstep.data.dataset_shipping import write_sets
         from lockstep.worker.load_task import load
 
