@@ -1,4 +1,4 @@
-"""Large dense embeddings, without their zeros.
+"""Table sum: gradients of large embeddings are summed by touched rows, without their zeros.
 
 The gradient of a dense `nn.Embedding` is as large as its table and nearly all zeros. Autograd
 fills, a slot would be filled with, and owners would sum, all of them at each step. Here the module
@@ -34,7 +34,7 @@ class TableSum:
     def __init__(self, first: int, leaves: Sequence[TableGradient], total: torch.Tensor) -> None:
         """`total` (1-D) takes the sum of the shards' rows from `first` on."""
         self.leaves = leaves
-        self._total = total.view(-1, leaves[0].home.shape[1])
+        self._total = total.view(-1, leaves[0].rows.shape[1])
         self._first, self._last = first, first + len(self._total)
         self._named: torch.Tensor | None = None
         """The rows of `total` that may hold something else than zeros; None: any."""
@@ -78,18 +78,18 @@ def sum_tables(
     """Put the sum of the present gradients of a whole table into `target`."""
     if not any(present):
         return
-    rows, width = target.home.shape
+    rows, width = target.rows.shape
     parts = [
         leaf.part(0, rows) if has else _nothing(leaf)
         for leaf, has in zip(leaves, present, strict=True)
     ]
     sparse = [part for part in parts if part is not None]
     if len(sparse) < len(parts):
-        add([leaf.dense(0, rows).view(-1) for leaf in leaves], target.home.view(-1))
-        target.numbers[0] = DENSE
+        add([leaf.dense(0, rows).view(-1) for leaf in leaves], target.rows.view(-1))
+        target.row_indices[0] = DENSE
         return
     named = torch.unique(torch.cat([numbers for numbers, _ in sparse]))
-    summed = target.home.new_empty(len(named), width)
+    summed = target.rows.new_empty(len(named), width)
     add([_spread(part, named).view(-1) for part in sparse], summed.view(-1))
     target.keep((named, summed))
 
@@ -99,7 +99,7 @@ class SparseSum:
 
     def __init__(self, first: int, rows: int, leaves: Sequence[TableGradient]) -> None:
         self.leaves, self._first, self._rows = leaves, first, rows
-        self._width = leaves[0].home.shape[1]
+        self._width = leaves[0].rows.shape[1]
 
     def sum(self, node: Node | None) -> torch.Tensor | None:
         """The sum of the shards' gradients along a tree, sparse and coalesced; None: there are
@@ -155,7 +155,7 @@ def _some(part: Part | None) -> Part:
 
 def _nothing(leaf: TableGradient) -> tuple[torch.Tensor, torch.Tensor]:
     """No rows: what a shard without a gradient has."""
-    return leaf.numbers[:0], leaf.home[:0]
+    return leaf.row_indices[:0], leaf.rows[:0]
 
 
 def _spread(part: Part, named: torch.Tensor) -> torch.Tensor:

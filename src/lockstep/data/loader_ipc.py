@@ -1,4 +1,4 @@
-"""How loader processes hand tensors to their worker: in memory that has no name.
+"""Loader IPC: loader processes hand tensors to their worker in anonymous shared memory.
 
 For each tensor torch makes a file in /dev/shm and unlinks it at once, and Python passes descriptors
 on at a socket in the folder for temporary files. A process that is killed, as all of a job may be

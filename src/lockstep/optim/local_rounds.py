@@ -1,4 +1,4 @@
-"""Rounds: several optimizer steps of each shard on a copy of the model, between two exchanges.
+"""Local SGD rounds: optimizer steps of each shard on a copy of the model, between two exchanges.
 
 Each shard has an optimizer of its own, whose state (Adam's averages, momentum) goes on from round
 to round, as that of DiLoCo's inner optimizers does (Douillard et al., arXiv 2311.08105). It is a
@@ -152,14 +152,14 @@ class LocalUpdate:
     """One worker's part in the update of what shards' optimizers keep. Made anew when the
     membership changes."""
 
-    def __init__(self, shared: SharedState, mine: range, rank: int, workers: int) -> None:
-        """`mine` are the shards that this host computes."""
+    def __init__(self, shared: SharedState, host_shards: range, rank: int, workers: int) -> None:
+        """`host_shards` are the shards that this host computes."""
         state = memoryview(shared.segments["state"].map)
         slots = memoryview(shared.segments["slots"].map)
         self.ranges: list[ByteRange] = []
         """What it changes of the state segment."""
         self._copies: dict[int, tuple[memoryview, memoryview]] = {}
-        for shard in mine if shared.local else ():
+        for shard in host_shards if shared.local else ():
             whole = shared.local[shard]
             part = cut_evenly(whole, workers)[rank]
             start = shared.slot_offset(shard) + part.offset - whole.offset
@@ -182,7 +182,7 @@ def _copy(model: nn.Module) -> nn.Module:
     local = copy.deepcopy(model)
     for module in local.modules():
         if isinstance(module, nn.Embedding):
-            module.sparse = False  # as it may be run for the exchange (see `embeddings`)
+            module.sparse = False  # as it may be run for the exchange (see `embedding_tables`)
     return local
 
 

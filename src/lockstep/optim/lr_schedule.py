@@ -1,4 +1,4 @@
-"""The user's learning-rate schedule: stepped with the commits, and put back with the state."""
+"""LR schedule: the user's, stepped with the commits, and rolled back with the state."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Steps on the rows of a table that a sparse gradient has, as if there were no others.
+"""Row update: an optimizer step on the rows that a sparse gradient has, as if there were no others.
 
 Optimizers that take sparse gradients read and write scattered rows again and again, by kernels that
 are slow at it: `sparse_mask` alone is half of SparseAdam. Here the rows are gathered once, the
 user's own optimizer is run on them, and they are put back: the same arithmetic on the same rows.
-Whether an optimizer may be run so is tried (see `probing.may_step_rows`).
+Whether an optimizer may be run so is tried (see `probes.may_step_rows`).
 
 Optimizers still see a sparse gradient, but one that has every row of its parameter: what they do
 with it is arithmetic on dense tensors then, and is done so (`RowGradient`).

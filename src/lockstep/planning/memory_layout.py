@@ -1,10 +1,10 @@
-"""Where every tensor of a run lies in shared memory, and who may cut it where: pure arithmetic.
+"""Memory layout: where every tensor of a run is in shared memory. Pure arithmetic.
 
 Three segments per host:
 
     state    parameters, buffers, optimizer state: what a checkpoint holds and a fingerprint covers
     slots    one gradient slot and one buffer slot per shard
-    control  progress counters, the lease, the ring of step records (see `control`)
+    control  progress counters, the lease, the ring buffer of step records
 
 A parameter is updated in *blocks*: runs of at most `BLOCK` elements, cut at fixed places that
 depend on the model alone. An owner updates whole blocks, so no kernel ever sees a boundary that

@@ -75,7 +75,7 @@ class Replicated:
     def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
         if len(hosts) <= DIRECT:
             return Duties(shares={})
-        cuts = [cut_evenly(bucket.place, len(hosts)) for bucket in places.buckets]
+        cuts = [cut_evenly(bucket.byte_range, len(hosts)) for bucket in places.buckets]
         shares = {
             host: Share(sums=tuple(pieces[number] for pieces in cuts if pieces[number].nbytes))
             for number, host in enumerate(hosts)

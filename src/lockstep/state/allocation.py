@@ -1,4 +1,4 @@
-"""Where every tensor of a run lies: in the state segment, and in each slot."""
+"""Allocation: the offset of every tensor of a run, in the state segment and in each slot."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Allocation:
 
 
 def allocate(contents: StateContents) -> Allocation:
-    """Give every tensor its place."""
+    """Give every tensor its offset."""
     space, slot = _Space(), Allocator()
     named = list(contents.model.named_parameters())
     for name, parameter in named:
@@ -68,11 +68,11 @@ def allocate(contents: StateContents) -> Allocation:
         slot.take(_nbytes(buffer))
     for table in contents.tables.values():
         slot.take(8 * (1 + table.rows))
-    _place_optimizer_state(space, contents)
-    local = _place_local_state(space, contents)
+    _add_optimizer_state(space, contents)
+    local = _add_local_state(space, contents)
     size = local[0].nbytes if local else 0  # the same for each shard
     kept = ByteRange(offset=slot.take(size), nbytes=size)
-    packed = _place_packed(space, slot, contents, contents.codec) if contents.codec else []
+    packed = _add_packed(space, slot, contents, contents.codec) if contents.codec else []
     layout = Layout(
         entries=tuple(space.entries),
         blocks=tuple(contents.blocks),
@@ -118,7 +118,7 @@ class _Space(Allocator):
             self.add(name, kind, key.dtype, key.shape, contiguous_stride(key.shape))
 
 
-def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
+def _add_optimizer_state(space: _Space, contents: StateContents) -> None:
     """By key, then by parameter, so that an owner's state is a few long runs."""
     found: dict[str, dict[str, tuple[nn.Parameter, StateKey]]] = {}
     for block, keys in zip(contents.blocks, contents.keys, strict=True):
@@ -132,22 +132,20 @@ def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
     space.add(PRESENT, "flag", torch.uint8, (len(contents.blocks),), (1,))
 
 
-def _place_local_state(space: _Space, contents: StateContents) -> list[ByteRange]:
+def _add_local_state(space: _Space, contents: StateContents) -> list[ByteRange]:
     """What the shards' own optimizers keep; by shard, where that is."""
-    places = []
+    ranges = []
     for shard in range(contents.shards if contents.local_keys else 0):
         start = space.used
         space.add(local_flags(shard), "local", torch.uint8, (len(contents.trainable),), (1,))
         for (name, parameter), keys in zip(contents.trainable, contents.local_keys, strict=True):
             for key in keys:
                 space.add_value(local_name(shard, name, key), "local", parameter, key)
-        places.append(ByteRange(offset=start, nbytes=space.used - start))
-    return places
+        ranges.append(ByteRange(offset=start, nbytes=space.used - start))
+    return ranges
 
 
-def _place_packed(
-    space: _Space, slot: Allocator, contents: StateContents, codec: Codec
-) -> list[int]:
+def _add_packed(space: _Space, slot: Allocator, contents: StateContents, codec: Codec) -> list[int]:
     """Gradients that are made small, and what of them is left out; by block, where they are."""
     for group, parity in itertools.product(range(contents.groups), (0, 1)):
         for index, (name, parameter) in enumerate(contents.trainable):

@@ -1,4 +1,4 @@
-"""Codecs: what is left of a gradient on a slow link. Pure functions of float32 numbers.
+"""Gradient codecs: compress gradients for a slow link. Pure functions of float32 numbers.
 
     bf16   half the bytes: each number rounded to bfloat16, to nearest even
     int8   a quarter: each run of 128 numbers has a scale of its own

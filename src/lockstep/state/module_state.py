@@ -1,4 +1,4 @@
-"""What a forward pass may change in the modules: their buffers, and whether they train.
+"""Module state that a forward pass may change: buffers and training modes.
 
 Every shard starts from the committed buffers and leaves its own, and every shard starts in the
 same modes: what one leaves behind must not reach the next that this worker happens to compute.

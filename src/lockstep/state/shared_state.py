@@ -40,7 +40,7 @@ class SharedState:
     layout: Layout
     control: ControlSegment
     segments: dict[str, Segment]
-    """`state`, `base` (where the snapshot is kept), `control` and `slots`."""
+    """`state`, `snapshot`, `control` and `slots`."""
     state_bytes: torch.Tensor
     """The state segment."""
     networked: bool
@@ -190,7 +190,7 @@ def block_shape(block: Block, shape: Sequence[int], tables: Mapping[int, Table])
     if block.whole:
         return tuple(shape)
     table = tables.get(block.param)
-    if table is not None and table.asked:
+    if table is not None and table.sparse:
         return block.size // table.width, table.width
     return (block.size,)
 

@@ -7,7 +7,7 @@
                              loader process: torch's own make named files, which stay for ever where
                              the process is killed.
     mark_stepped             Optimizer._opt_called is set: a worker that owns no block never steps
-                             its optimizer, and torch would warn that the schedule was stepped first.
+                             its optimizer, and torch would warn that its schedule is ahead.
 
 Each is called where the docstring of its caller says. Nothing else changes torch.
 """

@@ -52,10 +52,10 @@ def build(
     optimizer = _optimizer_of(task, trainable)
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
-    sparse = [trainable[index][0] for index, table in tables.items() if table.asked]
+    sparse = [trainable[index][0] for index, table in tables.items() if table.sparse]
     _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSGD))
     kinds = [
-        Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
+        Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].sparse)
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
     ]
     cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
@@ -67,7 +67,7 @@ def build(
         [parameter.numel() for _, parameter in trainable],
         [cuttable[kind] for kind in kinds],
         {index: table.width for index, table in tables.items()},
-        {index for index, table in tables.items() if table.asked},
+        {index for index, table in tables.items() if table.sparse},
     )
     keys = _all_keys(optimizer, trainable, param_groups, tables, blocks)
     for kind in cuttable:
@@ -167,7 +167,7 @@ def _all_keys(
             keys.append([])
             continue
         shape = block_shape(block, parameter.shape, tables)
-        sparse = block.param in tables and tables[block.param].asked
+        sparse = block.param in tables and tables[block.param].sparse
         kind = (group, shape, sparse, parameter.dtype, bool(optimizer.state.get(parameter)))
         if kind not in found:
             stand_in = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
@@ -274,7 +274,7 @@ def _create_segments(layout: Layout, counts: SlotCounts, shape: ControlShape) ->
     return {
         "state": Segment.create("state", state_bytes),
         "slots": Segment.create("slots", slots_bytes),
-        "base": Segment.create("base", state_bytes),
+        "snapshot": Segment.create("snapshot", state_bytes),
         "control": Segment.create("control", shape.nbytes()),
     }
 

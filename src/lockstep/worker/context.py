@@ -115,7 +115,7 @@ class WorkerContext:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
             task, shared, sampling, loader, rounds,
-            place=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
+            start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
         if plan.audit:

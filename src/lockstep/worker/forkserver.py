@@ -146,7 +146,7 @@ class ForkServer:
             networked=request.networked,
         )
         shared = self.session.shared
-        segments = [shared.segments[name] for name in ("state", "base", "control", "slots")]
+        segments = [shared.segments[name] for name in ("state", "snapshot", "control", "slots")]
         message = StateReady(
             layout=shared.layout,
             slot_map=shared.slot_map(),

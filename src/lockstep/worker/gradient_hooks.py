@@ -1,4 +1,4 @@
-"""Gradients: from autograd into a shard's slot, and from all slots to their sum in tree order."""
+"""Gradient hooks: copy gradients from autograd into a shard's slot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GradientHooks:
         self._early: tuple[int, int] | None = None
         buckets = shared.slot_map().buckets
         self._last = {param for bucket in buckets for param in sorted(bucket.params)[:2]}
-        """The parameters of which the exchanger is told: mostly the last ones of their buckets."""
+        """The parameters that notify the exchange thread: mostly the last ones of their buckets."""
         least = 0 if shared.networked else EARLY
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
@@ -42,7 +42,7 @@ class GradientHooks:
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
             table = shared.tables.get(index)
-            if table is not None and table.asked:
+            if table is not None and table.sparse:
                 self._sparse.append((index, parameter))
             elif parameter.numel() < least:
                 self._late.append((index, parameter))
@@ -88,7 +88,9 @@ class GradientHooks:
             gradient = parameter.grad
             if gradient is not None:
                 slot = self._slot
-                keep_sparse(self._names[index], gradient, slot.grads[index], slot.numbers[index])
+                keep_sparse(
+                    self._names[index], gradient, slot.grads[index], slot.row_indices[index]
+                )
                 self._written[index] = 1
                 parameter.grad = None
 
@@ -103,12 +105,12 @@ class GradientHooks:
             if index in self.tables:
                 if again:
                     self.tables.give_up(index)
-                self.tables.store(index, gradient, home, self._slot.numbers[index])
+                self.tables.store(index, gradient, home, self._slot.row_indices[index])
             else:
                 self._check(index, gradient)
                 home.add_(gradient) if again else home.copy_(gradient)
-                if index in self._slot.numbers:
-                    self._slot.numbers[index][0] = DENSE
+                if index in self._slot.row_indices:
+                    self._slot.row_indices[index][0] = DENSE
             self._written[index] = AGAIN if again else 1
             if self._early is not None:
                 step, shard = self._early
