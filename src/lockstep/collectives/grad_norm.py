@@ -56,7 +56,7 @@ class GradNormClipper:
         if there not in self._orders:
             tensors: list[torch.Tensor | None] = [self.shared.params[i].detach() for i in there]
             groups = _group_tensors_by_device_and_dtype([tensors], with_indices=True)
-            order = [there[place] for _, places in groups.values() for place in places]
+            order = [there[i] for _, indices in groups.values() for i in indices]
             types = {self.shared.params[i].dtype for i in there} or {torch.float32}
             self._orders[there] = (order, functools.reduce(torch.promote_types, types))
         return self._orders[there]

@@ -56,12 +56,12 @@ class Compressor:
         self._pieces: list[Piece] = []
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
         """The bytes of all groups' blocks, and where the numbers go that are left of them."""
-        for (place, group), number in itertools.product(enumerate(groups), numbers):
-            block, data = shared.blocks[number], shared.packed(place, number)
-            home = shared.restored[place].grads[block.param]
-            self._left.append((data, storage_run(home, block)))
+        for (index, group), number in itertools.product(enumerate(groups), numbers):
+            block, data = shared.blocks[number], shared.packed(index, number)
+            target = shared.restored[index].grads[block.param]
+            self._left.append((data, storage_run(target, block)))
             if group.start in host_shards:
-                names = [residual_name(place, odd, shared.names[block.param]) for odd in (0, 1)]
+                names = [residual_name(index, odd, shared.names[block.param]) for odd in (0, 1)]
                 even, odd = (storage_run(shared.view(name), block) for name in names)
                 self._pieces.append(
                     Piece(

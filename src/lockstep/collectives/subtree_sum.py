@@ -46,8 +46,8 @@ def dense_leaves(
     if shared.codec is None:
         return None
     leaves = list(shared.slots)
-    for place, subtree in enumerate(subtrees):
-        leaves[subtree.start] = shared.restored[place]
+    for group, subtree in enumerate(subtrees):
+        leaves[subtree.start] = shared.restored[group]
     return leaves
 
 
@@ -114,8 +114,8 @@ class ShareSum:
         """`leaves` are the subtrees' sums, by first shard; `share` are runs of a slot's bytes."""
         self._reducer = Reducer(shared)
         self._runs = []
-        for place in share:
-            for param, run in _of_params(shared, place):
+        for byte_range in share:
+            for param, run in _of_params(shared, byte_range):
                 assert shared.total is not None
                 dtype, part = shared.params[param].dtype, slice(run.offset, run.offset + run.nbytes)
                 pieces = [slot.flat[part].view(dtype) for slot in leaves]
@@ -127,13 +127,13 @@ class ShareSum:
             self._reducer.sum(presence.of(param), pieces, total)
 
 
-def _of_params(shared: SharedState, place: ByteRange) -> Iterator[tuple[int, ByteRange]]:
+def _of_params(shared: SharedState, byte_range: ByteRange) -> Iterator[tuple[int, ByteRange]]:
     """What of a run of a slot's bytes is which parameter's gradient."""
     for param, (parameter, offset) in enumerate(
         zip(shared.params, shared.grad_offsets, strict=True)
     ):
-        home = ByteRange(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
-        common = overlap(home, place)
+        whole = ByteRange(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
+        common = overlap(whole, byte_range)
         if common.nbytes:
             yield param, common
 

@@ -187,7 +187,7 @@ class BlockOwner:
                     self.optimizer.state[owned.param][key.name] = load_value(stored, key)
 
     def _share(self, owned: OwnedBlock) -> None:
-        """Bring state that the optimizer has made or replaced to its place in shared memory.
+        """Bring state that the optimizer has made or replaced to shared memory.
 
         Raises:
             OptimizerError: there is state that was not there when it was tried.

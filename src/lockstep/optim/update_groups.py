@@ -178,14 +178,14 @@ class Grouping:
             return None
         shared, start = self.shared, first.block.start
         name, table = shared.names[first.block.param], shared.tables[first.block.param]
-        mine = slice(start // table.width, last.stop // table.width)
+        inside = slice(start // table.width, last.stop // table.width)
         gradients = [slot.table(first.block.param) for slot in self.slots]
         return SparseTable(
-            sum=SparseSum(mine.start, mine.stop - mine.start, gradients),
+            sum=SparseSum(inside.start, inside.stop - inside.start, gradients),
             edges=[0, *((item.block.stop - start) // table.width for item in owned)],
-            rows=shared.params[first.block.param].detach()[mine],
+            rows=shared.params[first.block.param].detach()[inside],
             like={
-                key.name: shared.view(state_name(name, first.block, key))[mine]
+                key.name: shared.view(state_name(name, first.block, key))[inside]
                 for key in first.state
                 if key.form == "like"
             },

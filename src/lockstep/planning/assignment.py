@@ -132,5 +132,5 @@ def share_of(
     return WorkerShare(
         blocks=local[run.start : run.stop],
         norms=[param for param in divide_evenly(sizes, workers)[rank] if param not in remote],
-        sums=tuple(cut_evenly(place, workers)[rank] for place in assignment.host_sums),
+        sums=tuple(cut_evenly(run, workers)[rank] for run in assignment.host_sums),
     )

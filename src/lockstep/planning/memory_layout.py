@@ -47,7 +47,7 @@ class Allocator:
     def __init__(self) -> None:
         self.used = 0
 
-    def take(self, nbytes: int) -> int:
+    def allocate(self, nbytes: int) -> int:
         offset = self.used
         self.used += math.ceil(nbytes / ALIGN) * ALIGN
         return offset

@@ -1,4 +1,4 @@
-"""Decompose: from a job and the facts about it to a plan. Pure; every decision has its reason."""
+"""Plan: from a job and the facts about it to a plan. Pure; every decision has its reason."""
 
 from __future__ import annotations
 

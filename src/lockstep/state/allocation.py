@@ -63,15 +63,15 @@ def allocate(contents: StateContents) -> Allocation:
         space.add_like(name, "param", parameter)
     for name, buffer in contents.buffers:
         space.add_like(name, "buffer", buffer)
-    grads = [slot.take(_nbytes(parameter)) for _, parameter in contents.trainable]
+    grads = [slot.allocate(_nbytes(parameter)) for _, parameter in contents.trainable]
     for _, buffer in contents.buffers:
-        slot.take(_nbytes(buffer))
+        slot.allocate(_nbytes(buffer))
     for table in contents.tables.values():
-        slot.take(8 * (1 + table.rows))
+        slot.allocate(8 * (1 + table.rows))
     _add_optimizer_state(space, contents)
     local = _add_local_state(space, contents)
     size = local[0].nbytes if local else 0  # the same for each shard
-    kept = ByteRange(offset=slot.take(size), nbytes=size)
+    kept = ByteRange(offset=slot.allocate(size), nbytes=size)
     packed = _add_packed(space, slot, contents, contents.codec) if contents.codec else []
     layout = Layout(
         entries=tuple(space.entries),
@@ -103,7 +103,7 @@ class _Space(Allocator):
         self.entries.append(
             Entry(
                 name=name, kind=kind, dtype=str(dtype).removeprefix("torch."), shape=shape,
-                stride=stride, offset=self.take(nbytes), nbytes=nbytes,
+                stride=stride, offset=self.allocate(nbytes), nbytes=nbytes,
             )
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ def _add_packed(space: _Space, slot: Allocator, contents: StateContents, codec: 
                 full = residual_name(group, parity, name)
                 space.add(full, "residual", torch.float32, shape, stride)
     sizes = [0 if b.param in contents.tables else codec.nbytes(b.size) for b in contents.blocks]
-    return [slot.take(size) for size in sizes]
+    return [slot.allocate(size) for size in sizes]
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

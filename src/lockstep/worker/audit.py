@@ -65,8 +65,8 @@ class GradientAudit:
             IntegrityError: three computations gave three results.
         """
         for shard in shards:
-            mine = auditor_of(shard, workers) == rank
-            if mine and is_audited(self.seed, "shard", step, shard, self.fraction):
+            own = auditor_of(shard, workers) == rank
+            if own and is_audited(self.seed, "shard", step, shard, self.fraction):
                 self._check_shard(step, shard, worker_id)
 
     def _check_shard(self, step: int, shard: int, worker_id: int) -> None:

@@ -306,7 +306,7 @@ def _initial_states(
 
 
 def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> None:
-    """Put such a state in its place."""
+    """Store such a state in shared memory."""
     if not start:
         return
     for key in shared.keys[number]:

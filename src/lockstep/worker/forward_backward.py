@@ -46,7 +46,7 @@ class ForwardBackward:
         autocast: bool,
         faults: FaultInjector,
     ) -> None:
-        """`rounds` takes the place of the task's loss, where a step is a round of local ones.
+        """`rounds` replaces the task's loss, where a step is a round of local ones.
         `start` is the run's beginning."""
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.seed, self.autocast, self.faults = seed, autocast, faults or None

@@ -73,17 +73,17 @@ class GradientHooks:
     def finish(self) -> None:
         """Copy the small gradients, and those that are to be sparse. Called after each backward
         pass of a shard."""
-        homes, gradients = [], []
+        targets, gradients = [], []
         for index, parameter in self._late:
             gradient = parameter.grad
             if gradient is not None:
                 self._check(index, gradient)
-                homes.append(self._slot.grads[index])
+                targets.append(self._slot.grads[index])
                 gradients.append(gradient)
                 self._written[index] = 1
                 parameter.grad = None
-        if homes:
-            torch._foreach_copy_(homes, gradients)
+        if targets:
+            torch._foreach_copy_(targets, gradients)
         for index, parameter in self._sparse:
             gradient = parameter.grad
             if gradient is not None:
@@ -101,14 +101,14 @@ class GradientHooks:
                 return
             parameter.grad = None
             again = bool(self._written[index])  # the loss ran backward more than once
-            home = self._slot.grads[index]
+            target = self._slot.grads[index]
             if index in self.tables:
                 if again:
                     self.tables.give_up(index)
-                self.tables.store(index, gradient, home, self._slot.row_indices[index])
+                self.tables.store(index, gradient, target, self._slot.row_indices[index])
             else:
                 self._check(index, gradient)
-                home.add_(gradient) if again else home.copy_(gradient)
+                target.add_(gradient) if again else target.copy_(gradient)
                 if index in self._slot.row_indices:
                     self._slot.row_indices[index][0] = DENSE
             self._written[index] = AGAIN if again else 1
