@@ -131,7 +131,7 @@ class Leaves(Blobs):
 
 
 def test_what_a_task_leaves_for_the_end_is_done(run_folder: str, tmp_path: Path) -> None:
-    """A forkserver ends at once, but not before the handlers that the task's code has registered."""
+    """A forkserver ends at once, but after the handlers that the task's code has registered."""
     lockstep.run(Leaves(tmp_path / "note"), quiet=True, out=run_folder, **SETTINGS)
     assert (tmp_path / "note").read_text() == "done"
 
