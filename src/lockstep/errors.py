@@ -11,7 +11,7 @@
     ├── IntegrityError       bytes differ from their digest: a ledger, a checkpoint or a replay
     ├── ResourceError        not enough memory, file descriptors or disk
     ├── NumericsError        a worker does not compute the same bits as the job's profile
-    ├── WorkerLostError      workers cannot be kept alive, or their nursery died
+    ├── WorkerLostError      workers cannot be kept alive, or their forkserver died
     ├── NetworkError         hosts cannot talk to each other
     │   ├── PeerClosedError  a host has closed its connections, or has died
     │   ├── DataLostError    a host is lost, and with it a part of the data that nobody else has
@@ -105,7 +105,7 @@ class NumericsError(LockstepError):
 
 
 class WorkerLostError(LockstepError):
-    """Workers cannot be kept alive, or their nursery died or fell silent."""
+    """Workers cannot be kept alive, or their forkserver died or fell silent."""
 
 
 class NetworkError(LockstepError):

@@ -137,7 +137,7 @@ def _fetched_data(link: ControlLink, offer: JobOffer, silence: float) -> Iterato
 
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
-    """What has to be the same on all hosts, from what the nursery knows of its task."""
+    """What has to be the same on all hosts, from what the forkserver knows of its task."""
     return gather(**{name: loaded[name] for name in ("probe", "code", "data", "fitted")})
 
 

@@ -173,7 +173,7 @@ class ForkServerClient:
             with self._parent._cloning:
                 code = self._parent.exit_code(self.pid, END_SECONDS)
         return WorkerLostError(
-            "the nursery, the parent of all workers, has ended",
+            "the forkserver, the parent of all workers, has ended",
             expected="a process that loads the task, and lives as long as the run",
             found="" if code is None else f"it {describe_exit(code)}",
             fix="look for os._exit or native code that crashes in what the task loads, and for "

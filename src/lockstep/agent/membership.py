@@ -1,4 +1,4 @@
-"""Membership: who works, who joins, who is replaced. A pure function; the coordinator is its shell.
+"""Worker membership: who works, who joins, who is replaced. Pure; `worker_group` is its shell.
 
     decide(members, event) -> (members, commands, reason)
 
@@ -18,7 +18,7 @@ MAX_FAILED_STARTS = 5
 
 
 class Status(enum.Enum):
-    """What a live worker is doing, as far as the master knows."""
+    """What a live worker is doing, as far as its agent knows."""
 
     STARTING = "starting"
     READY = "ready"
@@ -36,9 +36,9 @@ class WorkerMembership:
     max_workers: int
     """How many there can be."""
     status: Mapping[int, Status] = field(default_factory=dict)
-    """Live workers by seat."""
+    """Live workers, by worker id."""
     formed: tuple[int, ...] = ()
-    """The seats of the membership in force, in rank order; some may have died since."""
+    """The workers of the membership in force, in rank order; some may have died since."""
     regrouping: bool = True
     """Whether a new membership has to be formed before anybody works on."""
     held: bool = False
@@ -46,7 +46,7 @@ class WorkerMembership:
     failed_starts: int = 0
 
     def having(self, *wanted: Status) -> tuple[int, ...]:
-        """The seats with one of these statuses, in order."""
+        """The workers with one of these statuses, in order."""
         return tuple(
             worker_id for worker_id, status in sorted(self.status.items()) if status in wanted
         )
@@ -151,7 +151,7 @@ Event = (
 
 @dataclass(frozen=True)
 class SpawnWorker:
-    """Start a worker in this seat."""
+    """Start a worker with this id."""
 
     worker_id: int
 
@@ -163,7 +163,7 @@ class RaiseEpoch:
 
 @dataclass(frozen=True)
 class FormGroup:
-    """Everybody rests: put the state in order and let these seats go on, in rank order."""
+    """Everybody rests: put the state in order and let these workers go on, in rank order."""
 
     worker_ids: tuple[int, ...]
 
@@ -294,7 +294,7 @@ def _what(members: WorkerMembership) -> str:
 
 
 def _fill(members: WorkerMembership, reason: str) -> Decision:
-    """Start as many workers as are missing, in free seats."""
+    """Start as many workers as are missing, with free ids."""
     missing = members.target - members.staying
     free = [
         worker_id for worker_id in range(members.max_workers) if worker_id not in members.status

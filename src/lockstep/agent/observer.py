@@ -1,4 +1,4 @@
-"""Where committed steps go: into a run folder, or against a ledger that is being verified."""
+"""Run observer: where committed steps go: a run folder, or a ledger that is being verified."""
 
 from __future__ import annotations
 

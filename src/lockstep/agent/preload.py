@@ -22,7 +22,7 @@ READ_ONCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Preloaded:
-    """A nursery with torch and without a task."""
+    """A forkserver with torch and without a task."""
 
     forkserver: ForkServerClient
     fixed: Mapping[str, str]
@@ -41,7 +41,7 @@ _preloaded: _Preloaded | None = None
 def preloaded() -> Iterator[None]:
     """While this is open, runs of this process begin in a fraction of a second.
 
-    A process that has torch loaded is kept, and their nurseries are its forks: for searches over
+    A process that has torch loaded is kept, and their forkservers are its forks: for searches over
     settings, notebooks, tests. They have the limits and the control group that this process had
     when it was opened. A run whose environment asks for other numerics, or sets another variable
     that is read at the start alone, loads torch for itself. Leave it after the last run has ended:
@@ -63,7 +63,7 @@ def preloaded() -> Iterator[None]:
 
 
 def environment_for(profile: str) -> dict[str, str]:
-    """This process's environment, with what a nursery of this numerics profile needs."""
+    """This process's environment, with what a forkserver of this numerics profile needs."""
     environment = dict(os.environ)
     numerics.set_environment(profile, environment)
     set_allocator(environment)
@@ -71,7 +71,7 @@ def environment_for(profile: str) -> dict[str, str]:
 
 
 def new_forkserver(environment: Mapping[str, str]) -> ForkServerClient:
-    """A nursery without a task: a clone of the preloaded one if that comes to the same."""
+    """A forkserver without a task: a clone of the preloaded one if that comes to the same."""
     if _preloaded is not None and _preloaded.suits(environment):
         with contextlib.suppress(WorkerLostError):  # somebody has killed it
             return _preloaded.forkserver.clone(environment)

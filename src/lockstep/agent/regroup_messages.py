@@ -1,4 +1,4 @@
-"""Orders: what the master tells a host when the hosts have been regrouped."""
+"""Regroup messages: what hosts and master tell each other when the hosts are regrouped."""
 
 from __future__ import annotations
 

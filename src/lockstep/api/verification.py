@@ -54,7 +54,7 @@ class Mismatch(Exception):
 
 
 class Comparison(NullObserver):
-    """A sink that compares what the replay commits with the lines of a ledger."""
+    """A run observer that compares what the replay commits with the lines of a ledger."""
 
     def __init__(self, lines: list[Line]) -> None:
         self._lines = {line.content["step"]: line for line in lines}

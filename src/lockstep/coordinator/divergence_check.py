@@ -1,4 +1,4 @@
-"""What hosts have recorded of the same steps, compared: they must have computed the same."""
+"""Divergence check: hosts must have recorded the same digests of the same steps."""
 
 from __future__ import annotations
 

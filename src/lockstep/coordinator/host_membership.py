@@ -1,11 +1,11 @@
-"""The fleet: which hosts there are, and what becomes of a step when one dies or joins.
+"""Host membership: which hosts there are, and what becomes of a step when one dies or joins.
 
-    decide(fleet, event) -> (fleet, commands, reason)
+    decide(hosts, event) -> (hosts, commands, reason)
 
 A pure function, as `membership` is for a host's workers. Hosts are regrouped in three moves: all
-are told to come to rest (`PauseHosts`, which begins a *generation*), each says in what state it
-stands (`HostPaused`), and when all have, they are told who computes what, from which step on, and
-who copies the state from whom (`ResumeHosts`). A death on the way begins another generation.
+come to rest (`PauseHosts`, which begins a *generation*), each says what state it has
+(`HostPaused`), and when all have, they are told who computes what, from which step on, and who
+copies the state from whom (`ResumeHosts`). A death on the way begins another generation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_TROUBLES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class HostMember:
-    """A host of the fleet."""
+    """A host of the job."""
 
     workers: int
     standing: HostStatus | None = None
@@ -30,7 +30,7 @@ class HostMember:
 
 @dataclass(frozen=True, kw_only=True)
 class HostMembership:
-    """The state of the fleet."""
+    """The hosts of a job, and whether they are being regrouped."""
 
     master: str
     """The host that coordinates: it is never given up on."""
@@ -39,7 +39,7 @@ class HostMembership:
     regrouping: bool = False
     whole: bool = True
     """Whether each host has the whole state. If not, each has a part of it that it alone updates,
-    and the master's base is the one state that is whole."""
+    and the master's snapshot is the one state that is whole."""
     arranged: frozenset[str] = frozenset()
     """The hosts that were told to go on, last."""
     troubles: Mapping[frozenset[str], int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class HostReady:
 
 @dataclass(frozen=True)
 class HostPaused:
-    """A host rests, and says how it stands."""
+    """A host rests, and says what state it has."""
 
     name: str
     generation: int
@@ -78,7 +78,7 @@ class HostLost:
 
 @dataclass(frozen=True)
 class ExchangeFailed:
-    """A host cannot go on: its state is torn (`peer` is empty), or it has lost another host."""
+    """A host cannot go on: its state is corrupted (`peer` is empty), or it has lost another host."""
 
     name: str
     generation: int

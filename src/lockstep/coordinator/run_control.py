@@ -1,4 +1,4 @@
-"""The desk: where a running coordinator takes requests, from signals, from Python and from others.
+"""Run control: requests to a running job, from signals, from Python and from a Unix socket.
 
 Others on this machine reach it by a Unix socket in the run folder, which its owner alone may use.
 A request is one line of JSON, `{"request": "scale", "number": 3}`; the answer is another.
