@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
+.PHONY: help run test test-long fuzz check format docs-tree bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -35,29 +35,33 @@ test: $(READY) ## Run the tests, without the long ones
 test-long: $(READY) ## Run the long tests only
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-fuzz: $(READY) ## Try 3,000 inputs in each fuzz test, and print how they ended
+fuzz: $(READY) ## Run each fuzz test with 3,000 inputs, and print how they ended
 	$(BIN)/python -m pytest --fuzz 3000 $(ARGS)
 
-check: $(READY) ## Check format, lint and types
+check: $(READY) ## Check format, lint, types and the layers of packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(READY) ## Format, and fix what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs-tree: $(READY) ## Write the file tree in docs/architecture.md anew
+	$(BIN)/python -m tests.support.file_tree
+
 bench: $(READY) ## Measure Lockstep against its alternatives (half an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-bench-recovery: $(READY) ## Measure recovery from killed workers, beside torchrun's restart
+bench-recovery: $(READY) ## Measure recovery from killed workers, compared with torchrun's restart
 	$(BIN)/lockstep data fetch mnist
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
 bench-checkpoints: $(READY) ## Measure what a checkpoint a second costs
 	$(BIN)/python -m benchmarks.checkpoints $(ARGS)
 
-bench-records: $(READY) ## Measure what the base and the ledger cost
+bench-records: $(READY) ## Measure what the snapshot and the ledger cost
 	$(BIN)/python -m benchmarks.records $(ARGS)
 
 bench-stragglers: $(READY) ## Measure what a worker at a quarter of its speed costs
@@ -66,16 +70,16 @@ bench-stragglers: $(READY) ## Measure what a worker at a quarter of its speed co
 bench-network: $(READY) ## Measure the network between hosts, on loopback
 	$(BIN)/python -m benchmarks.network $(ARGS)
 
-bench-hosts: $(READY) ## Measure two hosts (network namespaces; as root) beside DDP, and a host's death
+bench-hosts: $(READY) ## Measure two hosts (network namespaces; as root) compared with DDP, and a host's death
 	$(BIN)/python -m benchmarks.hosts $(ARGS)
 	$(BIN)/python -m benchmarks.host_recovery
 
-bench-recipes: $(READY) ## Measure the recipes beside DistributedDataParallel
+bench-recipes: $(READY) ## Measure the recipes compared with DistributedDataParallel
 	for name in fashion-mnist movielens-100k adult descriptions; do \
 		$(BIN)/lockstep data fetch $$name || exit 1; done
 	$(BIN)/python -m benchmarks.recipes $(ARGS)
 
-chaos: $(READY) ## Harm runs at random and compare them with undisturbed ones
+chaos: $(READY) ## Disturb runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 clean: ## Remove caches and build output (keeps .venv and runs)

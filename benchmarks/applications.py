@@ -58,7 +58,7 @@ def bits(name: str) -> list[tuple[str, str]]:
 
 
 def curve(run: Path, metric: str) -> str:
-    """A held-out metric over the data epochs of a run, beside its baseline, as SVG."""
+    """A validation metric over the data epochs of a run, and its baseline, as SVG."""
     from pygal import XY
     from pygal.style import Style
 

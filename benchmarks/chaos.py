@@ -43,7 +43,7 @@ STALL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 RUN_SECONDS = 180.0
 """A run that takes longer hangs."""
-MASTERS = "the master and the nursery"
+MASTERS = "the master and the forkserver"
 """The name of the runs whose masters are killed; the others' are those of `SCENARIOS`."""
 PACED = f"{Path(__file__).parent.parent / 'tests' / 'support' / 'paced_task.py'}:Paced"
 
@@ -121,7 +121,7 @@ def disturb(
 
 
 def disturb_masters(wanted: lockstep.Result, out: Path, rng: random.Random, tally: Tally) -> None:
-    """A run whose master or nursery is killed, again and again, and that is resumed each time."""
+    """A run whose master or forkserver is killed repeatedly, and that is resumed each time."""
     command = [
         "run",
         PACED,
@@ -163,7 +163,7 @@ def paced_options() -> list[str]:
 def end_master(
     master: subprocess.Popen[bytes], out: Path, rng: random.Random, tally: Tally
 ) -> None:
-    """Kill a master, or its nursery, at a random moment, and see it end."""
+    """Kill a master, or its forkserver, at a random moment, and see it end."""
     before = sum(event["event"] == "formed" for event in read_events(out))
     while master.poll() is None:
         if sum(event["event"] == "formed" for event in read_events(out)) > before:
@@ -172,9 +172,9 @@ def end_master(
     try:
         master.wait(rng.uniform(0.0, 1.5))
     except subprocess.TimeoutExpired:
-        whom = rng.choice(("the master", "the master", "the nursery"))
+        whom = rng.choice(("the master", "the master", "the forkserver"))
         number = signal.SIGKILL
-        if whom == "the nursery":
+        if whom == "the forkserver":
             pids = [pid for pid in descendants(master.pid) if pid not in live_workers(out)][:1]
         else:
             pids = [master.pid]
@@ -275,13 +275,14 @@ def page(tally: Tally, seed: int) -> str:
             f"To do it again: `python -m benchmarks.chaos --faults {tally.faults} --seed {seed} "
             "--write docs/chaos.md`\n(the moments of the signals depend on the machine).\n",
             f"**{summary(tally)}, no hang.**\n",
-            "## Scripted: where a worker struck itself, and how\n",
+            "## Scripted: where a worker harmed itself, and how\n",
             f"| phase | {' | '.join(kinds)} | all |\n|---|{'---:|' * (len(kinds) + 1)}",
             *rows,
-            "\n`start`: before the worker says that it is there; `join`: when it becomes a member.",
-            "`stop` is SIGSTOP, `loop` an endless loop: the bounded wait "
-            f"({STALL_SECONDS} s here) finds them. `flip` is a bit of a gradient: the audit's "
-            "business.\n",
+            "\n`start`: before the worker reports that it is ready; "
+            "`join`: when it becomes a member.",
+            "`stop` is SIGSTOP, `loop` an endless loop: the timeout "
+            f"({STALL_SECONDS} s here) finds them. `flip` is a bit of a gradient: found by "
+            "the audit.\n",
             "## From outside, at random moments\n",
             "| to | what | times |\n|---|---|---:|",
             *outside,

@@ -1,4 +1,4 @@
-"""Harm for runs: scripted faults, and signals from outside to whoever is there, from one seed."""
+"""Harm for runs: scripted faults, and signals from outside to random processes, from one seed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def draw_faults(rng: random.Random, scenario: Scenario, workers: int) -> tuple[Fault, ...]:
-    """Faults at random places. A stopped or dead worker's seat is taken by its replacement."""
+    """Faults at random places. A stopped or dead worker's worker_id passes to its replacement."""
     steps = sorted(rng.sample(range(1, STEPS - 1), FAULTS_PER_RUN))
     phases = [*PHASES, *AROUND]
     if not scenario.settings["evaluate"]:
@@ -83,7 +83,7 @@ def draw_faults(rng: random.Random, scenario: Scenario, workers: int) -> tuple[F
 
 
 def _evaluated(scenario: Scenario, step: int) -> int:
-    """A step at whose end held-out data are evaluated: that of some data epoch."""
+    """A step at the end of some data epoch, where the validation data is evaluated."""
     per_epoch = 5  # 109 samples in batches of 26
     return max(per_epoch, step // per_epoch * per_epoch)
 
@@ -139,7 +139,7 @@ class Meddler:
         return self.rng.sample(list(pids), count) if len(pids) >= count else []
 
     def _nap(self) -> int:
-        """Stop a worker for a moment, shorter or longer than it takes to be given up on."""
+        """Stop a worker for a moment, shorter or longer than the stall timeout."""
         for pid in self._some(live_workers(self.folder), 1):
             if send(pid, signal.SIGSTOP):
                 time.sleep(self.rng.choice((0.05, 0.2, 1.05)))
@@ -163,7 +163,7 @@ class Meddler:
 
 
 def send(pid: int, number: signal.Signals) -> bool:
-    """Send a signal; whether there was somebody."""
+    """Send a signal; whether the process existed."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
         return True

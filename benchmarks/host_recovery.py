@@ -1,4 +1,4 @@
-"""What the death and the joining of a host cost: two hosts on loopback, one worker each.
+"""Host recovery: what a host's death or joining costs: two hosts on loopback, one worker each.
 
     python -m benchmarks.host_recovery --times 10 --write docs/host-recovery.md
 

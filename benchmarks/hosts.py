@@ -1,4 +1,4 @@
-"""Hosts: Lockstep under TLS beside DistributedDataParallel on gloo, which is not encrypted.
+"""Hosts: Lockstep under TLS compared with DistributedDataParallel on gloo, unencrypted.
 
     python -m benchmarks.hosts --rates none,1gbit,100mbit --write docs/hosts.md
     python -m benchmarks.hosts --rates none --delay 0.025

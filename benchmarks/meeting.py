@@ -1,4 +1,4 @@
-"""Two processes that meet twice a step as Lockstep's workers do, and exchange nothing."""
+"""Barriers alone: two processes that meet twice a step like workers, and exchange nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAIT = 60.0
 
 
 class Meeting:
-    """One process's end. `words` is shared, zeros at first."""
+    """One process's side of the barrier. `words` is shared, zeros at first."""
 
     def __init__(self, words: Any, rank: int) -> None:
         self._words, self._mine, self._theirs = words, APART * rank, APART * (1 - rank)

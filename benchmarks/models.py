@@ -1,6 +1,6 @@
 """The six models of the benchmark: how to build each, its data, and how much a worker draws.
 
-The models are small on purpose: what is measured is what a step costs beside the arithmetic.
+The models are small on purpose: what is measured is the overhead of a step over its arithmetic.
 Data are random tensors in memory, so that no contender waits for a disk; every contender draws
 its batches with `Draw`, or by Lockstep's equal rule for a `TensorDataset`.
 """

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.net.certificate_authority import Authority
-from lockstep.net.connections import Incoming, Item, Lane, Outgoing
+from lockstep.net.connections import Incoming, Item, Outgoing, Stream
 from lockstep.net.frames import Kind, head
 from lockstep.net.identity import Identity
-from lockstep.net.pending import Mailbox, sending
+from lockstep.net.pending import ExpectedTensors, sending
 from lockstep.net.sockets import end, listen
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key, Pending
@@ -35,7 +35,7 @@ LIMIT = 60.0
 
 
 class Plain:
-    """The lanes for tensors of two hosts, without TLS and without a handshake."""
+    """The connections for tensors of two hosts, without TLS and without a handshake."""
 
     def __init__(self, node: str, pipe: Connection) -> None:
         peer = NAMES[1 - NAMES.index(node)]
@@ -44,23 +44,23 @@ class Plain:
             self._to = socket.create_connection(pipe.recv())
             self._from, _ = listener.accept()
         self._to.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._mailbox = Mailbox(peer, str)
+        self._expected = ExpectedTensors(peer, str)
         self._outgoing = Outgoing(self._to, peer, lambda error: None)
         self._thread = threading.Thread(target=self._receive, args=(peer,))
         self._thread.start()
 
     def _receive(self, peer: str) -> None:
-        lane = Incoming(self._from, peer, Lane.DATA, self._mailbox.place)
-        lane.run(lambda frame: self._mailbox.arrived(frame.header))
+        incoming = Incoming(self._from, peer, Stream.DATA, self._expected.await_target)
+        incoming.run(lambda frame: self._expected.arrived(frame.header))
 
     def send(self, peer: str, key: Key, data: memoryview) -> Pending:
-        slip = sending(peer, key)
+        transfer = sending(peer, key)
         start = head(key.kind, step=key.step, tag=key.tag, length=len(data))
-        self._outgoing.send(Item(head=start, body=data, slip=slip))
-        return slip
+        self._outgoing.send(Item(head=start, body=data, transfer=transfer))
+        return transfer
 
     def expect(self, peer: str, key: Key, into: memoryview) -> Pending:
-        return self._mailbox.expect(key, into)
+        return self._expected.expect(key, into)
 
     def close(self) -> None:
         self._outgoing.finish(LIMIT)

@@ -40,7 +40,7 @@ Timed = dict[str, float]
 
 
 class Gate(Protocol):
-    """Where the processes of a contender meet before the clock starts."""
+    """The barrier of a contender's processes before the clock starts."""
 
     def wait(self, timeout: float | None = None) -> Any:
         """Return when all have come, or raise."""

@@ -1,4 +1,4 @@
-"""One job on four workers, on hosts in every way, with a host killed in each: one fingerprint.
+"""Placements: one job on four workers, on one to four hosts, one of them killed: one fingerprint.
 
     python -m benchmarks.placements
 

@@ -1,4 +1,4 @@
-"""The recipes beside DistributedDataParallel on the same task: samples per second.
+"""The recipes compared with DistributedDataParallel on the same task: samples per second.
 
     python -m benchmarks.recipes vision,clicks --repeats 3 --seconds 4
 

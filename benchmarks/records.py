@@ -1,8 +1,8 @@
-"""Records: what the base and the ledger cost, against the same run without them.
+"""Records: what the snapshot and the ledger cost, against the same run without them.
 
     python -m benchmarks.records --repeats 5 --write docs/records.md
 
-Without them nothing is copied to go back to, no step's digests are taken, and no line is written;
+Without them no snapshot is taken, no step's digests are taken, and no line is written;
 all else is as ever. Both run the same steps, in turns, and the order turns from pair to pair.
 """
 
@@ -52,7 +52,7 @@ def _nothing(*_: object) -> tuple[()]:
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Takes the base and the ledger out of the master."""
+    """Takes the snapshot and the ledger out of the master."""
     with (
         # Plain functions: mocks keep their calls, which costs more than what is taken away.
         mock.patch.object(worker_group, "steps_between", _never),
@@ -100,9 +100,9 @@ def page(rows: list[list[str]]) -> str:
     """The figures in Markdown."""
     head = ["model", "with / without", "least to greatest", "pairs", "bar", "verdict"]
     return f"""<!-- Written by benchmarks/records.py; do not edit. -->
-# What the base and the ledger cost
+# What the snapshot and the ledger cost
 
-Samples per second with the copy to go back to, the digests and the ledger, as a share of those
+Samples per second with the snapshot, the digests and the ledger, as a share of those
 without: the same steps, run in turns, on two workers of one thread. To measure again, on a machine
 that does nothing else: `python -m benchmarks.records --write docs/records.md`.
 

@@ -1,4 +1,4 @@
-"""Recovery: how long a killed or stopped worker holds training up, beside torchrun's restart.
+"""Recovery: how long a killed or stopped worker delays training, compared with torchrun's restart.
 
     python -m benchmarks.recovery --kills 100 --write docs/recovery.md
 

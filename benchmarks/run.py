@@ -1,4 +1,4 @@
-"""Lockstep beside DistributedDataParallel, threads and no synchronisation at all, on one host.
+"""Lockstep compared with DistributedDataParallel, threads, and no synchronisation, on one host.
 
     python -m benchmarks.run                                   # all; about half an hour
     python -m benchmarks.run --quick --models softmax,mlp

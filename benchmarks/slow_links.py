@@ -1,4 +1,4 @@
-"""What sending less does to the accuracy: the same samples, with each way of doing so.
+"""Slow links: how local steps and compression change the accuracy, on the same samples.
 
     python -m benchmarks.slow_links
     python -m benchmarks.slow_links --width 256 --seeds 0,1,2 --ways "plain;8 local steps and int8"

@@ -18,7 +18,7 @@ CHECKPOINT_STEPS, STEPS = 10, 100_000
 
 
 def main(log: Path, checkpoint: Path) -> None:
-    """Train until the end; log every step of rank 0, go on from the last checkpoint."""
+    """Train until the end; log every step of rank 0, continue from the last checkpoint."""
     dist.init_process_group("gloo")
     rank, restart = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     torch.manual_seed(0)

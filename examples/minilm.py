@@ -34,7 +34,7 @@ Pair = tuple[str, str]
 
 
 class Matcher(nn.Module):
-    """Embeds titles and descriptions alike; a title's scores are its cosines with all of them."""
+    """Embeds titles and descriptions; a title's scores are its cosines with all descriptions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Matcher(nn.Module):
         )
 
     def embed(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Unit vectors `[n, 384]`, by the mean over tokens, of token numbers `[n, length]`."""
+        """Unit vectors `[n, 384]`, by the mean over tokens, of token ids `[n, length]`."""
         hidden = self.encoder(**tokens).last_hidden_state
         return F.normalize((hidden * tokens["attention_mask"].unsqueeze(2)).sum(1), dim=1)
 
@@ -55,7 +55,7 @@ class Matcher(nn.Module):
 
 
 class Collate:
-    """Makes a batch of pairs, in which the description of each title is that of its number."""
+    """Makes a batch of pairs; the description of title i has index i."""
 
     def __init__(self) -> None:
         self.tokenizer = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))

@@ -132,7 +132,7 @@ def test_no_patience_with_a_stopped_process() -> None:
     assert learned(60.0, 60.0, 60.0).limit(stopped=True) == StallTimeout.STOPPED
 
 
-def test_patience_learns_from_silence_that_ended() -> None:
+def test_the_stall_timeout_learns_from_pauses_that_ended() -> None:
     """Data that took a minute once may do so again."""
     patience = learned(*[0.001] * 10)
     patience.silence_ended(60.0)

@@ -78,7 +78,7 @@ def test_a_worker_that_dies_or_stops(number: int, run_folder: str, tmp_path: Pat
     assert harmed.read_bytes() == whole.read_bytes()
 
 
-def test_what_was_cut_short_is_gone_on_with(run_folder: str, tmp_path: Path) -> None:
+def test_an_interrupted_prediction_is_continued(run_folder: str, tmp_path: Path) -> None:
     run = trained(Predicts(), run_folder)
     data = points(tmp_path / "points.jsonl")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"

@@ -12,14 +12,15 @@ import pytest
 
 import lockstep
 from lockstep.agent.job_offer import JobOffer
+from lockstep.cluster.daemon.agent_processes import ERROR
 from lockstep.cluster.ray.actor import RayAgent
 from lockstep.cluster.ray.launcher import address_in, check_address, on_ray
 from lockstep.cluster.ray.node_agents import (
     MOST_AGENTS,
     Forget,
     Node,
+    NodeAgents,
     Reserve,
-    Seats,
     Start,
     end,
     look,
@@ -31,10 +32,10 @@ from lockstep.errors import (
     PeerClosedError,
     RefusedError,
     WorkerLostError,
-    from_message,
 )
 from lockstep.net.certificate_authority import Authority
 from lockstep.net.certificates import name_in
+from lockstep.system.messages import encode
 from tests.support.command import python
 from tests.support.daemons import Daemon
 from tests.support.harmed_runs import Yard, assert_same, await_event, events, until, yard
@@ -86,7 +87,7 @@ def test_who_is_followed_by_another_agent(error: LockstepError | None, again: bo
 
 
 def test_agents_are_started_a_bounded_number_of_times() -> None:
-    node_agents: Seats = {}
+    node_agents: NodeAgents = {}
     started = 0
     while Start(A) in (found := look(node_agents, [A]))[1]:
         started += 1
@@ -144,8 +145,8 @@ def test_no_secret_goes_through_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other = RayAgent()  # a certificate for its key is of no use to the first
     certificate = ca.sign(other.request("host-b"))
     offer = JobOffer(job="job", master="master", address=("127.0.0.1", 9), task="mnist")
-    said = actor.serve(certificate, ca.certificate, offer.to_message(), 1, "127.0.0.1")
-    assert from_message(said).found == "it is for another key"
+    said = actor.serve(certificate, ca.certificate, encode(offer), 1, "127.0.0.1")
+    assert ERROR.decode(said).error().found == "it is for another key"
     other.end()
     assert not list(tmp_path.glob("lockstep-ray-*"))
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import json
-
+import msgspec
 import pytest
 
 from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.cluster.daemon.agent_processes import why
+from lockstep.cluster.daemon.cluster_messages import FROM_HOSTS
 from lockstep.cluster.daemon.reconnecting_line import LONGEST_PAUSE, pause
 from lockstep.cluster.daemon.registry import (
-    Close,
+    ConnectionLost,
     Event,
-    Gone,
-    Here,
-    Open,
+    HostJoined,
+    JobClosed,
+    JobOffering,
+    JobStateChanged,
     Registry,
-    Spoke,
     decide,
     parse,
 )
-from lockstep.cluster.ranks.rank_environment import RankPlace, first_host, place_of
+from lockstep.cluster.ranks.rank_environment import RankInfo, first_host, rank_info
 from lockstep.errors import (
     JobError,
     ProtocolError,
-    to_message,
 )
+from lockstep.system.messages import ErrorMessage, encode
 
 NOWHERE = ("127.0.0.1", 9)
 
@@ -40,48 +40,52 @@ def told(board: Registry, *events: Event) -> tuple[Registry, list[tuple[str, str
     commands: tuple[object, ...] = ()
     for event in events:
         board, commands = decide(board, event)
-    return board, [(each.to, each.message["op"]) for each in commands]  # type: ignore[attr-defined]
+    return board, [(each.to, type(each.message).__name__) for each in commands]  # type: ignore[attr-defined]
 
 
 def test_a_job_is_offered_to_all_who_are_there_and_who_come() -> None:
-    board, said = told(Registry(), Here("b", 2), Here("a", 1), Open("@1", an_offer()))
-    assert said == [("@1", "opened"), ("b", "offer")]  # not to its master
-    board, said = told(board, Here("c", 1))
-    assert said == [("c", "offer")]
-    board, said = told(board, Spoke("c", "job", "taken", ""), Gone("c"))
-    assert said == [("@1", "agent")]  # its agent is lost
-    board, said = told(board, Close("@2", "job"))
+    board, said = told(
+        Registry(), HostJoined("b", 2), HostJoined("a", 1), JobOffering("@1", an_offer())
+    )
+    assert said == [("@1", "JobOpened"), ("b", "JobOffered")]  # not to its master
+    board, said = told(board, HostJoined("c", 1))
+    assert said == [("c", "JobOffered")]
+    board, said = told(board, JobStateChanged("c", "job", "taken", ""), ConnectionLost("c"))
+    assert said == [("@1", "HostReport")]  # its agent is lost
+    board, said = told(board, JobClosed("@2", "job"))
     assert said == []  # it is another's
-    board, said = told(board, Close("@1", "job"))
-    assert said == [("a", "withdraw"), ("b", "withdraw")]
-    assert not told(board, Here("d", 1))[1]
+    board, said = told(board, JobClosed("@1", "job"))
+    assert said == [("a", "JobWithdrawn"), ("b", "JobWithdrawn")]
+    assert not told(board, HostJoined("d", 1))[1]
 
 
 def test_a_job_ends_with_who_offers_it() -> None:
-    board, said = told(Registry(), Here("b", 2), Open("@1", an_offer()), Gone("@1"))
-    assert said == [("b", "withdraw")]
-    assert not board.postings
-    board, said = told(board, Open("g", an_offer(master="g")), Open("@1", an_offer()))
-    assert said == [("@1", "error")]
-    assert board.postings["job"].asker == "g"
+    board, said = told(
+        Registry(), HostJoined("b", 2), JobOffering("@1", an_offer()), ConnectionLost("@1")
+    )
+    assert said == [("b", "JobWithdrawn")]
+    assert not board.open_jobs
+    board, said = told(board, JobOffering("g", an_offer(master="g")), JobOffering("@1", an_offer()))
+    assert said == [("@1", "RequestFailed")]
+    assert board.open_jobs["job"].asker == "g"
 
 
 @pytest.mark.parametrize(
     "message",
     [
         {},
-        {"op": "here"},
-        {"op": "here", "workers": 0},
-        {"op": "here", "workers": "1"},
-        {"op": "open", "offer": {}},
-        {"op": "open", "offer": "x"},
-        {"op": "agent", "job": "j", "state": "odd", "why": ""},
-        {"op": ["close"], "job": "j"},
+        {"op": "TakeJobs"},
+        {"op": "TakeJobs", "workers": 0},
+        {"op": "TakeJobs", "workers": "1"},
+        {"op": "OpenJob", "offer": {}},
+        {"op": "OpenJob", "offer": "x"},
+        {"op": "JobReport", "job": "j", "state": "odd", "why": ""},
+        {"op": ["CloseJob"], "job": "j"},
     ],
 )
 def test_messages_that_say_nothing(message: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
-        parse("b", message)
+        parse("b", FROM_HOSTS.decode(msgspec.msgpack.encode(message)))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_pauses_between_attempts_are_bounded() -> None:
 def test_how_an_agent_ended() -> None:
     error = JobError("no such task", expected="one", found="none", fix="write it")
     assert why(0, b"") is None
-    assert str(why(2, json.dumps(to_message(error)).encode())) == str(error)
+    assert str(why(2, encode(ErrorMessage.of(error)))) == str(error)
     for code, said, found in ((-9, b"", "signal 9"), (1, b"[]", "exit code 1")):
         died = why(code, said)
         assert died is not None
@@ -150,13 +154,13 @@ SLURM = {
 
 
 def test_places() -> None:
-    assert place_of(TORCHRUN) == RankPlace(
+    assert rank_info(TORCHRUN) == RankInfo(
         rank=1, size=2, host="10.0.0.1", port=29501, job="torchrun 10.0.0.1:29500 r 3"
     )
-    assert place_of(SLURM) == RankPlace(
+    assert rank_info(SLURM) == RankInfo(
         rank=2, size=3, host="node07", port=15000 + 70005 % 15000, job="slurm 70001 4 0"
     )
-    assert place_of({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"
+    assert rank_info({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"
 
 
 @pytest.mark.parametrize(
@@ -167,14 +171,14 @@ def test_places() -> None:
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "several processes of the job are on this host"),
         ({**TORCHRUN, "MASTER_ADDR": ""}, "the variable MASTER_ADDR is missing"),
         ({**TORCHRUN, "RANK": "-1"}, "the variable RANK is no number"),
-        ({**TORCHRUN, "RANK": "2"}, "the place of this process is none"),
+        ({**TORCHRUN, "RANK": "2"}, "this process has an impossible rank"),
         ({**SLURM, "SLURM_LOCALID": "1"}, "several processes of the job are on this host"),
         ({**SLURM, "SLURM_NNODES": "2"}, "several processes of the job are on this host"),
     ],
 )
 def test_places_that_cannot_be(environment: dict[str, str], what: str) -> None:
     with pytest.raises(JobError, match=what):
-        place_of(environment)
+        rank_info(environment)
 
 
 @pytest.mark.parametrize(

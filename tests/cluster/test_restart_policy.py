@@ -14,11 +14,11 @@ import lockstep
 from lockstep.cluster.daemon.reconnecting_line import pause
 from lockstep.cluster.daemon.restart_policy import (
     MOST_DEATHS,
+    AgentRun,
     Died,
     Done,
     Event,
     Offered,
-    Stint,
     Withdrawn,
     decide,
 )
@@ -45,11 +45,11 @@ DIED, MOVED = Died(KILLED, False), Died(KILLED, True)
 
 def waits(*events: Event) -> list[float | None]:
     """After each event, in how many seconds another agent is started."""
-    stint, found = Stint(), []
+    run, found = AgentRun(), []
     for event in events:
-        stint, reason = decide(stint, event)
+        run, reason = decide(run, event)
         assert reason
-        found.append(stint.wait)
+        found.append(run.wait)
     return found
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import lockstep
 from lockstep.errors import OptimizerError
 from lockstep.job.faults import Fault
-from lockstep.optim.local_sgd import divide
 from lockstep.system.seeding import derive, seed_everything
 from tests.support.harmed_runs import assert_same, events
 from tests.support.multi_host_runs import (
@@ -184,10 +183,3 @@ def test_what_does_not_go_with_it(run_folders: Callable[[], str]) -> None:
             "tests.collectives.test_sparse_gradients:Sparse", args={"optimizer": "SparseAdam"},
             workers=1, out=run_folders(), **SETTINGS,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(("count", "parts"), [(12, [4, 4, 4]), (7, [2, 2, 3]), (2, [1, 1])])
-def test_samples_are_divided(count: int, parts: list[int]) -> None:
-    found = divide(list(range(count)), 3)
-    assert [len(part) for part in found] == parts
-    assert [item for part in found for item in part] == list(range(count))

@@ -122,7 +122,7 @@ def test_workers_die_in_every_phase(site: Site) -> None:
     ended_well(on)
 
 
-def test_every_host_is_torn_in_the_same_step(site: Site) -> None:
+def test_every_host_is_interrupted_in_the_same_update(site: Site) -> None:
     """Nobody has a whole state: all go back to their bases."""
     on = site.agents({"b": 1, "c": 1}, 1)
     faults = tuple(
@@ -153,7 +153,7 @@ def test_flipped_bits_on_another_host_are_put_right(site: Site) -> None:
 # Joining, leaving, falling silent.
 
 
-def test_hosts_join_and_are_killed_and_fall_silent(site: Site, slow: None) -> None:
+def test_hosts_join_and_are_killed_and_stop_answering(site: Site, slow: None) -> None:
     on = site.agents({"b": 1}, 1)
     changes = {"steps": 900, "host_seconds": 1.5}
     live = Live(site, on, **changes)

@@ -88,7 +88,7 @@ def test_killed_while_a_checkpoint_is_being_written(master: Start, wanted: locks
     assert not list(checkpoints.glob(".partial-*"))
 
 
-def test_the_nursery_is_killed(master: Start, wanted: lockstep.Result) -> None:
+def test_the_forkserver_is_killed(master: Start, wanted: lockstep.Result) -> None:
     """All workers go with their parent. The master says so, and the run can be resumed."""
     running = master("--workers=2", "--checkpoint-steps=20")
     running.await_step(40)

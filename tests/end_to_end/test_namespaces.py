@@ -248,7 +248,7 @@ def test_a_host_far_away_is_killed(start: Start, yard: Yard) -> None:
 
 
 @delayed
-def test_a_host_that_is_too_far_away_has_fallen_silent(start: Start, yard: Yard) -> None:
+def test_a_host_beyond_the_timeout_is_dropped(start: Start, yard: Yard) -> None:
     steps = 160
     with Network(3, delay=0.0) as network:
         run = start(network, steps=steps, host_seconds=1.0)

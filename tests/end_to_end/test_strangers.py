@@ -15,7 +15,8 @@ import pytest
 
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
 from lockstep.net.handshake import Hello
-from lockstep.net.sockets import Deadline, handshake, wrap
+from lockstep.net.sockets import handshake, wrap
+from lockstep.net.tls_stream import Deadline
 from tests.support.fuzzing import ended, number
 from tests.support.harmed_runs import assert_same, events, yard
 from tests.support.multi_host_runs import PACED, WAIT, Live, Site, site
@@ -58,7 +59,7 @@ def of_cluster(cluster: Cluster) -> ssl.SSLContext:
 def draw(rng: random.Random, job: str) -> bytes:
     """Junk, a hello that is cut or prolonged or of another job, or a frame of any length."""
     hello = Hello(job=rng.choice((job, "other")), node=rng.choice("mb"), facts={})
-    said = message_frame(Kind.HELLO, {**hello.to_message(), "lane": "data"})
+    said = message_frame(Kind.HELLO, hello.with_stream("data"))
     head = HEADER.pack(
         MAGIC, VERSION, rng.randrange(30), 0, 0, 0, rng.getrandbits(rng.choice((6, 64)))
     )

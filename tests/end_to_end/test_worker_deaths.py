@@ -136,7 +136,7 @@ def test_deaths_while_a_recovery_is_under_way(name: str, yard: Yard) -> None:
         *(pytest.param(n, marks=pytest.mark.long) for n in ("onecycle", "embedding")),
     ],
 )
-def test_steps_since_the_base_are_computed_again(
+def test_steps_since_the_snapshot_are_computed_again(
     name: str, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Schedules, buffers and optimizer state go back with the parameters, on survivors and on

@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep as package
-from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.job_offer import OFFER, JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.code_archive import MAX_SOURCE, pack, unpack
 from lockstep.job.task_resolution import resolve
 from lockstep.job.task_source import TaskSource
 from lockstep.net.blob_transfer import BlobInfo, BlobServer
+from lockstep.system.messages import encode
 from tests.cluster.test_daemon import RUN, alone, waiting_agent
 from tests.support.agents_on_loopback import Agents
 from tests.support.command import TASKS, lockstep
@@ -240,7 +241,7 @@ def test_which_code_a_host_takes() -> None:
 
 def test_offers_with_code() -> None:
     for blob in (BILL, None):
-        assert JobOffer.from_message(an_offer("mine:Task", blob).to_message()).code == blob
+        assert OFFER.decode(encode(an_offer("mine:Task", blob))).code == blob
 
 
 def of_the_master(cluster: Loopback) -> Path:

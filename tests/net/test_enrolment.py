@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,23 +25,35 @@ from lockstep.errors import (
     RefusedError,
     ResourceError,
 )
-from lockstep.net.enrolment import JoinServer, Limiter, join
-from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
+from lockstep.net.enrolment import (
+    AuthorityShown,
+    EnrolmentRequest,
+    JoinServer,
+    Limiter,
+    join,
+)
+from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, head, message_frame
 from lockstep.net.identity import Identity
 from lockstep.net.join_tokens import Token
 from lockstep.net.shared_secret import RankInvitation, SharedSecret
 from tests.support.fuzzing import ended, fuzz
 from tests.support.joinable_cluster import Joinable, joinable
-from tests.support.tls_hosts import LIMIT, Cluster, connect
+from tests.support.tls_hosts import LIMIT, SAID, Cluster, Said, connect
 
 __all__ = ["joinable"]  # fixtures
+
+
+def enrol_frame(**fields: object) -> bytes:
+    """A frame with these fields in the place of a newcomer's message."""
+    body = msgspec.msgpack.encode({"op": "EnrolmentRequest", **fields})
+    return head(Kind.ENROL, length=len(body)) + body
 
 
 def test_a_newcomer_becomes_a_host(joinable: Joinable, tmp_path: Path) -> None:
     token = joinable.server.token()
     identity, greeting = join(token, tmp_path / "b", "b", timeout=LIMIT)
     assert joinable.why() == "it has joined" or joinable.why() == "it has joined"
-    assert (identity.node, greeting) == ("b", {"agent": ["127.0.0.1", 7]})
+    assert (identity.node, SAID.decode(greeting)) == ("b", Said(number=7))
     assert Identity.load(tmp_path / "b") == identity
     # The key has not left it, and works between hosts.
     a = joinable.cluster.transport("a")
@@ -123,7 +136,7 @@ def test_another_cluster_answers_with_both_authorities(tmp_path: Path) -> None:
     ours, other = padded_cluster(tmp_path / "ours"), Joinable(tmp_path / "other")
     with contextlib.closing(ours.server), contextlib.closing(other.server):
         both = ours.cluster.authority.certificate + other.cluster.authority.certificate
-        other.server._shown["authority"] = both
+        other.server._shown = AuthorityShown(authority=both)
         token, (host, port) = ours.server.token(), other.server.address
         with pytest.raises(RefusedError, match="is not accepted"):
             join(replace(token, host=host, port=port), tmp_path / "b", "b", timeout=LIMIT)
@@ -167,7 +180,7 @@ def test_who_lacks_the_shared_secret_is_told_nothing(
     shared = SharedSecret(secret=bytes(32), job="job 7")
     certificate = joinable.cluster.authority.certificate
     foreign = Cluster(tmp_path / "foreign").authority.certificate
-    for proof in ("", "\ud800", other.proof(certificate), shared.proof(foreign)):
+    for proof in ("", "\u2028", other.proof(certificate), shared.proof(foreign)):
         with contextlib.closing(joinable.serve(proof=proof)) as server:
             server.admit(shared.of_rank(1), seconds=LIMIT)
             with pytest.raises(RefusedError, match="does not prove that it has the shared secret"):
@@ -203,11 +216,9 @@ def test_strangers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
         st.binary(max_size=50),
     )
     | st.builds(
-        lambda secret, request: message_frame(Kind.ENROL, {"secret": secret, "request": request}),
-        st.text(max_size=60)
-        | st.integers()
-        | st.binary(max_size=60).map(lambda secret: base64.b64encode(secret).decode()),
-        st.text(max_size=100) | st.none(),
+        lambda secret, request: enrol_frame(secret=secret, request=request),
+        st.text(max_size=60) | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=300),
+        st.binary(max_size=100) | st.text(max_size=100) | st.none(),
     )
 )
 def test_newcomers_that_send_anything(joinable: Joinable, junk: bytes) -> None:
@@ -230,14 +241,12 @@ def test_guessed_secrets(joinable: Joinable, change: int, place: int, length: in
     altered[place] ^= change
     for secret in (bytes(altered), (token.secret + bytes(8))[:length]):
         if secret != token.secret:
-            kind, answer = joinable.ask(secret, b"")
-            assert (kind, answer["found"]) == (Kind.REFUSED, "it is unknown here")
+            assert joinable.refused(secret, b"").found == "it is unknown here"
             why = joinable.why()
             assert "token was refused" in why
             assert base64.b64encode(secret).decode() not in why or not secret
             ended(why)
-    kind, answer = joinable.ask(token.secret, b"")
-    assert answer["what"] == "the certificate request was refused"
+    assert joinable.refused(token.secret, b"").what == "the certificate request was refused"
     joinable.why()
 
 
@@ -252,20 +261,18 @@ def test_tokens_that_come_too_late(joinable: Joinable, way: str, age: int, cut: 
     token = joinable.server.token(seconds=-age if way == "expired" else LIMIT)
     wanted = {"used": "it was used before", "expired": "it expired", "cut": "closed"}[way]
     if way == "used":
-        joinable.ask(token.secret, b"")
+        joinable.refused(token.secret, b"")
         joinable.why()
     if way == "cut":
-        said = {"secret": base64.b64encode(token.secret).decode(), "request": ""}
+        said = EnrolmentRequest(secret=token.secret, request=b"")
         with joinable.dial() as sock:
             sock.sendall(message_frame(Kind.ENROL, said)[:-1][: cut or None])
     else:
-        _, answer = joinable.ask(token.secret, b"")
-        assert wanted in str(answer["found"])
+        assert wanted in joinable.refused(token.secret, b"").found
     why = joinable.why()
     assert wanted in why
     if way == "cut":
-        _, answer = joinable.ask(token.secret, b"")
-        assert answer["what"] == "the certificate request was refused"
+        assert joinable.refused(token.secret, b"").what == "the certificate request was refused"
         joinable.why()
     ended(why)
 
@@ -298,7 +305,7 @@ def test_answers_that_are_no_joining(joinable: Joinable, tmp_path: Path) -> None
 def test_who_dawdles_holds_up_nobody_and_is_ended(joinable: Joinable, tmp_path: Path) -> None:
     silent = [socket.create_connection(joinable.server.address) for _ in range(8)]
     slow = joinable.dial()
-    slow.sendall(message_frame(Kind.ENROL, {})[:5])
+    slow.sendall(message_frame(Kind.ENROL, Said())[:5])
     join(joinable.server.token(), tmp_path / "b", "b", timeout=LIMIT)
     for sock in (*silent, slow):
         sock.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -27,10 +28,10 @@ from lockstep.net.frames import (
     head,
     message_frame,
     parse_head,
-    parse_message,
 )
-from lockstep.net.handshake import Hello, check_hello, differences, gather, parse_hello
+from lockstep.net.handshake import HELLO, Hello, check_hello, differences, gather
 from lockstep.net.join_tokens import PREFIX, Token, TokenBook, parse_token
+from lockstep.system.messages import encode
 from tests.support.fuzzing import ended, fuzz
 
 JSON = st.recursive(
@@ -53,7 +54,7 @@ TOKENS = st.builds(
 
 def read(stream: bytes, cuts: list[int] | None = None) -> list[Frame]:
     """The frames in a stream that comes in pieces; tensors go into memory of their own."""
-    reader = Reader(place=lambda header: memoryview(bytearray(header.length)))
+    reader = Reader(target=lambda header: memoryview(bytearray(header.length)))
     edges = [0, *sorted({min(cut, len(stream)) for cut in cuts or []}), len(stream)]
     pieces = [stream[start:stop] for start, stop in itertools.pairwise(edges)]
     return [frame for piece in pieces for frame in reader.feed(piece)]
@@ -66,7 +67,9 @@ def frames(draw: st.DrawFn) -> tuple[Header, bytes]:
         body = draw(st.binary(max_size=200))
         step, tag = draw(st.integers(0, MAX_STEP)), draw(st.integers(0, MAX_TAG))
         return Header(kind=kind, step=step, tag=tag, length=len(body)), body
-    body = json.dumps(draw(st.dictionaries(st.text(max_size=8), JSON, max_size=4))).encode()
+    limit = min(LIMITS[kind], 4000)
+    fields = msgspec.msgpack.encode(draw(st.dictionaries(st.text(max_size=8), JSON, max_size=4)))
+    body = fields if len(fields) <= limit else b""
     return Header(kind=kind, length=len(body)), body
 
 
@@ -154,14 +157,14 @@ def test_each_rule_is_named(raw: bytes, found: str) -> None:
 def test_kinds_that_do_not_belong_here() -> None:
     reader = Reader({Kind.CONTROL})
     with pytest.raises(ProtocolError, match="kind 1"):
-        list(reader.feed(message_frame(Kind.HELLO, {})))
+        list(reader.feed(message_frame(Kind.HELLO, Hello(job="j", node="a"))))
     with pytest.raises(ProtocolError, match="no tensor on this connection"):
         list(Reader().feed(head(Kind.STATE, length=1)))
 
 
 def test_a_tensor_goes_where_it_belongs_and_nowhere_else() -> None:
     memory = bytearray(20)
-    reader = Reader(place=lambda header: memoryview(memory)[5:10])
+    reader = Reader(target=lambda header: memoryview(memory)[5:10])
     (frame,) = reader.feed(head(Kind.PARTIAL, step=3, tag=4, length=5) + b"hello")
     assert memory == bytes(5) + b"hello" + bytes(10)
     assert str(frame.header) == "partial 4 of step 3"
@@ -170,7 +173,7 @@ def test_a_tensor_goes_where_it_belongs_and_nowhere_else() -> None:
 
 
 def test_how_far_a_frame_is() -> None:
-    reader = Reader(place=lambda header: memoryview(bytearray(header.length)))
+    reader = Reader(target=lambda header: memoryview(bytearray(header.length)))
     assert reader.between
     list(reader.feed(head(Kind.PARTIAL, step=1, tag=2, length=5000)[:7]))
     assert not reader.between
@@ -182,20 +185,32 @@ def test_how_far_a_frame_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"1", b"{", b'{"a": NaN}', b"\xff", b"[" * 100_000, b"9" * 5000]
+    "body",
+    [
+        b"",
+        b"[]",
+        b"\x01",
+        b"\x81",
+        msgspec.msgpack.encode({"op": "Hello", "job": math.nan, "node": "a"}),
+        b"\xff",
+        b"\x91" * 100_000,
+        b"\x82\xa2op\xa5Hello\xa5facts" + b"\x81\xa1a" * 100_000,
+        b"\xdb\xff\xff\xff\xff",
+    ],
 )
 def test_bodies_that_are_no_messages(body: bytes) -> None:
     with pytest.raises(ProtocolError):
-        parse_message(memoryview(body))
+        HELLO.decode(memoryview(body))
 
 
 @fuzz(200)
 @given(JSON)
-def test_any_json_as_a_hello(value: object) -> None:
+def test_any_value_as_a_hello(value: object) -> None:
     message = value if isinstance(value, dict) else {"facts": value, "protocol": value}
-    with pytest.raises(ProtocolError, match="a hello breaks the protocol") as caught:
-        parse_hello(message)
-    ended(caught.value)
+    for body in (message, {"op": "Hello", **message}):
+        with pytest.raises(ProtocolError, match="a hello breaks the protocol") as caught:
+            HELLO.decode(msgspec.msgpack.encode(body))
+        ended(caught.value)
 
 
 @fuzz(200)
@@ -203,15 +218,15 @@ def test_any_json_as_a_hello(value: object) -> None:
 def test_a_hello_with_an_altered_field(name: str, value: object) -> None:
     ours = Hello(job="j", node="a", facts={"torch": "1"})
     theirs = Hello(job="j", node="b", facts={"torch": "1"})
-    message = theirs.to_message()
-    assert parse_hello(message) == theirs
+    assert HELLO.decode(encode(theirs)) == theirs
+    message = msgspec.msgpack.decode(encode(theirs))
     check_hello(ours, theirs, "b")
     if value == message[name] and type(value) is type(message[name]):
         ended("the same hello")
         return
     message[name] = value
     with pytest.raises((ProtocolError, RefusedError)) as caught:
-        check_hello(ours, parse_hello(message), "b")
+        check_hello(ours, HELLO.decode(msgspec.msgpack.encode(message)), "b")
     ended(caught.value)
 
 
@@ -244,7 +259,7 @@ def test_the_facts_of_this_host() -> None:
     assert facts["torch"] == torch.__version__
     assert {"numpy", "lockstep-dlp", "probe", "code", "data"} < set(facts)
     hello = Hello(job="j", node="a", facts=facts)
-    assert parse_hello(hello.to_message()) == hello
+    assert HELLO.decode(encode(hello)) == hello
 
 
 @fuzz(100)

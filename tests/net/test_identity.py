@@ -19,7 +19,6 @@ from lockstep.errors import (
 from lockstep.net.certificate_authority import Authority, make_request, store
 from lockstep.net.certificates import check_name, fingerprint
 from lockstep.net.enrolment import join
-from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import make_secret, read_secret
 from tests.support.joinable_cluster import Joinable, joinable, mode
@@ -125,9 +124,10 @@ def test_requests_that_are_not_signed(
     joinable: Joinable, make: Callable[[ec.EllipticCurvePrivateKey], bytes]
 ) -> None:
     request = make(ec.generate_private_key(ec.SECP256R1()))
-    kind, answer = joinable.ask(joinable.server.token().secret, request)
-    assert kind is Kind.REFUSED
-    assert answer["what"] == "the certificate request was refused"
+    assert (
+        joinable.refused(joinable.server.token().secret, request).what
+        == "the certificate request was refused"
+    )
     assert "the certificate request was refused" in joinable.why()
     assert {each.name for each in (joinable.cluster.folder / "authority/issued").iterdir()} == {"a"}
 

@@ -12,6 +12,7 @@ from lockstep.net import simulated_transport as memory
 from lockstep.net.frames import HEADER, Kind
 from lockstep.net.simulated_transport import MemoryTransport, Network, NetworkFault
 from lockstep.net.transport import Key, Pending
+from tests.support.tls_hosts import SAID, Said
 
 LONG = 1000.0
 """Scripted seconds."""
@@ -29,7 +30,7 @@ def send(
 
 def test_time_passes_only_while_all_wait() -> None:
     network = Network()
-    a, b = network.join("a"), network.join("b")
+    a, b = network.join("a", codec=SAID), network.join("b", codec=SAID)
     began = time.monotonic()
     assert network.now == 0.0
     sent, receipt, _ = send(a, b, 1)
@@ -45,7 +46,7 @@ def test_time_passes_only_while_all_wait() -> None:
 def test_delay() -> None:
     fault = NetworkFault(source="a", target="b", frame=2, kind="delay", seconds=5.0)
     network = Network(faults=[fault])
-    a, b = network.join("a"), network.join("b")
+    a, b = network.join("a", codec=SAID), network.join("b", codec=SAID)
     arrivals = []
     for _, receipt, into in [send(a, b, step) for step in (1, 2, 3)]:
         receipt.wait(LONG)
@@ -59,7 +60,7 @@ def test_delay() -> None:
 def test_cut(keep: int) -> None:
     fault = NetworkFault(source="a", target="b", frame=2, kind="cut", keep=keep)
     network = Network(faults=[fault])
-    a, b = network.join("a"), network.join("b")
+    a, b = network.join("a", codec=SAID), network.join("b", codec=SAID)
     (_, whole, _), (sent, cut, into) = send(a, b, 1), send(a, b, 2)
     whole.wait(LONG)
     with pytest.raises(PeerClosedError, match="host a closed the connection") as caught:
@@ -81,10 +82,10 @@ def test_cut(keep: int) -> None:
 def test_drop_is_one_way_and_silent() -> None:
     fault = NetworkFault(source="a", target="b", frame=2, kind="drop")
     network = Network(faults=[fault])
-    a, b = network.join("a"), network.join("b")
+    a, b = network.join("a", codec=SAID), network.join("b", codec=SAID)
     send(a, b, 1)[1].wait(LONG)
     sent, receipt, _ = send(a, b, 2)
-    a.tell("b", {})
+    a.tell("b", Said())
     for wait in (receipt.wait, sent.wait, b.hear):
         with pytest.raises(PeerTimeoutError):
             wait(LONG)
@@ -96,7 +97,11 @@ def test_drop_is_one_way_and_silent() -> None:
 def test_stall_is_silent_both_ways_and_leaves_others_alone() -> None:
     fault = NetworkFault(source="a", target="b", frame=1, kind="stall")
     network = Network(faults=[fault])
-    a, b, c = network.join("a"), network.join("b"), network.join("c")
+    a, b, c = (
+        network.join("a", codec=SAID),
+        network.join("b", codec=SAID),
+        network.join("c", codec=SAID),
+    )
     for source, target in ((a, b), (b, a)):
         with pytest.raises(PeerTimeoutError, match=f"host {source.node} did not answer"):
             send(source, target, 1)[1].wait(LONG)
@@ -108,7 +113,7 @@ def test_stall_is_silent_both_ways_and_leaves_others_alone() -> None:
 def test_close() -> None:
     fault = NetworkFault(source="a", target="b", frame=2, kind="close")
     network = Network(faults=[fault])
-    a, b = network.join("a"), network.join("b")
+    a, b = network.join("a", codec=SAID), network.join("b", codec=SAID)
     (_, whole, _), (_, missing, _) = send(a, b, 1), send(a, b, 2)
     whole.wait(LONG)
     with pytest.raises(PeerClosedError, match="host a") as caught:
@@ -119,7 +124,11 @@ def test_close() -> None:
 
 def test_kill() -> None:
     network = Network()
-    a, b, c = network.join("a"), network.join("b"), network.join("c")
+    a, b, c = (
+        network.join("a", codec=SAID),
+        network.join("b", codec=SAID),
+        network.join("c", codec=SAID),
+    )
     _, receipt, _ = send(a, b, 1)
     network.at(5.0, lambda: network.kill("a"))
     receipt.wait(LONG)
@@ -160,7 +169,7 @@ def test_several_threads() -> None:
 def test_a_clock_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "STUCK_SECONDS", 0.05)
     network = Network(parties=2)
-    a, _ = network.join("a"), network.join("b")
+    a, _ = network.join("a", codec=SAID), network.join("b", codec=SAID)
     with pytest.raises(NetworkError, match="the scripted clock stands still") as caught:
         a.hear(LONG)
     assert caught.value.expected == "that 2 threads wait for the network"

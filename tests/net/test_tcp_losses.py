@@ -13,13 +13,25 @@ import threading
 import pytest
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError
+from lockstep.net import handshake as hellos
 from lockstep.net import tcp_transport as tcp
-from lockstep.net.frames import Kind, head, message_frame
-from lockstep.net.sockets import Deadline, handshake, receive_message, wrap
+from lockstep.net.frames import Kind, head
+from lockstep.net.sockets import handshake, receive_message, wrap
 from lockstep.net.tcp_transport import TcpTransport
+from lockstep.net.tls_stream import Deadline
 from lockstep.net.transport import Key
-from tests.support.tls_hosts import FACTS, LIMIT, Cluster, connect
-from tests.support.tls_peers import HELLO, Job, Log, cluster, dial, job, rest, welcomed
+from tests.support.tls_hosts import FACTS, LIMIT, SAID, Cluster, Said, connect
+from tests.support.tls_peers import (
+    HELLO,
+    Job,
+    Log,
+    cluster,
+    dial,
+    hello_frame,
+    job,
+    rest,
+    welcomed,
+)
 
 __all__ = ["cluster", "job"]  # fixtures
 
@@ -34,8 +46,8 @@ def test_the_same_name_twice(job: Job, cluster: Cluster) -> None:
         twin.close()
     assert "connected already" in job.log.next()[1]
     assert job.a.peers == ("b",)
-    job.b.tell("a", {"still": "here"})
-    assert job.a.hear(LIMIT).message == {"still": "here"}
+    job.b.tell("a", Said(text="still here"))
+    assert job.a.hear(LIMIT).message == Said(text="still here")
 
 
 def test_a_host_comes_back(job: Job, cluster: Cluster) -> None:
@@ -50,18 +62,20 @@ def test_a_host_comes_back(job: Job, cluster: Cluster) -> None:
 def test_a_server_connects_back(cluster: Cluster) -> None:
     """With `answer`, only the newcomers know addresses; and they may come again."""
     log = Log()
-    server = TcpTransport(cluster.identity("a"), job="job", facts=FACTS, answer=True, report=log)
+    server = TcpTransport(
+        cluster.identity("a"), job="job", facts=FACTS, codec=SAID, answer=True, report=log
+    )
     with contextlib.closing(server):
         for round_ in range(2):
             b, c = cluster.transport("b"), cluster.transport("c")
             with contextlib.closing(b), contextlib.closing(c):
                 for each in (b, c):
                     each.connect({"a": server.address}, LIMIT)
-                    each.tell("a", {"round": round_, "from": each.node})
+                    each.tell("a", Said(number=round_, text=each.node))
                     heard = server.hear(LIMIT)
-                    assert heard.message == {"round": round_, "from": each.node}
-                    server.tell(each.node, {"to": each.node})
-                    assert each.hear(LIMIT).message == {"to": each.node}
+                    assert heard.message == Said(number=round_, text=each.node)
+                    server.tell(each.node, Said(text=each.node))
+                    assert each.hear(LIMIT).message == Said(text=each.node)
                 assert server.peers == ("b", "c")
             assert {server.hear(LIMIT).peer, server.hear(LIMIT).peer} == {"b", "c"}
             assert list(server.peers) == []
@@ -70,7 +84,9 @@ def test_a_server_connects_back(cluster: Cluster) -> None:
 
 def test_who_cannot_be_connected_back_is_dropped(cluster: Cluster) -> None:
     log = Log()
-    server = TcpTransport(cluster.identity("a"), job="job", facts=FACTS, answer=True, report=log)
+    server = TcpTransport(
+        cluster.identity("a"), job="job", facts=FACTS, codec=SAID, answer=True, report=log
+    )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with contextlib.closing(server):
@@ -81,9 +97,9 @@ def test_who_cannot_be_connected_back_is_dropped(cluster: Cluster) -> None:
         )
         with sock:
             handshake(sock, Deadline(LIMIT))
-            sock.sendall(message_frame(Kind.HELLO, {**HELLO, "lane": "control", "port": port}))
-            kind, answer = receive_message(sock, (Kind.WELCOME,), Deadline(LIMIT))
-            assert (kind, answer["port"]) == (Kind.WELCOME, server.address[1])
+            sock.sendall(hello_frame(**{**HELLO, "stream": "control", "port": port}))
+            kind, answer = receive_message(sock, {Kind.WELCOME: hellos.HELLO}, Deadline(LIMIT))
+            assert (kind, answer.port) == (Kind.WELCOME, server.address[1])
             assert rest(sock) == b""
         who, why = log.next()
         assert who == "m"
@@ -117,18 +133,20 @@ def test_a_death_in_the_middle_of_a_tensor(job: Job, cluster: Cluster) -> None:
 CHILD = """
 import sys
 from pathlib import Path
+from lockstep.net import handshake as hellos
 from lockstep.net.frames import Kind
 from lockstep.net.identity import Identity
 from lockstep.net.tls_stream import TlsStream
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Key
+from tests.support.tls_hosts import SAID, Said
 folder, host, port, torch = sys.argv[1:]
-child = TcpTransport(Identity.load(Path(folder)), job="job", facts=eval(torch))
+child = TcpTransport(Identity.load(Path(folder)), job="job", facts=eval(torch), codec=SAID)
 print(*child.address, flush=True)
 child.connect({"a": (host, int(port))}, 20)
 memory = bytearray(8 << 20)
 child.send("a", Key(Kind.STATE, 0), memoryview(memory)).wait(20)
-child.tell("a", {"ready": True})
+child.tell("a", Said(text="ready"))
 child.hear(600)
 """
 
@@ -147,7 +165,7 @@ def test_stopped_and_killed_hosts_are_told_apart(job: Job, cluster: Cluster) -> 
         job.a.connect({"child": (host, int(port))}, LIMIT)
         state = job.a.expect("child", Key(Kind.STATE, 0), memoryview(bytearray(8 << 20)))
         state.wait(LIMIT)
-        assert job.a.hear(LIMIT).message == {"ready": True}
+        assert job.a.hear(LIMIT).message == Said(text="ready")
         os.kill(child.pid, signal.SIGSTOP)
         receipt = job.a.expect("child", Key(Kind.PARTIAL, 1), memoryview(bytearray(10)))
         with pytest.raises(PeerTimeoutError, match="host child did not answer in time") as caught:

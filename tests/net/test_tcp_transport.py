@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 
 from lockstep.errors import PeerClosedError, ProtocolError, RefusedError
 from lockstep.net import tcp_transport as tcp
-from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, head, message_frame
+from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, head
+from lockstep.net.handshake import REFUSAL
 from lockstep.net.identity import Identity
-from lockstep.net.sockets import Deadline, receive_message
+from lockstep.net.sockets import receive_message
+from lockstep.net.tls_stream import Deadline
 from lockstep.net.transport import Key
 from tests.support.fuzzing import ended, fuzz
 from tests.support.tls_hosts import FACTS, LIMIT, Cluster, connect
-from tests.support.tls_peers import HELLO, Job, cluster, dial, job, rest, welcomed
+from tests.support.tls_peers import HELLO, Job, cluster, dial, hello_frame, job, rest, welcomed
 
 __all__ = ["cluster", "job"]  # fixtures
 
@@ -86,7 +88,7 @@ JUNK = st.binary(max_size=200)
 
 
 @fuzz(60)
-@given(client=st.sampled_from(list(WRONG)), said=st.just(message_frame(Kind.HELLO, HELLO)) | JUNK)
+@given(client=st.sampled_from(list(WRONG)), said=st.just(hello_frame(**HELLO)) | JUNK)
 def test_wrong_certificates(
     job: Job,
     cluster: Cluster,
@@ -132,7 +134,7 @@ def test_a_host_that_answers_under_another_name(job: Job, cluster: Cluster) -> N
 @given(
     junk=st.binary(max_size=200)
     | st.builds(
-        lambda cut, extra: message_frame(Kind.HELLO, {**HELLO, "lane": "data"})[:cut] + extra,
+        lambda cut, extra: hello_frame(**HELLO, stream="data")[:cut] + extra,
         st.integers(0, 200),
         st.binary(min_size=1, max_size=5),
     )
@@ -196,12 +198,12 @@ def test_hosts_that_send_anything_later(
 
 def test_another_version(job: Job, cluster: Cluster) -> None:
     with dial(job, cluster.identity("m").client_context()) as sock:
-        frame = bytearray(message_frame(Kind.HELLO, {**HELLO, "lane": "data"}))
+        frame = bytearray(hello_frame(**HELLO, stream="data"))
         frame[4] = VERSION + 1
         sock.sendall(frame)
-        kind, answer = receive_message(sock, (Kind.REFUSED,), Deadline(LIMIT))
+        kind, answer = receive_message(sock, {Kind.REFUSED: REFUSAL}, Deadline(LIMIT))
         assert kind is Kind.REFUSED
-        assert answer["found"] == f"version {VERSION + 1} of the protocol"
+        assert answer.error.found == f"version {VERSION + 1} of the protocol"
     assert f"version {VERSION + 1}" in job.log.next()[1]
     job.check()
 
@@ -211,10 +213,12 @@ def test_another_version(job: Job, cluster: Cluster) -> None:
     [
         ({"node": "b"}, "host m may not take part"),
         ({"job": "other"}, "host m may not take part"),
-        ({"protocol": 2}, "host m may not take part"),
+        ({"protocol": 1}, "host m may not take part"),
         ({"port": 65536}, "a hello breaks the protocol"),
         ({"port": True}, "a hello breaks the protocol"),
-        ({"lane": "side"}, "no such lane"),
+        ({"stream": "side"}, "a hello breaks the protocol"),
+        ({"stream": ""}, "host m does not say what its connection is for"),
+        ({"more": 1}, "a hello breaks the protocol"),
         ({"facts": {**FACTS, "torch": "\x1b[2J"}}, "a hello breaks the protocol"),
     ],
 )
@@ -222,9 +226,9 @@ def test_hellos_that_are_refused(
     job: Job, cluster: Cluster, change: dict[str, Any], why: str
 ) -> None:
     with dial(job, cluster.identity("m").client_context()) as sock:
-        sock.sendall(message_frame(Kind.HELLO, {**HELLO, "lane": "data", **change}))
-        _, answer = receive_message(sock, (Kind.REFUSED,), Deadline(LIMIT))
-        assert answer["what"] == why
+        sock.sendall(hello_frame(**{**HELLO, "stream": "data", **change}))
+        _, answer = receive_message(sock, {Kind.REFUSED: REFUSAL}, Deadline(LIMIT))
+        assert answer.error.what == why
         assert "\x1b" not in job.log.next()[1]
     job.check()
 

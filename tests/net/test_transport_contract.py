@@ -20,7 +20,7 @@ from lockstep.errors import (
 from lockstep.net.frames import Kind
 from lockstep.net.transport import Key
 from tests.support import tls_hosts as hosts
-from tests.support.tls_hosts import FACTS, LIMIT, Cluster, Open, opener
+from tests.support.tls_hosts import FACTS, LIMIT, Cluster, Open, Said, opener
 
 MB = 1 << 20
 SOON = 0.05
@@ -112,8 +112,8 @@ def test_sent_before_it_is_expected(opened: Open) -> None:
     a, b = opened("a", "b")
     data, into = os.urandom(3 * MB), bytearray(3 * MB)
     send = a.send("b", key(1), view(data))
-    a.tell("b", {"sent": True})
-    assert b.hear(LIMIT).message == {"sent": True}  # it overtakes the tensor
+    a.tell("b", Said(text="sent"))
+    assert b.hear(LIMIT).message == Said(text="sent")  # it overtakes the tensor
     receipt = b.expect("a", key(1), view(into))
     receipt.wait(LIMIT)
     send.wait(LIMIT)
@@ -123,11 +123,15 @@ def test_sent_before_it_is_expected(opened: Open) -> None:
 def test_messages_keep_their_order(opened: Open) -> None:
     a, b, c = opened("a", "b", "c")
     for number in range(50):
-        a.tell("c", {"number": number, "text": "ü" * number})
-        b.tell("c", {"number": number, "text": ""})
+        a.tell("c", Said(number=number, text="ü" * number))
+        b.tell("c", Said(number=number))
     heard = [c.hear(LIMIT) for _ in range(100)]
     for peer in ("a", "b"):
-        numbers = [each.message["number"] for each in heard if each.peer == peer and each.message]
+        numbers = [
+            each.message.number
+            for each in heard
+            if each.peer == peer and isinstance(each.message, Said)
+        ]
         assert numbers == list(range(50))
     assert heard[-1].message is not None
 
@@ -161,9 +165,9 @@ def test_a_send_has_a_limit(opened: Open) -> None:
 def test_messages_have_a_limit(opened: Open) -> None:
     a, b = opened("a", "b")
     with pytest.raises(ProtocolError, match="a frame breaks the protocol"):
-        a.tell("b", {"text": "x" * MB})
-    a.tell("b", {"text": "x"})
-    assert b.hear(LIMIT).message == {"text": "x"}
+        a.tell("b", Said(text="x" * MB))
+    a.tell("b", Said(text="x"))
+    assert b.hear(LIMIT).message == Said(text="x")
 
 
 def test_only_tensors_have_keys(opened: Open) -> None:
@@ -187,7 +191,7 @@ def test_unknown_hosts(opened: Open) -> None:
     with pytest.raises(PeerClosedError, match="host z"):
         a.expect("z", key(0), view(bytearray(1)))
     with pytest.raises(PeerClosedError, match="host z"):
-        a.tell("z", {})
+        a.tell("z", Said())
     a.drop("z", "it is not there")
     assert a.peers == ("b",)
 
@@ -195,13 +199,13 @@ def test_unknown_hosts(opened: Open) -> None:
 def test_a_peer_that_closes(opened: Open, kind: hosts.Kind) -> None:
     a, b = opened("a", "b")
     receipt = a.expect("b", key(2), view(bytearray(MB)))
-    b.tell("a", {"last": "words"})
+    b.tell("a", Said(text="last words"))
     b.close()
     with pytest.raises(PeerClosedError, match="host b") as caught:
         receipt.wait(LIMIT)
     assert caught.value.expected == "partial 0 of step 2 from host b"
     assert not receipt.done()
-    assert a.hear(LIMIT).message == {"last": "words"}
+    assert a.hear(LIMIT).message == Said(text="last words")
     if kind.tells_losses:
         heard = a.hear(LIMIT)
         assert heard.peer == "b"
@@ -213,7 +217,7 @@ def test_a_peer_that_closes(opened: Open, kind: hosts.Kind) -> None:
     for call in (
         lambda: a.send("b", key(3), view(b"1")).wait(LIMIT),
         lambda: a.expect("b", key(3), view(bytearray(1))).wait(LIMIT),
-        lambda: a.tell("b", {}),
+        lambda: a.tell("b", Said()),
     ):
         with pytest.raises(PeerClosedError, match="host b"):
             call()
@@ -239,12 +243,12 @@ def test_what_was_sent_before_closing_arrives(opened: Open, kind: hosts.Kind) ->
     data, into = os.urandom(8 * MB), bytearray(8 * MB)
     receipt = a.expect("b", key(1), view(into))
     send = b.send("a", key(1), view(data))
-    b.tell("a", {"bye": 1})
+    b.tell("a", Said(text="bye"))
     b.close()
     receipt.wait(LIMIT)
     send.wait(LIMIT)
     assert into == data
-    assert a.hear(LIMIT).message == {"bye": 1}
+    assert a.hear(LIMIT).message == Said(text="bye")
     assert isinstance(a.hear(LIMIT).error, PeerClosedError)
 
 
@@ -314,7 +318,7 @@ def test_what_nobody_expects_is_named(opened: Open, kind: hosts.Kind) -> None:
     receipt = a.expect("b", key(4), view(bytearray(1)))
     b.send("a", key(3, 9), view(b"x"))
     b.send("a", key(4), view(b"y"))
-    b.tell("a", {})
+    b.tell("a", Said())
     a.hear(LIMIT)
     with pytest.raises(PeerTimeoutError) as caught:
         receipt.wait(1.0)

@@ -1,20 +1,13 @@
-"""Who gets which samples, in what order, under which seeds, and how they are fetched."""
+"""Sampling: which samples each shard gets, and in what order."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.data.fetching import TensorRows
-from lockstep.data.loader import FetchTimes, wants_loaders
 from lockstep.data.sample_order import SampleOrder
 from lockstep.planning.sampling import Sampling, home_shards
-from lockstep.system import seeding as seeds
 from tests.support import reference_loop as reference
-
-# Sampling.
 
 samplings = st.builds(
     Sampling,
@@ -66,54 +59,3 @@ def test_home_shards_partition_the_shards(shards: int, data: st.DataObject) -> N
     parts = [home_shards(shards, workers, rank) for rank in range(workers)]
     assert [shard for part in parts for shard in part] == list(range(shards))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-# Seeds.
-
-
-def test_seeds_are_what_they_have_always_been() -> None:
-    """A change here changes the bits of every run that there is."""
-    assert seeds.derive(0, "order", 0) == 3471081512423777433
-    assert seeds.derive(3, "shard", 12, 5) == 2912888587245357034
-    assert seeds.derive(3, "sample", -1, 7) == 6966365985986415199
-
-
-@given(st.integers(0, 2**64), st.lists(st.integers(-1, 2**40), max_size=3))
-def test_seeds_are_63_bits_and_documented(seed: int, numbers: list[int]) -> None:
-    value = seeds.derive(seed, "shard", *numbers)
-    assert 0 <= value < 2**63
-    assert value == reference.derive(seed, "shard", *numbers)
-
-
-def test_seeds_of_near_numbers_differ() -> None:
-    found = {seeds.derive(0, "shard", step, shard) for step in range(50) for shard in range(50)}
-    assert len(found) == 2500
-    assert seeds.derive(0, "shard", 1, 11) != seeds.derive(0, "shard", 11, 1)
-
-
-# Fetching.
-
-
-def test_batches_fetched_together_are_those_fetched_alone_and_aligned() -> None:
-    generator = torch.Generator().manual_seed(3)
-    rows = TensorRows((torch.randn(50, 7, generator=generator), torch.arange(50)))
-    wanted = [np.array([3, 1, 4]), np.array([15]), np.arange(20, 33)]
-    together = rows.several(wanted)
-    for indices, batch in zip(wanted, together, strict=True):
-        alone = rows(0, indices)
-        for mine, theirs in zip(batch, alone, strict=True):
-            assert torch.equal(mine, theirs)
-            assert mine.data_ptr() % 64 == 0
-
-
-def test_large_batches_are_fetched_one_by_one() -> None:
-    rows = TensorRows((torch.zeros(4, 1 << 16),))
-    assert rows.ahead(8) == 1
-    assert rows.ahead(1) > 1
-
-
-def test_one_slow_fetch_does_not_move_loading_to_another_process() -> None:
-    times = FetchTimes(each=[(0.2, 0.01), *[(0.0002, 0.0002)] * 7])
-    assert not wants_loaders(times, compute_seconds=0.1, spare_cores=0)[0]
-    waiting = FetchTimes(each=[(0.02, 0.001)] * 8)
-    assert wants_loaders(waiting, compute_seconds=0.1, spare_cores=0)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -20,21 +19,22 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 from benchmarks.namespaces import Network
 from lockstep.agent.job_offer import JobOffer
 from lockstep.net.transport import Report, ignore
+from lockstep.system.messages import encode
 from tests.support.tls_hosts import Cluster
 from tests.zoo.samples import Noisy
 from tests.zoo.vectors import CLASSES, FEATURES, HELD_OUT, SAMPLES, Vectors, normal, whole
 
 AGENT = """
 # the numerics of a host come from its environment, which the forkserver inherits
-import json, sys
+import sys
 from pathlib import Path
 from typing import Any
 from lockstep.agent.agent import serve
 from lockstep.errors import LockstepError
 from lockstep.net.identity import Identity
 from benchmarks.namespaces import Network
-from lockstep.agent.job_offer import JobOffer
-offer = JobOffer.from_message(json.load(sys.stdin))
+from lockstep.agent.job_offer import OFFER
+offer = OFFER.decode(sys.stdin.buffer.read())
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:
     serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[3],
@@ -249,7 +249,7 @@ class Agents:
             )
         assert process.stdin is not None
         with process.stdin as pipe:
-            pipe.write(json.dumps(self.offered.to_message()).encode())
+            pipe.write(encode(self.offered))
         self.processes[name] = process
 
     def code(self, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import queue
 import socket
@@ -12,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.net.enrolment import JoinServer, Limiter
+from lockstep.net.enrolment import ANSWERS, SHOWN, EnrolmentRequest, JoinServer, Limiter
 from lockstep.net.frames import Kind, message_frame
+from lockstep.net.handshake import Refusal
 from lockstep.net.identity import newcomer_context
-from lockstep.net.sockets import Deadline, handshake, receive_message, wrap
-from lockstep.net.tls_stream import TlsStream
-from tests.support.tls_hosts import LIMIT, Cluster
+from lockstep.net.sockets import handshake, receive_message, wrap
+from lockstep.net.tls_stream import Deadline, TlsStream
+from lockstep.system.messages import ErrorMessage, encode
+from tests.support.tls_hosts import LIMIT, Cluster, Said
 
 
 class Joinable:
@@ -34,7 +35,7 @@ class Joinable:
         return JoinServer(
             self.cluster.identity("a"),
             self.cluster.authority.sign,
-            greeting={"agent": ["127.0.0.1", 7]},
+            greeting=encode(Said(number=7)),
             proof=proof,
             limiter=limiter or Limiter(burst=100_000),
             report=lambda who, why: self.reports.put((who, why)),
@@ -50,14 +51,17 @@ class Joinable:
         context = newcomer_context(self.cluster.authority.certificate)
         secured = wrap(sock, context, server=False)
         handshake(secured, Deadline(LIMIT))
-        receive_message(secured, (Kind.AUTHORITY,), Deadline(LIMIT))
+        receive_message(secured, {Kind.AUTHORITY: SHOWN}, Deadline(LIMIT))
         return secured
 
-    def ask(self, secret: bytes, request: bytes) -> tuple[Kind, dict[str, object]]:
+    def refused(self, secret: bytes, request: bytes) -> ErrorMessage:
+        """Why a newcomer with this secret is refused."""
         with self.dial() as sock:
-            said = {"secret": base64.b64encode(secret).decode(), "request": request.decode()}
+            said = EnrolmentRequest(secret=secret, request=request)
             sock.sendall(message_frame(Kind.ENROL, said))
-            return receive_message(sock, (Kind.ENROLLED, Kind.REFUSED), Deadline(LIMIT))
+            _, answer = receive_message(sock, ANSWERS, Deadline(LIMIT))
+        assert isinstance(answer, Refusal)
+        return answer.error
 
 
 @pytest.fixture

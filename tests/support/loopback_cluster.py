@@ -10,6 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.cluster.daemon.cluster_messages import (
+    AskHosts,
+    AskToken,
+    HostsAnswer,
+    JobState,
+    TokenAnswer,
+)
 from lockstep.cluster.daemon.control_socket import ask
 from lockstep.cluster.daemon.launcher import ClusterLauncher
 from tests.support.command import TASKS
@@ -36,8 +43,7 @@ class Loopback:
         return daemon
 
     def token(self, *, valid: float = 900.0) -> str:
-        answer = ask(self.folder / "a", {"op": "token", "seconds": valid})
-        return str(answer["token"])
+        return ask(self.folder / "a", AskToken(seconds=valid), TokenAnswer).token
 
     def member(self, name: str, *arguments: str) -> Daemon:
         """A host that has joined; it gets its token on stdin."""
@@ -54,10 +60,10 @@ class Loopback:
         shown = reports or queue.SimpleQueue()
         return ClusterLauncher.of_this_machine(self.folder / "a", lambda *said: shown.put(said))
 
-    def hosts(self) -> dict[str, dict[str, str]]:
+    def hosts(self) -> dict[str, dict[str, JobState]]:
         """By host, what it says of each job."""
-        answer = ask(self.folder / "a", {"op": "hosts"})
-        return {host["name"]: host["jobs"] for host in answer["hosts"]}
+        answer = ask(self.folder / "a", AskHosts(), HostsAnswer)
+        return {host.name: host.jobs for host in answer.hosts}
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -14,10 +14,21 @@ from lockstep.net.identity import Identity
 from lockstep.net.simulated_transport import Network
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report, Transport, ignore
+from lockstep.system.messages import Codec, Message
 
 LIMIT = 20.0
 """Seconds: for waits that end by themselves."""
 FACTS = {"torch": "2.13.0", "probe": "0f" * 16}
+
+
+class Said(Message):
+    """What hosts say to each other in tests."""
+
+    number: int = 0
+    text: str = ""
+
+
+SAID: Codec[Message] = Codec(Said)
 Open = Callable[..., list[Transport]]
 """Opens connected hosts of these names; `facts` has the facts of some that are different."""
 
@@ -41,7 +52,9 @@ class Cluster:
     def transport(
         self, name: str, *, facts: dict[str, str] | None = None, report: Report = ignore
     ) -> TcpTransport:
-        return TcpTransport(self.identity(name), job="job", facts=facts or FACTS, report=report)
+        return TcpTransport(
+            self.identity(name), job="job", facts=facts or FACTS, codec=SAID, report=report
+        )
 
 
 def connect(transports: Sequence[TcpTransport], timeout: float = LIMIT) -> None:
@@ -92,7 +105,7 @@ def opener(kind: Kind, cluster: Cluster) -> Iterator[Open]:
 
     def memory(*names: str, facts: dict[str, dict[str, str]] | None = None) -> list[Transport]:
         network = Network()
-        opened.extend(network.join(name, facts=facts_of(name, facts)) for name in names)
+        opened.extend(network.join(name, facts=facts_of(name, facts), codec=SAID) for name in names)
         return list(opened)
 
     def gloo(*names: str, facts: dict[str, dict[str, str]] | None = None) -> list[Transport]:
@@ -109,7 +122,13 @@ def opener(kind: Kind, cluster: Cluster) -> Iterator[Open]:
         def one(name: str) -> GlooTransport:
             client = TCPStore("127.0.0.1", server.port, None, False, limit)
             return GlooTransport(
-                names, client, node=name, job="job", facts=facts_of(name, facts), timeout=LIMIT
+                names,
+                client,
+                node=name,
+                job="job",
+                facts=facts_of(name, facts),
+                timeout=LIMIT,
+                codec=SAID,
             )
 
         with ThreadPoolExecutor(len(names)) as pool:

@@ -9,18 +9,31 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
-from lockstep.net.frames import Kind, message_frame
+from lockstep.net.frames import Kind, head
+from lockstep.net.handshake import HELLO as HELLO_CODEC
 from lockstep.net.handshake import Hello
 from lockstep.net.identity import Identity
-from lockstep.net.sockets import Deadline, handshake, receive_message, wrap
-from lockstep.net.tls_stream import TlsStream
+from lockstep.net.sockets import handshake, receive_message, wrap
+from lockstep.net.tls_stream import Deadline, TlsStream
 from lockstep.net.transport import Key
 from tests.support.tls_hosts import FACTS, LIMIT, Cluster, connect
 
-HELLO = Hello(job="job", node="m", facts=FACTS).to_message()
+HELLO: dict[str, Any] = {
+    name: getattr(Hello(job="job", node="m", facts=FACTS), name)
+    for name in ("job", "node", "facts", "protocol", "port")
+}
+"""The fields of what host m says first."""
+
+
+def hello_frame(**fields: Any) -> bytes:
+    """A frame with these fields in the place of a hello, whatever they are."""
+    body = msgspec.msgpack.encode({"op": "Hello", **fields})
+    return head(Kind.HELLO, length=len(body)) + body
 
 
 class Log:
@@ -83,11 +96,11 @@ def dial(job: Job, context: ssl.SSLContext) -> TlsStream:
     return sock
 
 
-def welcomed(job: Job, identity: Identity, lane: str = "data") -> TlsStream:
-    """A lane of a host that does not go by the protocol from there on."""
+def welcomed(job: Job, identity: Identity, stream: str = "data") -> TlsStream:
+    """A connection of a host that does not go by the protocol from there on."""
     sock = dial(job, identity.client_context())
-    sock.sendall(message_frame(Kind.HELLO, {**HELLO, "node": identity.node, "lane": lane}))
-    kind, _ = receive_message(sock, (Kind.WELCOME,), Deadline(LIMIT))
+    sock.sendall(hello_frame(**{**HELLO, "node": identity.node, "stream": stream}))
+    kind, _ = receive_message(sock, {Kind.WELCOME: HELLO_CODEC}, Deadline(LIMIT))
     assert kind is Kind.WELCOME
     return sock
 

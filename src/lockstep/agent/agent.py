@@ -15,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.agent.followed_part import FollowedPart
+from lockstep.agent.host_messages import (
+    FROM_MASTER,
+    AgentFailed,
+    HostPresent,
+    HostRefused,
+    JobEnded,
+    PlanAssigned,
+)
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
 from lockstep.collectives.host_mesh import HostMesh
@@ -25,8 +33,6 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
     RefusedError,
-    from_message,
-    to_message,
 )
 from lockstep.job.code_archive import unpack
 from lockstep.job.task_source import TaskSource
@@ -37,6 +43,7 @@ from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.planning.plan import Plan
+from lockstep.system.messages import ErrorMessage, Message
 from lockstep.system.shared_memory import Segment
 
 CONNECT_SECONDS = 30.0
@@ -74,7 +81,13 @@ def serve(
     silence = float(offer.settings.get("host_seconds", 10.0))
     with ExitStack() as stack:
         transport = TcpTransport(
-            identity, job=offer.job, facts={}, host=host, silence=silence, report=report
+            identity,
+            job=offer.job,
+            facts={},
+            codec=FROM_MASTER,
+            host=host,
+            silence=silence,
+            report=report,
         )
         stack.callback(transport.close)
         transport.connect({offer.master: offer.address}, CONNECT_SECONDS)
@@ -88,7 +101,8 @@ def serve(
                 folder=_fetch_code(link, offer, folder, silence),
                 offered=True,
             )
-            settings, records = dict(offer.settings), offer.records
+            settings = dict(offer.settings)
+            records = None if offer.records is None else offer.records.as_request()
             with _fetched_data(link, offer, silence) as data:
                 local = LocalHost.start(
                     source, settings, records, networked=True, data=data, name=identity.node
@@ -102,7 +116,7 @@ def serve(
             raise
         except LockstepError as error:
             step = 0 if agent is None else agent.step
-            link.tell(offer.master, "failed", error=to_message(error), step=step)
+            link.tell(offer.master, AgentFailed(error=ErrorMessage.of(error), step=step))
             _await_end(link)
             raise
 
@@ -171,9 +185,13 @@ class Agent:
         self.host.also_wake = self.link.fileno()
         begun = time.monotonic()
         loaded = self.host.loaded()
-        samples = [loaded["train_samples"], loaded["eval_samples"]]
-        facts = facts_of(loaded)
-        self.link.tell(self.master, "present", workers=workers, facts=facts, samples=samples)
+        present = HostPresent(
+            workers=workers,
+            facts=facts_of(loaded),
+            train_samples=loaded["train_samples"],
+            eval_samples=loaded["eval_samples"],
+        )
+        self.link.tell(self.master, present)
         while not self._ended:
             if self._part is None:
                 select.select([self.link], [], [], 0.5)
@@ -192,31 +210,41 @@ class Agent:
         if heard.message is None:
             assert heard.error is not None
             raise heard.error
+        self._do(heard.message)
+
+    def _do(self, message: Message) -> None:
+        match message:
+            case PlanAssigned() if self._part is None:
+                self._set_up(message)
+            case HostRefused(error=refusal):
+                error = refusal.error()
+                raise RefusedError(error.what, expected=error.expected, found=error.found)
+            case JobEnded():
+                self._ended = True
+            case _ if self._part is None or isinstance(message, PlanAssigned):
+                raise ProtocolError(
+                    f"host {self.master} has sent {type(message).__name__}",
+                    expected="a plan, once, and then orders",
+                )
+            case _:
+                self._part.do(message)
+
+    def _set_up(self, message: PlanAssigned) -> None:
+        """Allocate what the plan needs, and start workers.
+
+        Raises:
+            ProtocolError: it is no plan.
+        """
         try:
-            self._do(heard.message)
+            plan = Plan.from_message(message.plan)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(
-                f"host {self.master} has sent an order that says nothing",
-                found=ascii(error)[:200],
+                f"host {self.master} has sent a plan that is none", found=ascii(str(error))[:200]
             ) from error
-
-    def _do(self, message: Mapping[str, Any]) -> None:
-        match message["op"]:
-            case "set_up":
-                plan = Plan.from_message(message["plan"])
-                memory = self.host.set_up(plan, networked=True)
-                self._part = FollowedPart(
-                    self.host, memory, plan, self.link, self.mesh, self.master, self._moved
-                )
-            case "refused":
-                error = from_message(message["error"])
-                raise RefusedError(error.what, expected=error.expected, found=error.found)
-            case "end":
-                self._ended = True
-            case _:
-                if self._part is None:
-                    raise ValueError(f"{message['op']} before the plan")
-                self._part.do(message)
+        memory = self.host.set_up(plan, networked=True)
+        self._part = FollowedPart(
+            self.host, memory, plan, self.link, self.mesh, self.master, self._moved
+        )
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)
@@ -240,5 +268,7 @@ def _await_end(link: ControlLink) -> None:
     limit = time.monotonic() + 2.0
     while time.monotonic() < limit:
         select.select([link], [], [], 0.1)
-        if any(heard.message is None or heard.message.get("op") == "end" for heard in link.take()):
+        if any(
+            heard.message is None or isinstance(heard.message, JobEnded) for heard in link.take()
+        ):
             return

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from lockstep.agent import membership
-from lockstep.agent.worker_group import BatchResult, WorkerGroup
+from lockstep.agent.answer_chunks import BatchResult
+from lockstep.agent.worker_group import WorkerGroup
 from lockstep.errors import TaskError
 from lockstep.planning.eval_batches import Outputs, combine, gather
 from lockstep.planning.worker_messages import InferBatches, Scored, ScoreOutputs
@@ -88,8 +89,8 @@ class EvaluationRounds:
         for rank, worker_id in enumerate(worker_ids):
             group.control.forget_shard(worker_id)
             own = tuple(batches[rank :: len(worker_ids)])
-            predict = what == "predict"
-            group.tell(worker_id, InferBatches(round=self._round, predict=predict, batches=own))
+            request = InferBatches(round=self._round, predict=what == "predict", batches=own)
+            group.tell(worker_id, request)
         group.decide(membership.WorkersResumed())
         while group.control.epoch == epoch and not group.members.all_rest:
             group.listen()
@@ -99,14 +100,14 @@ class EvaluationRounds:
         """The answers to the last question; those to an earlier one are dropped."""
         answers = self._group.answers
         while answers:
-            message = answers.popleft()
-            if message.round == self._round:
-                yield message
+            answer = answers.popleft()
+            if answer.round == self._round:
+                yield answer
 
     def _take_answers(self) -> None:
-        for message in self._answers():
-            if isinstance(message, BatchResult):
-                self._results[message.batch] = message.result
+        for answer in self._answers():
+            if isinstance(answer, BatchResult):
+                self._results[answer.batch] = answer.result
 
     def _score(self, worker_id: int, outputs: Outputs) -> dict[str, float] | None:
         """The metrics of all outputs together, and at the end the baseline; None: the worker that
@@ -134,9 +135,9 @@ class EvaluationRounds:
         epoch, limit = group.control.epoch, time.monotonic() + SCORE_SECONDS
         while group.control.epoch == epoch:
             group.listen()
-            for message in self._answers():
-                if isinstance(message, Scored):
-                    return message
+            for answer in self._answers():
+                if isinstance(answer, Scored):
+                    return answer
             group.failure_detector.kill_stopped(worker_id)
             if time.monotonic() > limit:
                 raise TaskError(

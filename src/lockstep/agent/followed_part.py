@@ -7,21 +7,33 @@ for: held-out batches, or to give its part of the state.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from lockstep.agent import membership
-from lockstep.agent.answer_chunks import in_pieces
+from lockstep.agent.answer_chunks import in_chunks
 from lockstep.agent.evaluation_rounds import EvaluationRounds, OwnShare
+from lockstep.agent.host_messages import (
+    EventForwarded,
+    ExchangeTrouble,
+    HostPaused,
+    HostReady,
+    InferBatches,
+    LeaseExtended,
+    PauseWorkers,
+    Recovered,
+    ResumeWorkers,
+    SendState,
+    StepRecorded,
+)
 from lockstep.agent.host_regroup import HostRegroup
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.observer import NullObserver
-from lockstep.agent.regroup_messages import RegroupOrder
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.net.control_link import ControlLink
 from lockstep.planning.plan import Plan
 from lockstep.state.host_memory import HostMemory
+from lockstep.system.messages import Message
 
 
 class Forwarder(NullObserver):
@@ -31,7 +43,7 @@ class Forwarder(NullObserver):
         self._link, self._master = link, master
 
     def event(self, name: str, **fields: object) -> None:
-        self._link.tell(self._master, "event", name=name, fields=fields)
+        self._link.tell(self._master, EventForwarded(name=name, fields=fields))
 
 
 class FollowedPart:
@@ -56,7 +68,7 @@ class FollowedPart:
         self._regroup = HostRegroup(self.group, mesh)
         self._rounds = EvaluationRounds(self.group, OwnShare())
         self._ready = self._has_moved = False
-        self._asked: deque[Mapping[str, Any]] = deque()
+        self._asked: deque[InferBatches | SendState] = deque()
         """What is to be done when all rest."""
         self.group.decide(membership.GroupStarted())
 
@@ -70,19 +82,19 @@ class FollowedPart:
         group.grant()
         group.watch()
 
-    def do(self, message: Mapping[str, Any]) -> None:
+    def do(self, message: Message) -> None:
         """Carry out an order of the master's, or note it until all rest."""
-        match message["op"]:
-            case "hold":
-                self._asked = deque(item for item in self._asked if item["op"] != "give")
-                self._regroup.pause(message["generation"])
-            case "arrange":
-                self._leased = message["lease"]
-                self._regroup.resume(RegroupOrder.from_message(message))
-            case "lease":
-                self._leased = message["step"]
+        match message:
+            case PauseWorkers(generation=generation):
+                self._asked = deque(each for each in self._asked if not isinstance(each, SendState))
+                self._regroup.pause(generation)
+            case ResumeWorkers(order=order, lease=lease):
+                self._leased = lease
+                self._regroup.resume(order)
+            case LeaseExtended(step=step):
+                self._leased = step
                 self.group.grant()
-            case "evaluate" | "predict" | "give":
+            case InferBatches() | SendState():
                 self._asked.append(message)
 
     def _report(self) -> None:
@@ -92,34 +104,34 @@ class FollowedPart:
             self._has_moved = True
             self._moved()
         for step, digest in step_log.marks.items():
-            link.tell(master, "recorded", step=step, digest=digest)
+            link.tell(master, StepRecorded(step=step, digest=digest))
         step_log.marks.clear()
         recovered = self.group.failure_log.recovered(step_log.committed_at)
         if recovered:
-            link.tell(master, "recovered", recoveries=recovered)
+            link.tell(master, Recovered(recoveries=recovered))
         self._regroup.report_corruption()
         while self._mesh.troubles:
             trouble = self._mesh.troubles.popleft()
             link.tell(
-                master, "trouble",
-                generation=trouble.generation, other=trouble.peer, why=trouble.why,
-            )  # fmt: skip
+                master,
+                ExchangeTrouble(generation=trouble.generation, other=trouble.peer, why=trouble.why),
+            )
         if not self._ready and self.group.members.complete:
             self._ready = True  # only now: nobody is held up while workers start
-            link.tell(master, "ready", workers=self.group.plan.workers)
+            link.tell(master, HostReady(workers=self.group.plan.workers))
         status = self._regroup.status()
         if status is not None:
             generation = self._mesh.generation
-            link.tell(master, "stood", generation=generation, standing=status.to_message())
+            link.tell(master, HostPaused(generation=generation, status=status))
 
     def _do_asked(self) -> None:
         """Do what was asked for, if everybody rests where it was to be done. What the master has
         not waited for is dropped."""
-        while self._asked and self._asked[0]["step"] < self.group.step:
+        while self._asked and self._asked[0].step < self.group.step:
             self._asked.popleft()
-        while self._asked and self._rests_at(self._asked[0]["step"]):
+        while self._asked and self._rests_at(self._asked[0].step):
             asked = self._asked.popleft()
-            if asked["op"] == "give":
+            if isinstance(asked, SendState):
                 self._regroup.give_part(self._master)
             else:
                 self._infer(asked)
@@ -129,10 +141,9 @@ class FollowedPart:
         group = self.group
         return group.at_rest and len(group.idle) == len(group.members.formed) and group.step == step
 
-    def _infer(self, asked: Mapping[str, Any]) -> None:
+    def _infer(self, asked: InferBatches) -> None:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
-        batches = [int(batch) for batch in asked["batches"]]
-        results = self._rounds.divide(asked["op"], batches)
-        for batch, result in zip(batches, results, strict=True):
-            for piece in in_pieces(batch, result):
-                self._link.tell(self._master, "batch", round=asked["round"], **piece)
+        results = self._rounds.divide(asked.what, asked.batches)
+        for batch, result in zip(asked.batches, results, strict=True):
+            for chunk in in_chunks(asked.round, batch, result):
+                self._link.tell(self._master, chunk)

@@ -1,92 +1,51 @@
-"""Offers: what a host has to know in order to take part in a job, and how agents are launched."""
+"""Job offer: what a host has to know in order to take part in a job."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from lockstep.errors import ProtocolError
+import msgspec
+
 from lockstep.net.blob_transfer import BlobInfo
+from lockstep.system.messages import Codec, Label, Message, Port, Text, check_plain
 
-if TYPE_CHECKING:
-    pass
-
-Address = tuple[str, int]
+Address = tuple[Label, Port]
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobOffer:
+class RecordsRequest(Message):
+    """Which file takes the place of the task's data, where there are predictions to be made."""
+
+    path: Text
+    keep: Annotated[list[Text], msgspec.Meta(max_length=4096)]
+    """The fields that go into the result as they are."""
+
+    def as_request(self) -> dict[str, Any]:
+        """As `LocalHost.start` takes it."""
+        return {"path": self.path, "keep": list(self.keep)}
+
+
+class JobOffer(Message):
     """A job that looks for hosts."""
 
-    job: str
+    job: Annotated[Label, msgspec.Meta(min_length=1)]
     """Names this run among all of the cluster; an agent's connections are of this job."""
-    master: str
+    master: Label
     """The name of the host that coordinates, as its certificate has it."""
     address: Address
     """Where the master listens for agents."""
-    task: str
+    task: Label
     """A name that every host can resolve: a recipe, `module:Task`, or `file.py:Task`."""
-    args: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The explicit settings of the job, as `Host.start` takes them."""
+    args: dict[str, Any] = msgspec.field(default_factory=dict)
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The explicit settings of the job, as `LocalHost.start` takes them."""
     code: BlobInfo | None = None
     """The archive of the task's code, if hosts have to fetch it from the master."""
     data: BlobInfo | None = None
     """The data sets, likewise; or the file of `records`."""
-    records: Mapping[str, Any] | None = None
-    """Where there are predictions to be made: `{"path", "keep"}`, as `Host.start` takes them."""
+    records: RecordsRequest | None = None
 
-    def to_message(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "job": self.job,
-            "master": self.master,
-            "address": list(self.address),
-            "task": self.task,
-            "args": dict(self.args),
-            "settings": dict(self.settings),
-            "code": None if self.code is None else asdict(self.code),
-            "data": None if self.data is None else asdict(self.data),
-            "records": None if self.records is None else dict(self.records),
-        }
-
-    @staticmethod
-    def from_message(message: Mapping[str, Any]) -> JobOffer:
-        """The offer in a message.
-
-        Raises:
-            ProtocolError: it is none.
-        """
-        try:
-            host, port = message["address"]
-            texts = [message[name] for name in ("job", "master", "task")]
-            if not all(isinstance(text, str) for text in (*texts, host)):
-                raise TypeError("a name is not a text")
-            return JobOffer(
-                job=message["job"],
-                master=message["master"],
-                address=(host, int(port)),
-                task=message["task"],
-                args=dict(message["args"]),
-                settings=dict(message["settings"]),
-                code=BlobInfo.from_message(message["code"]),
-                data=BlobInfo.from_message(message["data"]),
-                records=_records(message["records"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(
-                "an offer breaks the protocol",
-                expected="job, master, address, task, args, settings, code, data and records",
-                found=ascii(error)[:200],
-            ) from None
+    def __post_init__(self) -> None:
+        check_plain([self.args, self.settings])
 
 
-def _records(message: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a message says of records, if it does. Raises TypeError, KeyError."""
-    if message is None:
-        return None
-    path, keep = message["path"], message["keep"]
-    if not all(isinstance(text, str) for text in (path, *keep)):
-        raise TypeError("a name is not a text")
-    return {"path": path, "keep": list(keep)}
+OFFER: Codec[JobOffer] = Codec(JobOffer, "an offer breaks the protocol")

@@ -195,7 +195,7 @@ class LocalHost:
         """
         request = SetUp(plan=plan, networked=networked)
         ready, fds = self._forkserver.ask(request, StateReady, LOAD_SECONDS)
-        self._memory = HostMemory.map(ready, plan, fds)
+        self._memory = HostMemory.of(plan, ready, fds)
         return self._memory
 
     def spawn(self, worker_id: int) -> WorkerHandle:
@@ -203,8 +203,12 @@ class LocalHost:
         forked, (channel_fd, pidfd) = self._forkserver.ask(
             ForkWorker(worker_id=worker_id), WorkerForked, FORK_SECONDS
         )
-        channel = to_worker(Channel.from_fd(channel_fd))
-        worker = WorkerHandle(worker_id=worker_id, pid=forked.pid, channel=channel, pidfd=pidfd)
+        worker = WorkerHandle(
+            worker_id=worker_id,
+            pid=forked.pid,
+            channel=to_worker(Channel.from_fd(channel_fd)),
+            pidfd=pidfd,
+        )
         if worker_id in self.workers:
             self.workers[worker_id].close()
         self.workers[worker_id] = worker
@@ -216,7 +220,7 @@ class LocalHost:
         A worker's last words come before its death.
 
         Raises:
-            WorkerLostError: the forkserver has died.
+            WorkerLostError: the nursery has died.
         """
         poll = select.poll()
         channels: dict[int, WorkerHandle] = {}

@@ -12,10 +12,9 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from lockstep.agent import membership
+from lockstep.agent.answer_chunks import BatchResult
 from lockstep.agent.failure_detector import FailureDetector
 from lockstep.agent.failure_log import FailureLog
 from lockstep.agent.local_host import Event, LocalHost
@@ -52,15 +51,6 @@ from lockstep.system.unix_channel import Closed
 TICK = 0.05
 """Seconds between two looks at the ring buffer."""
 DISMISS_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchResult:
-    """What was made of a held-out batch in a round, on this host or on another."""
-
-    round: int
-    batch: int
-    result: Any
 
 
 class WorkerGroup:
@@ -179,10 +169,10 @@ class WorkerGroup:
     ) -> None:
         """Reset the words of all `known` workers, and send the members their assignments."""
         control, role = self.control, self.role
-        with control.seating:
+        with control.membership_lock:
             for worker_id in known:
                 control.set_updating(worker_id, -1)
-                control.ask(worker_id, 0)
+                control.await_exchange(worker_id, 0)
             for worker_id in worker_ids:
                 control.set_progress(worker_id, progress_of(resumption.step, Phase.STARTED))
                 control.forget_shard(worker_id)
@@ -219,7 +209,7 @@ class WorkerGroup:
         for worker_id in range(self.plan.max_workers):
             self.control.set_progress(worker_id, progress_of(step, Phase.STARTED))
             self.control.set_updating(worker_id, -1)
-            self.control.ask(worker_id, 0)
+            self.control.await_exchange(worker_id, 0)
 
     def tell(self, worker_id: int, message: AgentMessage) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""

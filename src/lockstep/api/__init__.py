@@ -1,1 +1,12 @@
-"""The front: run, resume, plan, start, evaluate, predict, verify."""
+"""The front: run, resume, plan, start, evaluate, predict, verify.
+
+Each function reads as the stages that it goes through; the work is done in the packages below.
+
+training       run, resume and plan
+core_trials    candidate core splits, each timed in a fork
+background     start: a run in the background, and the handle that steers it
+stored_model   the newest good checkpoint of a run, loaded on one host or several
+evaluation     evaluate: the held-out metrics of a stored model
+prediction     predict: a row for each record of a file
+verification   verify: steps replayed and compared with the ledger
+"""

@@ -71,9 +71,10 @@ def up(
 
 def token(state: StateOption = None, valid: Valid = 900.0) -> None:
     """Print another join token of the `lockstep up` on this machine. Keep it like a password."""
+    from lockstep.cluster.daemon.cluster_messages import AskToken, TokenAnswer
     from lockstep.cluster.daemon.control_socket import ask
 
-    print(ask(_state(state), {"op": "token", "seconds": valid})["token"])
+    print(ask(_state(state), AskToken(seconds=valid), TokenAnswer).token)
 
 
 def hosts(
@@ -81,15 +82,18 @@ def hosts(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List the hosts that have joined the `lockstep up` on this machine, and their jobs."""
+    from lockstep.cluster.daemon.cluster_messages import AskHosts, HostsAnswer
     from lockstep.cluster.daemon.control_socket import ask
+    from lockstep.system.messages import printable
 
-    rows = ask(_state(state), {"op": "hosts"})["hosts"]
+    rows = ask(_state(state), AskHosts(), HostsAnswer).hosts
     if as_json:
-        print(json.dumps(rows))
+        members = [{"name": row.name, "workers": row.workers, "jobs": row.jobs} for row in rows]
+        print(json.dumps(members))
         return
     for row in rows:
-        jobs = ", ".join(f"{job} {status}" for job, status in row["jobs"].items())
-        print(f"{row['name']:<24} {row['workers']:>3} workers  {jobs}".rstrip())
+        jobs = ", ".join(f"{job} {status}" for job, status in row.jobs.items())
+        print(printable(f"{row.name:<24} {row.workers:>3} workers  {jobs}".rstrip()))
 
 
 def join(
@@ -168,7 +172,9 @@ def _digest(text: str) -> str:
 
 def report(who: str, why: str) -> None:
     """Report an event on stderr."""
-    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+    from lockstep.system.messages import printable
+
+    print(printable(f"lockstep: {who}: {why}"), file=sys.stderr, flush=True)
 
 
 def _state(path: Path | None) -> Path:

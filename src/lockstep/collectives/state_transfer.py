@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from lockstep.errors import IntegrityError
 from lockstep.net.frames import Kind
-from lockstep.net.transport import Key, Pending, Transport, await_slip
+from lockstep.net.transport import Key, Pending, Transport, await_transfer
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.slot_map import cut
 from lockstep.state.control_segment import RING
@@ -75,9 +75,9 @@ class StateTransfer:
         ]
         digest = blake3()
         for transfer, (_, view) in zip(transfers, items, strict=False):
-            await_slip(transfer, STATE_SECONDS, wanted)
+            await_transfer(transfer, STATE_SECONDS, wanted)
             digest.update(view)  # while more comes
-        await_slip(transfers[-1], STATE_SECONDS, wanted)
+        await_transfer(transfers[-1], STATE_SECONDS, wanted)
         found = digest.digest(DIGEST_BYTES)
         if found != sent:
             raise IntegrityError(

@@ -24,7 +24,7 @@ class HostMember:
     """A host of the job."""
 
     workers: int
-    standing: HostStatus | None = None
+    status: HostStatus | None = None
     """As it was said in this generation."""
 
 
@@ -40,7 +40,7 @@ class HostMembership:
     whole: bool = True
     """Whether each host has the whole state. If not, each has a part of it that it alone updates,
     and the master's snapshot is the one state that is whole."""
-    arranged: frozenset[str] = frozenset()
+    resumed: frozenset[str] = frozenset()
     """The hosts that were told to go on, last."""
     troubles: Mapping[frozenset[str], int] = field(default_factory=dict)
     """How often two hosts have lost each other since the last step."""
@@ -63,7 +63,7 @@ class HostPaused:
 
     name: str
     generation: int
-    standing: HostStatus
+    status: HostStatus
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class HostLost:
 
 @dataclass(frozen=True)
 class ExchangeFailed:
-    """A host cannot go on: its state is corrupted (`peer` is empty), or it has lost another host."""
+    """A host cannot go on: its state is corrupted (no `peer`), or it has lost another host."""
 
     name: str
     generation: int
@@ -131,91 +131,77 @@ Command = PauseHosts | ResumeHosts | AbandonHost
 Decision = tuple[HostMembership, tuple[Command, ...], str]
 
 
-def decide(host_membership: HostMembership, event: Event) -> Decision:
+def decide(hosts: HostMembership, event: Event) -> Decision:
     """The next state, what to do, and why."""
     match event:
         case HostReady(name, workers):
-            members = {**host_membership.members, name: HostMember(workers=workers)}
-            return _hold(replace(host_membership, members=members), f"host {name} is there")
-        case HostPaused(name, generation, standing):
-            if generation != host_membership.generation or name not in host_membership.members:
-                return host_membership, (), f"host {name} speaks of another generation"
-            member = replace(host_membership.members[name], standing=standing)
-            host_membership = replace(
-                host_membership, members={**host_membership.members, name: member}
-            )
-            return _arrange_if_all_stand(host_membership, f"host {name} rests")
+            members = {**hosts.members, name: HostMember(workers=workers)}
+            return _pause(replace(hosts, members=members), f"host {name} is there")
+        case HostPaused(name, generation, status):
+            if generation != hosts.generation or name not in hosts.members:
+                return hosts, (), f"host {name} speaks of another generation"
+            member = replace(hosts.members[name], status=status)
+            hosts = replace(hosts, members={**hosts.members, name: member})
+            return _resume_if_all_rest(hosts, f"host {name} rests")
         case HostLost(name, why, closed):
-            return _lost(host_membership, name, why, drop=not closed)
+            return _lost(hosts, name, why, drop=not closed)
         case ExchangeFailed(name, generation, peer, why):
-            if generation != host_membership.generation or name not in host_membership.members:
-                return host_membership, (), f"host {name} speaks of another generation"
-            return _trouble(host_membership, name, peer, why)
+            if generation != hosts.generation or name not in hosts.members:
+                return hosts, (), f"host {name} speaks of another generation"
+            return _exchange_failed(hosts, name, peer, why)
         case StepsCommitted():
             return (
-                replace(host_membership, troubles={})
-                if host_membership.troubles
-                else host_membership,
+                replace(hosts, troubles={}) if hosts.troubles else hosts,
                 (),
                 "a step was made",
             )
 
 
-def _hold(host_membership: HostMembership, reason: str) -> Decision:
-    members = {
-        name: replace(member, standing=None) for name, member in host_membership.members.items()
-    }
-    host_membership = replace(
-        host_membership, members=members, generation=host_membership.generation + 1, regrouping=True
-    )
-    return host_membership, (PauseHosts(host_membership.generation),), reason
+def _pause(hosts: HostMembership, reason: str) -> Decision:
+    members = {name: replace(member, status=None) for name, member in hosts.members.items()}
+    hosts = replace(hosts, members=members, generation=hosts.generation + 1, regrouping=True)
+    return hosts, (PauseHosts(hosts.generation),), reason
 
 
-def _lost(host_membership: HostMembership, name: str, why: str, *, drop: bool = True) -> Decision:
-    if name not in host_membership.members:
-        return host_membership, (), f"host {name} was given up before"
-    members = {other: member for other, member in host_membership.members.items() if other != name}
-    host_membership, commands, reason = _hold(
-        replace(host_membership, members=members), f"host {name} is lost: {why}"
-    )
-    return host_membership, (AbandonHost(name, why, drop), *commands), reason
+def _lost(hosts: HostMembership, name: str, why: str, *, drop: bool = True) -> Decision:
+    if name not in hosts.members:
+        return hosts, (), f"host {name} was given up before"
+    members = {other: member for other, member in hosts.members.items() if other != name}
+    hosts, commands, reason = _pause(replace(hosts, members=members), f"host {name} is lost: {why}")
+    return hosts, (AbandonHost(name, why, drop), *commands), reason
 
 
-def _trouble(host_membership: HostMembership, name: str, peer: str, why: str) -> Decision:
-    if peer not in host_membership.members:
-        return _hold(host_membership, f"host {name}: {why}")
+def _exchange_failed(hosts: HostMembership, name: str, peer: str, why: str) -> Decision:
+    if peer not in hosts.members:
+        return _pause(hosts, f"host {name}: {why}")
     pair = frozenset((name, peer))
-    count = host_membership.troubles.get(pair, 0) + 1
+    count = hosts.troubles.get(pair, 0) + 1
     if count >= MOST_TROUBLES:
-        gone = name if peer == host_membership.master else peer
-        return _lost(
-            host_membership, gone, f"hosts {name} and {peer} cannot reach each other: {why}"
-        )
-    host_membership = replace(host_membership, troubles={**host_membership.troubles, pair: count})
-    return _hold(host_membership, f"host {name} has lost host {peer}: {why}")
+        gone = name if peer == hosts.master else peer
+        return _lost(hosts, gone, f"hosts {name} and {peer} cannot reach each other: {why}")
+    hosts = replace(hosts, troubles={**hosts.troubles, pair: count})
+    return _pause(hosts, f"host {name} has lost host {peer}: {why}")
 
 
-def _arrange_if_all_stand(host_membership: HostMembership, reason: str) -> Decision:
-    standings = {name: member.standing for name, member in host_membership.members.items()}
-    known = {name: standing for name, standing in standings.items() if standing is not None}
-    if not host_membership.regrouping or len(known) < len(standings):
-        return host_membership, (), reason
-    if host_membership.whole:
-        step, source, actions = settle(known, host_membership.master)
+def _resume_if_all_rest(hosts: HostMembership, reason: str) -> Decision:
+    statuses = {name: member.status for name, member in hosts.members.items()}
+    known = {name: status for name, status in statuses.items() if status is not None}
+    if not hosts.regrouping or len(known) < len(statuses):
+        return hosts, (), reason
+    if hosts.whole:
+        step, source, actions = settle(known, hosts.master)
     else:
-        step, source, actions = settle_parts(
-            known, host_membership.master, host_membership.arranged
-        )
-    names = in_order(known, host_membership.master)
+        step, source, actions = settle_parts(known, hosts.master, hosts.resumed)
+    names = in_order(known, hosts.master)
     command = ResumeHosts(
-        generation=host_membership.generation,
+        generation=hosts.generation,
         step=step,
-        workers={name: host_membership.members[name].workers for name in names},
+        workers={name: hosts.members[name].workers for name in names},
         actions=actions,
         source=source,
     )
-    host_membership = replace(host_membership, regrouping=False, arranged=frozenset(names))
-    return host_membership, (command,), f"{reason}, as all do"
+    hosts = replace(hosts, regrouping=False, resumed=frozenset(names))
+    return hosts, (command,), f"{reason}, as all do"
 
 
 def in_order(names: Iterable[str], master: str) -> list[str]:
@@ -223,7 +209,7 @@ def in_order(names: Iterable[str], master: str) -> list[str]:
     return [master, *sorted(name for name in names if name != master)]
 
 
-def settle(standings: Mapping[str, HostStatus], master: str) -> tuple[int, str, dict[str, Action]]:
+def settle(statuses: Mapping[str, HostStatus], master: str) -> tuple[int, str, dict[str, Action]]:
     """Where all hosts go on: from the newest state that somebody has whole.
 
     Whole states are at most a step apart, since nobody updates before everybody has computed. A
@@ -233,15 +219,15 @@ def settle(standings: Mapping[str, HostStatus], master: str) -> tuple[int, str, 
     """
     step = max(
         value
-        for standing in standings.values()
-        for value in (standing.whole, standing.base)
+        for status in statuses.values()
+        for value in (status.whole, status.base)
         if value is not None
     )
     actions: dict[str, Action] = {}
-    for name, standing in standings.items():
-        if standing.whole == step:
+    for name, status in statuses.items():
+        if status.whole == step:
             actions[name] = "keep"
-        elif standing.base == step:
+        elif status.base == step:
             actions[name] = "back"
         else:
             actions[name] = "copy"
@@ -252,18 +238,18 @@ def settle(standings: Mapping[str, HostStatus], master: str) -> tuple[int, str, 
 
 
 def settle_parts(
-    standings: Mapping[str, HostStatus], master: str, arranged: frozenset[str]
+    statuses: Mapping[str, HostStatus], master: str, resumed: frozenset[str]
 ) -> tuple[int, str, dict[str, Action]]:
     """Where all hosts go on, where each has a part of the state: as they are, if they are the same
     as before and nobody is torn or a step behind; else from the master's base, which is whole.
 
     Returns the step, the master, and what each host does.
     """
-    steps = {standing.whole for standing in standings.values()}
-    if arranged == standings.keys() and len(steps) == 1 and None not in steps:
+    steps = {status.whole for status in statuses.values()}
+    if resumed == statuses.keys() and len(steps) == 1 and None not in steps:
         (step,) = steps
         assert step is not None
-        return step, master, dict.fromkeys(standings, "keep")
-    base = standings[master].base
+        return step, master, dict.fromkeys(statuses, "keep")
+    base = statuses[master].base
     assert base is not None
-    return base, master, {name: "back" if name == master else "copy" for name in standings}
+    return base, master, {name: "back" if name == master else "copy" for name in statuses}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lockstep.agent.answer_chunks import AnswerAssembler
+from lockstep.agent.answer_chunks import AnswerAssembler, check_result
 from lockstep.agent.evaluation_rounds import Inferred
-from lockstep.agent.worker_group import BatchResult, WorkerGroup
+from lockstep.agent.host_messages import BatchChunk, InferBatches
+from lockstep.agent.worker_group import WorkerGroup
 from lockstep.coordinator.host_inbox import HostInbox
+from lockstep.errors import ProtocolError
 from lockstep.net.control_link import ControlLink
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard
@@ -43,6 +45,8 @@ class NetworkEvaluationShare:
         self._workers, self._observe, self._check_ended = workers, observe, check_ended
         self._data_parts = group.plan.holdings
         self._answers = AnswerAssembler()
+        self._what: Inferred = "evaluate"
+        """What is asked for in this round."""
         self._asked: dict[str, set[int]] = {}
         """By host, the batches that it has not answered yet."""
 
@@ -56,10 +60,14 @@ class NetworkEvaluationShare:
         else:
             shares = share_batches(batches, dict(self._workers()), master)
         rest = shares.pop(master)
+        self._what = what
         self._answers.begin(number)
         self._asked = {name: set(batches) for name, batches in shares.items()}
         for name, part in shares.items():
-            self._link.tell(name, what, round=number, step=self._group.step, batches=part)
+            step = self._group.step
+            self._link.tell(
+                name, InferBatches(what=what, round=number, step=step, batches=list(part))
+            )
         return rest
 
     def gather(self) -> None:
@@ -73,15 +81,19 @@ class NetworkEvaluationShare:
                     self._asked[name] = set()
 
     def _handled(self, heard: Heard) -> bool:
-        message = heard.message or {}
-        if message.get("op") != "batch":
+        message = heard.message
+        if not isinstance(message, BatchChunk):
             return self._observe(heard)
+        if message.batch not in self._asked.get(heard.peer, ()):
+            return True  # it has not been asked for this one, or has answered
         try:
             answer = self._answers.add(heard.peer, message)
-        except (KeyError, TypeError, ValueError) as error:
-            self._transport.drop(heard.peer, f"it has sent no answer: {ascii(error)[:200]}")
+            if answer is not None:
+                check_result(self._what, heard.peer, message.batch, answer.result)
+        except ProtocolError as error:
+            self._transport.drop(heard.peer, f"it has sent no answer: {error.what}")
             return True
         if answer is not None:
-            self._asked.get(heard.peer, set()).discard(answer["batch"])
-            self._group.answers.append(BatchResult(**answer))
+            self._asked.get(heard.peer, set()).discard(answer.batch)
+            self._group.answers.append(answer)
         return True

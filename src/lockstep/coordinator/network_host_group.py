@@ -9,6 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from lockstep.agent.host_messages import (
+    AgentFailed,
+    EventForwarded,
+    ExchangeTrouble,
+    HostPaused,
+    HostPresent,
+    HostReady,
+    JobEnded,
+    LeaseExtended,
+    PauseWorkers,
+    Recovered,
+    ResumeWorkers,
+    StepRecorded,
+)
 from lockstep.agent.host_regroup import HostRegroup
 from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
 from lockstep.coordinator import host_membership
@@ -20,10 +34,10 @@ from lockstep.coordinator.parts_collector import PartsCollector
 from lockstep.coordinator.rendezvous import Rendezvous, about
 from lockstep.errors import ProtocolError, RefusedError
 from lockstep.net.control_link import ControlLink
-from lockstep.net.frames import Message
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard
 from lockstep.planning.data_partition import check_whole
+from lockstep.system.messages import Message, printable
 
 
 class NetworkHostGroup:
@@ -55,7 +69,7 @@ class NetworkHostGroup:
         self._newcomers: dict[str, int] = {}
         """Hosts that wait to be let in, with their workers: where none has the whole state, they
         come in when the snapshot is up to date."""
-        self._leased = -1
+        self._leased = self._furthest = -1
         self._divergence = DivergenceCheck()
         self._troubled_at = -1
         """The step at which hosts last had trouble with each other."""
@@ -96,8 +110,9 @@ class NetworkHostGroup:
     def lease(self, step: int) -> None:
         if step != self._leased:
             self._leased = step
+            self._furthest = max(self._furthest, step)
             for name in self._others():
-                self._link.tell(name, "lease", step=step)
+                self._link.tell(name, LeaseExtended(step=step))
 
     def let_in(self) -> None:
         waiting, self._newcomers = self._newcomers, {}
@@ -105,7 +120,7 @@ class NetworkHostGroup:
 
     def end(self) -> None:
         for name in self._transport.peers:
-            self._link.tell(name, "end")
+            self._link.tell(name, JobEnded())
 
     def _others(self) -> list[str]:
         """All hosts of the run but the master's own."""
@@ -161,52 +176,65 @@ class NetworkHostGroup:
             return [host_membership.HostLost(name, why, closed=True)] if known else []
         try:
             return self._said(name, message)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = ProtocolError(
-                f"host {name} has sent a message that says nothing", found=ascii(error)[:200]
-            )
-            self._transport.drop(name, problem.what)
-            return [host_membership.HostLost(name, problem.what)]
+        except ProtocolError as error:
+            self._transport.drop(name, error.what)
+            return [host_membership.HostLost(name, error.what)]
 
     def _said(self, name: str, message: Message) -> list[host_membership.Event]:
-        observer = self._group.observer
-        match message["op"]:
-            case "stood":
-                status = HostStatus.from_message(message["standing"])
-                return [host_membership.HostPaused(name, message["generation"], status)]
-            case "trouble":
-                peer, why = str(message["other"]), str(message["why"])
-                return [host_membership.ExchangeFailed(name, message["generation"], peer, why)]
-            case "recorded":
-                self._divergence.told(name, int(message["step"]), str(message["digest"]))
-            case "event":
-                observer.event(str(message["name"]), **{**message["fields"], "host": name})
-            case "recovered":
-                observer.recovered([{**each, "host": name} for each in message["recoveries"]])
-            case "failed" if name not in self._membership.members:  # it was to join; all go on
+        """What a host says, as events. Of one that is no member only what leads it there counts.
+
+        Raises:
+            ProtocolError: it cannot be true.
+            LockstepError: a member has failed.
+        """
+        observer, member = self._group.observer, name in self._membership.members
+        match message:
+            case HostPaused(generation=generation, status=status) if member:
+                for step in (status.whole, status.base):
+                    self._check_step(name, step or 0)
+                return [host_membership.HostPaused(name, generation, status)]
+            case ExchangeTrouble(generation=generation, other=peer, why=why) if member:
+                return [host_membership.ExchangeFailed(name, generation, peer, printable(why))]
+            case StepRecorded(step=step, digest=digest) if member:
+                self._check_step(name, step)
+                self._divergence.told(name, step, digest)
+            case EventForwarded(name=event, fields=fields) if self._rendezvous.knows(name):
+                observer.event(event, **{**fields, "host": name})
+            case Recovered(recoveries=recoveries) if self._rendezvous.knows(name):
+                observer.recovered([{**each, "host": name} for each in recoveries])
+            case AgentFailed() if not member:  # it was to join; all go on
                 observer.event("refused", host=name, why=str(about(name, message)))
-            case "failed":
+            case AgentFailed(step=step):
                 raise self._group.failure_log.raised(
-                    about(name, message), message["step"], self._group.take_snapshot
+                    about(name, message), step, self._group.take_snapshot
                 )
-            case "present":
+            case HostPresent():
                 try:
                     self._rendezvous.present(name, message, running=True)
                 except RefusedError as refused:
                     observer.event("refused", host=name, why=refused.found)
-            case "ready":
+            case HostReady() if self._rendezvous.knows(name):
                 workers = self._rendezvous.is_ready(name, message)
                 if self._membership.whole:
                     return [host_membership.HostReady(name, workers)]
                 self._newcomers[name] = workers
         return []
 
+    def _check_step(self, name: str, step: int) -> None:
+        """Check that a host can have come so far.
+
+        Raises:
+            ProtocolError: no lease went so far.
+        """
+        furthest = max(self._furthest, self._group.control.lease, self._group.step)
+        if step > furthest:
+            raise ProtocolError(f"host {name} claims step {step}, and the lease is {furthest}")
+
     # While all rest: what can be dealt with at once, and what cannot.
 
     def _observe(self, heard: Heard) -> bool:
         """Deal with news for the observer; whether that was all of the message."""
-        news = (heard.message or {}).get("op") in ("event", "recovered")
-        return news and not self._heard(heard)
+        return isinstance(heard.message, EventForwarded | Recovered) and not self._heard(heard)
 
     def _check_ended(self, name: str) -> None:
         """Let the membership decide if something has ended this host's part.
@@ -217,7 +245,8 @@ class NetworkHostGroup:
         ends = [
             heard
             for heard in self._inbox.kept
-            if heard.peer == name and (heard.message is None or heard.message["op"] == "failed")
+            if heard.peer == name
+            and (heard.message is None or isinstance(heard.message, AgentFailed))
         ]
         events = [event for heard in ends for event in self._heard(heard)]
         self._decide(events + self._silences([name]))
@@ -229,7 +258,7 @@ class NetworkHostGroup:
         last: host_membership.PauseHosts | host_membership.ResumeHosts | None = None
         for event in events:
             if isinstance(event, host_membership.HostPaused):
-                self._statuses[event.name] = event.standing
+                self._statuses[event.name] = event.status
             self._membership, commands, reason = host_membership.decide(self._membership, event)
             if isinstance(event, host_membership.ExchangeFailed):
                 self._troubled_at = self._group.step
@@ -259,18 +288,18 @@ class NetworkHostGroup:
     def _pause(self, command: host_membership.PauseHosts) -> None:
         self._paused_at = self._paused_at or time.monotonic()
         for name in self._others():
-            self._link.tell(name, "hold", generation=command.generation)
+            self._link.tell(name, PauseWorkers(generation=command.generation))
         self._regroup.pause(command.generation)
 
     def _resume(self, command: host_membership.ResumeHosts) -> None:
         order = RegroupOrder(
             step=command.step,
-            workers=command.workers,
+            workers=dict(command.workers),
             addresses={name: self._statuses[name].address for name in command.workers},
-            actions=command.actions,
+            actions=dict(command.actions),
             source=command.source,
         )
         for name in self._others():
             lease = max(self._leased, 0)
-            self._link.tell(name, "arrange", **order.to_message(), lease=lease)
+            self._link.tell(name, ResumeWorkers(order=order, lease=lease))
         self._regroup.resume(order)

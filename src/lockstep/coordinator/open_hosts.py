@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lockstep.agent.agent import facts_of
+from lockstep.agent.host_messages import FROM_AGENTS, JobEnded
 from lockstep.agent.host_regroup import HostRegroup
-from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.job_offer import JobOffer, RecordsRequest
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
@@ -162,7 +163,7 @@ class NetworkHosts:
 
         self._transport = TcpTransport(
             launcher.identity, job=self._name, facts={}, host=launcher.host, report=report,
-            answer=True, silence=job.host_seconds,
+            answer=True, silence=job.host_seconds, codec=FROM_AGENTS,
         )  # fmt: skip
         self._blobs = BlobServer(self._transport)
         """What other hosts may fetch."""
@@ -181,7 +182,7 @@ class NetworkHosts:
     def __exit__(self, *_: object) -> None:
         """Let go of everybody, however the run has ended."""
         for name in self._transport.peers:
-            self._link.tell(name, "end")  # else agents would take the master for lost
+            self._link.tell(name, JobEnded())  # else agents would take the master for lost
         self._launcher.close()
         self._launcher.report = ignore  # the launcher may stay, and would keep all of this
         self._mesh.close()
@@ -225,7 +226,7 @@ class NetworkHosts:
                 settings={**settings, "host_seconds": self.job.host_seconds},
                 code=None if code is None else BlobInfo.of(code.data),
                 data=None if data is None else BlobInfo.of(data),
-                records=records,
+                records=None if records is None else RecordsRequest(**records),
             )
         )
         self._rendezvous.check_servers(self.job.servers)

@@ -9,6 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from lockstep.agent.host_messages import (
+    HostPaused,
+    HostPresent,
+    HostReady,
+    SendState,
+    StepRecorded,
+)
 from lockstep.agent.host_regroup import HostRegroup
 from lockstep.coordinator.host_inbox import HostInbox
 from lockstep.net.control_link import ControlLink
@@ -17,7 +24,7 @@ from lockstep.net.transport import Heard
 PARTS_SECONDS, PARTS_SHARE = 10.0, 0.02
 """Between two collections; longer, where that would take more of a run's time than this share. The
 loss of a host costs the steps since."""
-QUIET = ("present", "ready", "recorded", "stood")
+QUIET = HostPresent | HostReady | StepRecorded | HostPaused
 """What a host may say while parts are collected, without their being called off."""
 
 
@@ -66,13 +73,12 @@ class PartsCollector:
         """Get the other hosts' parts. False: one is lost, or has a trouble."""
         group = self._regroup.group
         for name in group.role.others:
-            self._link.tell(name, "give", step=group.step)
+            self._link.tell(name, SendState(step=group.step))
         return self._regroup.take_parts(self._undisturbed)
 
     def _undisturbed(self) -> bool:
         """Whether nobody has said, since all rest, that it cannot go on."""
         self._inbox.keep(0.0, self._handled)
         return not self._inbox.any_silent(self._regroup.group.role.others) and all(
-            heard.message is not None and heard.message.get("op") in QUIET
-            for heard in self._inbox.kept
+            isinstance(heard.message, QUIET) for heard in self._inbox.kept
         )

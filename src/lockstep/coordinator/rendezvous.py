@@ -12,6 +12,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from lockstep.agent.host_messages import (
+    AgentFailed,
+    HostPresent,
+    HostReady,
+    HostRefused,
+    PlanAssigned,
+)
 from lockstep.agent.job_offer import JobOffer
 from lockstep.agent.local_host import LocalHost
 from lockstep.coordinator.host_membership import in_order
@@ -21,11 +28,8 @@ from lockstep.errors import (
     LockstepError,
     PeerTimeoutError,
     RefusedError,
-    from_message,
-    to_message,
 )
 from lockstep.net.control_link import ControlLink
-from lockstep.net.frames import Message
 from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard
 from lockstep.planning.data_partition import Samples, check_open
@@ -34,8 +38,8 @@ from lockstep.planning.plan import Plan
 from lockstep.planning.shard_placement import share
 from lockstep.state.host_memory import HostMemory
 from lockstep.system import machine
+from lockstep.system.messages import ErrorMessage, Message
 
-MOST_SAMPLES = 1 << 48
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
 
@@ -120,32 +124,32 @@ class Rendezvous:
         self._await(self.ready, "to set up its memory")
         return own, memory
 
-    def present(self, name: str, message: Message, *, running: bool) -> None:
+    def present(self, name: str, message: HostPresent, *, running: bool) -> None:
         """A host has loaded the task.
 
         Raises:
             RefusedError: it differs from the others, or has come too late.
         """
         try:
-            check_facts(self._facts, message["facts"], name)
+            check_facts(self._facts, message.facts, name)
             if self._plan is not None:
                 check_open(self._plan.holdings, name)
         except RefusedError as error:
-            self.link.tell(name, "refused", error=to_message(error))
+            self.link.tell(name, HostRefused(error=ErrorMessage.of(error)))
             raise
-        train, held_out = message["samples"]
-        self._samples[name] = (
-            count_of(train, most=MOST_SAMPLES),
-            count_of(held_out, 0, MOST_SAMPLES),
-        )
-        self.capacities[name] = count_of(message["workers"])
+        self._samples[name] = (message.train_samples, message.eval_samples)
+        self.capacities[name] = message.workers
         if running:
             self._set_up(name, self.capacities[name])
 
-    def is_ready(self, name: str, message: Message) -> int:
+    def is_ready(self, name: str, message: HostReady) -> int:
         """A host's workers have started; how many."""
-        self.ready[name] = count_of(message["workers"])
-        return self.ready[name]
+        self.ready[name] = message.workers
+        return message.workers
+
+    def knows(self, name: str) -> bool:
+        """Whether a host has loaded the task, and may take part."""
+        return name in self.capacities
 
     def lost(self, name: str) -> None:
         """A host is gone."""
@@ -175,38 +179,39 @@ class Rendezvous:
                 if who in missing:
                     raise RefusedError(f"host {who} cannot take part", found=why)
             for heard in self.hear(0.2):
-                if heard.error is not None:
-                    raise heard.error
-                self._heard(heard.peer, heard.message or {})
+                self._heard(heard)
 
-    def _heard(self, name: str, message: Message) -> None:
-        match message["op"]:
-            case "failed":
+    def _heard(self, heard: Heard) -> None:
+        """Take what a host says. The job waits for those that are expected, and fails with them;
+        what becomes of others is only reported."""
+        try:
+            if heard.error is not None:
+                raise heard.error
+            assert heard.message is not None
+            self._said(heard.peer, heard.message)
+        except LockstepError as error:
+            if heard.peer in self._expected:
+                raise
+            self.lost(heard.peer)
+            self.reports.append((heard.peer, str(error)))
+
+    def _said(self, name: str, message: Message) -> None:
+        match message:
+            case AgentFailed():
                 raise about(name, message)
-            case "present":
+            case HostPresent():
                 self.present(name, message, running=False)
-            case "ready":
+            case HostReady() if self.knows(name):
                 self.is_ready(name, message)
 
     def _set_up(self, name: str, workers: int) -> None:
         assert self._plan is not None
         plan = self._plan.for_host(name, workers)
-        self.link.tell(name, "set_up", plan=plan.to_message())
+        self.link.tell(name, PlanAssigned(plan=plan.to_message()))
 
 
-def count_of(value: object, least: int = 1, most: int = 1 << 16) -> int:
-    """A number from a message.
-
-    Raises:
-        ValueError: it is none, or out of its bounds.
-    """
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"not a number from {least} to {most}: {value!r}")
-    return value
-
-
-def about(name: str, message: Message) -> LockstepError:
+def about(name: str, message: AgentFailed) -> LockstepError:
     """A host's error, with its name."""
-    error = from_message(message["error"])
+    error = message.error.error()
     what = error.what if f"host {name}" in error.what else f"host {name}: {error.what}"
     return type(error)(what, expected=error.expected, found=error.found, fix=error.fix)

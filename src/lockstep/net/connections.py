@@ -1,9 +1,9 @@
-"""One connection, one direction, one thread.
+"""Connections: one direction, one thread each.
 
 A host sends on connections that it has opened and receives on those that it has accepted: no TLS
 object is ever used by two threads, a slow receiver holds up nothing that goes the other way, and
-several connections are encrypted on several cores. Tensors and messages have a lane each, so that
-a message is not stuck behind tensors that nobody expects yet.
+several connections are encrypted on several cores. Tensors and messages are streams of their own,
+so that a message is not stuck behind tensors that nobody expects yet.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lockstep.errors import NetworkError, PeerTimeoutError, ProtocolError
-from lockstep.net.frames import TENSORS, Frame, Kind, Place, Reader, message_frame
+from lockstep.errors import NetworkError, PeerTimeoutError
+from lockstep.net.frames import TENSORS, Frame, Kind, Reader, Target, message_frame
 from lockstep.net.pending import PendingTransfer, Recency
 from lockstep.net.sockets import SILENCE_SECONDS, closed, end, peer_errors
 
 SMALL = 8 << 10
 """Bytes: a body up to this size is copied, to be sent at once with its header."""
 MAX_QUEUED = 4096
-"""Frames that wait to be sent to one peer on one lane."""
+"""Frames that wait to be sent to one peer on one stream."""
 
 
-class Lane(enum.StrEnum):
+class Stream(enum.StrEnum):
     """What a connection carries."""
 
     DATA = "data"
@@ -39,7 +39,7 @@ class Item:
 
     head: bytes
     body: memoryview | None = None
-    slip: PendingTransfer | None = None
+    transfer: PendingTransfer | None = None
 
 
 class Outgoing:
@@ -60,11 +60,13 @@ class Outgoing:
 
         Raises:
             PeerTimeoutError: too many wait already; the peer has not read for long.
-            NetworkError: the lane has failed, with its error.
+            NetworkError: the connection has failed, with its error.
         """
         with self._lock:  # so that nothing is queued behind the end
             if self._error is not None:
-                raise self._error.awaiting(item.slip.what if item.slip else "a message to it")
+                raise self._error.awaiting(
+                    item.transfer.what if item.transfer else "a message to it"
+                )
             try:
                 self._items.put_nowait(item)
             except queue.Full:
@@ -84,7 +86,7 @@ class Outgoing:
     def finish(self, timeout: float) -> None:
         """Say goodbye when all is sent, if that can be done in so many seconds."""
         try:
-            self.send(Item(head=message_frame(Kind.GOODBYE, {})))
+            self.send(Item(head=message_frame(Kind.GOODBYE)))
             self._items.put_nowait(None)
         except (NetworkError, queue.Full):
             return
@@ -107,13 +109,18 @@ class Outgoing:
                     if item.body is not None:
                         small = len(item.body) <= SMALL
                         self._sock.sendall(item.head + item.body if small else item.body)
-                    if item.slip is not None:
-                        item.slip.finish()
-        except NetworkError as error:
+                    if item.transfer is not None:
+                        item.transfer.finish()
+        except Exception as cause:  # whatever it is, this peer is lost by it, and no other
+            error = (
+                cause
+                if isinstance(cause, NetworkError)
+                else closed(f"host {self._peer}", "what it is sent", f"no sending: {cause!r}")
+            )
             with self._lock:
                 self._error = self._error or error
-            if item is not None and item.slip is not None:
-                item.slip.fail(self._error)
+            if item is not None and item.transfer is not None:
+                item.transfer.fail(self._error)
             self._drain()
             self._lost(error)
 
@@ -125,21 +132,23 @@ class Outgoing:
                 item = self._items.get_nowait()
             except queue.Empty:
                 break
-            if item is not None and item.slip is not None:
-                item.slip.fail(self._error)
+            if item is not None and item.transfer is not None:
+                item.transfer.fail(self._error)
         self._items.put(None)
 
 
 class Incoming:
     """Receives frames until the connection ends. Made and run by the thread that accepted it."""
 
-    def __init__(self, sock: socket.socket, peer: str, lane: Lane, place: Place | None) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: str, stream: Stream, target: Target | None
+    ) -> None:
         self.sock, self._peer = sock, peer
-        kinds = TENSORS if lane is Lane.DATA else frozenset({Kind.CONTROL})
-        self._reader = Reader(kinds | {Kind.GOODBYE}, place)
+        kinds = TENSORS if stream is Stream.DATA else frozenset({Kind.CONTROL})
+        self._reader = Reader(kinds | {Kind.GOODBYE}, target)
         self._recency = Recency()
         self.ended_well = False
-        """Whether the peer has said goodbye on this lane."""
+        """Whether the peer has said goodbye on this stream."""
         self.thread = threading.current_thread()
 
     def run(self, deliver: Callable[[Frame], None]) -> NetworkError:
@@ -159,6 +168,8 @@ class Incoming:
                     deliver(frame)
         except NetworkError as error:
             return error
+        except Exception as error:  # such as no memory: then this peer is lost, and no other
+            return closed(who, "more frames", f"this host cannot receive them: {error!r}")
         cut = "between two frames" if reader.between else f"after {reader.describe()}"
         return closed(who, "a goodbye", f"the end of the stream {cut}")
 
@@ -171,16 +182,3 @@ class Incoming:
         if self.thread is not threading.current_thread():
             self.thread.join()
         self.sock.close()
-
-
-def parse_lane(value: object) -> Lane:
-    """The lane that a hello asks for.
-
-    Raises:
-        ProtocolError: there is none of this name.
-    """
-    try:
-        return Lane(str(value))
-    except ValueError:
-        found = ascii(value)[:80]
-        raise ProtocolError("no such lane", expected="data or control", found=found) from None

@@ -1,4 +1,4 @@
-"""The link between agents and their master: small messages, signs of life, and silence."""
+"""Control link: messages and heartbeats between agents and their master, and who is silent."""
 
 from __future__ import annotations
 
@@ -7,32 +7,57 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Literal
 
 from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.transport import Heard, Transport
+from lockstep.system.messages import Count, Message
 
-ALIVE_SECONDS = 0.25
-"""Between two signs of life."""
+HEARTBEAT_SECONDS = 0.25
+"""Between two heartbeats."""
 LONGEST_LOOK = 0.5
 """Seconds: no more than this counts as silence between two looks: who was stopped itself cannot
 tell that others were silent."""
 
-Serve = Callable[[str, Mapping[str, Any]], None]
+MAX_WAITING, MAX_WAITING_BYTES = 1 << 16, 1 << 29
+"""Messages of one peer, and bytes of them, that wait to be taken: a host's predictions of a whole
+evaluation, while the master is busy with its own. Who sends more is dropped."""
+
+BlobName = Literal["code", "data"]
+
+
+class Heartbeat(Message):
+    """The sender is alive."""
+
+
+class FetchPiece(Message):
+    """The sender wants a piece of a blob."""
+
+    blob: BlobName
+    piece: Count
+
+
+LINK_KINDS = Heartbeat | FetchPiece
+"""Messages of the link itself: a part of every conversation on it."""
+Serve = Callable[[str, FetchPiece], None]
 
 
 class ControlLink:
-    """Hears in a thread of its own, so that a sign of life never waits for work to end.
+    """Hears in a thread of its own, so that a heartbeat never waits for work to end.
 
     `fileno` is readable when there is something to take.
     """
 
     def __init__(self, transport: Transport, serve: Serve | None = None) -> None:
-        """`serve` is called in the link's thread with each message that asks to `fetch`."""
+        """`serve` is called in the link's thread with each request for a piece of a blob. Without
+        it nobody may ask for one."""
         self.transport = transport
         self._serve = serve
         self._waiting: deque[Heard] = deque()
+        self._waiting_of: dict[str, tuple[int, int]] = {}
+        """By peer, how many of its messages wait, and how many bytes they were."""
+        self._lock = threading.Lock()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._silent: dict[str, float] = {}
         self._closing = threading.Event()
@@ -42,10 +67,10 @@ class ControlLink:
     def fileno(self) -> int:
         return self._event
 
-    def tell(self, peer: str, op: str, **fields: Any) -> None:
+    def tell(self, peer: str, message: Message) -> None:
         """Send a message; to one that is lost, in vain: its loss will be heard of."""
         with contextlib.suppress(NetworkError):
-            self.transport.tell(peer, {"op": op, **fields})
+            self.transport.tell(peer, message)
 
     def wake(self) -> None:
         """Make `fileno` readable. May be called from any thread."""
@@ -56,9 +81,9 @@ class ControlLink:
         """What was heard since the last call."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._event)
-        taken = []
-        while self._waiting:
-            taken.append(self._waiting.popleft())
+        with self._lock:
+            taken, self._waiting = list(self._waiting), deque()
+            self._waiting_of.clear()
         return taken
 
     def silent_for(self, peer: str) -> float:
@@ -76,25 +101,42 @@ class ControlLink:
         while not self._closing.is_set():
             heard: Heard | None = None
             with contextlib.suppress(PeerTimeoutError):
-                heard = self.transport.hear(ALIVE_SECONDS / 2)
+                heard = self.transport.hear(HEARTBEAT_SECONDS / 2)
             now = time.monotonic()
             passed, looked = min(now - looked, LONGEST_LOOK), now
             for peer in self.transport.peers:
                 self._silent[peer] = self._silent.get(peer, 0.0) + passed
             if heard is not None:
-                self._note(heard)
-            if now - told >= ALIVE_SECONDS:
+                self._note_safely(heard)
+            if now - told >= HEARTBEAT_SECONDS:
                 told = now
                 for peer in self.transport.peers:
-                    self.tell(peer, "alive")
+                    self.tell(peer, Heartbeat())
+
+    def _note_safely(self, heard: Heard) -> None:
+        """As `_note`; whatever goes wrong with it is its sender's trouble alone."""
+        try:
+            self._note(heard)
+        except Exception as error:  # such as no memory
+            self.transport.drop(heard.peer, f"its message cannot be taken: {error!r}")
 
     def _note(self, heard: Heard) -> None:
         self._silent[heard.peer] = 0.0
-        message: Mapping[str, Any] = heard.message or {}
-        if heard.error is None and message.get("op") == "alive":
-            return
-        if self._serve is not None and message.get("op") == "fetch":
-            self._serve(heard.peer, message)
-            return
-        self._waiting.append(heard)
+        match heard.message:
+            case Heartbeat():
+                return
+            case FetchPiece() as wanted:
+                if self._serve is None:
+                    self.transport.drop(heard.peer, "it wants a blob, which is not here")
+                else:
+                    self._serve(heard.peer, wanted)
+                return
+        with self._lock:
+            count, nbytes = self._waiting_of.get(heard.peer, (0, 0))
+            full = count >= MAX_WAITING or nbytes + heard.nbytes > MAX_WAITING_BYTES
+            if not full or heard.message is None:
+                self._waiting_of[heard.peer] = (count + 1, nbytes + heard.nbytes)
+                self._waiting.append(heard)
+        if full and heard.message is not None:
+            self.transport.drop(heard.peer, "it sends more messages than can be taken")
         self.wake()

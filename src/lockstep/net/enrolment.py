@@ -1,4 +1,4 @@
-"""Joining: a newcomer shows a secret and gets a certificate. Its private key never leaves it.
+"""Enrolment: a newcomer shows a secret and gets a certificate. Its private key never leaves it.
 
     newcomer                                   host that enrols
     TLS, nothing verified, nothing said   <->  its CA's certificate: is it the invitation's?
@@ -6,58 +6,86 @@
     the secret, a certificate request      ->  uses the token up, signs
                                           <-   the certificate, and a greeting
 
-An invitation is a token, or what a rank makes of a secret that all hosts share (see `shared`).
-All other connections are mutual TLS. Who cannot show a token learns the CA's certificate and
-nothing else. What a newcomer may send is bounded, and so are its time, how many are served at
+An invitation is a token, or what a rank makes of a secret that all hosts share, as `shared_secret`
+has it. All other connections are mutual TLS. Who cannot show a token learns the CA's certificate
+and nothing else. What a newcomer may send is bounded, and so are its time, how many are served at
 once, and how often an address may try.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import functools
 import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from lockstep.errors import (
-    IdentityError,
-    LockstepError,
-    ProtocolError,
-    RefusedError,
-    to_message,
-)
+import msgspec
+
+from lockstep.errors import IdentityError, LockstepError, RefusedError
+from lockstep.net.arrivals import Arrivals
 from lockstep.net.certificates import fingerprint, one_certificate
-from lockstep.net.frames import Kind, Message
+from lockstep.net.frames import Kind
+from lockstep.net.handshake import REFUSAL, Refusal
 from lockstep.net.identity import Identity, newcomer_context, peer_name
 from lockstep.net.join_tokens import Token, TokenBook
 from lockstep.net.sockets import (
-    Deadline,
     address_of,
-    closed,
-    details,
     end,
     handshake,
     listen,
     peer_errors,
-    plain,
     receive_message,
     send_message,
     wrap,
 )
+from lockstep.net.tls_stream import Deadline, TlsStream
 from lockstep.net.transport import Report, ignore
+from lockstep.system.messages import Codec, ErrorMessage, Message
 
 SERVE_SECONDS = 10.0
 """How long one newcomer is served."""
 MAX_SERVED = 16
-"""Newcomers at one time. Others wait for the slowest of them, in the kernel's queue."""
+"""Newcomers at one time."""
 TOKEN_SECONDS = 900.0
 Sign = Callable[[bytes], bytes]
 """A certificate for a request, both in PEM, as `Authority.sign`."""
+
+Pem = Annotated[str, msgspec.Meta(max_length=16 << 10)]
+
+
+class AuthorityShown(Message):
+    """The CA's certificate, for everybody; `proof` is for those who have no fingerprint of it."""
+
+    authority: Pem
+    proof: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+
+class EnrolmentRequest(Message):
+    """What a newcomer shows, and the certificate that it wants, in PEM."""
+
+    secret: Annotated[bytes, msgspec.Meta(max_length=256)]
+    request: Annotated[bytes, msgspec.Meta(max_length=8 << 10)]
+
+
+class Enrolled(Message):
+    """The certificate, in PEM, and what else the newcomer is told."""
+
+    certificate: Pem
+    greeting: Annotated[bytes, msgspec.Meta(max_length=40 << 10)]
+    """A message of the conversation that the newcomer is to take part in, encoded."""
+
+
+SHOWN: Codec[AuthorityShown] = Codec(AuthorityShown)
+REQUEST: Codec[EnrolmentRequest] = Codec(
+    EnrolmentRequest, "a newcomer's message breaks the protocol"
+)
+ENROLLED: Codec[Enrolled] = Codec(Enrolled)
+ASKED: dict[Kind, Codec[EnrolmentRequest] | None] = {Kind.ENROL: REQUEST, Kind.GOODBYE: None}
+ANSWERS: dict[Kind, Codec[Any]] = {Kind.ENROLLED: ENROLLED, Kind.REFUSED: REFUSAL}
 
 
 class Invitation(Protocol):
@@ -116,7 +144,7 @@ class JoinServer:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        greeting: Mapping[str, Any] | None = None,
+        greeting: bytes = b"",
         proof: str = "",
         limiter: Limiter | None = None,
         report: Report = ignore,
@@ -124,20 +152,18 @@ class JoinServer:
     ) -> None:
         """Listen, by default on loopback only.
 
-        `greeting` is what a new host is told besides. `proof` goes to everybody with the CA's
-        certificate, for those who have no fingerprint of it.
+        `greeting` is what a new host is told besides: a message, encoded. `proof` goes to
+        everybody with the CA's certificate, for those who have no fingerprint of it.
         """
         self._identity, self._sign, self._report = identity, sign, report
-        self._greeting, self._limiter = dict(greeting or {}), limiter or Limiter()
+        self._greeting, self._limiter = greeting, limiter or Limiter()
         self._serve_seconds = serve_seconds
         self._context = identity.open_context()
         self._authority = (identity.folder / "authority.pem").read_text()
-        self._shown = {"authority": self._authority, "proof": proof}
+        self._shown = AuthorityShown(authority=self._authority, proof=proof)
         self._book = TokenBook()
         self._closing = threading.Event()
-        self._lock = threading.Lock()
-        self._served: dict[threading.Thread, socket.socket] = {}
-        self._places = threading.BoundedSemaphore(MAX_SERVED)
+        self._arrivals = Arrivals(MAX_SERVED)
         self._listener = listen(host, port)
         self.address = address_of(self._listener)
         self._accepting = threading.Thread(
@@ -164,99 +190,66 @@ class JoinServer:
         """Refuse everybody from now on. Leaves no thread and no descriptor."""
         self._closing.set()
         end(self._listener)
-        self._end_served()
+        served = self._arrivals.close()
         self._accepting.join()
-        for thread in self._end_served():
+        for thread in served:
             thread.join()
         self._listener.close()
 
     def _accept(self) -> None:
         while not self._closing.is_set():
-            self._places.acquire()
             try:
                 sock, address = self._listener.accept()
             except OSError:
-                self._places.release()
                 self._closing.wait(0.05)  # perhaps out of descriptors for a while
                 continue
-            if not self._limiter.admits(address[0], time.monotonic()):
+            who, why = f"{address[0]}:{address[1]}", "it tries to join too often"
+            if self._limiter.admits(address[0], time.monotonic()):
+                serve = functools.partial(self._serve, sock, who)
+                why = self._arrivals.start(serve, sock, who, address[0])
+            if why:
                 sock.close()
-                self._places.release()
-                self._report(address[0], "it tries to join too often")
-                continue
-            who = f"{address[0]}:{address[1]}"
-            thread = threading.Thread(
-                target=self._serve, args=(sock, who), name=f"lockstep-net join {who}", daemon=True
-            )
-            with self._lock:
-                self._served[thread] = sock
-            thread.start()
+                self._report(address[0], why)
 
     def _serve(self, sock: socket.socket, who: str) -> None:
         """One newcomer, whatever it does. The report never holds what it has sent."""
-        thread = threading.current_thread()
         try:
             limit = Deadline(self._serve_seconds)
             with peer_errors(who, "a token and a certificate request", limit.seconds):
                 sock = secured = wrap(sock, self._context, server=True)
-                with self._lock:
-                    if self._closing.is_set():
-                        raise closed("this host", "a newcomer", "it is closing")
-                    self._served[thread] = sock
+                self._arrivals.secured(sock)
                 handshake(secured, limit)
-                send_message(sock, Kind.AUTHORITY, self._shown, limit)
-                kind, message = receive_message(sock, (Kind.ENROL, Kind.GOODBYE), limit)
-                if kind is Kind.GOODBYE:
-                    return  # it only wanted to see the CA's certificate
-                self._answer(sock, message, limit)
-            self._report(who, "it has joined")
+                send_message(secured, Kind.AUTHORITY, self._shown, limit)
+                joined = self._answer(secured, limit)
+            if joined:  # else it only wanted to see the CA's certificate
+                self._report(who, "it has joined")
         except LockstepError as error:
             self._report(who, str(error))
+        except Exception as error:  # such as no memory: others are served all the same
+            self._report(who, f"it cannot be served: {type(error).__name__}")
         finally:
             sock.close()
-            with self._lock:
-                del self._served[thread]
-            self._places.release()
+            self._arrivals.done()
 
-    def _answer(self, sock: socket.socket, message: Message, limit: Deadline) -> None:
+    def _answer(self, sock: TlsStream, limit: Deadline) -> bool:
+        """Give a newcomer its certificate; False: it wants none."""
         try:
-            secret, request = parse_enrolment(message)
-            self._book.redeem(secret, time.time())  # first: nothing else is read of strangers
-            certificate = self._sign(request).decode()
+            kind, wanted = receive_message(sock, ASKED, limit)
+            if kind is Kind.GOODBYE:
+                return False
+            self._book.redeem(wanted.secret, time.time())  # first: nothing else is read before
+            certificate = self._sign(wanted.request).decode()
         except LockstepError as error:
-            send_message(sock, Kind.REFUSED, to_message(error), limit)
+            send_message(sock, Kind.REFUSED, Refusal(error=ErrorMessage.of(error)), limit)
             raise
-        send_message(
-            sock, Kind.ENROLLED, {"certificate": certificate, "greeting": self._greeting}, limit
-        )
-
-    def _end_served(self) -> list[threading.Thread]:
-        with self._lock:
-            for sock in self._served.values():
-                end(sock)
-            return list(self._served)
-
-
-def parse_enrolment(message: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """The secret and the certificate request in a newcomer's message.
-
-    Raises:
-        ProtocolError: they are not in it. Says nothing of what is.
-    """
-    secret, request = message.get("secret"), message.get("request")
-    if isinstance(secret, str) and isinstance(request, str):
-        try:
-            return base64.b64decode(secret, validate=True), request.encode()
-        except (ValueError, binascii.Error):
-            pass
-    raise ProtocolError(
-        "a newcomer's message breaks the protocol", expected="a secret and a certificate request"
-    )
+        answer = Enrolled(certificate=certificate, greeting=self._greeting)
+        send_message(sock, Kind.ENROLLED, answer, limit)
+        return True
 
 
 def join(
     invitation: Invitation, folder: Path, name: str, *, timeout: float
-) -> tuple[Identity, Message]:
+) -> tuple[Identity, bytes]:
     """Become a host of the cluster, with this name; returns the server's greeting, too.
 
     The identity is written to `folder`, where there must be none.
@@ -273,40 +266,51 @@ def join(
     request = authority.make_request(folder, name)
     who = f"host {invitation.node} at {invitation.host}:{invitation.port}"
     with peer_errors(who, "a certificate", timeout):
-        shown, _ = _ask(invitation, None, None, limit)
-        ca = one_certificate(str(shown.get("authority", "")))
-        invitation.vouch(ca, str(shown.get("proof", "")))
-        secret = base64.b64encode(invitation.secret).decode()
-        said = {"secret": secret, "request": request.decode()}
-        _, answer = _ask(invitation, ca, said, limit)
-    certificate, greeting = answer.get("certificate"), answer.get("greeting")
-    if not isinstance(certificate, str) or not isinstance(greeting, dict):
-        raise ProtocolError("the answer of " + who, expected="a certificate and a greeting")
-    authority.store(folder, certificate.encode(), ca)
+        shown = _look(invitation, limit)
+        ca = one_certificate(shown.authority)
+        invitation.vouch(ca, shown.proof)
+        wanted = EnrolmentRequest(secret=invitation.secret, request=request)
+        answer = _ask(invitation, ca, wanted, limit)
+    authority.store(folder, answer.certificate.encode(), ca)
     identity = Identity.load(folder)
     if identity.node != name:
         raise IdentityError("the new certificate is another's", expected=name, found=identity.node)
-    return identity, greeting
+    return identity, answer.greeting
+
+
+def _look(invitation: Invitation, limit: Deadline) -> AuthorityShown:
+    """What the server shows everybody."""
+    with _connected(invitation, None, limit) as sock:
+        _, shown = receive_message(sock, {Kind.AUTHORITY: SHOWN}, limit)
+        send_message(sock, Kind.GOODBYE, None, limit)
+    checked: AuthorityShown = shown
+    return checked
 
 
 def _ask(
-    invitation: Invitation, authority: str | None, said: Message | None, limit: Deadline
-) -> tuple[Message, Message]:
-    """What the server shows everybody, and its answer to what is said, if anything."""
+    invitation: Invitation, authority: str, wanted: EnrolmentRequest, limit: Deadline
+) -> Enrolled:
+    """The server's answer, if a certificate of this CA says that it is the one."""
+    with _connected(invitation, authority, limit) as sock:
+        receive_message(sock, {Kind.AUTHORITY: SHOWN}, limit)
+        if (actual := peer_name(sock)) != invitation.node:
+            raise RefusedError("another host answers", expected=invitation.node, found=actual)
+        send_message(sock, Kind.ENROL, wanted, limit)
+        _, answer = receive_message(sock, ANSWERS, limit)
+    if isinstance(answer, Refusal):
+        said = answer.error.error()
+        raise RefusedError(said.what, expected=said.expected, found=said.found, fix=said.fix)
+    checked: Enrolled = answer
+    return checked
+
+
+def _connected(invitation: Invitation, authority: str | None, limit: Deadline) -> TlsStream:
+    """A connection to the server. `authority`: the CA that its certificate is to be of."""
     sock = socket.create_connection((invitation.host, invitation.port), limit.left())
     try:
         sock = secured = wrap(sock, newcomer_context(authority), server=False)
         handshake(secured, limit)
-        _, shown = receive_message(sock, (Kind.AUTHORITY,), limit)
-        if said is None:
-            send_message(sock, Kind.GOODBYE, {}, limit)
-            return shown, {}
-        if (actual := peer_name(secured)) != invitation.node:
-            raise RefusedError("another host answers", expected=invitation.node, found=actual)
-        send_message(sock, Kind.ENROL, said, limit)
-        kind, answer = receive_message(sock, (Kind.ENROLLED, Kind.REFUSED), limit)
-    finally:
+    except BaseException:
         sock.close()
-    if kind is Kind.REFUSED:
-        raise RefusedError(plain(answer.get("what")), **details(answer))
-    return shown, answer
+        raise
+    return secured

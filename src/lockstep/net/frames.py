@@ -6,27 +6,25 @@ A frame is a header and a body. Integers are unsigned and big-endian:
            magic  version  kind  flags  step  tag  length    then `length` bytes of body
 
 What a kind may hold is bounded, and checked before memory is taken for it. The body of a tensor
-goes straight into memory that its receiver has set aside; a peer's word allocates none.
+goes straight into memory that its receiver has set aside; a peer's word allocates none. All other
+bodies are messages (see `system.messages`).
 """
 
 from __future__ import annotations
 
 import enum
-import json
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lockstep.errors import ProtocolError
+from lockstep.system.messages import Message, encode
 
 MAGIC = b"LKST"
-VERSION = 1
-"""Of the frames and of everything that is said in them."""
+VERSION = 2
+"""Of the frames and of all messages."""
 HEADER = struct.Struct(">4sBBHQIQ")
-
-Message = dict[str, Any]
-"""What JSON can hold."""
 
 
 class Kind(enum.IntEnum):
@@ -43,17 +41,17 @@ class Kind(enum.IntEnum):
     PARTIAL = 16
     REDUCED = 17
     STATE = 18
-    CARGO = 19
+    BLOB = 19
 
 
-TENSORS = frozenset({Kind.PARTIAL, Kind.REDUCED, Kind.STATE, Kind.CARGO})
-"""Kinds whose body is raw bytes for memory that the receiver knows. All others are JSON."""
+TENSORS = frozenset({Kind.PARTIAL, Kind.REDUCED, Kind.STATE, Kind.BLOB})
+"""Kinds whose body is raw bytes for memory that the receiver knows."""
 
 LIMITS: Mapping[Kind, int] = {
     Kind.HELLO: 64 << 10,
     Kind.WELCOME: 64 << 10,
     Kind.REFUSED: 64 << 10,
-    Kind.GOODBYE: 4 << 10,
+    Kind.GOODBYE: 0,
     Kind.CONTROL: 1 << 20,
     Kind.AUTHORITY: 16 << 10,
     Kind.ENROL: 16 << 10,
@@ -61,7 +59,7 @@ LIMITS: Mapping[Kind, int] = {
     Kind.PARTIAL: 1 << 30,
     Kind.REDUCED: 1 << 30,
     Kind.STATE: 1 << 30,
-    Kind.CARGO: 4 << 20,
+    Kind.BLOB: 4 << 20,
 }
 """Bytes: the longest body of each kind."""
 MAX_STEP, MAX_TAG = 2**64 - 1, 2**32 - 1
@@ -91,8 +89,8 @@ class Frame:
     body: memoryview
 
 
-Place = Callable[[Header], memoryview]
-"""Says where the body of a tensor belongs: exactly `length` writable bytes. May raise."""
+Target = Callable[[Header], memoryview]
+"""Returns the memory for the body of a tensor: exactly `length` writable bytes. May raise."""
 
 
 def describe(kind: Kind, step: int, tag: int) -> str:
@@ -136,29 +134,14 @@ def parse_head(data: bytes | bytearray, kinds: Collection[Kind] = tuple(Kind)) -
     return Header(kind=kind, step=step, tag=tag, length=length)
 
 
-def message_frame(kind: Kind, message: Mapping[str, Any]) -> bytes:
-    """A whole frame with JSON in it.
+def message_frame(kind: Kind, message: Message | None = None) -> bytes:
+    """A whole frame with a message in it, or without a body.
 
     Raises:
-        ProtocolError: it is too long.
+        ProtocolError: it is too long, or cannot be sent.
     """
-    body = json.dumps(message, allow_nan=False).encode()
+    body = b"" if message is None else encode(message)
     return head(kind, length=len(body)) + body
-
-
-def parse_message(body: memoryview) -> Message:
-    """The JSON object in a body.
-
-    Raises:
-        ProtocolError: it is none.
-    """
-    try:
-        message = json.loads(bytes(body), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        _broken(f"a body that is not JSON: {error}", "a JSON object")
-    if not isinstance(message, dict):
-        _broken(f"JSON of type {type(message).__name__}", "a JSON object")
-    return message
 
 
 class Reader:
@@ -169,8 +152,8 @@ class Reader:
     After an error the stream cannot be read on.
     """
 
-    def __init__(self, kinds: Collection[Kind] = tuple(Kind), place: Place | None = None) -> None:
-        self._kinds, self._place = kinds, place
+    def __init__(self, kinds: Collection[Kind] = tuple(Kind), target: Target | None = None) -> None:
+        self._kinds, self._target_of = kinds, target
         self._head = bytearray(HEADER.size)
         self._header: Header | None = None
         self._target = memoryview(self._head)
@@ -231,16 +214,12 @@ class Reader:
     def _memory(self, header: Header) -> memoryview:
         if header.kind not in TENSORS:
             return memoryview(bytearray(header.length))
-        if self._place is None:
+        if self._target_of is None:
             _broken(str(header), "no tensor on this connection")
-        memory = self._place(header)
+        memory = self._target_of(header)
         if len(memory) != header.length:
             _broken(f"{header.length:,} bytes for {header}", f"{len(memory):,}")
         return memory
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _broken(found: str, expected: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The contract over `torch.distributed`'s gloo: to measure against, and where only that works.
+"""Gloo transport: over `torch.distributed`, to measure against, and where only that works.
 
 What it cannot do, and so does not promise:
 
@@ -11,25 +11,34 @@ What it cannot do, and so does not promise:
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
 from lockstep.errors import NetworkError, ProtocolError
-from lockstep.net.frames import HEADER, TENSORS, Kind, Message, message_frame, parse_message
-from lockstep.net.handshake import Facts, Hello, check_hello, parse_hello
+from lockstep.net.frames import HEADER, TENSORS, Kind, message_frame
+from lockstep.net.handshake import HELLO, Ascii, Facts, Hello, check_hello
 from lockstep.net.pending import as_bytes, timed_out
 from lockstep.net.sockets import closed
 from lockstep.net.transport import Heard, Key
+from lockstep.system.messages import Codec, Message, encode
 
 MAX_STEP, MAX_TAG = 1 << 13, 1 << 16
 _SLOTS = {kind: index for index, kind in enumerate(sorted(TENSORS))}
+
+
+class StoredMessage(Message):
+    """A message, and who has left it in the store."""
+
+    sender: Ascii
+    body: bytes
+
+
+STORED: Codec[StoredMessage] = Codec(StoredMessage)
 
 
 class GlooTransport:
@@ -44,6 +53,7 @@ class GlooTransport:
         job: str,
         facts: Facts,
         timeout: float,
+        codec: Codec[Message] | None = None,
         host: str = "127.0.0.1",
     ) -> None:
         """Connect `node` with all others of `nodes`, over the interface that `host` is at.
@@ -54,7 +64,7 @@ class GlooTransport:
             RefusedError: a host differs in its facts.
             PeerTimeoutError: not all are there within `timeout` seconds.
         """
-        self.node, self._nodes = node, sorted(nodes)
+        self.node, self._nodes, self._codec = node, sorted(nodes), codec
         prefix = f"lockstep-net/{job}"
         self._store: Store | None = PrefixStore(prefix, store)
         # Another client, because a wait keeps one to itself.
@@ -68,7 +78,7 @@ class GlooTransport:
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout)
         try:
-            self._compare(Hello(job=job, node=node, facts=facts), timeout)
+            self._compare(Hello(job=job, node=node, facts=dict(facts)), timeout)
             rank, size = self._nodes.index(node), len(self._nodes)
             self._group = ProcessGroupGloo(self._store, rank, size, options)
         except RuntimeError as error:
@@ -89,14 +99,14 @@ class GlooTransport:
         pending.start("recv", self._rank(peer, pending.what), slot(key))
         return pending
 
-    def tell(self, peer: str, message: Mapping[str, Any]) -> None:
+    def tell(self, peer: str, message: Message) -> None:
         self._rank(peer, f"that host {peer} takes a message")
-        said: Message = {"from": self.node, "message": dict(message)}
-        text = message_frame(Kind.CONTROL, said)[HEADER.size :].decode()
+        body = message_frame(Kind.CONTROL, message)[HEADER.size :]
+        stored = encode(StoredMessage(sender=self.node, body=body))
         with self._lock:
             assert self._store is not None
             number = self._store.add(f"told/{peer}", 1)
-            self._store.set(f"told/{peer}/{number}", text)
+            self._store.set(f"told/{peer}/{number}", _text(stored))
 
     def hear(self, timeout: float) -> Heard:
         key = f"told/{self.node}/{self._heard + 1}"
@@ -106,10 +116,14 @@ class GlooTransport:
             self._hearing.wait([key], timedelta(seconds=timeout))
         except RuntimeError as error:
             raise timed_out(" or ".join(self.peers), "a message", timeout, "none") from error
-        said = parse_message(memoryview(self._hearing.get(key)))
+        stored = STORED.decode(_bytes(self._hearing.get(key)))
         self._hearing.delete_key(key)
         self._heard += 1
-        return Heard(peer=said["from"], message=said["message"])
+        if self._codec is None:
+            raise ProtocolError(f"host {stored.sender} sends a message", expected="tensors alone")
+        return Heard(
+            peer=stored.sender, message=self._codec.decode(stored.body), nbytes=len(stored.body)
+        )
 
     def drop(self, peer: str, reason: str) -> None:
         """Close what connects to all peers."""
@@ -140,11 +154,11 @@ class GlooTransport:
 
     def _compare(self, ours: Hello, timeout: float) -> None:
         assert self._store is not None
-        self._store.set(f"hello/{self.node}", json.dumps(ours.to_message()))
+        self._store.set(f"hello/{self.node}", _text(encode(ours)))
         for name in self._nodes:
             if name != self.node:
                 self._store.wait([f"hello/{name}"], timedelta(seconds=timeout))
-                theirs = parse_hello(parse_message(memoryview(self._store.get(f"hello/{name}"))))
+                theirs = HELLO.decode(_bytes(self._store.get(f"hello/{name}")))
                 check_hello(ours, theirs, name)
 
     def _rank(self, peer: str, what: str) -> int:
@@ -207,6 +221,19 @@ class GlooPending:
         if "Timed out" in str(error):
             return timed_out(self.peer, self.what, timeout, found)
         return lost
+
+
+def _text(body: bytes) -> str:
+    """Bytes in the form in which the store takes them."""
+    return body.hex()
+
+
+def _bytes(text: bytes) -> bytes:
+    """What `_text` was given."""
+    try:
+        return bytes.fromhex(text.decode())
+    except ValueError:
+        raise ProtocolError("the store holds what no host has left there") from None
 
 
 def slot(key: Key) -> int:

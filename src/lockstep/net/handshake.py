@@ -7,40 +7,62 @@ few kernels compute. Hosts that differ in one would compute other bits; they are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Literal
 
-from lockstep.errors import ProtocolError, RefusedError
-from lockstep.net.frames import VERSION, Message
+import msgspec
+
+from lockstep.errors import RefusedError
+from lockstep.net.frames import VERSION
+from lockstep.system.messages import Codec, ErrorMessage, Message
 
 Facts = Mapping[str, str]
 MAX_FACTS, MAX_TEXT = 256, 256
 """How many facts a host may state, and characters of each name and value."""
+Ascii = Annotated[str, msgspec.Meta(max_length=MAX_TEXT, pattern=r"\A[ -~]*\Z")]
+"""A text that may go into a log."""
+FactsMap = Annotated[dict[Ascii, Ascii], msgspec.Meta(max_length=MAX_FACTS)]
 PACKAGES = ("torch", "numpy", "lockstep-dlp")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hello:
+class Hello(Message):
     """What a host says of itself."""
 
-    job: str
-    node: str
+    job: Ascii
+    node: Ascii
     """Its name. Where there are certificates, that of its certificate counts."""
-    facts: Facts = field(default_factory=dict)
-    protocol: int = VERSION
-    port: int = 0
+    facts: FactsMap = msgspec.field(default_factory=dict)
+    protocol: Annotated[int, msgspec.Meta(ge=0, le=255)] = VERSION
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     """Where it listens, at the address that it connects from; 0 if it does not say."""
+    stream: Literal["", "data", "control"] = ""
+    """What the connection is to carry; empty where that is not for the sender to say."""
 
-    def to_message(self) -> Message:
-        """JSON-ready."""
-        return {
-            "protocol": self.protocol,
-            "job": self.job,
-            "node": self.node,
-            "facts": dict(self.facts),
-            "port": self.port,
-        }
+    def with_stream(self, stream: Literal["data", "control"]) -> Hello:
+        """The same, for a connection that carries this."""
+        return Hello(
+            job=self.job,
+            node=self.node,
+            facts=self.facts,
+            protocol=self.protocol,
+            port=self.port,
+            stream=stream,
+        )
+
+
+HELLO: Codec[Hello] = Codec(Hello, "a hello breaks the protocol")
+
+
+class Refusal(Message):
+    """Why a host or a newcomer is not let in."""
+
+    error: ErrorMessage
+    again: bool = False
+    """Whether it may try again at once."""
+
+
+REFUSAL: Codec[Refusal] = Codec(Refusal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +81,6 @@ def gather(*, probe: str, code: str, data: str, fitted: str) -> dict[str, str]:
     """The facts of this host, with digests that the caller has taken."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {**versions, "probe": probe, "code": code, "data": data, "fitted": fitted}
-
-
-def parse_hello(message: Mapping[str, Any]) -> Hello:
-    """The hello in a message.
-
-    Raises:
-        ProtocolError: a field is missing, too long, or of another type.
-    """
-    facts = message.get("facts")
-    texts = [message.get("job"), message.get("node")]
-    if isinstance(facts, dict) and len(facts) <= MAX_FACTS:
-        texts += [*facts.keys(), *facts.values()]
-        protocol, port = message.get("protocol"), message.get("port", 0)
-        if type(protocol) is int and _is_port(port) and all(_is_text(text) for text in texts):
-            job, node = message["job"], message["node"]
-            return Hello(job=job, node=node, facts=facts, protocol=protocol, port=port)
-    raise ProtocolError(
-        "a hello breaks the protocol",
-        expected=f"protocol, job, node, port and at most {MAX_FACTS} facts, "
-        f"in printable texts of at most {MAX_TEXT} characters",
-        found=ascii(message)[:MAX_TEXT],
-    )
 
 
 def differences(ours: Facts, theirs: Facts) -> tuple[Difference, ...]:
@@ -121,19 +121,6 @@ def check_facts(ours: Facts, theirs: Facts, name: str) -> None:
             found="; ".join(map(str, apart)),
             fix=f"make {', '.join(each.name for each in apart)} the same on both",
         )
-
-
-def _is_text(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and len(value) <= MAX_TEXT
-        and value.isascii()
-        and value.isprintable()  # it may go into a log
-    )
-
-
-def _is_port(value: object) -> bool:
-    return type(value) is int and 0 <= value < 65536
 
 
 def _refuse(name: str, expected: str, found: str) -> None:

@@ -1,4 +1,4 @@
-"""What was asked of a peer and is not done yet, and what peers have said."""
+"""Pending: what was asked of a peer and is not done yet, and what peers have said."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lockstep.net.frames import TENSORS, Header
 from lockstep.net.transport import Heard, Key
 
 LOOK_SECONDS = 0.5
-MAX_HEARD = 1024
-"""Messages that are kept until they are heard; peers that say more have to wait."""
+MAX_HEARD, MAX_HEARD_BYTES = 256, 4 << 20
+"""Messages of one peer, and bytes of them, that are kept until they are heard; one that says more
+has to wait, and holds up no other."""
 
 
 Wait = Callable[[threading.Event, float], bool]
@@ -73,13 +74,13 @@ class PendingTransfer:
 
 
 def sending(peer: str, key: Key, wait: Wait = threading.Event.wait) -> PendingTransfer:
-    """A slip for a send."""
+    """A send that is under way."""
     return PendingTransfer(
         peer, f"that host {peer} takes {key}", lambda: "it has not taken all of it", wait
     )
 
 
-class Mailbox:
+class ExpectedTensors:
     """Where the tensors of one peer belong. One thread receives them; any may expect some."""
 
     def __init__(
@@ -102,16 +103,16 @@ class Mailbox:
             raise ProtocolError(
                 f"{what} is no tensor", expected=" or ".join(sorted(kind.name for kind in TENSORS))
             )
-        slip = PendingTransfer(self.peer, what, self._progress, self._wait)
+        transfer = PendingTransfer(self.peer, what, self._progress, self._wait)
         memory = as_bytes(into)
         with self._changed:
             if self._error is not None:
-                raise self._error.awaiting(slip.what)
+                raise self._error.awaiting(transfer.what)
             if key in self._expected:
-                raise NetworkError(f"{slip.what} is expected already")
-            self._expected[key] = memory, slip
+                raise NetworkError(f"{transfer.what} is expected already")
+            self._expected[key] = memory, transfer
             self._changed.notify_all()
-        return slip
+        return transfer
 
     def find(self, header: Header) -> memoryview | None:
         """The memory that a tensor belongs into; None if nobody expects it yet.
@@ -131,7 +132,7 @@ class Mailbox:
             )
         return memory
 
-    def place(self, header: Header, check: Callable[[], None] = lambda: None) -> memoryview:
+    def await_target(self, header: Header, check: Callable[[], None] = lambda: None) -> memoryview:
         """As `find`, but waits until somebody expects it. Ends by that, or by the peer's loss;
         `check` raises where nothing else would tell of that."""
         with self._changed:
@@ -156,27 +157,34 @@ class Mailbox:
             if self._error is not None:
                 return
             self._error = error
-            slips = [slip for _, slip in self._expected.values()]
+            transfers = [transfer for _, transfer in self._expected.values()]
             self._expected.clear()
             self._changed.notify_all()
-        for slip in slips:
-            slip.fail(error)
+        for transfer in transfers:
+            transfer.fail(error)
 
 
 class Inbox:
-    """What all peers have said and nobody has heard yet, in the order in which it came."""
+    """What all peers have said and nobody has heard yet, in the order in which it came.
+
+    Bounded for each peer.
+    """
 
     def __init__(self) -> None:
         self._heard: deque[Heard] = deque()
+        self._kept: dict[str, tuple[int, int]] = {}
+        """By peer, how many messages are here, and how many bytes they were."""
         self._changed = threading.Condition()
 
     def put(self, heard: Heard, give_up: Callable[[], bool]) -> None:
-        """Add what was heard; waits for room until `give_up()`, and then adds it all the same.
+        """Add what was heard; waits until there is room for more of its peer, or until `give_up()`,
+        and then adds it all the same.
 
         Whoever makes that true calls `wake`.
         """
         with self._changed:
-            self._changed.wait_for(lambda: len(self._heard) < MAX_HEARD or give_up())
+            self._changed.wait_for(lambda: self._has_room(heard.peer) or give_up())
+            self._count(heard, 1)
             self._heard.append(heard)
             self._changed.notify_all()
 
@@ -194,8 +202,18 @@ class Inbox:
             if not self._changed.wait_for(lambda: bool(self._heard), timeout):
                 raise timed_out(waiting_for(), "a message", timeout, "none")
             heard = self._heard.popleft()
+            self._count(heard, -1)
             self._changed.notify_all()
             return heard
+
+    def _has_room(self, peer: str) -> bool:
+        messages, nbytes = self._kept.get(peer, (0, 0))
+        return messages < MAX_HEARD and nbytes < MAX_HEARD_BYTES
+
+    def _count(self, heard: Heard, sign: int) -> None:
+        messages, nbytes = self._kept.pop(heard.peer, (0, 0))
+        if messages + sign:
+            self._kept[heard.peer] = (messages + sign, nbytes + sign * heard.nbytes)
 
 
 def timed_out(peer: str, what: str, timeout: float, found: str) -> PeerTimeoutError:

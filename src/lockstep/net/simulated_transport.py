@@ -1,4 +1,4 @@
-"""The contract within one process, with a scripted clock and scripted faults, for tests.
+"""Simulated transport: within one process, with a scripted clock and scripted faults, for tests.
 
 No second passes unless everybody waits, and none is really waited for. A run of one thread, or of
 threads that touch each other only through this network, is the same every time.
@@ -10,9 +10,9 @@ import heapq
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lockstep.errors import NetworkError, ProtocolError
 from lockstep.net.frames import (
@@ -23,12 +23,19 @@ from lockstep.net.frames import (
     head,
     message_frame,
     parse_head,
-    parse_message,
 )
 from lockstep.net.handshake import Facts, Hello, check_hello
-from lockstep.net.pending import Mailbox, PendingTransfer, Wait, as_bytes, sending, timed_out
+from lockstep.net.pending import (
+    ExpectedTensors,
+    PendingTransfer,
+    Wait,
+    as_bytes,
+    sending,
+    timed_out,
+)
 from lockstep.net.sockets import closed
 from lockstep.net.transport import Heard, Key
+from lockstep.system.messages import Codec, Message
 
 LATENCY = 0.001
 """Scripted seconds from one host to another."""
@@ -57,7 +64,7 @@ class NetworkFault:
 class _Tensor:
     head: bytes
     body: memoryview
-    slip: PendingTransfer
+    transfer: PendingTransfer
 
 
 class _Way:
@@ -65,7 +72,7 @@ class _Way:
 
     def __init__(self, source: str, target: str, wait: Wait) -> None:
         self.source, self.target = source, target
-        self.mailbox = Mailbox(source, self._describe, wait)
+        self.expected = ExpectedTensors(source, self._describe, wait)
         self.sent, self.last_arrival = 0, 0.0
         self.silent = False
         """Whether nothing that is sent from now on will come."""
@@ -74,7 +81,7 @@ class _Way:
         self.come: deque[_Tensor | NetworkError] = deque()
         """What has come and is not expected yet; an error is the end."""
         self.under_way: list[PendingTransfer] = []
-        self._reader = Reader(TENSORS, self.mailbox.place)
+        self._reader = Reader(TENSORS, self.expected.await_target)
 
     def deliver(self) -> None:
         """Put what is expected into place, in order.
@@ -85,19 +92,19 @@ class _Way:
         while self.come:
             first = self.come[0]
             if isinstance(first, NetworkError):
-                self.mailbox.fail(first)
+                self.expected.fail(first)
                 return
-            if self.mailbox.find(parse_head(first.head)) is None:
+            if self.expected.find(parse_head(first.head)) is None:
                 return
             for part in (first.head, first.body):
                 for frame in self._reader.feed(part):
-                    self.mailbox.arrived(frame.header)
-            first.slip.finish()
+                    self.expected.arrived(frame.header)
+            first.transfer.finish()
             self.come.popleft()
 
     def cut(self, tensor: _Tensor, keep: int) -> str:
         """Let the first bytes of a tensor come; says how far that went."""
-        expected = self.mailbox.find(parse_head(tensor.head)) is not None
+        expected = self.expected.find(parse_head(tensor.head)) is not None
         come = (tensor.head + bytes(tensor.body))[:keep]
         for part in (come,) if expected else (come[: len(tensor.head) - 1],):
             for _ in self._reader.feed(part):
@@ -137,19 +144,26 @@ class Network:
         self._order = itertools.count()
         self._waiters: list[_Waiter] = []
 
-    def join(self, node: str, *, job: str = "job", facts: Facts | None = None) -> MemoryTransport:
+    def join(
+        self,
+        node: str,
+        *,
+        job: str = "job",
+        facts: Facts | None = None,
+        codec: Codec[Message] | None = None,
+    ) -> MemoryTransport:
         """Add a host and connect it with all others.
 
         Raises:
             RefusedError: it differs from one of them.
         """
         with self.lock:
-            hello = Hello(job=job, node=node, facts=facts or {})
+            hello = Hello(job=job, node=node, facts=dict(facts or {}))
             for name, other in self.hosts.items():
                 check_hello(other.hello, hello, node)
                 self._ways[node, name] = _Way(node, name, self.wait_for)
                 self._ways[name, node] = _Way(name, node, self.wait_for)
-            self.hosts[node] = MemoryTransport(self, hello)
+            self.hosts[node] = MemoryTransport(self, hello, codec)
             return self.hosts[node]
 
     def kill(self, node: str) -> None:
@@ -209,7 +223,7 @@ class Network:
     def send(self, way: _Way, tensor: _Tensor) -> None:
         """Send a tensor, and let happen to it what is scripted."""
         way.sent += 1
-        way.under_way = [slip for slip in way.under_way if not slip.ended] + [tensor.slip]
+        way.under_way = [each for each in way.under_way if not each.ended] + [tensor.transfer]
         for fault in self.faults:
             if (fault.source, fault.target, fault.frame) == (way.source, way.target, way.sent):
                 self.fired.append(fault)
@@ -217,11 +231,25 @@ class Network:
         if not way.silent:
             self.at(self._arrival(way), lambda: self._arrive(way, tensor))
 
-    def tell(self, way: _Way, heard: Heard) -> None:
+    def tell(self, way: _Way, body: bytes) -> None:
         """Send a message."""
         if not way.silent:
-            inbox = self.hosts[way.target].inbox
-            self.at(self.now + LATENCY, lambda: None if way.error else inbox.append(heard))
+            self.at(self.now + LATENCY, lambda: self._hear(way, body))
+
+    def _hear(self, way: _Way, body: bytes) -> None:
+        """Let a message be heard; who sends what is not understood is parted with."""
+        host = self.hosts[way.target]
+        if way.error is not None:
+            return
+        try:
+            if host.codec is None:
+                raise ProtocolError(f"host {way.source} sends a message", expected="tensors alone")
+            message = host.codec.decode(body)
+        except ProtocolError as error:
+            self.lose(way, error)
+            self.part(way.source, way.target, "the end of the stream between two frames")
+        else:
+            host.inbox.append(Heard(peer=way.source, message=message, nbytes=len(body)))
 
     def goodbye(self, way: _Way) -> None:
         """Let the source close in good order: all that is on its way comes before that."""
@@ -245,15 +273,15 @@ class Network:
         """Let the receiver take the source for lost, with all that is on its way."""
         way.silent = True
         self._note(way, error)
-        way.mailbox.fail(error)
+        way.expected.fail(error)
         way.come.clear()
 
     def _note(self, way: _Way, error: NetworkError) -> None:
         if way.error is None:
             way.error = error
             self.hosts[way.target].inbox.append(Heard(peer=way.source, error=error))
-            for slip in self._ways[way.target, way.source].under_way:
-                slip.fail(error.awaiting(slip.what))
+            for transfer in self._ways[way.target, way.source].under_way:
+                transfer.fail(error.awaiting(transfer.what))
 
     def _arrival(self, way: _Way, late: float = 0.0) -> float:
         way.last_arrival = max(way.last_arrival, self.now + LATENCY) + late
@@ -307,8 +335,8 @@ class Network:
 class MemoryTransport:
     """A `Transport` to the other hosts of its `Network`."""
 
-    def __init__(self, network: Network, hello: Hello) -> None:
-        self.node, self.hello = hello.node, hello
+    def __init__(self, network: Network, hello: Hello, codec: Codec[Message] | None) -> None:
+        self.node, self.hello, self.codec = hello.node, hello, codec
         self.inbox: deque[Heard] = deque()
         self._network = network
 
@@ -326,27 +354,26 @@ class MemoryTransport:
 
     def send(self, peer: str, key: Key, data: memoryview) -> PendingTransfer:
         body, net = as_bytes(data), self._network
-        slip = sending(peer, key, net.wait_for)
+        transfer = sending(peer, key, net.wait_for)
         start = head(key.kind, step=key.step, tag=key.tag, length=len(body))
         with net.lock:
-            way = self._way_to(peer, slip.what)
-            net.send(way, _Tensor(head=start, body=body, slip=slip))
-        return slip
+            way = self._way_to(peer, transfer.what)
+            net.send(way, _Tensor(head=start, body=body, transfer=transfer))
+        return transfer
 
     def expect(self, peer: str, key: Key, into: memoryview) -> PendingTransfer:
         net = self._network
         with net.lock:
             way = net.way(peer, self.node, node=self.node, what=f"{key} from host {peer}")
-            slip = way.mailbox.expect(key, into)
+            transfer = way.expected.expect(key, into)
             net.deliver(way)
-        return slip
+        return transfer
 
-    def tell(self, peer: str, message: Mapping[str, Any]) -> None:
-        frame = message_frame(Kind.CONTROL, message)
-        sent = parse_message(memoryview(frame)[HEADER.size :])
+    def tell(self, peer: str, message: Message) -> None:
+        body = message_frame(Kind.CONTROL, message)[HEADER.size :]
         with self._network.lock:
             way = self._way_to(peer, f"that host {peer} takes a message")
-            self._network.tell(way, Heard(peer=self.node, message=sent))
+            self._network.tell(way, body)
 
     def hear(self, timeout: float) -> Heard:
         if not self._network.wait(lambda: bool(self.inbox), timeout):
@@ -368,8 +395,8 @@ class MemoryTransport:
             ways = [
                 net.way(self.node, peer, node=self.node, what="") for peer in net.peers(self.node)
             ]
-            slips = [slip for way in ways for slip in way.under_way]
-            net.wait(lambda: all(slip.ended for slip in slips), GOODBYE_SECONDS)
+            transfers = [transfer for way in ways for transfer in way.under_way]
+            net.wait(lambda: all(each.ended for each in transfers), GOODBYE_SECONDS)
             for peer in net.peers(self.node):
                 net.goodbye(net.way(self.node, peer, node=self.node, what=""))
                 here = net.way(peer, self.node, node=self.node, what="")

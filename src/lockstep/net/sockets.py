@@ -6,46 +6,18 @@ import contextlib
 import select
 import socket
 import ssl
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lockstep.errors import PeerClosedError, PeerTimeoutError, ProtocolError, RefusedError
-from lockstep.net.frames import Kind, Message, Reader, message_frame, parse_message
-from lockstep.net.tls_stream import TlsStream
+from lockstep.net.frames import Kind, Reader, message_frame
+from lockstep.net.tls_stream import Deadline, TlsStream
+from lockstep.system.messages import Codec, Message
 
 SILENCE_SECONDS = 20.0
 """After which a machine that acknowledges nothing counts as dead."""
 _ABOUT_CERTIFICATES = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 """What is in the names of TLS alerts by which a peer refuses a certificate."""
-
-
-class Deadline:
-    """A moment that several waits share."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Seconds, more than 0.
-
-        Raises:
-            TimeoutError: there are none.
-        """
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-    @property
-    def rest(self) -> float:
-        """Seconds; 0 if there are none."""
-        return max(0.0, self._end - time.monotonic())
-
-    @property
-    def over(self) -> bool:
-        return not self.rest
 
 
 @contextlib.contextmanager
@@ -82,16 +54,6 @@ def peer_errors(who: str, what: str, seconds: float) -> Iterator[None]:
         raise closed(who, what, str(error)) from error
 
 
-def plain(value: object) -> str:
-    """What a peer has said, in a form that can do no harm in a log."""
-    return ascii(str(value))[1:-1][:1000]
-
-
-def details(answer: Mapping[str, Any]) -> dict[str, str]:
-    """What a peer's refusal says besides what happened: the fields of an error."""
-    return {part: plain(answer.get(part, "")) for part in ("expected", "found", "fix")}
-
-
 def closed(who: str, what: str, found: str) -> PeerClosedError:
     """The error of a connection that is gone."""
     return PeerClosedError(
@@ -102,18 +64,18 @@ def closed(who: str, what: str, found: str) -> PeerClosedError:
     )
 
 
-def send_message(
-    sock: socket.socket, kind: Kind, message: Mapping[str, Any], deadline: Deadline
-) -> None:
-    """Send a message. Raises what sockets raise."""
-    sock.settimeout(deadline.left())
+def send_message(sock: TlsStream, kind: Kind, message: Message | None, deadline: Deadline) -> None:
+    """Send a message, or a frame without one. Raises what sockets raise."""
+    sock.deadline = deadline
     sock.sendall(message_frame(kind, message))
 
 
 def receive_message(
-    sock: socket.socket, kinds: Collection[Kind], deadline: Deadline
-) -> tuple[Kind, Message]:
+    sock: TlsStream, kinds: Mapping[Kind, Codec[Any] | None], deadline: Deadline
+) -> tuple[Kind, Any]:
     """The next message, and not a byte that follows it. Raises what sockets raise.
+
+    `kinds`: which frames may come, and what decodes the message of each; None: it has none.
 
     Raises:
         ProtocolError: it breaks a rule, or is of none of these kinds.
@@ -121,13 +83,14 @@ def receive_message(
     """
     reader = Reader(kinds)
     while True:
-        sock.settimeout(deadline.left())
+        sock.deadline = deadline
         count = sock.recv_into(reader.room())
         if not count:
             raise ConnectionError(f"the end of the stream after {reader.describe()}")
         frame = reader.took(count)
         if frame is not None:
-            return frame.header.kind, parse_message(frame.body)
+            codec = kinds[frame.header.kind]
+            return frame.header.kind, None if codec is None else codec.decode(frame.body)
 
 
 def wrap(sock: socket.socket, context: ssl.SSLContext, *, server: bool) -> TlsStream:
@@ -141,8 +104,8 @@ def wrap(sock: socket.socket, context: ssl.SSLContext, *, server: bool) -> TlsSt
 
 
 def handshake(sock: TlsStream, deadline: Deadline) -> None:
-    """Do TLS's handshake."""
-    sock.settimeout(deadline.left())
+    """Do TLS's handshake, however few bytes come at a time, by the deadline or not at all."""
+    sock.deadline = deadline
     sock.do_handshake()
 
 

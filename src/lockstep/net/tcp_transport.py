@@ -1,13 +1,14 @@
-"""The transport between hosts: TCP with mutual TLS 1.3.
+"""TCP transport: between hosts, with mutual TLS 1.3.
 
-Each host listens. For every peer there are four connections, one for each direction of each lane
-(see `lanes`): two that this host opens in `connect`, and two that the peer opens. A connection
-begins with a hello and a welcome, in which both sides compare their facts.
+Each host listens. For every peer there are four connections, one for each direction of each stream
+(see `connections`): two that this host opens in `connect`, and two that the peer opens. Each begins
+with a hello and a welcome, in which both sides compare their facts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import threading
 from collections.abc import Mapping
@@ -17,39 +18,40 @@ from lockstep.errors import (
     NetworkError,
     PeerClosedError,
     PeerTimeoutError,
+    ProtocolError,
     RefusedError,
-    to_message,
 )
-from lockstep.net.connections import Incoming, Item, Lane, Outgoing, parse_lane
+from lockstep.net.arrivals import Arrivals
+from lockstep.net.connections import Incoming, Item, Outgoing, Stream
 from lockstep.net.frames import Kind, head, message_frame
-from lockstep.net.handshake import Facts, Hello, check_hello, parse_hello
+from lockstep.net.handshake import HELLO, REFUSAL, Facts, Hello, Refusal, check_hello
 from lockstep.net.identity import Identity, peer_name
 from lockstep.net.peer import Peer
 from lockstep.net.pending import Inbox, PendingTransfer, as_bytes, sending
 from lockstep.net.sockets import (
     SILENCE_SECONDS,
-    Deadline,
     address_of,
     closed,
-    details,
     end,
     handshake,
     listen,
     notice_silence,
     peer_errors,
-    plain,
     receive_message,
     send_message,
     wrap,
 )
+from lockstep.net.tls_stream import Deadline, TlsStream
 from lockstep.net.transport import Heard, Key, Report, ignore
+from lockstep.system.messages import Codec, ErrorMessage, Message
 
 HANDSHAKE_SECONDS = 10.0
 """From a connection to its welcome."""
 MAX_HANDSHAKES = 32
-"""Connections that may be at that point at one time; further ones wait in the kernel's queue."""
+"""Connections that may be at that point at one time."""
 RETRY_SECONDS = 0.05
 GOODBYE_SECONDS = 1.0
+ANSWERS: dict[Kind, Codec[Any]] = {Kind.WELCOME: HELLO, Kind.REFUSED: REFUSAL}
 Address = tuple[str, int]
 
 
@@ -62,6 +64,7 @@ class TcpTransport:
         *,
         job: str,
         facts: Facts,
+        codec: Codec[Message] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         answer: bool = False,
@@ -70,6 +73,8 @@ class TcpTransport:
         reports_ends: bool = True,
     ) -> None:
         """Listen, by default on loopback only and on a port that the kernel chooses.
+
+        `codec` decodes the messages that peers may send; without it they may send tensors alone.
 
         With `answer`, this host connects back to each that connects to it, at the address that
         it comes from and the port that its hello names. A host that cannot be reached there
@@ -93,12 +98,11 @@ class TcpTransport:
         self._changed = threading.Condition()
         self._inbox = Inbox()
         self._closing = threading.Event()
-        self._arriving: dict[threading.Thread, socket.socket] = {}
-        """Accepted connections that have not been welcomed yet."""
-        self._handshakes = threading.BoundedSemaphore(MAX_HANDSHAKES)
+        self._arrivals = Arrivals(MAX_HANDSHAKES)
         self._listener = listen(host, port)
         self.address: Address = address_of(self._listener)
-        self._hello = Hello(job=job, node=identity.node, facts=facts, port=self.address[1])
+        self._codec = codec
+        self._hello = Hello(job=job, node=identity.node, facts=dict(facts), port=self.address[1])
         self._accepting = threading.Thread(
             target=self._accept, name="lockstep-net accept", daemon=True
         )
@@ -124,8 +128,8 @@ class TcpTransport:
         while not self._closing.is_set():
             for name, address in addresses.items():
                 try:
-                    for lane in self._missing(name):
-                        self._open(name, address, lane, deadline)
+                    for stream in self._missing(name):
+                        self._open(name, address, stream, deadline)
                 except PeerClosedError as error:
                     problems[name] = f"{error.what}: {error.found}"
                 except PeerTimeoutError as error:
@@ -150,19 +154,19 @@ class TcpTransport:
 
     def send(self, peer: str, key: Key, data: memoryview) -> PendingTransfer:
         body = as_bytes(data)
-        slip = sending(peer, key)
+        transfer = sending(peer, key)
         start = head(key.kind, step=key.step, tag=key.tag, length=len(body))
-        lane = self._peer(peer, slip.what).lane(Lane.DATA, slip.what)
-        lane.send(Item(head=start, body=body, slip=slip))
-        return slip
+        sender = self._peer(peer, transfer.what).sender(Stream.DATA, transfer.what)
+        sender.send(Item(head=start, body=body, transfer=transfer))
+        return transfer
 
     def expect(self, peer: str, key: Key, into: memoryview) -> PendingTransfer:
-        return self._peer(peer, f"{key} from host {peer}").mailbox.expect(key, into)
+        return self._peer(peer, f"{key} from host {peer}").expected.expect(key, into)
 
-    def tell(self, peer: str, message: Mapping[str, Any]) -> None:
+    def tell(self, peer: str, message: Message) -> None:
         what = f"that host {peer} takes a message"
-        lane = self._peer(peer, what).lane(Lane.CONTROL, what)
-        lane.send(Item(head=message_frame(Kind.CONTROL, message)))
+        sender = self._peer(peer, what).sender(Stream.CONTROL, what)
+        sender.send(Item(head=message_frame(Kind.CONTROL, message)))
 
     def hear(self, timeout: float) -> Heard:
         return self._inbox.get(timeout, lambda: " or ".join(self.peers) or "(none is connected)")
@@ -187,9 +191,9 @@ class TcpTransport:
         for peer in peers:
             for outgoing in list(peer.outgoing.values()):
                 outgoing.finish(GOODBYE_SECONDS)
-        self._end_arriving()  # so that the accepting thread gets its turn
+        served = self._arrivals.close()
         self._accepting.join()
-        for thread in self._end_arriving():
+        for thread in served:
             thread.join()
         self._listener.close()
         for peer in peers:
@@ -198,15 +202,15 @@ class TcpTransport:
 
     # Connections that this host opens.
 
-    def _missing(self, name: str) -> list[Lane]:
-        """The lanes that this host has yet to open."""
+    def _missing(self, name: str) -> list[Stream]:
+        """The streams for which this host has yet to open a connection."""
         with self._changed:
             found = self._peers.get(name)
             if found is None or found.error is not None:
-                return list(Lane)
-            return [lane for lane in Lane if lane not in found.outgoing]
+                return list(Stream)
+            return [stream for stream in Stream if stream not in found.outgoing]
 
-    def _open(self, name: str, address: Address, lane: Lane, deadline: Deadline) -> None:
+    def _open(self, name: str, address: Address, stream: Stream, deadline: Deadline) -> None:
         limit = Deadline(min(deadline.rest, HANDSHAKE_SECONDS))
         who = f"host {name} at {address[0]}:{address[1]}"
         sock: socket.socket | None = None
@@ -217,15 +221,16 @@ class TcpTransport:
                 handshake(secured, limit)
                 if (actual := peer_name(secured)) != name:
                     raise RefusedError(f"{who} is another", expected=name, found=actual)
-                said = {**self._hello.to_message(), "lane": lane.value}
-                send_message(sock, Kind.HELLO, said, limit)
-                kind, answer = receive_message(sock, (Kind.WELCOME, Kind.REFUSED), limit)
-                if kind is Kind.REFUSED:
+                hello = self._hello.with_stream(stream.value)
+                send_message(secured, Kind.HELLO, hello, limit)
+                _, answer = receive_message(secured, ANSWERS, limit)
+                if isinstance(answer, Refusal):
                     raise refusal(name, answer)
-                check_hello(self._hello, parse_hello(answer), name)
+                check_hello(self._hello, answer, name)
+                secured.deadline = None
                 sock.settimeout(None)
                 notice_silence(sock, self._silence)
-                self._attach(name, lane, sock)
+                self._attach(name, stream, sock)
         except BaseException as error:
             if sock is not None:
                 sock.close()
@@ -233,12 +238,12 @@ class TcpTransport:
                 self._report(name, str(error))
             raise
 
-    def _attach(self, name: str, lane: Lane, sock: socket.socket) -> None:
+    def _attach(self, name: str, stream: Stream, sock: socket.socket) -> None:
         with self._changed:
             peer = self._current(name)
-            if lane in peer.outgoing:
-                raise closed(f"host {name}", "a lane", "another thread has connected it")
-            peer.outgoing[lane] = Outgoing(sock, name, peer.sending_failed)
+            if stream in peer.outgoing:
+                raise closed(f"host {name}", "a connection", "another thread has opened it")
+            peer.outgoing[stream] = Outgoing(sock, name, peer.sending_failed)
             self._changed.notify_all()
         self._reap_lost()
 
@@ -246,94 +251,81 @@ class TcpTransport:
 
     def _accept(self) -> None:
         while not self._closing.is_set():
-            self._handshakes.acquire()
             try:
                 sock, address = self._listener.accept()
             except OSError as error:
-                self._handshakes.release()
                 if not self._closing.is_set():
                     self._report("this host", f"a connection was not accepted: {error}")
                     self._closing.wait(RETRY_SECONDS)  # perhaps out of descriptors for a while
                 continue
-            thread = threading.Thread(
-                target=self._receive,
-                args=(sock, address[:2]),
-                name=f"lockstep-net {address[0]}:{address[1]}",
-                daemon=True,
-            )
-            with self._changed:
-                self._arriving[thread] = sock
-            thread.start()
+            at: Address = address[:2]
+            who, serve = f"{at[0]}:{at[1]}", functools.partial(self._receive, sock, at)
+            if why := self._arrivals.start(serve, sock, who, at[0]):
+                sock.close()
+                self._report(who, why)
 
     def _receive(self, sock: socket.socket, address: Address) -> None:
         """One accepted connection, from its handshake to its end."""
-        who, thread = f"{address[0]}:{address[1]}", threading.current_thread()
+        who = f"{address[0]}:{address[1]}"
         try:
             limit = Deadline(HANDSHAKE_SECONDS)
             with peer_errors(who, "a certificate and a hello", limit.seconds):
                 sock = secured = wrap(sock, self._server, server=True)
-                with self._changed:
-                    self._check_open()
-                    self._arriving[thread] = sock
+                self._arrivals.secured(sock)
                 handshake(secured, limit)
                 who = peer_name(secured)
-                peer, lane, port = self._admit(sock, who, limit)
-        except NetworkError as error:
+                peer, stream, port = self._admit(secured, who, limit)
+        except Exception as error:  # such as no memory: others are received all the same
             sock.close()
-            self._report(who, str(error))
+            self._report(who, str(error) if isinstance(error, NetworkError) else repr(error))
             return
         finally:
-            self._handshakes.release()
-            with self._changed:
-                self._arriving.pop(thread, None)
+            self._arrivals.done()
         self._reap_lost()
-        if self._answers and lane is Lane.CONTROL:  # before a message of it is heard
+        if self._answers and stream is Stream.CONTROL:  # before a message of it is heard
             self._connect_back(peer, (address[0], port))
-        peer.receive(lane)
+        peer.receive(stream)
 
-    def _admit(self, sock: socket.socket, name: str, limit: Deadline) -> tuple[Peer, Lane, int]:
+    def _admit(self, sock: TlsStream, name: str, limit: Deadline) -> tuple[Peer, Stream, int]:
         """Welcome a connection, or tell the other side why not and raise.
 
         Returns whose it is, what it carries, and the port on which its host listens.
         """
         try:
-            _, message = receive_message(sock, (Kind.HELLO,), limit)
-            hello = parse_hello(message)
+            _, hello = receive_message(sock, {Kind.HELLO: HELLO}, limit)
             check_hello(self._hello, hello, name)
-            lane = parse_lane(message.get("lane"))
+            if not hello.stream:
+                raise ProtocolError(f"host {name} does not say what its connection is for")
+            stream = Stream(hello.stream)
             with self._changed:
                 peer = self._current(name)
-                if lane in peer.incoming:
+                if stream in peer.incoming:
                     raise PeerClosedError(f"host {name} is connected already")
-            send_message(sock, Kind.WELCOME, self._hello.to_message(), limit)
+            send_message(sock, Kind.WELCOME, self._hello, limit)
+            sock.deadline = None
             notice_silence(sock, self._silence)
             with self._changed:
-                if peer is not self._current(name) or lane in peer.incoming:
+                if peer is not self._current(name) or stream in peer.incoming:
                     raise PeerClosedError(f"host {name} connects twice at once")
-                place = peer.place if lane is Lane.DATA else None
-                peer.incoming[lane] = Incoming(sock, name, lane, place)
+                target = peer.await_target if stream is Stream.DATA else None
+                peer.incoming[stream] = Incoming(sock, name, stream, target)
                 self._changed.notify_all()
         except NetworkError as error:
             again = isinstance(error, PeerClosedError)
+            answer = Refusal(error=ErrorMessage.of(error), again=again)
             with contextlib.suppress(OSError):
-                send_message(sock, Kind.REFUSED, {**to_message(error), "again": again}, limit)
+                send_message(sock, Kind.REFUSED, answer, limit)
             raise
-        return peer, lane, hello.port
+        return peer, stream, hello.port
 
     def _connect_back(self, peer: Peer, address: Address) -> None:
-        """Open the lanes to a host that has just opened its own; lose it if that fails."""
+        """Connect to a host that has just connected to this one; lose it if that fails."""
         deadline = Deadline(HANDSHAKE_SECONDS)
         try:
-            for lane in self._missing(peer.name):
-                self._open(peer.name, address, lane, deadline)
+            for stream in self._missing(peer.name):
+                self._open(peer.name, address, stream, deadline)
         except NetworkError as error:
             peer.lose(error)
-
-    def _end_arriving(self) -> list[threading.Thread]:
-        with self._changed:
-            for sock in self._arriving.values():
-                end(sock)
-            return list(self._arriving)
 
     # Peers, by name.
 
@@ -344,7 +336,7 @@ class TcpTransport:
         if found is None or found.error is not None:
             if found is not None:
                 self._lost.append(found)
-            found = self._peers[name] = Peer(name, self._inbox, self._on_loss)
+            found = self._peers[name] = Peer(name, self._inbox, self._codec, self._on_loss)
         return found
 
     def _check_open(self) -> None:
@@ -375,7 +367,12 @@ class TcpTransport:
             peer.reap()
 
 
-def refusal(name: str, answer: Mapping[str, Any]) -> NetworkError:
+def refusal(name: str, answer: Refusal) -> NetworkError:
     """The error that a peer's refusal describes; one to try again after if the peer says so."""
-    kind = PeerClosedError if answer.get("again") is True else RefusedError
-    return kind(f"host {name} refused this host: {plain(answer.get('what'))}", **details(answer))
+    kind, said = PeerClosedError if answer.again else RefusedError, answer.error.error()
+    return kind(
+        f"host {name} refused this host: {said.what}",
+        expected=said.expected,
+        found=said.found,
+        fix=said.fix,
+    )

@@ -9,10 +9,39 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from typing import Any
 
 CHUNK = 256 << 10
 """Bytes that are encrypted and sent at once, and for which the kernel is asked at once."""
+
+
+class Deadline:
+    """A moment that several waits share."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, more than 0.
+
+        Raises:
+            TimeoutError: there are none.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    @property
+    def rest(self) -> float:
+        """Seconds; 0 if there are none."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        return not self.rest
 
 
 class TlsStream(socket.socket):
@@ -30,6 +59,9 @@ class TlsStream(socket.socket):
         self._coming, self._going = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._coming, self._going, server_side=server)
         self._room = bytearray(CHUNK)
+        self.deadline: Deadline | None = None
+        """By when whatever is under way has to be done. Unlike a socket's timeout, a byte that
+        comes does not renew it."""
 
     def do_handshake(self) -> None:
         """Do TLS's handshake. Raises what sockets raise."""
@@ -87,11 +119,18 @@ class TlsStream(socket.socket):
 
     def _flush(self) -> None:
         if self._going.pending:
+            self._limit()
             super().sendall(self._going.read())
 
     def _fetch(self) -> bool:
         """Get more bytes from the kernel; False at the stream's end."""
+        self._limit()
         count = super().recv_into(self._room)
         if count:
             self._coming.write(memoryview(self._room)[:count])
         return bool(count)
+
+    def _limit(self) -> None:
+        """Let the next call of the kernel end at the deadline. Raises TimeoutError."""
+        if self.deadline is not None:
+            self.settimeout(self.deadline.left())

@@ -1,7 +1,9 @@
 """The contract of a transport between the agents of a job: one agent per host, each with a name.
 
 Tensors go by key: the receiver says beforehand into which memory the bytes of a key belong, and
-they are written there. Messages are small JSON objects. Both go on at once, in all directions.
+they are written there. Messages are small structs (see `system.messages`); what a host understands
+is said when its transport is made, and whoever sends anything else is lost with a `ProtocolError`,
+before anybody has looked at it. Both go on at once, in all directions.
 
 What every transport promises, and `tests/net/test_transport_contract.py` checks for each:
 
@@ -17,12 +19,13 @@ What every transport promises, and `tests/net/test_transport_contract.py` checks
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from lockstep.errors import NetworkError, PeerTimeoutError
-from lockstep.net.frames import Kind, Message, describe
+from lockstep.net.frames import Kind, describe
+from lockstep.system.messages import Message
 
 Report = Callable[[str, str], None]
 """Told of every connection that is refused, or lost without a goodbye: who (a host's name, or an
@@ -52,6 +55,8 @@ class Heard:
     peer: str
     message: Message | None = None
     error: NetworkError | None = None
+    nbytes: int = 0
+    """Of the message, as it came."""
 
 
 class Pending(Protocol):
@@ -82,15 +87,15 @@ LOOK_SECONDS = 0.1
 """Between two looks at whether something under way is still wanted."""
 
 
-def await_slip(slip: Pending, seconds: float, wanted: Callable[[], bool]) -> None:
+def await_transfer(transfer: Pending, seconds: float, wanted: Callable[[], bool]) -> None:
     """Wait for something under way, for so many seconds, as long as it is wanted. Raises as
     `Pending.wait` does."""
     limit = time.monotonic() + seconds
-    while not slip.done():
+    while not transfer.done():
         try:
-            slip.wait(LOOK_SECONDS)
+            transfer.wait(LOOK_SECONDS)
         except PeerTimeoutError:
-            if slip.ended or not wanted() or time.monotonic() > limit:
+            if transfer.ended or not wanted() or time.monotonic() > limit:
                 raise
 
 
@@ -114,7 +119,7 @@ class Transport(Protocol):
         Raises the loss of `peer`; a `NetworkError` if the key is expected already.
         """
 
-    def tell(self, peer: str, message: Mapping[str, Any]) -> None:
+    def tell(self, peer: str, message: Message) -> None:
         """Send a message, of at most 1 MiB. Raises the loss of `peer`.
 
         It overtakes tensors. Nobody confirms it.

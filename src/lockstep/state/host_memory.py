@@ -38,7 +38,7 @@ class HostMemory:
     snapshot: Snapshot
 
     @staticmethod
-    def map(ready: StateReady, plan: Plan, fds: Sequence[int]) -> HostMemory:
+    def of(plan: Plan, ready: StateReady, fds: Sequence[int]) -> HostMemory:
         """Map what the forkserver has allocated: its answer, and the four descriptors with it."""
         state, copy, control_words, slots = (
             Segment(fd, nbytes) for fd, nbytes in zip(fds, ready.segment_bytes, strict=True)

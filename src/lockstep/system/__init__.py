@@ -1,1 +1,18 @@
-"""What the operating system and torch give a process: memory, futexes, sockets, numerics."""
+"""System: what the operating system and the numeric libraries give a process.
+
+No file here knows of jobs, workers or hosts. A *segment* is anonymous shared memory (a memfd),
+passed on as a file descriptor; a *channel* is a Unix socket between processes of one host.
+
+dtypes          tables of dtypes: which can be stored, and which stay constant in training
+folders         the working folder, and temporary folders that are removed with their owner
+futex           waiting on a 32-bit word in shared memory, in the kernel
+json_files      JSON files: atomic writes, NaN to null and back, digests of files
+machine         the cores and the memory that this process may use (affinity, cgroups)
+messages        typed messages: frozen structs, as MessagePack, strictly decoded
+numerics        the numerics profile: what, besides the job, the bits depend on
+processes       processes that die with their parent; signals that stop a run
+seeding         seeds as pure functions of their purpose
+shared_memory   segments: created, mapped, and checked against the memory that there is
+unix_channel    messages with file descriptors between processes of one host
+unix_socket     Unix sockets at paths of any length, and JSON lines on them
+"""

@@ -1,53 +1,78 @@
-"""Unix sockets at paths of any length, and JSON lines on them."""
+"""Unix sockets at paths of any length, and typed messages on them.
+
+A message is preceded by its length: 4 bytes, unsigned, big-endian.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lockstep.errors import ProtocolError
+from lockstep.system.messages import Codec, Message, encode
 
-MAX_LINE = 1 << 20
+MAX_BYTES = 1 << 20
+"""Of a message."""
+LENGTH = struct.Struct(">I")
 
 
-class Lines:
-    """Messages on a stream socket, each a line."""
+class MessageSocket:
+    """Messages on a stream socket."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._read = b""
+    def __init__(self, sock: socket.socket, codec: Codec[Message]) -> None:
+        """`codec` decodes what may come."""
+        self.sock, self._codec = sock, codec
+        self._read = bytearray()
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message. Raises OSError."""
-        self.sock.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, message: Message) -> None:
+        """Send a message.
 
-    def receive(self) -> dict[str, Any] | None:
+        Raises:
+            OSError: by the socket.
+            ProtocolError: it is too long, or cannot be sent.
+        """
+        body = encode(message)
+        _check_length(len(body))
+        self.sock.sendall(LENGTH.pack(len(body)) + body)
+
+    def receive(self) -> Message | None:
         """The next message; None at the end of the stream.
 
         Raises:
             TimeoutError: it has not come within the socket's timeout.
-            ProtocolError: it is no message.
+            ProtocolError: it is none that may come; nothing more can be received.
         """
-        while b"\n" not in self._read:
-            if len(self._read) > MAX_LINE:
-                raise ProtocolError("a line is too long", expected=f"{MAX_LINE} bytes at most")
+        if not self._fill(LENGTH.size):
+            return None
+        (length,) = LENGTH.unpack_from(self._read)
+        _check_length(length)
+        if not self._fill(LENGTH.size + length):
+            return None
+        body = bytes(self._read[LENGTH.size : LENGTH.size + length])
+        del self._read[: LENGTH.size + length]
+        return self._codec.decode(body)
+
+    def _fill(self, count: int) -> bool:
+        """Have so many bytes; False at the end of the stream."""
+        while len(self._read) < count:
             data = self.sock.recv(65536)
             if not data:
-                return None
+                return False
             self._read += data
-        line, _, self._read = self._read.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict):
-            raise ProtocolError("a line is no message", expected="an object in JSON")
-        return message
+        return True
+
+
+def _check_length(length: int) -> None:
+    if not 0 < length <= MAX_BYTES:
+        raise ProtocolError(
+            "a message has an impossible length",
+            expected=f"1 to {MAX_BYTES:,} bytes",
+            found=f"{length:,}",
+        )
 
 
 @contextlib.contextmanager

@@ -1,1 +1,21 @@
-"""Stage 3, compute: the forkserver, the worker processes, and a step of training."""
+"""Stage 3, compute: the forkserver, the worker processes, and a step of training.
+
+The *forkserver* is the process that has loaded torch and the task; each *worker* is a fork of it.
+A *claim* is a worker's right to compute a shard that others have not begun. An *audit* computes a
+sample of the shards again, and compares.
+
+forkserver         the forkserver: preloads torch and the task, then forks workers in milliseconds
+load_task          what it loads: the task, its model and data sets, and the facts for the plan
+build_state        builds the shared state, once a host
+main               a worker process: messages from its agent, steps between them
+context            what a worker process keeps while memberships change
+train_step         one step: compute, meet, reduce, update, meet again; that commits it
+forward_backward   loss and gradient of one shard, into its slot
+gradient_hooks     gradients on their way from autograd into the slot
+sparse_autograd    large embeddings in sparse form, with a fallback to dense
+shard_claims       which worker computes which shard, when there are more shards than workers
+evaluate           held-out batches and predictions, computed without learning
+audit              recomputes shards and digests blocks, to find silent corruption
+model_checks       which models are taken, and why others are refused
+error_report       errors as messages; the user's traceback from the user's frame on
+"""

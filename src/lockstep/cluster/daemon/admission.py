@@ -1,4 +1,4 @@
-"""Which jobs a host takes. Pure, but for a look at which modules there are.
+"""Admission: which jobs a host takes. Pure, but for a look at which modules there are.
 
 An offer names a task that the host looks up by itself, and calls with arguments of the offer. Any
 function of any module can be named so: a host takes recipes, and else only what it was told to.
@@ -31,10 +31,10 @@ def refusal(offer: JobOffer, allowed: Allowed, name: str) -> LockstepError | Non
     """Why the host of this name does not take a job; None if it does."""
     if offer.code is not None:
         return _code_refusal(offer, offer.code, allowed.code, name)
-    place, colon, _ = offer.task.rpartition(":")
+    module, colon, _ = offer.task.rpartition(":")
     if not colon:
         return None  # a recipe
-    if place.endswith(".py"):
+    if module.endswith(".py"):
         return JobError(
             f"host {name} does not take the task {offer.task!a}",
             expected="a recipe, or module:Task of a module that every host has",
@@ -42,17 +42,17 @@ def refusal(offer: JobOffer, allowed: Allowed, name: str) -> LockstepError | Non
             fix="put the file into a package that is installed on every host, or ship it: "
             "lockstep run --ship-code",
         )
-    if not any(_covers(module, offer.task, place) for module in allowed.modules):
-        top = place.partition(".")[0]
+    if not any(_covers(each, offer.task, module) for each in allowed.modules):
+        top = module.partition(".")[0]
         return JobError(
             f"host {name} does not take the task {offer.task!a}",
             expected=f"a recipe, or a task of: {_listed(allowed.modules)}",
-            found=f"the module {place!a}",
+            found=f"the module {module!a}",
             fix=f"if its code may run there: lockstep join --allow {top}",
         )
-    if _missing(place):
+    if _missing(module):
         return JobError(
-            f"host {name} has no module {place!a}",
+            f"host {name} has no module {module!a}",
             expected="the same code on every host",
             found="none in the folder of its `lockstep join` and on its Python path",
             fix="install it there, or start `lockstep join` in the folder that holds it",

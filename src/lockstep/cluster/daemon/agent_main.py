@@ -1,25 +1,23 @@
-"""What runs in an agent's process: `python -m lockstep.cluster.daemon.agent_main`, with its order
-on stdin.
+"""Agent process: `python -m lockstep.cluster.daemon.agent_main`, with an `AgentOrder` on stdin.
 
 To whoever started the process stdout tells that the agent has taken part in a step (`MOVED`), and
-an error, as one JSON object. All else that is printed, by the user's code as well, goes to stderr.
+why it has ended, as an `ErrorMessage`. All else that is printed, by the user's code as well, goes
+to stderr.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from lockstep.agent.job_offer import JobOffer
-from lockstep.cluster.daemon.agent_processes import MOVED
-from lockstep.errors import LockstepError, to_message
+from lockstep.cluster.daemon.agent_processes import MOVED, ORDER, AgentOrder
+from lockstep.errors import LockstepError
 from lockstep.net.identity import Identity
+from lockstep.system.messages import ErrorMessage, encode, printable
 from lockstep.system.processes import die_with_parent
 
 
@@ -31,35 +29,34 @@ def main() -> int:
     said = sys.stdin.buffer.read()
     if not said:
         return 1  # who wanted to give the order is dead
-    order = json.loads(said)
-    die_with_parent(order["parent"])
+    order = ORDER.decode(said)
+    die_with_parent(order.parent)
     try:
         _serve(order, lambda: os.write(answers, MOVED))
     except LockstepError as error:
-        os.write(answers, json.dumps(to_message(error)).encode())
+        os.write(answers, encode(ErrorMessage.of(error)))
         return error.exit_code
     return 0
 
 
-def _serve(order: dict[str, Any], moved: Callable[[], object]) -> None:
-    offer = JobOffer.from_message(order["offer"])
-    identity = Identity.load(Path(order["identity"]))
+def _serve(order: AgentOrder, moved: Callable[[], object]) -> None:
+    identity = Identity.load(Path(os.fsdecode(order.identity)))
     from lockstep.agent.agent import serve
 
     serve(
         identity,
-        offer,
-        workers=order["workers"],
-        host=order["host"],
+        order.offer,
+        workers=order.workers,
+        host=order.host,
         report=report,
-        folder=Path(order["folder"]) if order["folder"] else None,
+        folder=Path(os.fsdecode(order.folder)) if order.folder else None,
         moved=moved,
     )
 
 
 def report(who: str, why: str) -> None:
     """Print what became of a connection."""
-    print(f"lockstep: {who}: {why}", file=sys.stderr, flush=True)
+    print(printable(f"lockstep: {who}: {why}"), file=sys.stderr, flush=True)
 
 
 def _end(number: int, _: FrameType | None) -> None:

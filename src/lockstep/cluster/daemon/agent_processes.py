@@ -1,20 +1,19 @@
-"""The agents of a host: one process for each job, which ends with the process that started it."""
+"""Agent processes: one for each job of a host, which ends with the process that started it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lockstep.agent.job_offer import JobOffer
-from lockstep.errors import LockstepError, WorkerLostError, from_message
+from lockstep.errors import LockstepError, ProtocolError, WorkerLostError
+from lockstep.system.messages import Codec, ErrorMessage, Label, Message, encode
 
 END_SECONDS = 5.0
 """How long an agent may take to end by itself."""
@@ -22,6 +21,25 @@ MAX_ERROR = 64 << 10
 """Bytes: what fits into a pipe that nobody reads."""
 MOVED = b"moved\n"
 """What an agent says first, once it has taken part in a step."""
+
+
+class AgentOrder(Message):
+    """What an agent is to do, and for whom."""
+
+    parent: int
+    """The process id of whoever starts it, and with which it ends."""
+    identity: bytes
+    """The path of the folder that says who this host is."""
+    workers: int
+    host: Label
+    """The address that other hosts reach this one at."""
+    folder: bytes
+    """The path of a folder for code that the master sends; empty: none is taken."""
+    offer: JobOffer
+
+
+ORDER: Codec[AgentOrder] = Codec(AgentOrder)
+ERROR: Codec[ErrorMessage] = Codec(ErrorMessage)
 
 
 @dataclass(frozen=True)
@@ -68,14 +86,14 @@ class Agents:
             stdout=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C is for us to pass on
         )
-        order = {
-            "parent": os.getpid(),
-            "identity": identity,
-            "workers": workers,
-            "host": host,
-            "folder": None if folder is None else str(folder),
-            "offer": offer.to_message(),
-        }
+        order = AgentOrder(
+            parent=os.getpid(),
+            identity=os.fsencode(identity),
+            workers=workers,
+            host=host,
+            folder=b"" if folder is None else os.fsencode(folder),
+            offer=offer,
+        )
         self._children[offer.job] = child
         thread = threading.Thread(
             target=self._watch, args=(offer.job, child, order), name="lockstep agent", daemon=True
@@ -108,11 +126,11 @@ class Agents:
         for job in self.jobs:
             self.reap(job)
 
-    def _watch(self, job: str, child: subprocess.Popen[bytes], order: Mapping[str, Any]) -> None:
+    def _watch(self, job: str, child: subprocess.Popen[bytes], order: AgentOrder) -> None:
         """Give an agent its order, and wait for its end."""
         assert child.stdin is not None and child.stdout is not None
         with contextlib.suppress(OSError):
-            child.stdin.write(json.dumps(order).encode())
+            child.stdin.write(encode(order))
         with contextlib.suppress(OSError):
             child.stdin.close()
         code = child.wait()
@@ -127,8 +145,8 @@ def why(code: int, said: bytes) -> LockstepError | None:
     """The error with which an agent has ended, by its exit code and what it has said of it."""
     if code == 0:
         return None
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        return from_message({name: str(value) for name, value in json.loads(said).items()})
+    with contextlib.suppress(ProtocolError):
+        return ERROR.decode(said).error()
     found = f"signal {-code}" if code < 0 else f"exit code {code}"
     return WorkerLostError(
         "an agent died", expected="that it ends with its job", found=found, fix="see its stderr"

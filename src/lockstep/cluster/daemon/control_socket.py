@@ -1,22 +1,26 @@
-"""The counter: a Unix socket on which `up` takes requests of this machine, mode 0600.
+"""Control socket: a Unix socket on which `up` takes requests of this machine, mode 0600.
 
-Messages are lines of JSON. One connection is one asker: what it has opened is closed with it.
+One connection is one caller: the jobs that it has opened are closed with it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from lockstep.errors import NetworkError, ProtocolError, from_message
-from lockstep.net.frames import Message
+from lockstep.cluster.daemon.cluster_messages import (
+    FROM_LOCAL,
+    FROM_UP,
+    RequestFailed,
+)
+from lockstep.errors import NetworkError, ProtocolError
 from lockstep.net.sockets import closed, end
-from lockstep.system.unix_socket import Lines, short_path
+from lockstep.system.messages import Codec, ErrorMessage, Message
+from lockstep.system.unix_socket import MessageSocket, short_path
 
 SOCKET = "up.sock"
 MAX_CALLERS = 64
@@ -24,8 +28,9 @@ ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 0.5
 _SECOND = struct.pack("ll", 1, 0)
 """A `struct timeval`."""
+A = TypeVar("A", bound=Message)
 Put = Callable[[str, Message | None], None]
-"""Told what a caller says; None when it is gone. Called from several threads."""
+"""Receives what a caller says; None when it is gone. Called from several threads, and may wait."""
 
 
 class ControlSocket:
@@ -34,30 +39,30 @@ class ControlSocket:
     def __init__(self, folder: Path, put: Put) -> None:
         """Listen. An older socket is replaced: the folder's lock says that nobody serves it."""
         self._put, self._path = put, folder / SOCKET
-        self._callers: dict[str, Lines] = {}
+        self._callers: dict[str, MessageSocket] = {}
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._closing = False
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with short_path(self._path) as place:
-            self._listener.bind(place)
+        with short_path(self._path) as path:
+            self._listener.bind(path)
         self._path.chmod(0o600)
         self._listener.listen(8)
         self._accepting = threading.Thread(
-            target=self._accept, name="lockstep counter", daemon=True
+            target=self._accept, name="lockstep control socket", daemon=True
         )
         self._accepting.start()
 
-    def tell(self, caller: str, message: Mapping[str, Any]) -> None:
+    def tell(self, caller: str, message: Message) -> None:
         """Send a message; to one that is gone, or does not read, in vain."""
         with self._lock:
-            lines = self._callers.get(caller)
-        if lines is not None:
+            connection = self._callers.get(caller)
+        if connection is not None:
             try:
-                lines.send(message)
-            except OSError:
-                end(lines.sock)
+                connection.send(message)
+            except (OSError, ProtocolError):
+                end(connection.sock)
 
     def close(self) -> None:
         """Serve nobody any more. Leaves no thread and no descriptor."""
@@ -68,8 +73,8 @@ class ControlSocket:
         self._listener.close()
         self._path.unlink(missing_ok=True)
         with self._lock:
-            for lines in self._callers.values():
-                end(lines.sock)
+            for connection in self._callers.values():
+                end(connection.sock)
             threads = list(self._threads)
         for thread in threads:
             thread.join()
@@ -87,7 +92,7 @@ class ControlSocket:
                     sock.close()
                     continue
                 caller = f"@{number}"
-                self._callers[caller] = Lines(sock)
+                self._callers[caller] = MessageSocket(sock, FROM_LOCAL)
                 thread = threading.Thread(
                     target=self._serve, args=(caller, sock), name=f"lockstep {caller}", daemon=True
                 )
@@ -97,10 +102,14 @@ class ControlSocket:
     def _serve(self, caller: str, sock: socket.socket) -> None:
         # Reading waits for as long as the caller lives; writing does not.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SECOND)
-        lines = self._callers[caller]
-        with contextlib.suppress(OSError, ProtocolError):
-            while (message := lines.receive()) is not None:
+        connection = self._callers[caller]
+        try:
+            while (message := connection.receive()) is not None:
                 self._put(caller, message)
+        except ProtocolError as error:
+            self.tell(caller, RequestFailed(error=ErrorMessage.of(error)))
+        except OSError:
+            pass  # it is gone
         with self._lock:
             del self._callers[caller]
             self._threads.discard(threading.current_thread())
@@ -108,18 +117,18 @@ class ControlSocket:
         self._put(caller, None)
 
 
-class LinesConnection:
+class LocalConnection:
     """A connection over a socket of this machine: a `Connection`, but for `open`."""
 
-    def __init__(self, who: str, sock: socket.socket) -> None:
-        """`who` is at the other end, for errors."""
+    def __init__(self, who: str, sock: socket.socket, codec: Codec[Message]) -> None:
+        """`who` is at the other end, for errors; `codec` decodes what it says."""
         self._who, self._sock = who, sock
-        self._lines = Lines(sock)
+        self._messages = MessageSocket(sock, codec)
 
-    def tell(self, message: Mapping[str, Any]) -> None:
+    def tell(self, message: Message) -> None:
         """Send a message. Raises `PeerClosedError`."""
         try:
-            self._lines.send(message)
+            self._messages.send(message)
         except OSError as error:
             raise closed(self._who, "a request", str(error)) from None
 
@@ -128,10 +137,11 @@ class LinesConnection:
 
         Raises:
             PeerClosedError: it has ended.
+            ProtocolError: it has sent something else.
         """
         try:
             self._sock.settimeout(seconds)
-            message = self._lines.receive()
+            message = self._messages.receive()
         except TimeoutError:
             return None
         except OSError as error:
@@ -148,12 +158,13 @@ class LinesConnection:
         self._sock.close()
 
 
-class ControlConnection(LinesConnection):
-    """A caller's side of `up`'s counter; a `Connection`."""
+class ControlConnection(LocalConnection):
+    """A caller's side of `up`'s control socket; a `Connection`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        super().__init__("`lockstep up`", socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        super().__init__("`lockstep up`", sock, FROM_UP)
 
     def open(self, timeout: float) -> None:
         """Connect.
@@ -163,16 +174,16 @@ class ControlConnection(LinesConnection):
         """
         self._sock.settimeout(timeout)
         try:
-            with short_path(self._folder / SOCKET) as place:
-                self._sock.connect(place)
+            with short_path(self._folder / SOCKET) as path:
+                self._sock.connect(path)
         except OSError as error:
             gone = closed("`lockstep up`", f"that it runs with --state {self._folder}", str(error))
             gone.fix = "start it on this machine: lockstep up"
             raise gone from None
 
 
-def ask(folder: Path, message: Mapping[str, Any]) -> Message:
-    """The answer of this machine's `up` to one request.
+def ask(folder: Path, request: Message, answer: type[A]) -> A:
+    """The answer of this machine's `up` to one request, which is to be of this kind.
 
     Raises:
         NetworkError: none runs with this folder, or it does not answer.
@@ -181,12 +192,18 @@ def ask(folder: Path, message: Mapping[str, Any]) -> Message:
     connection = ControlConnection(folder)
     try:
         connection.open(ANSWER_SECONDS)
-        connection.tell(message)
-        answer = connection.hear(ANSWER_SECONDS)
+        connection.tell(request)
+        found = connection.hear(ANSWER_SECONDS)
     finally:
         connection.close()
-    if answer is None:
+    if found is None:
         raise NetworkError("`lockstep up` does not answer", expected=f"within {ANSWER_SECONDS:g} s")
-    if answer.get("op") == "error":
-        raise from_message({"kind": "", **{k: str(v) for k, v in answer.items()}})
-    return answer
+    if isinstance(found, RequestFailed):
+        raise found.error.error()
+    if not isinstance(found, answer):
+        raise ProtocolError(
+            "`lockstep up` gives another answer",
+            expected=answer.__name__,
+            found=type(found).__name__,
+        )
+    return found

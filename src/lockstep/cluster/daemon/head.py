@@ -1,18 +1,38 @@
-"""`lockstep up`: enrols hosts, knows which are there, and tells them of jobs."""
+"""Head: `lockstep up` enrols hosts, knows which are there, and tells them of jobs."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lockstep.cluster.daemon.cluster_messages import (
+    FROM_HOSTS,
+    AskCluster,
+    AskHosts,
+    AskToken,
+    ClusterAddress,
+    ClusterAnswer,
+    HostRow,
+    HostsAnswer,
+    RequestFailed,
+    TokenAnswer,
+)
 from lockstep.cluster.daemon.control_socket import ControlSocket
 from lockstep.cluster.daemon.reconnecting_line import JOB, facts
-from lockstep.cluster.daemon.registry import Close, Event, Gone, Here, Open, Registry, decide, parse
+from lockstep.cluster.daemon.registry import (
+    ConnectionLost,
+    Event,
+    HostJoined,
+    JobClosed,
+    JobOffering,
+    Registry,
+    decide,
+    parse,
+)
 from lockstep.cluster.state_folder import AUTHORITY, NODE, UP, State, check_host, host_name
 from lockstep.errors import (
     IdentityError,
@@ -20,17 +40,17 @@ from lockstep.errors import (
     NetworkError,
     PeerTimeoutError,
     ProtocolError,
-    to_message,
 )
 from lockstep.net.enrolment import TOKEN_SECONDS, JoinServer
-from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report
+from lockstep.system.messages import ErrorMessage, Message, encode
 from lockstep.system.processes import stop_signals
 
 LOOK_SECONDS = 0.5
-LONGEST_TOKEN_SECONDS = 7 * 86400.0
+MAX_EVENTS = 64
+"""Messages that wait to be handled; their senders wait for room, each within bounds of its own."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,9 @@ class Head:
         """
         self._report = report
         self._events: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
-        self._board = Registry()
+        self._room = threading.Semaphore(MAX_EVENTS)
+        """For further events. Not for signals: their handlers must not wait."""
+        self._registry = Registry()
         self._closing = threading.Event()
         check_host(host)
         with contextlib.ExitStack() as stack:
@@ -68,6 +90,7 @@ class Head:
                             self.identity,
                             job=JOB,
                             facts=facts(),
+                            codec=FROM_HOSTS,
                             host=host,
                             port=ports[0],
                             answer=True,
@@ -82,19 +105,15 @@ class Head:
                             sign,
                             host=host,
                             port=ports[1],
-                            greeting={"address": list(self._transport.address)},
+                            greeting=encode(ClusterAddress(address=self._transport.address)),
                             report=report,
                         )
                     )
                 )
             self.address = self._transport.address
             state.write(UP, {"ports": [self.address[1], self._joins.address[1]]})
-            self._counter = stack.enter_context(
-                contextlib.closing(
-                    ControlSocket(
-                        state.path, lambda who, message: self._events.put(Heard(who, message))
-                    )
-                )
+            self._control_socket = stack.enter_context(
+                contextlib.closing(ControlSocket(state.path, self._put))
             )
             self._stack = stack.pop_all()
         self._hearing = threading.Thread(target=self._hear, name="lockstep up", daemon=True)
@@ -108,11 +127,13 @@ class Head:
         """Serve until a signal comes."""
         with stop_signals(lambda: self._events.put(None)):
             while (heard := self._events.get()) is not None:
+                self._room.release()
                 self._handle(heard)
 
     def close(self) -> None:
         """Leave no thread and no descriptor. Hosts wait for the next `up`."""
         self._closing.set()
+        self._room.release(MAX_EVENTS)  # for whoever waits for room
         self._stack.close()
         self._hearing.join()
 
@@ -120,19 +141,33 @@ class Head:
         while not self._closing.is_set():
             with contextlib.suppress(PeerTimeoutError):
                 heard = self._transport.hear(LOOK_SECONDS)
-                self._events.put(Heard(heard.peer, heard.message))
+                self._put(heard.peer, heard.message)
+
+    def _put(self, who: str, message: Message | None) -> None:
+        """Have something handled, when there is room. Called from several threads."""
+        while not self._room.acquire(timeout=LOOK_SECONDS):
+            if self._closing.is_set():
+                return
+        self._events.put(Heard(who, message))
 
     def _handle(self, heard: Heard) -> None:
+        """Handle what somebody has said. Whatever is wrong with it is its sender's trouble alone:
+        it is told, or dropped, and the cluster goes on."""
         try:
-            event = self._event(heard)
+            self._decide(heard)
         except LockstepError as error:
             self._report(heard.who, str(error))
-            self._tell(heard.who, {"op": "error", **to_message(error)})
-            return
+            self._tell(heard.who, RequestFailed(error=ErrorMessage.of(error)))
+        except Exception as error:  # such as no memory, or no descriptors
+            self._report(heard.who, f"what it said cannot be handled: {error!r}")
+            self._transport.drop(heard.who, "what it said cannot be handled")
+
+    def _decide(self, heard: Heard) -> None:
+        event = self._event(heard)
         if event is None:
             return
         self._note(event)
-        self._board, commands = decide(self._board, event)
+        self._registry, commands = decide(self._registry, event)
         for command in commands:
             self._tell(command.to, command.message)
 
@@ -141,15 +176,15 @@ class Head:
         who, message = heard.who, heard.message
         if message is None:
             # Unless it has come back before its loss was heard of.
-            return Gone(who) if who not in self._transport.peers else None
+            return ConnectionLost(who) if who not in self._transport.peers else None
         local = who.startswith("@")
         if local and (answer := self._answer(message)) is not None:
             self._tell(who, answer)
             return None
         event = parse(who, message)
-        if local and not isinstance(event, Open | Close):
-            raise ProtocolError("this is for a host to say", found=ascii(message)[:200])
-        if isinstance(event, Open) and event.offer.master != self._name_of(who):
+        if local and not isinstance(event, JobOffering | JobClosed):
+            raise ProtocolError("this is for a host to say", found=type(message).__name__)
+        if isinstance(event, JobOffering) and event.offer.master != self._name_of(who):
             raise ProtocolError(
                 "a job is offered by another host than its master",
                 expected=event.offer.master,
@@ -160,22 +195,20 @@ class Head:
     def _answer(self, message: Message) -> Message | None:
         """What only this machine may ask for."""
         match message:
-            case {"op": "info"}:
-                return {"op": "info", "node": self.identity.node, "address": list(self.address)}
-            case {"op": "hosts"}:
-                return {"op": "hosts", "hosts": hosts(self._board)}
-            case {"op": "token", "seconds": float(seconds) | int(seconds)} if (
-                0 <= seconds <= LONGEST_TOKEN_SECONDS
-            ):
-                return {"op": "token", "token": self.token(seconds)}
+            case AskCluster():
+                return ClusterAnswer(node=self.identity.node, address=self.address)
+            case AskHosts():
+                return HostsAnswer(hosts=hosts(self._registry))
+            case AskToken(seconds=seconds):
+                return TokenAnswer(token=self.token(seconds))
         return None
 
     def _name_of(self, who: str) -> str:
         return self.identity.node if who.startswith("@") else who
 
-    def _tell(self, who: str, message: Mapping[str, Any]) -> None:
+    def _tell(self, who: str, message: Message) -> None:
         if who.startswith("@"):
-            self._counter.tell(who, message)
+            self._control_socket.tell(who, message)
             return
         with contextlib.suppress(NetworkError):  # its loss will be heard of
             self._transport.tell(who, message)
@@ -183,19 +216,19 @@ class Head:
     def _note(self, event: Event) -> None:
         """Say in the log who comes and who offers what; who goes is told by the transport."""
         match event:
-            case Here(name, workers):
+            case HostJoined(name, workers):
                 self._report(name, f"takes jobs, with {workers} workers")
-            case Open(who, offer):
+            case JobOffering(who, offer):
                 self._report(self._name_of(who), f"offers job {offer.job!a}: {offer.task!a}")
-            case Close(who, job):
+            case JobClosed(who, job):
                 self._report(self._name_of(who), f"offers job {job!a} no more")
 
 
-def hosts(board: Registry) -> list[dict[str, Any]]:
-    """The members, for people: name, workers, and the state of each open job."""
+def hosts(registry: Registry) -> list[HostRow]:
+    """The members, by name."""
     return [
-        {"name": name, "workers": member.workers, "jobs": dict(member.jobs)}
-        for name, member in sorted(board.members.items())
+        HostRow(name=name, workers=member.workers, jobs=dict(member.jobs))
+        for name, member in sorted(registry.members.items())
     ]
 
 

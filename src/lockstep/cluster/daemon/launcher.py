@@ -1,4 +1,4 @@
-"""`lockstep run --on ...`: a `Launcher` that asks a cluster for hosts.
+"""Cluster launcher: asks a cluster for hosts, for `lockstep run --on ...`.
 
 It asks over a line, so that a job which outlives a restart of `up` is offered again. Whatever
 ends the process ends the line, and with it the offer.
@@ -14,23 +14,32 @@ from pathlib import Path
 from typing import Self
 
 from lockstep.agent.job_offer import JobOffer
+from lockstep.cluster.daemon.cluster_messages import (
+    AskCluster,
+    CloseJob,
+    ClusterAnswer,
+    HostReport,
+    JobOpened,
+    OpenJob,
+    RequestFailed,
+)
 from lockstep.cluster.daemon.control_socket import ControlConnection, ask
 from lockstep.cluster.daemon.node import enrol, home_of, listening_address
 from lockstep.cluster.daemon.reconnecting_line import (
+    Connected,
     Connection,
     HostConnection,
     LineEvent,
     Lost,
-    Met,
+    Received,
     ReconnectingLine,
-    Said,
 )
 from lockstep.cluster.state_folder import State, host_name
-from lockstep.errors import LockstepError, PeerTimeoutError, from_message
-from lockstep.net.frames import Message
+from lockstep.errors import LockstepError, PeerTimeoutError
 from lockstep.net.identity import Identity
 from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report, ignore
+from lockstep.system.messages import Message, printable
 
 OPEN_SECONDS = 15.0
 """How long `up` may take to answer."""
@@ -69,16 +78,16 @@ class ClusterLauncher:
         Raises:
             PeerClosedError: none runs with this state folder.
         """
-        here = ask(state, {"op": "info"})
+        here = ask(state, AskCluster(), ClusterAnswer)
         identity = State(state).identity()
-        return ClusterLauncher(identity, here["address"][0], lambda: ControlConnection(state), show)
+        return ClusterLauncher(identity, here.address[0], lambda: ControlConnection(state), show)
 
     @staticmethod
     def of_token(token: Token, state: Path, show: Report) -> ClusterLauncher:
         """The cluster that a token invites to. The token is used up the first time.
 
         Raises:
-            LockstepError: as `net.joining.join`.
+            LockstepError: as `net.enrolment.join`.
         """
         guest = State(state).guest(token.fingerprint)
         if guest.has_identity:
@@ -124,7 +133,7 @@ class ClusterLauncher:
         """Offer the job to nobody any more."""
         if self._line is not None:
             assert self._offer is not None
-            self._line.tell({"op": "close", "job": self._offer.job})
+            self._line.tell(CloseJob(job=self._offer.job))
             self._line.close()
             self._line = None
 
@@ -138,31 +147,31 @@ class ClusterLauncher:
 
     def _on(self, event: LineEvent) -> None:
         match event:
-            case Met():
+            case Connected():
                 assert self._offer is not None and self._line is not None
                 self._away = False
-                self._line.tell({"op": "open", "offer": self._offer.to_message()})
-            case Said(message):
-                self._said(message)
+                self._line.tell(OpenJob(offer=self._offer))
+            case Received(message):
+                self._received(message)
             case Lost(error):
                 self._lost(error)
 
-    def _said(self, message: Message) -> None:
+    def _received(self, message: Message) -> None:
         match message:
-            case {"op": "opened", "hosts": list(names)}:
+            case JobOpened(hosts=names):
                 with self._changed:
-                    self._hosts = dict.fromkeys(map(str, names), "")
+                    self._hosts = dict.fromkeys(names, "")
                     self._changed.notify_all()
-            case {"op": "agent", "host": str(host), "state": str(said), "why": str(why)}:
+            case HostReport(host=host, state=state, why=why):
                 with self._changed:
                     if self._hosts is not None:
-                        self._hosts[host] = said
+                        self._hosts[host] = state
                     self._changed.notify_all()
                 if why:
-                    self.report(host, why)
-                    self._show(host, f"{said}: {why}")
-            case {"op": "error", **rest}:
-                self._lost(from_message({"kind": "", **{k: str(v) for k, v in rest.items()}}))
+                    self.report(host, printable(why))
+                    self._show(host, f"{state}: {printable(why)}")
+            case RequestFailed(error=error):
+                self._lost(error.error())
 
     def _lost(self, error: LockstepError) -> None:
         with self._changed:

@@ -1,5 +1,5 @@
-"""`lockstep join`: a host that waits for jobs, and has an agent for each: another one where one has
-died (see `restarts`).
+"""Node: `lockstep join` waits for jobs, and has an agent for each: another one where one has died
+(see `restart_policy`).
 
 Its line to `up` comes back when `up` does. Agents do not depend on that: they talk to the master.
 """
@@ -16,15 +16,24 @@ from tempfile import mkdtemp
 from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.admission import Allowed, refusal
 from lockstep.cluster.daemon.agent_processes import END_SECONDS, Agents, Ended
+from lockstep.cluster.daemon.cluster_messages import (
+    GREETING,
+    JobOffered,
+    JobState,
+    JobWithdrawn,
+    RequestFailed,
+    TakeJobs,
+    report_of,
+)
 from lockstep.cluster.daemon.reconnecting_line import (
+    Connected,
     HostConnection,
     LineEvent,
     Lost,
-    Met,
+    Received,
     ReconnectingLine,
-    Said,
 )
-from lockstep.cluster.daemon.restart_policy import Died, Done, Offered, Stint, Withdrawn, decide
+from lockstep.cluster.daemon.restart_policy import AgentRun, Died, Done, Offered, Withdrawn, decide
 from lockstep.cluster.state_folder import (
     CLUSTER,
     CODE,
@@ -35,18 +44,20 @@ from lockstep.cluster.state_folder import (
     check_host,
     is_loopback,
 )
-from lockstep.errors import IdentityError, LockstepError, ProtocolError
+from lockstep.errors import IdentityError, JobError, LockstepError
 from lockstep.net.enrolment import join
-from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.join_tokens import Token
 from lockstep.net.transport import Report
+from lockstep.system.messages import Message
 from lockstep.system.processes import stop_signals
 
 JOIN_SECONDS = 30.0
 WITHDRAWN_SECONDS = 30.0
 """How long an agent may go on when its job is not offered any more: to say goodbye."""
 LOOK_SECONDS = 0.5
+MAX_JOBS = 16
+"""That a host takes part in at one time."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Running:
     """A job that this host takes part in."""
 
     offer: JobOffer
-    stint: Stint
+    run: AgentRun
     folder: Path | None = None
     """Where the code is that the master sends, if it does."""
     starts_at: float | None = None
@@ -75,7 +86,7 @@ def enrol(state: State, token: Token, name: str) -> Home:
 
     Raises:
         IdentityError: this host has joined a cluster before.
-        NetworkError: as `net.joining.join`.
+        NetworkError: as `net.enrolment.join`.
     """
     if state.has_identity:
         raise IdentityError(
@@ -86,7 +97,7 @@ def enrol(state: State, token: Token, name: str) -> Home:
             "to join another: --state with another folder",
         )
     _, greeting = join(token, state.path / NODE, name, timeout=JOIN_SECONDS)
-    home = Home.from_message({**greeting, "node": token.node})
+    home = Home(node=token.node, address=GREETING.decode(greeting).address)
     state.write(CLUSTER, home.to_message())
     return home
 
@@ -166,10 +177,10 @@ class Node:
         match event:
             case Stop():
                 return False
-            case Met():
-                self._met()
-            case Said(message):
-                self._said(message)
+            case Connected():
+                self._connected()
+            case Received(message):
+                self._received(message)
             case Lost(error, final):
                 if final:
                     raise error
@@ -178,43 +189,48 @@ class Node:
                 self._ended(event)
         return True
 
-    def _met(self) -> None:
+    def _connected(self) -> None:
         self._trouble = ""
         host, port = self.home.address
         self.report(self.identity.node, f"waits for jobs of {self.home.node} at {host}:{port}")
-        self._tell({"op": "here", "workers": self.workers})
+        self._tell(TakeJobs(workers=self.workers))
 
     def _lost(self, error: LockstepError) -> None:
         if self._trouble != error.what:  # not each of many attempts
             self._trouble = error.what
             self.report(self.home.node, f"{error}\n  it is tried again until it is there")
 
-    def _said(self, message: Message) -> None:
-        try:
-            match message:
-                case {"op": "offer", "offer": dict(offer)}:
-                    self._offered(JobOffer.from_message(offer))
-                case {"op": "withdraw", "job": str(job)}:
-                    self._withdrawn(job)
-                case _:
-                    raise ProtocolError("an unknown order", found=ascii(message)[:200])
-        except ProtocolError as error:
-            self.report(self.home.node, str(error))
+    def _received(self, message: Message) -> None:
+        match message:
+            case JobOffered(offer=offer):
+                self._offered(offer)
+            case JobWithdrawn(job=job):
+                self._withdrawn(job)
+            case RequestFailed(error=error):
+                self.report(self.home.node, str(error.error()))
+            case _:
+                self.report(
+                    self.home.node, f"sends {type(message).__name__}, which is not for a host"
+                )
 
     def _offered(self, offer: JobOffer) -> None:
         job = offer.job
         if job in self._running:  # `up` has come back, and so has the job
             running = self._running[job]
-            running.stint, _ = decide(running.stint, Offered())
+            running.run, _ = decide(running.run, Offered())
             running.ends_at, running.asked = None, False
             self._say(job, "taken", "")
             return
         error = refusal(offer, self.allowed, self.identity.node)
+        if error is None and len(self._running) >= MAX_JOBS:
+            error = JobError(
+                "this host takes part in too many jobs", expected=f"{MAX_JOBS} at most"
+            )
         if error is not None:
             self.report(f"job {job!a}", str(error))
             self._say(job, "refused", str(error))
             return
-        self._running[job] = Running(offer=offer, stint=Stint())
+        self._running[job] = Running(offer=offer, run=AgentRun())
         self._start(self._running[job])
 
     def _start(self, running: Running) -> None:
@@ -233,9 +249,9 @@ class Node:
 
     def _withdrawn(self, job: str) -> None:
         running = self._running.get(job)
-        if running is None or not running.stint.offered:
+        if running is None or not running.run.offered:
             return
-        running.stint, why = decide(running.stint, Withdrawn())
+        running.run, why = decide(running.run, Withdrawn())
         self.report(f"job {job!a}", why)
         if running.starts_at is None:
             running.ends_at = time.monotonic() + WITHDRAWN_SECONDS
@@ -260,17 +276,17 @@ class Node:
         if running.folder is not None:
             shutil.rmtree(running.folder, ignore_errors=True)
         event = Died(error, ended.moved) if error else Done()
-        running.stint, follows = decide(running.stint, event)
-        if running.stint.wait is None:
+        running.run, follows = decide(running.run, event)
+        if running.run.wait is None:
             del self._running[job]
         else:
-            running.starts_at = time.monotonic() + running.stint.wait
-        why = f"{error}\n  {follows}" if error and running.stint.offered else ""
+            running.starts_at = time.monotonic() + running.run.wait
+        why = f"{error}\n  {follows}" if error and running.run.offered else ""
         self.report(f"job {job!a}", why or "its agent has ended")
         self._say(job, "failed" if why else "ended", why)
 
-    def _say(self, job: str, state: str, why: str) -> None:
-        self._tell({"op": "agent", "job": job, "state": state, "why": why})
+    def _say(self, job: str, state: JobState, why: str) -> None:
+        self._tell(report_of(job, state, why))
 
     def _tell(self, message: Message) -> None:
         assert self._line is not None

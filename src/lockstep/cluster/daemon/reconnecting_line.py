@@ -1,14 +1,15 @@
-"""A line to `up` that comes back: a thread that dials, listens, and dials again when it is lost."""
+"""Reconnecting line: a connection to `up` that is opened again, by a thread, when it is lost."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Protocol
 
+from lockstep.cluster.daemon.cluster_messages import FROM_UP
 from lockstep.cluster.state_folder import Home
 from lockstep.errors import (
     IdentityError,
@@ -17,11 +18,11 @@ from lockstep.errors import (
     PeerTimeoutError,
     RefusedError,
 )
-from lockstep.net.frames import Message
 from lockstep.net.identity import Identity
 from lockstep.net.sockets import closed
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report
+from lockstep.system.messages import Message
 
 JOB = "cluster"
 """The job of the connections between `up` and its hosts."""
@@ -38,7 +39,7 @@ class Connection(Protocol):
     def open(self, timeout: float) -> None:
         """Connect. Raises `NetworkError`."""
 
-    def tell(self, message: Mapping[str, Any]) -> None:
+    def tell(self, message: Message) -> None:
         """Send a message, from any thread. Raises `NetworkError`."""
 
     def hear(self) -> Message | None:
@@ -52,12 +53,12 @@ class Connection(Protocol):
 
 
 @dataclass(frozen=True)
-class Met:
+class Connected:
     """The line is there."""
 
 
 @dataclass(frozen=True)
-class Said:
+class Received:
     """`up` has sent a message."""
 
     message: Message
@@ -71,7 +72,7 @@ class Lost:
     final: bool
 
 
-LineEvent = Met | Said | Lost
+LineEvent = Connected | Received | Lost
 
 
 class ReconnectingLine:
@@ -85,11 +86,11 @@ class ReconnectingLine:
         self._thread = threading.Thread(target=self._run, name="lockstep line", daemon=True)
 
     def start(self) -> None:
-        """Dial."""
+        """Begin to connect."""
         self._thread.start()
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a message; in vain while the line is lost: the next `Met` says when to repeat it."""
+    def tell(self, message: Message) -> None:
+        """Send a message; in vain while the line is lost: `Connected` says when to repeat it."""
         with self._lock:
             connection = self._connection
         if connection is not None:
@@ -97,7 +98,7 @@ class ReconnectingLine:
                 connection.tell(message)
 
     def close(self) -> None:
-        """Hang up. Leaves no thread and no descriptor, but perhaps for seconds in a connect."""
+        """Close it. Leaves no thread and no descriptor, but perhaps for seconds in a connect."""
         self._closing.set()
         with self._lock:
             connection = self._connection
@@ -108,14 +109,14 @@ class ReconnectingLine:
     def _run(self) -> None:
         failures = 0
         while not self._closing.is_set():
-            met, final = False, False
+            connected, final = False, False
             try:
                 with contextlib.closing(self._dial()) as connection:
                     with self._lock:
                         self._connection = connection
                     connection.open(CONNECT_SECONDS)
-                    met = True
-                    self._put(Met())
+                    connected = True
+                    self._put(Connected())
                     self._listen(connection)
             except LockstepError as error:
                 final = isinstance(error, RefusedError | IdentityError)
@@ -126,14 +127,14 @@ class ReconnectingLine:
                     self._connection = None
             if final:
                 return
-            failures = 0 if met else failures + 1
+            failures = 0 if connected else failures + 1
             self._closing.wait(pause(failures))
 
     def _listen(self, connection: Connection) -> None:
         while not self._closing.is_set():
             message = connection.hear()
             if message is not None:
-                self._put(Said(message))
+                self._put(Received(message))
 
 
 def pause(failures: int) -> float:
@@ -148,7 +149,7 @@ class HostConnection:
         self._home = home
         try:
             self._transport = TcpTransport(
-                identity, job=JOB, facts=facts(), host=host, report=report
+                identity, job=JOB, facts=facts(), codec=FROM_UP, host=host, report=report
             )
         except OSError as error:
             raise IdentityError(
@@ -160,7 +161,7 @@ class HostConnection:
     def open(self, timeout: float) -> None:
         self._transport.connect({self._home.node: self._home.address}, timeout)
 
-    def tell(self, message: Mapping[str, Any]) -> None:
+    def tell(self, message: Message) -> None:
         self._transport.tell(self._home.node, message)
 
     def hear(self) -> Message | None:
@@ -169,6 +170,10 @@ class HostConnection:
         except PeerTimeoutError:
             if self._home.node not in self._transport.peers:
                 raise closed(f"host {self._home.node}", "more messages", "no connection") from None
+            return None
+        if heard.peer != self._home.node:  # another member: who is no `up` has nothing to say
+            if heard.message is not None:
+                self._transport.drop(heard.peer, "it is not the host that `lockstep up` runs on")
             return None
         if heard.error is not None:
             raise heard.error

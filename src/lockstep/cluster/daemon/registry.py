@@ -1,6 +1,6 @@
-"""The board: which hosts there are, which jobs are open to them, and who is to be told what.
+"""Registry: which hosts there are, which jobs are open to them, and who is to be told what.
 
-    decide(board, event) -> (board, commands)
+    decide(registry, event) -> (registry, commands)
 
 Pure: `up` is its I/O. Whoever asks is known by a name: a host's, or that of a caller on this
 machine, which begins with @.
@@ -10,15 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from lockstep.agent.job_offer import JobOffer
-from lockstep.errors import JobError, ProtocolError, to_message
+from lockstep.cluster.daemon.cluster_messages import (
+    CloseJob,
+    JobOffered,
+    JobOpened,
+    JobReport,
+    JobState,
+    JobWithdrawn,
+    OpenJob,
+    RequestFailed,
+    TakeJobs,
+    host_report,
+)
+from lockstep.errors import JobError, ProtocolError
+from lockstep.system.messages import ErrorMessage, Message
 
-STATES = ("taken", "refused", "ended", "failed")
-"""What becomes of a job on a host."""
-MAX_WHY = 2000
-"""Characters."""
+MAX_OPEN_JOBS = 64
+"""Jobs that one host, or one caller, may have open at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +36,12 @@ class Member:
     """A host that takes jobs."""
 
     workers: int
-    jobs: Mapping[str, str] = field(default_factory=dict)
+    jobs: Mapping[str, JobState] = field(default_factory=dict)
     """What it last said of each job that is open."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Posting:
+class OpenedJob:
     """A job that is open to hosts."""
 
     offer: JobOffer
@@ -43,7 +53,7 @@ class Registry:
     """The state of the cluster."""
 
     members: Mapping[str, Member] = field(default_factory=dict)
-    postings: Mapping[str, Posting] = field(default_factory=dict)
+    open_jobs: Mapping[str, OpenedJob] = field(default_factory=dict)
     """By job."""
 
 
@@ -51,7 +61,7 @@ class Registry:
 
 
 @dataclass(frozen=True)
-class Here:
+class HostJoined:
     """A host takes jobs, with so many workers."""
 
     name: str
@@ -59,14 +69,14 @@ class Here:
 
 
 @dataclass(frozen=True)
-class Gone:
+class ConnectionLost:
     """A host, or who has asked for hosts, is not connected any more."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Open:
+class JobOffering:
     """Somebody offers a job."""
 
     asker: str
@@ -74,7 +84,7 @@ class Open:
 
 
 @dataclass(frozen=True)
-class Close:
+class JobClosed:
     """Who has offered a job offers it no more."""
 
     asker: str
@@ -82,16 +92,16 @@ class Close:
 
 
 @dataclass(frozen=True)
-class Spoke:
+class JobStateChanged:
     """A host says what became of a job."""
 
     name: str
     job: str
-    state: str
+    state: JobState
     why: str
 
 
-Event = Here | Gone | Open | Close | Spoke
+Event = HostJoined | ConnectionLost | JobOffering | JobClosed | JobStateChanged
 
 
 @dataclass(frozen=True)
@@ -99,109 +109,106 @@ class Tell:
     """The command: send somebody a message."""
 
     to: str
-    message: Mapping[str, Any]
+    message: Message
 
 
 Decision = tuple[Registry, tuple[Tell, ...]]
 
 
-def decide(board: Registry, event: Event) -> Decision:
+def decide(registry: Registry, event: Event) -> Decision:
     """The next state, and who is to be told what."""
     match event:
-        case Here(name, workers):
-            members = {**board.members, name: Member(workers=workers)}
-            offers = [posting.offer for posting in board.postings.values()]
+        case HostJoined(name, workers):
+            members = {**registry.members, name: Member(workers=workers)}
+            offers = [opened.offer for opened in registry.open_jobs.values()]
             told = tuple(_offer(name, offer) for offer in offers if offer.master != name)
-            return replace(board, members=members), told
-        case Gone(name):
-            return _gone(board, name)
-        case Open(asker, offer):
-            return _open(board, asker, offer)
-        case Close(asker, job):
-            posting = board.postings.get(job)
-            return _close(board, [job] if posting and posting.asker == asker else [])
-        case Spoke(name, job, state, why):
-            return _spoke(board, name, job, state, why)
+            return replace(registry, members=members), told
+        case ConnectionLost(name):
+            return _lose(registry, name)
+        case JobOffering(asker, offer):
+            return _open(registry, asker, offer)
+        case JobClosed(asker, job):
+            opened = registry.open_jobs.get(job)
+            return _close(registry, [job] if opened and opened.asker == asker else [])
+        case JobStateChanged(name, job, state, why):
+            return _report(registry, name, job, state, why)
 
 
-def _gone(board: Registry, name: str) -> Decision:
-    members = {other: member for other, member in board.members.items() if other != name}
-    jobs = [job for job, posting in board.postings.items() if posting.asker == name]
+def _lose(registry: Registry, name: str) -> Decision:
+    members = {other: member for other, member in registry.members.items() if other != name}
+    jobs = [job for job, opened in registry.open_jobs.items() if opened.asker == name]
     told = tuple(
-        _agent(posting.asker, name, job, "failed", "the host is gone")
-        for job, posting in board.postings.items()
-        if posting.asker != name and board.members.get(name, _NOBODY).jobs.get(job) == "taken"
+        Tell(opened.asker, host_report(name, job, "failed", "the host is gone"))
+        for job, opened in registry.open_jobs.items()
+        if opened.asker != name and registry.members.get(name, _NOBODY).jobs.get(job) == "taken"
     )
-    board, others = _close(replace(board, members=members), jobs)
-    return board, (*told, *others)
+    registry, others = _close(replace(registry, members=members), jobs)
+    return registry, (*told, *others)
 
 
-def _open(board: Registry, asker: str, offer: JobOffer) -> Decision:
-    posting = board.postings.get(offer.job)
-    if posting is not None and posting.asker != asker:
+def _open(registry: Registry, asker: str, offer: JobOffer) -> Decision:
+    opened = registry.open_jobs.get(offer.job)
+    if opened is not None and opened.asker != asker:
         error = JobError(
             f"a job {offer.job} is offered already", expected="a name that no other job has"
         )
-        return board, (Tell(asker, {"op": "error", **to_message(error)}),)
-    postings = {**board.postings, offer.job: Posting(offer=offer, asker=asker)}
-    hosts = sorted(name for name in board.members if name != offer.master)
-    opened = Tell(asker, {"op": "opened", "job": offer.job, "hosts": hosts})
-    return replace(board, postings=postings), (opened, *(_offer(name, offer) for name in hosts))
+        return registry, (Tell(asker, RequestFailed(error=ErrorMessage.of(error))),)
+    mine = [job for job, each in registry.open_jobs.items() if each.asker == asker]
+    if opened is None and len(mine) >= MAX_OPEN_JOBS:
+        error = JobError("too many jobs are open", expected=f"at most {MAX_OPEN_JOBS} at one time")
+        return registry, (Tell(asker, RequestFailed(error=ErrorMessage.of(error))),)
+    open_jobs = {**registry.open_jobs, offer.job: OpenedJob(offer=offer, asker=asker)}
+    hosts = sorted(name for name in registry.members if name != offer.master)
+    answer = Tell(asker, JobOpened(job=offer.job, hosts=hosts))
+    return replace(registry, open_jobs=open_jobs), (
+        answer,
+        *(_offer(name, offer) for name in hosts),
+    )
 
 
-def _close(board: Registry, jobs: list[str]) -> Decision:
+def _close(registry: Registry, jobs: list[str]) -> Decision:
     if not jobs:
-        return board, ()
-    postings = {job: posting for job, posting in board.postings.items() if job not in jobs}
+        return registry, ()
+    open_jobs = {job: opened for job, opened in registry.open_jobs.items() if job not in jobs}
     members = {
         name: replace(member, jobs={k: v for k, v in member.jobs.items() if k not in jobs})
-        for name, member in board.members.items()
+        for name, member in registry.members.items()
     }
-    told = tuple(
-        Tell(name, {"op": "withdraw", "job": job}) for name in sorted(members) for job in jobs
-    )
-    return replace(board, postings=postings, members=members), told
+    told = tuple(Tell(name, JobWithdrawn(job=job)) for name in sorted(members) for job in jobs)
+    return replace(registry, open_jobs=open_jobs, members=members), told
 
 
-def _spoke(board: Registry, name: str, job: str, state: str, why: str) -> Decision:
-    member, posting = board.members.get(name), board.postings.get(job)
-    if member is None or posting is None:
-        return board, ()  # it has crossed with the end of one of them
+def _report(registry: Registry, name: str, job: str, state: JobState, why: str) -> Decision:
+    member, opened = registry.members.get(name), registry.open_jobs.get(job)
+    if member is None or opened is None:
+        return registry, ()  # it has crossed with the end of one of them
     member = replace(member, jobs={**member.jobs, job: state})
-    board = replace(board, members={**board.members, name: member})
-    return board, (_agent(posting.asker, name, job, state, why),)
+    registry = replace(registry, members={**registry.members, name: member})
+    return registry, (Tell(opened.asker, host_report(name, job, state, why)),)
 
 
 def _offer(to: str, offer: JobOffer) -> Tell:
-    return Tell(to, {"op": "offer", "offer": offer.to_message()})
-
-
-def _agent(to: str, host: str, job: str, state: str, why: str) -> Tell:
-    return Tell(to, {"op": "agent", "host": host, "job": job, "state": state, "why": why})
+    return Tell(to, JobOffered(offer=offer))
 
 
 _NOBODY = Member(workers=0)
 
 
-def parse(who: str, message: Mapping[str, Any]) -> Event:
+def parse(who: str, message: Message) -> Event:
     """What somebody's message is.
 
     Raises:
-        ProtocolError: nothing that is known here.
+        ProtocolError: nothing that is decided here.
     """
     match message:
-        case {"op": "here", "workers": int(workers)} if workers > 0:
-            return Here(who, workers)
-        case {"op": "open", "offer": dict(offer)}:
-            return Open(who, JobOffer.from_message(offer))
-        case {"op": "close", "job": str(job)}:
-            return Close(who, job)
-        case {"op": "agent", "job": str(job), "state": str(state), "why": str(why)} if (
-            state in STATES
-        ):
-            return Spoke(who, job, state, why[:MAX_WHY])
+        case TakeJobs(workers=workers):
+            return HostJoined(who, workers)
+        case OpenJob(offer=offer):
+            return JobOffering(who, offer)
+        case CloseJob(job=job):
+            return JobClosed(who, job)
+        case JobReport(job=job, state=state, why=why):
+            return JobStateChanged(who, job, state, why)
     raise ProtocolError(
-        f"{who} has sent something else than a request",
-        expected="here, open, close or agent",
-        found=ascii(message)[:200],
+        f"{who} has sent something else than a request", found=type(message).__name__
     )

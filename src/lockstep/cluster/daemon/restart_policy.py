@@ -1,6 +1,6 @@
-"""Whether a job gets another agent on a host where one has died. Pure.
+"""Restart policy: whether a job gets another agent on a host where one has died. Pure.
 
-    decide(stint, event) -> (stint, reason)
+    decide(run, event) -> (run, reason)
 
 `lockstep join` is the I/O of it. Only a death is followed by another agent: one that was refused,
 whose job failed, or that has done its part would fare no better a second time.
@@ -18,7 +18,7 @@ MOST_DEATHS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stint:
+class AgentRun:
     """The agents of one job on one host, one after the other."""
 
     offered: bool = True
@@ -64,28 +64,28 @@ def is_death(error: LockstepError | None) -> bool:
     return isinstance(error, WorkerLostError | PeerClosedError | PeerTimeoutError)
 
 
-def decide(stint: Stint, event: Event) -> tuple[Stint, str]:
+def decide(run: AgentRun, event: Event) -> tuple[AgentRun, str]:
     """The next state, and what follows, in words."""
     match event:
         case Offered():
-            return replace(stint, offered=True), "the job is offered again"
+            return replace(run, offered=True), "the job is offered again"
         case Withdrawn():
-            return replace(stint, offered=False), "the job is not offered any more"
+            return replace(run, offered=False), "the job is not offered any more"
         case Done():
-            return replace(stint, wait=None), "its job has ended"
+            return replace(run, wait=None), "its job has ended"
         case Died(error, moved):
-            deaths = 1 if moved else stint.deaths + 1
-            stint = replace(stint, deaths=deaths, wait=None)
-            if not stint.offered:
-                return stint, "it is not started again: the job is not offered any more"
+            deaths = 1 if moved else run.deaths + 1
+            run = replace(run, deaths=deaths, wait=None)
+            if not run.offered:
+                return run, "it is not started again: the job is not offered any more"
             if not is_death(error):
-                return stint, "it is not started again"
+                return run, "it is not started again"
             if deaths >= MOST_DEATHS:
-                return stint, (
+                return run, (
                     f"it is not started again: {MOST_DEATHS} have died without a step in between"
                 )
             wait = pause(deaths)
-            return replace(stint, wait=wait), (
+            return replace(run, wait=wait), (
                 f"another one is started in {wait:g} s: {deaths} of at most {MOST_DEATHS} have "
                 "died without a step in between"
             )

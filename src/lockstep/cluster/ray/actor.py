@@ -1,4 +1,4 @@
-"""What Ray runs on each node: an actor that has a key made there, and then an agent's process.
+"""Ray actor: what Ray runs on each node; it has a key made there, and then an agent's process.
 
 The private key never leaves the node, and no secret goes through Ray: the actor asks for a
 certificate, and is given it with its order. The agent is a process of its own, so that its memory,
@@ -8,13 +8,13 @@ signals and forks are not those of Ray's worker; it dies with the actor.
 from __future__ import annotations
 
 import queue
-from typing import Any
 
-from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.job_offer import OFFER
 from lockstep.cluster.daemon.agent_processes import Agents, Ended
-from lockstep.errors import LockstepError, to_message
+from lockstep.errors import LockstepError
 from lockstep.net import certificate_authority as authority
 from lockstep.system.folders import TemporaryFolder
+from lockstep.system.messages import ErrorMessage, encode
 
 
 class RayAgent:
@@ -30,20 +30,18 @@ class RayAgent:
         """Make a key; returns the request (PEM) for a certificate with this name."""
         return authority.make_request(self._identity, name)
 
-    def serve(
-        self, certificate: bytes, ca: str, offer: dict[str, Any], workers: int, host: str
-    ) -> dict[str, str]:
+    def serve(self, certificate: bytes, ca: str, offer: bytes, workers: int, host: str) -> bytes:
         """Have an agent take part in a job, until it ends.
 
         Args:
             certificate: what was asked for, in PEM.
             ca: the certificate of the job's CA, in PEM.
-            offer: the job.
+            offer: the job, a `JobOffer` encoded.
             workers: how many workers this host would run.
             host: the address that other hosts reach this one at.
 
         Returns:
-            Why it ended, if not because it should: an error, as `to_message` has it.
+            Why it ended, an `ErrorMessage` encoded; nothing if it should.
         """
         self._serves = True
         agents = Agents(self._events.put)
@@ -53,7 +51,7 @@ class RayAgent:
                 code = self._folder.path / "code"
                 code.mkdir()
                 agents.start(
-                    JobOffer.from_message(offer),
+                    OFFER.decode(offer),
                     identity=str(self._identity),
                     workers=workers,
                     host=host,
@@ -65,7 +63,7 @@ class RayAgent:
                 error = failure
             finally:
                 agents.close()
-        return {} if error is None else to_message(error)
+        return b"" if error is None else encode(ErrorMessage.of(error))
 
     def end(self) -> None:
         """Have the agent end, if there is one, and leave nothing behind."""

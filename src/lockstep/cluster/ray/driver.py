@@ -1,15 +1,16 @@
-"""The driver of a job on Ray: the process `python -m lockstep.cluster.ray.driver`.
+"""Ray driver: of a job on Ray, the process `python -m lockstep.cluster.ray.driver`.
 
 It is apart from the master because Ray leaves threads, descriptors and a signal handler in the
 process that it was used in, ends that process when the head node is lost, and unpickles what comes
-from the cluster. To the master it speaks, in lines of JSON on a socket, as `up` does:
+from the cluster. With the master it speaks, on a socket, as `up` does (see `cluster_messages`):
 
-    here    the address of this node  ->
-    open    a job                    <-
-    opened  the hosts that there are  ->
-    agent   what became of a host     ->
+    DriverReady  the address of this node  ->
+    OpenJob      a job                    <-
+    JobOpened    the hosts that there are  ->
+    HostReport   what became of a host     ->
 
-When the master hangs up, or dies, it ends everything. When it dies itself, Ray ends the actors.
+When the master closes the socket, or dies, it ends everything. When it dies itself, Ray ends the
+actors.
 """
 
 from __future__ import annotations
@@ -24,29 +25,38 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon import agent_processes as agents
+from lockstep.cluster.daemon.cluster_messages import (
+    TO_DRIVER,
+    CloseJob,
+    DriverReady,
+    JobOpened,
+    JobState,
+    OpenJob,
+    RequestFailed,
+    host_report,
+)
 from lockstep.cluster.ray import node_agents as node_agents
 from lockstep.cluster.ray.actor import RayAgent
-from lockstep.cluster.ray.node_agents import Forget, Node, Reserve, Seats, Start
-from lockstep.cluster.ray.placement_groups import Places
+from lockstep.cluster.ray.node_agents import Forget, Node, NodeAgents, Reserve, Start
+from lockstep.cluster.ray.placement_groups import NodeBundles
 from lockstep.cluster.state_folder import clean_name
 from lockstep.errors import (
     IdentityError,
     LockstepError,
     NetworkError,
     WorkerLostError,
-    from_message,
-    to_message,
 )
 from lockstep.net.certificate_authority import Authority
 from lockstep.net.certificates import name_in
-from lockstep.system.unix_socket import Lines
+from lockstep.system.messages import ErrorMessage, Message, encode
+from lockstep.system.unix_socket import MessageSocket
 
 LOOK_SECONDS = 1.0
 """How often Ray is asked for nodes and for agents that have ended."""
@@ -57,7 +67,7 @@ LEAVE_SECONDS = 3.0
 END_SECONDS = agents.END_SECONDS + 2.0
 """How long they may take when they are told to, after which nobody clears up for them."""
 EXIT_SECONDS = 12.0
-"""When this process ends in any case, once the master has hung up."""
+"""When this process ends in any case, once the master is gone."""
 
 
 @dataclass(kw_only=True)
@@ -77,52 +87,49 @@ class Agent:
 class Driver:
     """Keeps an agent on every node but this one. Used by one thread."""
 
-    def __init__(self, ray: Any, lines: Lines, authority: Authority) -> None:
-        self._ray, self._lines, self._authority = ray, lines, authority
+    def __init__(self, ray: Any, master: MessageSocket, authority: Authority) -> None:
+        self._ray, self._master, self._authority = ray, master, authority
         self._own: str = ray.get_runtime_context().get_node_id()
         self._offer: JobOffer | None = None
-        self._node_agents: Seats = {}
+        self._node_agents: NodeAgents = {}
         self._agents: dict[str, Agent] = {}
         """By the id of the node."""
-        self._places = Places(ray)
+        self._bundles = NodeBundles(ray)
 
     def run(self) -> bool:
-        """Do as the master says, until it hangs up; returns whether it has said so before."""
+        """Do as the master says, until it is gone; returns whether it has closed the job before."""
         (here,) = (each for each in self._ray.nodes() if each["NodeID"] == self._own)
-        self._say(op="here", address=here["NodeManagerAddress"])
+        self._say(DriverReady(address=here["NodeManagerAddress"]))
         try:
             while True:
-                message = self._hear()
-                match message:
-                    case {"op": "open", "offer": dict(offer)}:
-                        self._open(JobOffer.from_message(offer))
-                    case None:
-                        return False
-                    case {"op": "close"}:
-                        return True
+                try:
+                    message = self._master.receive()
+                except TimeoutError:
+                    pass
+                except OSError:
+                    return False
+                else:
+                    match message:
+                        case OpenJob(offer=offer):
+                            self._open(offer)
+                        case CloseJob():
+                            return True
+                        case _:
+                            return False
                 if self._offer is not None:
                     self._look(self._offer)
         finally:
             self._end()
 
-    def _hear(self) -> Mapping[str, Any] | None:
-        """What the master says; nothing if that is nothing for a moment, None if it is gone."""
-        try:
-            return self._lines.receive()
-        except TimeoutError:
-            return {}
-        except OSError:
-            return None
-
-    def _say(self, **message: Any) -> None:
+    def _say(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # that the master is gone is heard
-            self._lines.send(message)
+            self._master.send(message)
 
     def _open(self, offer: JobOffer) -> None:
         self._offer = offer
         self._look(offer)
         hosts = [agent.host for agent in self._agents.values()]
-        self._say(op="opened", job=offer.job, hosts=hosts)
+        self._say(JobOpened(job=offer.job, hosts=hosts))
 
     def _look(self, offer: JobOffer) -> None:
         """Compare the agents that there are with the nodes, and see who has answered."""
@@ -130,7 +137,7 @@ class Driver:
         for command in commands:
             match command:
                 case Reserve(nodes):
-                    self._places.reserve(nodes)
+                    self._bundles.reserve(nodes)
                 case Start(node):
                     self._start(node)
                 case Forget(node):
@@ -175,7 +182,7 @@ class Driver:
                 name=host,
                 num_cpus=node.workers,
                 max_concurrency=2,
-                scheduling_strategy=self._places.strategy(node.id),
+                scheduling_strategy=self._bundles.strategy(node.id),
             )
             .remote()
         )
@@ -188,7 +195,7 @@ class Driver:
         if agent is not None:
             self._tell(agent.host, "failed", "Ray has lost the node")
             self._ray.kill(agent.actor)
-        self._places.forget(node)
+        self._bundles.forget(node)
 
     def _answered(self, node: str, offer: JobOffer) -> None:
         """An actor has answered, or is dead."""
@@ -198,7 +205,7 @@ class Driver:
             if not agent.serving:
                 self._enrol(agent, self._node_agents[node].node, answer, offer)
                 return
-            error = from_message(answer) if answer else None
+            error = agents.ERROR.decode(answer).error() if answer else None
         except LockstepError as refused:
             error = refused
         except self._ray.exceptions.RayError as died:
@@ -217,7 +224,7 @@ class Driver:
                 "an actor has asked for another name", expected=agent.host, found=name
             )
         agent.call = agent.actor.serve.remote(
-            certificate, self._authority.certificate, offer.to_message(), node.workers, node.address
+            certificate, self._authority.certificate, encode(offer), node.workers, node.address
         )
         agent.serving = True
         self._tell(agent.host, "taken", "")
@@ -229,8 +236,9 @@ class Driver:
         if error is not None:
             self._tell(agent.host, "failed", f"{error}\n  {follows}")
 
-    def _tell(self, host: str, state: str, why: str) -> None:
-        self._say(op="agent", host=host, state=state, why=why)
+    def _tell(self, host: str, state: JobState, why: str) -> None:
+        job = "" if self._offer is None else self._offer.job
+        self._say(host_report(host, job, state, why))
 
     def _end(self) -> None:
         """End the agents; a moment is theirs, to say goodbye, and another one to clear up."""
@@ -241,7 +249,7 @@ class Driver:
         )
         for agent in self._agents.values():
             self._ray.kill(agent.actor)
-        self._places.close()
+        self._bundles.close()
 
     def _await(self, calls: Sequence[Any], seconds: float) -> None:
         """Wait for all of these answers, but no longer than that."""
@@ -284,7 +292,7 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def end_with(master: socket.socket) -> None:
-    """End this process soon after the master has hung up, even if Ray does not answer."""
+    """End this process soon after the master is gone, even if Ray does not answer."""
     poll = select.poll()
     poll.register(master, select.POLLRDHUP)
     poll.poll()
@@ -300,15 +308,15 @@ def main() -> int:
     sock = socket.socket(fileno=int(descriptor))
     sock.settimeout(LOOK_SECONDS)
     threading.Thread(target=end_with, args=(sock,), daemon=True).start()
-    lines = Lines(sock)
+    messages = MessageSocket(sock, TO_DRIVER)
     try:
         with connected(address) as ray:
-            closed = Driver(ray, lines, Authority(Path(folder))).run()
+            closed = Driver(ray, messages, Authority(Path(folder))).run()
         if not closed:  # it cannot clear up itself
             shutil.rmtree(Path(folder).parent, ignore_errors=True)
     except LockstepError as error:
         with contextlib.suppress(OSError):
-            lines.send({"op": "error", **to_message(error)})
+            messages.send(RequestFailed(error=ErrorMessage.of(error)))
         return error.exit_code
     return 0
 

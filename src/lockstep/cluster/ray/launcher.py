@@ -1,4 +1,4 @@
-"""`lockstep run --on ray`: the nodes of a Ray cluster become the hosts of a job.
+"""Ray launcher: the nodes of a Ray cluster become the hosts of a job (`lockstep run --on ray`).
 
 Ray starts an agent on every node and says which nodes there are. It carries no tensors: agents and
 master are connected by mutual TLS, with certificates of a CA that is made for the run.
@@ -16,18 +16,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lockstep.cluster.daemon.control_socket import LOOK_SECONDS, LinesConnection
+from lockstep.cluster.daemon.cluster_messages import FROM_DRIVER, DriverReady, RequestFailed
+from lockstep.cluster.daemon.control_socket import LOOK_SECONDS, LocalConnection
 from lockstep.cluster.daemon.launcher import ClusterLauncher
 from lockstep.errors import (
     JobError,
     PeerClosedError,
     PeerTimeoutError,
     ResourceError,
-    from_message,
 )
-from lockstep.net.frames import Message
 from lockstep.net.transport import Report, ignore
 from lockstep.system.folders import TemporaryFolder
+from lockstep.system.messages import Message
 
 START_SECONDS = 60.0
 """How long the driver may take to import Ray and to connect."""
@@ -107,13 +107,13 @@ def check_address(address: str) -> None:
         )
 
 
-class DriverConnection(LinesConnection):
+class DriverConnection(LocalConnection):
     """A connection to a driver's process of its own; a `Connection`."""
 
     def __init__(self, authority: Path, address: str) -> None:
         """The driver signs certificates with the CA in the folder `authority`."""
         ours, self._theirs = socket.socketpair()
-        super().__init__("the driver of Ray", ours)
+        super().__init__("the driver of Ray", ours, FROM_DRIVER)
         self._command = [str(self._theirs.fileno()), str(authority), address]
         self._process: subprocess.Popen[bytes] | None = None
         self.address = ""
@@ -142,11 +142,11 @@ class DriverConnection(LinesConnection):
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             match self.hear():
-                case {"op": "here", "address": str(address)}:
+                case DriverReady(address=address):
                     self.address = address
                     return
-                case {"op": "error", **rest}:
-                    raise from_message({str(name): str(value) for name, value in rest.items()})
+                case RequestFailed(error=error):
+                    raise error.error()
         raise PeerTimeoutError(
             f"the Ray cluster {self._command[-1]!a} does not answer its driver",
             expected=f"that it is connected within {seconds:g} s",

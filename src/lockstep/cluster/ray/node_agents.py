@@ -1,7 +1,7 @@
-"""Which nodes of a Ray cluster have an agent, and which get another one. Pure.
+"""Node agents: which nodes of a Ray cluster have an agent, and which get another one. Pure.
 
-A node has a seat for one agent from when it is first seen until it is gone. An agent that dies, or
-loses its master, is followed by another one while the node is there, a bounded number of times.
+A node has one agent from when it is first seen until it is gone. An agent that dies, or loses its
+master, is followed by another one while the node is there, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeAgent:
-    """A node's place for an agent."""
+    """A node, and the agents that it has had."""
 
     node: Node
     agents: int = 1
@@ -41,7 +41,7 @@ class NodeAgent:
     """Whether it is to get another one."""
 
 
-Seats = Mapping[str, NodeAgent]
+NodeAgents = Mapping[str, NodeAgent]
 """By the id of the node."""
 
 
@@ -69,8 +69,8 @@ class Forget:
 Command = Reserve | Start | Forget
 
 
-def look(node_agents: Seats, nodes: Iterable[Node]) -> tuple[Seats, tuple[Command, ...]]:
-    """The seats when these nodes are there, and what to do."""
+def look(node_agents: NodeAgents, nodes: Iterable[Node]) -> tuple[NodeAgents, tuple[Command, ...]]:
+    """The state when these nodes are there, and what to do."""
     there = {node.id: node for node in nodes}
     gone = tuple(Forget(each) for each in node_agents if each not in there)
     new = tuple(node for node in there.values() if node.id not in node_agents)
@@ -87,8 +87,8 @@ def look(node_agents: Seats, nodes: Iterable[Node]) -> tuple[Seats, tuple[Comman
     return found, (*gone, *reserve, *(Start(node) for node in (*new, *vacant)))
 
 
-def end(node_agents: Seats, node: str, error: LockstepError | None) -> tuple[Seats, str]:
-    """The seats when the agent of a node has ended, and what follows, in words.
+def end(node_agents: NodeAgents, node: str, error: LockstepError | None) -> tuple[NodeAgents, str]:
+    """The state when the agent of a node has ended, and what follows, in words.
 
     One that was refused, or whose job failed, would fare no better a second time.
     """

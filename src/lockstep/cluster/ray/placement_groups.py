@@ -1,4 +1,4 @@
-"""Where Ray has kept room for agents: placement groups, with a bundle on each node."""
+"""Placement groups: how Ray keeps CPUs for agents, a bundle on each node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lockstep.cluster.ray.node_agents import Node
 NODE_LABEL = "ray.io/node-id"
 
 
-class Places:
+class NodeBundles:
     """The bundles of the nodes, by their ids. Used by one thread."""
 
     def __init__(self, ray: Any) -> None:

@@ -1,0 +1,88 @@
+"""Ownership: each gradient and each parameter has one owner, for every kind of ownership."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.planning.byte_ranges import ALIGN, ByteRange
+from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded
+from lockstep.planning.slot_map import SlotMap
+
+KINDS: list[Ownership] = [Replicated(), Sharded(), Servers(frozenset("bd"))]
+HOSTS = ("a", "b", "c", "d", "e")
+
+
+def slot_map(sizes: Sequence[int]) -> SlotMap:
+    """A slot with gradients of so many bytes."""
+    grads, offset = {}, 0
+    for param, nbytes in enumerate(sizes):
+        grads[param] = ByteRange(offset=offset, nbytes=nbytes)
+        offset += -(-nbytes // ALIGN) * ALIGN
+    nothing = ByteRange(offset=offset, nbytes=0)
+    return SlotMap(
+        nbytes=offset, grads=grads, tables=(), buffers=nothing, packed=nothing, total=0, restored=0
+    )
+
+
+def joined(runs: Sequence[ByteRange]) -> list[tuple[int, int]]:
+    """The bytes of the runs, as few intervals."""
+    found: list[tuple[int, int]] = []
+    for run in sorted(runs, key=lambda run: run.offset):
+        start, stop = run.offset, run.offset + run.nbytes
+        if found and start <= found[-1][1]:
+            start, stop = found[-1][0], max(found.pop()[1], stop)
+        found.append((start, stop))
+    return found
+
+
+def inside(interval: tuple[int, int], intervals: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= interval[0] and interval[1] <= stop for start, stop in intervals)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
+@given(
+    sizes=st.lists(st.integers(1, 3 << 20).map(lambda n: 4 * n), min_size=1, max_size=12),
+    count=st.integers(1, 5),
+)
+def test_every_gradient_has_one_owner(kind: Ownership, sizes: list[int], count: int) -> None:
+    hosts, places = HOSTS[:count], slot_map(sizes)
+    computing = kind.computing(hosts)
+    assert computing
+    assert set(computing) <= set(hosts)
+    duties = kind.duties(hosts, places)
+    if duties.returns == "nothing":
+        assert not duties.shares
+        return
+    assert tuple(duties.shares) == hosts
+    runs = [run for share in duties.shares.values() for run in share.sums]
+    summed, covered = joined(runs), joined([bucket.place for bucket in places.buckets])
+    assert sum(stop - start for start, stop in summed) == sum(run.nbytes for run in runs), (
+        "a byte has two owners"
+    )
+    assert all(inside(run, covered) for run in summed), "a byte is summed that is none's to sum"
+    for grad in places.grads.values():
+        assert inside((grad.offset, grad.offset + grad.nbytes), summed), "a byte has no owner"
+    if duties.returns == "parameters":
+        updated = sorted(param for share in duties.shares.values() for param in share.params)
+        assert updated == list(places.grads)
+        assert not kind.whole
+
+
+def test_who_computes_and_who_updates() -> None:
+    servers = Servers(frozenset("bd"))
+    assert servers.computing(HOSTS) == ("a", "c", "e")
+    assert servers.computing(("b",)) == ("b",), "rather than nobody"
+    shares = servers.duties(("a", "b", "d"), slot_map([4096] * 4)).shares
+    assert [len(shares[name].params) for name in "abd"] == [0, 2, 2]
+    shares = servers.duties(("a", "c"), slot_map([4096] * 4)).shares
+    assert [len(shares[name].params) for name in "ac"] == [2, 2], "rather than nobody"
+
+
+def test_a_sum_is_cut_evenly_whatever_the_parameters() -> None:
+    duties = Replicated().duties(HOSTS[:3], slot_map([4 * 784 * 512, 2048, 4 * 512 * 512, 40]))
+    sizes = [sum(run.nbytes for run in share.sums) for share in duties.shares.values()]
+    assert max(sizes) < 1.01 * sum(sizes) / 3
