@@ -291,6 +291,7 @@ class ControlSegment:
 
     def close(self) -> None:
         """Let go of the views, then of the segment."""
-        for name in [name for name, value in vars(self).items() if isinstance(value, VIEWS)]:
+        views = [name for name, value in vars(self).items() if isinstance(value, VIEWS)]
+        for name in views:  # nothing here may hold one still when the segment is unmapped
             delattr(self, name)
         self.segment.close()
