@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lockstep.agent import answer_chunks
-from lockstep.agent.answer_chunks import AnswerAssembler, BatchResult, in_chunks
+from lockstep.agent.answer_chunks import AnswerAssembler, BatchResult, check_result, in_chunks
 from lockstep.agent.host_messages import CHUNK_CHARACTERS, FROM_AGENTS, BatchChunk
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.net.frames import Kind, message_frame
@@ -94,3 +94,35 @@ def test_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TaskError, match="too long to be sent") as raised:
         next(in_chunks(0, 0, "x" * (2 * CHUNK_CHARACTERS)))
     assert raised.value.found == f"{2 * CHUNK_CHARACTERS + 2:,}"
+
+
+SUMS: dict[str, Any] = {
+    "batch": 3,
+    "samples": 4,
+    "sums": {"loss": 1.5, "correct": 2, "odd": math.nan},
+    "outputs": {"score": {"kind": "tensor", "values": [1, 2.5]}},
+}
+
+
+def test_results_of_the_right_form() -> None:
+    check_result("evaluate", "b", 3, SUMS)
+    check_result("predict", "b", 3, [{"label": 1}, {}])
+
+
+@pytest.mark.parametrize(
+    ("what", "result"),
+    [
+        ("evaluate", None),
+        ("evaluate", []),
+        ("evaluate", {**SUMS, "batch": 4}),
+        ("evaluate", {**SUMS, "samples": 0}),
+        ("evaluate", {**SUMS, "sums": {"loss": "1"}}),
+        ("evaluate", {**SUMS, "outputs": {"score": [1]}}),
+        ("evaluate", {"batch": 3}),
+        ("predict", {}),
+        ("predict", [1]),
+    ],
+)
+def test_results_of_another_form(what: Any, result: Any) -> None:
+    with pytest.raises(ProtocolError, match="host b sends an answer for batch 3 that is none"):
+        check_result(what, "b", 3, result)

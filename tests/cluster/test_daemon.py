@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from lockstep.agent.job_offer import JobOffer
-from lockstep.cluster.ranks.cluster_spec import on_ranks, place_in
+from lockstep.cluster.ranks.cluster_spec import on_ranks, rank_in
 from lockstep.cluster.ranks.launcher import MASTER, RankLauncher, enter, own_address, shared_secret
-from lockstep.cluster.ranks.rank_environment import RankPlace, place_of
+from lockstep.cluster.ranks.rank_environment import RankInfo, rank_info
 from lockstep.errors import (
     IdentityError,
     JobError,
@@ -207,8 +207,8 @@ def test_no_up(tmp_path: Path) -> None:
 def test_ranks_enter_with_the_shared_secret(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    place = RankPlace(rank=0, size=3, host="127.0.0.1", port=port, job="j")
-    others = [RankPlace(rank=rank, size=3, host="127.0.0.1", port=port, job="j") for rank in (1, 2)]
+    place = RankInfo(rank=0, size=3, host="127.0.0.1", port=port, job="j")
+    others = [RankInfo(rank=rank, size=3, host="127.0.0.1", port=port, job="j") for rank in (1, 2)]
     shared = SharedSecret(secret=bytes(32), job="j")
     wrong = SharedSecret(secret=bytes(31) + b"1", job="j")
     with (
@@ -231,7 +231,7 @@ def test_ranks_enter_with_the_shared_secret(tmp_path: Path) -> None:
 
 
 def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
-    place = place_of(TORCHRUN)
+    place = rank_info(TORCHRUN)
     with pytest.raises(IdentityError, match="cannot know each other") as caught:
         shared_secret(place, None)
     assert "lockstep secret" in caught.value.fix
@@ -239,7 +239,7 @@ def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
     assert shared_secret(place, tmp_path / "s").job == place.job
     with pytest.raises(NetworkError):
         enter(
-            RankPlace(rank=1, size=2, host="127.0.0.1", port=1, job="j"),
+            RankInfo(rank=1, size=2, host="127.0.0.1", port=1, job="j"),
             shared_secret(place, tmp_path / "s"),
             tmp_path / "n",
             0.0,
@@ -249,7 +249,7 @@ def test_a_secret_is_wanted_between_machines(tmp_path: Path) -> None:
 def test_a_name_of_rank_0_that_leads_nowhere() -> None:
     """As SLURM's names of nodes may."""
     with pytest.raises(IdentityError, match="no interface leads to node1") as caught:
-        own_address(RankPlace(rank=1, size=2, host="node1.invalid", port=1, job="j"))
+        own_address(RankInfo(rank=1, size=2, host="node1.invalid", port=1, job="j"))
     assert "SLURM: MASTER_ADDR=ADDRESS" in caught.value.fix
 
 
@@ -316,12 +316,12 @@ def test_a_cluster_of_workers_and_parameter_servers(tmp_path: Path, alone: str) 
 )
 def test_clusters_that_make_no_sense(cluster: dict[str, list[str]], task: str, match: str) -> None:
     with pytest.raises(JobError, match=match):
-        place_in(cluster, task)
+        rank_in(cluster, task)
 
 
 def test_ranks_of_a_cluster() -> None:
     cluster = {"ps": ["c:3"], "worker": ["a:1", "b:2"]}
-    places = [place_in(cluster, task) for task in ("worker:0", "worker:1", "ps:0")]
+    places = [rank_in(cluster, task) for task in ("worker:0", "worker:1", "ps:0")]
     assert [place.rank for place in places] == [0, 1, 2]
     assert {(place.host, place.port, place.size, place.job) for place in places} == {
         ("a", 1, 3, places[0].job)

@@ -21,7 +21,7 @@ from lockstep.cluster.daemon.registry import (
     decide,
     parse,
 )
-from lockstep.cluster.ranks.rank_environment import RankPlace, first_host, place_of
+from lockstep.cluster.ranks.rank_environment import RankInfo, first_host, rank_info
 from lockstep.errors import (
     JobError,
     ProtocolError,
@@ -154,13 +154,13 @@ SLURM = {
 
 
 def test_places() -> None:
-    assert place_of(TORCHRUN) == RankPlace(
+    assert rank_info(TORCHRUN) == RankInfo(
         rank=1, size=2, host="10.0.0.1", port=29501, job="torchrun 10.0.0.1:29500 r 3"
     )
-    assert place_of(SLURM) == RankPlace(
+    assert rank_info(SLURM) == RankInfo(
         rank=2, size=3, host="node07", port=15000 + 70005 % 15000, job="slurm 70001 4 0"
     )
-    assert place_of({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"
+    assert rank_info({**SLURM, "MASTER_ADDR": "10.0.0.7"}).host == "10.0.0.7"
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_places() -> None:
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "several processes of the job are on this host"),
         ({**TORCHRUN, "MASTER_ADDR": ""}, "the variable MASTER_ADDR is missing"),
         ({**TORCHRUN, "RANK": "-1"}, "the variable RANK is no number"),
-        ({**TORCHRUN, "RANK": "2"}, "the place of this process is none"),
+        ({**TORCHRUN, "RANK": "2"}, "this process has an impossible rank"),
         ({**SLURM, "SLURM_LOCALID": "1"}, "several processes of the job are on this host"),
         ({**SLURM, "SLURM_NNODES": "2"}, "several processes of the job are on this host"),
     ],
 )
 def test_places_that_cannot_be(environment: dict[str, str], what: str) -> None:
     with pytest.raises(JobError, match=what):
-        place_of(environment)
+        rank_info(environment)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ step_log            committed steps, from the ring buffer to the observer, in or
 evaluation_rounds   held-out batches given to workers, and their answers collected
 observer            RunObserver: what is done with commits, events, evaluations, checkpoints
 job_offer           what a host has to know in order to take part in a job
+host_messages       what the agents of a job and its coordinator say to each other
 regroup_messages    HostStatus and RegroupOrder: what hosts and coordinator say in a regroup
 answer_chunks       answers to held-out batches, as messages of bounded length
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from lockstep.agent.host_messages import CHUNK_CHARACTERS, MAX_CHUNKS, BatchChunk
 from lockstep.errors import ProtocolError, TaskError
@@ -81,4 +83,37 @@ def _parse(host: str, text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ProtocolError(
             f"host {host} sends an answer that is not JSON", found=ascii(str(error))[:200]
+        ) from error
+
+
+class _Output(msgspec.Struct):
+    kind: Literal["tensor", "list"]
+    values: list[Any]
+
+
+class _BatchSums(msgspec.Struct):
+    """As `planning.eval_batches.BatchSums`."""
+
+    batch: int
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    sums: dict[str, float]
+    outputs: dict[str, _Output]
+
+
+def check_result(what: Literal["evaluate", "predict"], host: str, batch: int, result: Any) -> None:
+    """Check that a host's answer has the form that its batch's metrics or predictions have.
+
+    Raises:
+        ProtocolError: it has another.
+    """
+    try:
+        if what == "predict":
+            msgspec.convert(result, list[dict[str, Any]])
+        elif msgspec.convert(result, _BatchSums).batch != batch:
+            raise ValueError("the sums of another batch")
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise ProtocolError(
+            f"host {host} sends an answer for batch {batch} that is none",
+            expected="what the task makes of a batch",
+            found=ascii(str(error))[:200],
         ) from error

@@ -50,7 +50,7 @@ class FailureDetector:
         patience = self.step_log.patience
         silent = []
         for worker_id in worker_ids:
-            before, sign = self._silence.get(worker_id), self.control.sign_of_life(worker_id)
+            before, sign = self._silence.get(worker_id), self.control.heartbeat(worker_id)
             silent.append(_silent(self._silence, worker_id, sign, passed))
             if before is not None and before[0] != sign:
                 patience.silence_ended(before[1])
@@ -78,7 +78,7 @@ class FailureDetector:
             if word == min(words)
         ]
         exchanged = self.control.exchanged
-        return all(self.control.asked(worker_id) > exchanged for worker_id in behind)
+        return all(self.control.awaited_exchange(worker_id) > exchanged for worker_id in behind)
 
     def kill_absent(self, members: Mapping[int, Status]) -> None:
         """Kill the workers that take too long to start, or to leave when they were sent home.
@@ -96,7 +96,7 @@ class FailureDetector:
 
     def kill_stopped(self, number: int) -> None:
         """Kill a worker that works while all rest, if its process is stopped."""
-        sign = self.control.sign_of_life(number)
+        sign = self.control.heartbeat(number)
         silent = _silent(self._silence, number, sign, self._time_passed())
         if self._is_stopped(number, silent) and silent > self.step_log.patience.limit(stopped=True):
             reason = f"stopped for {silent:.1f} s while it scored"

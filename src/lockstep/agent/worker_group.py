@@ -169,10 +169,10 @@ class WorkerGroup:
     ) -> None:
         """Reset the words of all `known` workers, and send the members their assignments."""
         control, role = self.control, self.role
-        with control.seating:
+        with control.membership_lock:
             for worker_id in known:
                 control.set_updating(worker_id, -1)
-                control.ask(worker_id, 0)
+                control.await_exchange(worker_id, 0)
             for worker_id in worker_ids:
                 control.set_progress(worker_id, progress_of(resumption.step, Phase.STARTED))
                 control.forget_shard(worker_id)
@@ -209,7 +209,7 @@ class WorkerGroup:
         for worker_id in range(self.plan.max_workers):
             self.control.set_progress(worker_id, progress_of(step, Phase.STARTED))
             self.control.set_updating(worker_id, -1)
-            self.control.ask(worker_id, 0)
+            self.control.await_exchange(worker_id, 0)
 
     def tell(self, worker_id: int, message: AgentMessage) -> None:
         """Send a message; to one that has just died, in vain: its death will be heard of."""

@@ -16,7 +16,7 @@ import typer
 from lockstep.errors import JobError
 
 if TYPE_CHECKING:
-    from lockstep.cluster.ranks.rank_environment import RankPlace
+    from lockstep.cluster.ranks.rank_environment import RankInfo
     from lockstep.job.job import Job
     from lockstep.net.shared_secret import SharedSecret
 
@@ -46,20 +46,20 @@ def rank(
 
     signal.signal(signal.SIGTERM, _end)
     wanted = read_job(job)
-    place = _place(wanted, task)
+    info = _info(wanted, task)
     if port is not None:
-        place = replace(place, port=port)
-    shared = shared_secret(place, secret)
+        info = replace(info, port=port)
+    shared = shared_secret(info, secret)
     with TemporaryFolder("lockstep-rank-") as folder:
-        if place.rank == 0:
-            _lead(place, shared, folder.path, wanted, workers, out, wait)
+        if info.rank == 0:
+            _lead(info, shared, folder.path, wanted, workers, out, wait)
         else:
-            _follow(place, shared, folder.path, wanted, workers, wait)
+            _follow(info, shared, folder.path, wanted, workers, wait)
 
 
-def _place(job: Job, task: str | None) -> RankPlace:
-    from lockstep.cluster.ranks.cluster_spec import place_in
-    from lockstep.cluster.ranks.rank_environment import place_of
+def _info(job: Job, task: str | None) -> RankInfo:
+    from lockstep.cluster.ranks.cluster_spec import rank_in
+    from lockstep.cluster.ranks.rank_environment import rank_info
 
     if (job.cluster is None) != (task is None):
         raise JobError(
@@ -69,12 +69,12 @@ def _place(job: Job, task: str | None) -> RankPlace:
             fix="add the missing one, or leave out the other",
         )
     if job.cluster is None or task is None:
-        return place_of(os.environ)
-    return place_in(job.cluster, task)
+        return rank_info(os.environ)
+    return rank_in(job.cluster, task)
 
 
 def _lead(
-    place: RankPlace,
+    info: RankInfo,
     shared: SharedSecret,
     folder: Path,
     job: Job,
@@ -87,21 +87,21 @@ def _lead(
     from lockstep.cluster.ranks.launcher import RankLauncher
 
     job = job if job.cluster is None else on_ranks(job)
-    with RankLauncher(place, shared, folder, workers=workers, wait=wait) as ranks:
+    with RankLauncher(info, shared, folder, workers=workers, wait=wait) as ranks:
         result = run(job.replace(out=out) if out else job, on=ranks)
     print(json.dumps(result.to_message()))
 
 
 def _follow(
-    place: RankPlace, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
+    info: RankInfo, shared: SharedSecret, folder: Path, job: Job, workers: int | None, wait: float
 ) -> None:
     from lockstep.agent.agent import serve
     from lockstep.cluster.ranks.launcher import enter, own_address, show
     from lockstep.job.task_source import source_of
     from lockstep.system import machine
 
-    expected, host = source_of(job).name, own_address(place)
-    identity, offer = enter(place, shared, folder, wait)
+    expected, host = source_of(job).name, own_address(info)
+    identity, offer = enter(info, shared, folder, wait)
     if offer.task != expected:
         raise JobError(
             "rank 0 runs another job than this rank was started for",

@@ -80,9 +80,9 @@ def address_towards(address: Address) -> str:
         IdentityError: none leads there.
     """
     try:
-        family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, target = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(place)
+            sock.connect(target)
             return str(sock.getsockname()[0])
     except OSError as error:
         raise IdentityError(

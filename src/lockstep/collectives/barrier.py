@@ -47,7 +47,7 @@ class Barrier:
         if self.others:
             futex.wake(self.control.progress_address(self.worker_id))
         if ring:
-            self.control.ring()
+            self.control.notify()
 
     def wait(self, progress: int) -> None:
         """Return when every other worker has reached `progress`.
@@ -75,8 +75,8 @@ class Barrier:
             Regroup: the master has changed the membership.
         """
         control = self.control
-        control.ask(self.worker_id, word)
-        control.ring()
+        control.await_exchange(self.worker_id, word)
+        control.notify()
         while (seen := control.exchanged) < word:
             if control.epoch != self.epoch:
                 raise Regroup

@@ -185,7 +185,7 @@ class ExchangePlan:
             for piece in cut(run):
                 yield self._state[piece.offset : piece.offset + piece.nbytes]
         for index, _ in self.audited(step, owner):
-            yield self.control.digest_place(step, index)
+            yield self.control.digest_bytes(step, index)
 
     def audited(self, step: int, owner: str) -> list[tuple[int, memoryview]]:
         """What of the units that the ledger records of a step only this owner has, by index."""

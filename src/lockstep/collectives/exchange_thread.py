@@ -221,7 +221,7 @@ class ExchangeThread:
     ) -> None:
         """Wait until every worker waits for the exchange to come so far, and has done its part;
         `then` is published before another membership could begin to do it once more."""
-        self._await(lambda worker_id: self.control.asked(worker_id) >= word, then, look)
+        self._await(lambda worker_id: self.control.awaited_exchange(worker_id) >= word, then, look)
 
     def _await(
         self,
@@ -233,18 +233,18 @@ class ExchangeThread:
         whenever there may be something new."""
         control = self.control
         while True:
-            bell = control.bell
+            bell = control.notifications
             if self._stop.is_set():
                 raise CalledOff
             if look is not None:
                 look()
-            with control.seating:
+            with control.membership_lock:
                 worker_ids = self._worker_ids()
                 if worker_ids and all(map(there, worker_ids)):
                     if then is not None:
                         control.set_exchanged(*then)
                     return
-            futex.wait(control.bell_address, bell, NAP)
+            futex.wait(control.notification_address, bell, NAP)
 
     def _await_all(self, slips: Sequence[Pending]) -> None:
         """Wait for what peers send and take. Who says nothing for too long is the master's to

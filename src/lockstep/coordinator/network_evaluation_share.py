@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lockstep.agent.answer_chunks import AnswerAssembler
+from lockstep.agent.answer_chunks import AnswerAssembler, check_result
 from lockstep.agent.evaluation_rounds import Inferred
 from lockstep.agent.host_messages import BatchChunk, InferBatches
 from lockstep.agent.worker_group import WorkerGroup
@@ -45,6 +45,8 @@ class NetworkEvaluationShare:
         self._workers, self._observe, self._check_ended = workers, observe, check_ended
         self._data_parts = group.plan.holdings
         self._answers = AnswerAssembler()
+        self._what: Inferred = "evaluate"
+        """What is asked for in this round."""
         self._asked: dict[str, set[int]] = {}
         """By host, the batches that it has not answered yet."""
 
@@ -58,6 +60,7 @@ class NetworkEvaluationShare:
         else:
             shares = share_batches(batches, dict(self._workers()), master)
         rest = shares.pop(master)
+        self._what = what
         self._answers.begin(number)
         self._asked = {name: set(batches) for name, batches in shares.items()}
         for name, part in shares.items():
@@ -85,6 +88,8 @@ class NetworkEvaluationShare:
             return True  # it has not been asked for this one, or has answered
         try:
             answer = self._answers.add(heard.peer, message)
+            if answer is not None:
+                check_result(self._what, heard.peer, message.batch, answer.result)
         except ProtocolError as error:
             self._transport.drop(heard.peer, f"it has sent no answer: {error.what}")
             return True

@@ -1,7 +1,11 @@
-"""The control segment: what workers and the master tell each other between messages.
+"""Control segment: the words in shared memory by which agent, workers and exchange thread agree.
 
 Every word has one writer at a time. Progress words only grow, so a barrier is "everybody's word
 has reached this value", and the same word names the step and the phase of a worker that died.
+
+    header   a cache line for each of its words
+    workers  a cache line for each worker, with its words
+    arrays   by shard, parameter or step (see `ControlShape.arrays`)
 """
 
 from __future__ import annotations
@@ -25,11 +29,19 @@ from lockstep.system.shared_memory import Segment
 
 LINE = 64
 """Bytes: one cache line; words with different writers never share one."""
-HEADER = 5
-"""Lines before those of the seats: lease, membership epoch, the base's step, exchange, bell."""
+LINE_WORDS = LINE // 4
 RING = 1024
-"""Step records kept: the lease never runs further ahead of the ledger than this."""
+"""Steps in the ring buffer: the lease never runs further ahead of the ledger than this."""
 DIGEST_BYTES = 16
+COUNTER_MASK = 0x7FFFFFFF
+"""Counters that only have to change wrap here."""
+
+
+# The words of the header; each has a line of its own. Plain numbers: an enum's are slow to look up.
+LEASE, EPOCH, SNAPSHOT_STEP, EXCHANGED, NOTIFICATIONS = range(5)
+HEADER_LINES = 5
+# The words of a worker's line.
+PROGRESS, SHARD, BEATS, UPDATING, AWAITED = range(5)
 
 
 class Stat(enum.IntEnum):
@@ -49,7 +61,7 @@ class ControlShape:
 
     shards: int
     max_workers: int
-    """How many workers there can be at one time; a worker's seat is its index here."""
+    """How many workers there can be at one time; their ids are below it."""
     params: int
 
     @staticmethod
@@ -59,12 +71,14 @@ class ControlShape:
             shards=plan.shards, max_workers=plan.max_workers, params=len(layout.trainable)
         )
 
-    def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    @property
+    def word_lines(self) -> int:
+        """The lines of the words, before the arrays."""
+        return HEADER_LINES + self.max_workers
+
+    def arrays(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Name, element type and shape of each array, in order."""
-        words = LINE // 4
         return {
-            "header": (np.int32, (HEADER, words)),
-            "progress": (np.int32, (self.max_workers, words)),
             "shard_done": (np.int32, (self.shards,)),
             "shard_by": (np.int32, (self.shards,)),
             "has_grad": (np.uint8, (self.shards, max(self.params, 1))),
@@ -74,13 +88,14 @@ class ControlShape:
             "losses": (np.float64, (RING, self.shards)),
             "total_norms": (np.float64, (RING,)),
             "times": (np.float64, (RING,)),
-            "base_due": (np.uint8, (RING,)),
+            "snapshot_due": (np.uint8, (RING,)),
             "digests": (np.uint8, (RING * PER_STEP * DIGEST_BYTES,)),
             "fired": (np.uint8, (MAX_FAULTS,)),
         }
 
     def nbytes(self) -> int:
-        return sum(_padded(kind, shape) for kind, shape in self.fields().values())
+        arrays = sum(_padded(kind, shape) for kind, shape in self.arrays().values())
+        return self.word_lines * LINE + arrays
 
 
 def _padded(kind: Any, shape: tuple[int, ...]) -> int:
@@ -93,175 +108,189 @@ class ControlSegment:
 
     def __init__(self, segment: Segment, shape: ControlShape) -> None:
         self.segment, self.shape = segment, shape
-        self.seating = threading.Lock()
+        self.membership_lock = threading.Lock()
         """Held by the threads of an agent while they say who its workers are, or look at what all
         of them have done."""
+        whole = np.frombuffer(segment.map, np.uint8)
+        self._base: int = whole.ctypes.data
+        # Views of one word of each line: indexing them costs less than arithmetic would.
+        words = memoryview(segment.map).cast("i")
+        header, end = HEADER_LINES * LINE_WORDS, shape.word_lines * LINE_WORDS
+        self._header = words[:header:LINE_WORDS]
+        self._progress = words[header + PROGRESS : end : LINE_WORDS]
+        self._shards = words[header + SHARD : end : LINE_WORDS]
+        self._beats = words[header + BEATS : end : LINE_WORDS]
+        self._updating = words[header + UPDATING : end : LINE_WORDS]
+        self._awaited = words[header + AWAITED : end : LINE_WORDS]
         arrays: dict[str, npt.NDArray[Any]] = {}
-        offset = 0
-        for name, (kind, size) in shape.fields().items():
+        offset = shape.word_lines * LINE
+        for name, (kind, size) in shape.arrays().items():
             count = math.prod(size)
             view = np.frombuffer(segment.map, dtype=kind, count=count, offset=offset)
             arrays[name] = view.reshape(size)
             offset += _padded(kind, size)
-        self.base: int = arrays["header"].ctypes.data
-        self._words = memoryview(segment.map).cast("i")
         self.shard_done = arrays["shard_done"]
+        """By shard: the last step that it was computed for."""
         self.shard_by = arrays["shard_by"]
+        """By shard: the worker that computed it."""
         self.has_grad = arrays["has_grad"]
+        """By shard and parameter: whether there is a gradient (see `slot_map.AGAIN`)."""
         self.ready = arrays["ready"]
         """By shard and parameter: the step, plus one, whose gradient is in the slot already."""
         self.norms = arrays["norms"]
+        """By parameter: the norm of its summed gradient."""
         self.seconds = arrays["seconds"]
-        # The ring: what is recorded of a step lies at index `step % RING` until it is drained.
+        """By worker: accumulated seconds (see `Stat`)."""
+        # The ring buffer: what is recorded of a step lies at `step % RING` until it is drained.
         self.losses = arrays["losses"]
         self.total_norms = arrays["total_norms"]
         self.times = arrays["times"]
-        self.snapshot_due = arrays["base_due"]
-        """Whether the base is brought up to date after a step. Set by the master before it grants
-        the step, so that all workers agree."""
+        self.snapshot_due = arrays["snapshot_due"]
+        """Whether the snapshot is brought up to date after a step. Set by the agent before it
+        grants the step, so that all workers agree."""
         self._digests = arrays["digests"]
-        self._digest_bytes = self._digests.data
+        self._digest_view = self._digests.data
         self.fired = arrays["fired"]
+        """By scripted fault: how often it has struck."""
 
-    # The lease: workers may run every step below it. Written by the master.
+    # The header.
 
     @property
     def lease(self) -> int:
-        return self._words[0]
+        """Workers may run every step below it. Written by the agent."""
+        return self._header[LEASE]
 
     @lease.setter
     def lease(self, step: int) -> None:
-        self._words[0] = step
-
-    # The membership epoch: when it differs from a worker's own, that worker stops at its next
-    # barrier and asks the master what to do. Written by the master.
+        self._header[LEASE] = step
 
     @property
     def epoch(self) -> int:
-        return self._words[LINE // 4]
-
-    # After how many steps the base was taken. Written by rank 0, and by the master at rest.
-
-    @property
-    def snapshot_step(self) -> int:
-        return self._words[2 * LINE // 4]
-
-    @snapshot_step.setter
-    def snapshot_step(self, step: int) -> None:
-        self._words[2 * LINE // 4] = step
-
-    # How far the exchange between hosts is. Written by the exchanger.
-
-    @property
-    def exchanged(self) -> int:
-        return self._words[3 * LINE // 4]
-
-    def set_exchanged(self, step: int, stage: Stage) -> None:
-        """Publish how far the exchange is, and wake the workers that wait for it."""
-        self._words[3 * LINE // 4] = exchange_of(step, stage)
-        futex.wake(self.exchange_address)
-
-    @property
-    def exchange_address(self) -> int:
-        """The address of that word, for futex waits."""
-        return self.base + 3 * LINE
-
-    # The bell: workers ring it for their host's exchanger, which waits on it.
-
-    @property
-    def bell(self) -> int:
-        return self._words[4 * LINE // 4]
-
-    @property
-    def bell_address(self) -> int:
-        """The address of that word, for futex waits."""
-        return self.base + 4 * LINE
-
-    def ring(self) -> None:
-        """Tell the exchanger that there is something new. Of two that ring at once one may not
-        count: the other one wakes it as well."""
-        word = 4 * LINE // 4
-        self._words[word] = (self._words[word] + 1) & 0x7FFFFFFF
-        futex.wake(self.bell_address)
+        """The membership epoch: when it differs from a worker's own, that worker stops at its next
+        barrier and asks the agent what to do. Written by the agent."""
+        return self._header[EPOCH]
 
     def raise_epoch(self) -> int:
         """Take the next membership epoch and wake every worker that waits at a barrier."""
         raised = self.epoch + 1
-        self._words[LINE // 4] = raised
+        self._header[EPOCH] = raised
         futex.wake(self.exchange_address)
         for worker_id in range(self.shape.max_workers):
             futex.wake(self.progress_address(worker_id))
         return raised
 
+    @property
+    def snapshot_step(self) -> int:
+        """After how many steps the snapshot was taken. Written by rank 0, and by the agent at
+        rest."""
+        return self._header[SNAPSHOT_STEP]
+
+    @snapshot_step.setter
+    def snapshot_step(self, step: int) -> None:
+        self._header[SNAPSHOT_STEP] = step
+
+    @property
+    def exchanged(self) -> int:
+        """How far the exchange between hosts is. Written by the exchange thread."""
+        return self._header[EXCHANGED]
+
+    def set_exchanged(self, step: int, stage: Stage) -> None:
+        """Publish how far the exchange is, and wake the workers that wait for it."""
+        self._header[EXCHANGED] = exchange_of(step, stage)
+        futex.wake(self.exchange_address)
+
+    @property
+    def exchange_address(self) -> int:
+        """The address of that word, for futex waits."""
+        return self._base + EXCHANGED * LINE
+
+    @property
+    def notifications(self) -> int:
+        """Changes whenever the exchange thread is notified; it waits on it."""
+        return self._header[NOTIFICATIONS]
+
+    @property
+    def notification_address(self) -> int:
+        """The address of that word, for futex waits."""
+        return self._base + NOTIFICATIONS * LINE
+
+    def notify(self) -> None:
+        """Tell the exchange thread that there is something new. Of two that notify at once one may
+        not count: the other one wakes it as well."""
+        count = (self._header[NOTIFICATIONS] + 1) & COUNTER_MASK
+        self._header[NOTIFICATIONS] = count
+        futex.wake(self.notification_address)
+
+    # A worker's line.
+
     def progress(self, worker_id: int) -> int:
-        return self._words[(HEADER + worker_id) * LINE // 4]
+        """How far a worker is: a step and its phase (see `step_phases`)."""
+        return self._progress[worker_id]
 
     def set_progress(self, worker_id: int, value: int) -> None:
-        """Publish how far the worker in `worker_id` is. Called by that worker alone while it
-        lives."""
-        self._words[(HEADER + worker_id) * LINE // 4] = value
+        """Publish how far a worker is. Called by that worker alone while it lives."""
+        self._progress[worker_id] = value
 
     def progress_address(self, worker_id: int) -> int:
-        """The address of a seat's progress word, for futex waits."""
-        return self.base + (HEADER + worker_id) * LINE
+        """The address of a worker's progress word, for futex waits."""
+        return self._base + (HEADER_LINES + worker_id) * LINE
 
     def shard(self, worker_id: int) -> int:
-        """The shard or held-out batch that the worker in `worker_id` is on, or was on last; -1:
-        none."""
-        return self._words[(HEADER + worker_id) * LINE // 4 + 1]
+        """The shard or held-out batch that a worker is on, or was on last; -1: none."""
+        return self._shards[worker_id]
 
     def forget_shard(self, worker_id: int) -> None:
-        """Say that the worker in `worker_id` is on none. Called by the master before it begins."""
-        self._words[(HEADER + worker_id) * LINE // 4 + 1] = -1
+        """Say that a worker is on no shard. Called by the agent before the worker begins."""
+        self._shards[worker_id] = -1
 
-    def sign_of_life(self, worker_id: int) -> tuple[int, int, int]:
-        """Changes whenever the worker in `worker_id` gets anywhere."""
-        word = (HEADER + worker_id) * LINE // 4
-        return self._words[word], self._words[word + 1], self._words[word + 2]
+    def heartbeat(self, worker_id: int) -> tuple[int, int, int]:
+        """Changes whenever a worker gets anywhere."""
+        return self._progress[worker_id], self._shards[worker_id], self._beats[worker_id]
 
     def beat(self, worker_id: int, shard: int) -> None:
         """Say that this worker begins a shard, or a held-out batch. Called by the worker."""
-        word = (HEADER + worker_id) * LINE // 4
-        self._words[word + 1] = shard
-        self._words[word + 2] = (self._words[word + 2] + 1) & 0x7FFFFFFF
+        self._shards[worker_id] = shard
+        self._beats[worker_id] = (self._beats[worker_id] + 1) & COUNTER_MASK
 
     def updating(self, worker_id: int) -> int:
-        """The last step whose update the worker in `worker_id` has begun."""
-        return self._words[(HEADER + worker_id) * LINE // 4 + 3]
+        """The last step whose update a worker has begun."""
+        return self._updating[worker_id]
 
     def set_updating(self, worker_id: int, step: int) -> None:
         """Say that this worker is about to overwrite the state. Called by it before it does, and
-        by the master, with -1, when everybody rests."""
-        self._words[(HEADER + worker_id) * LINE // 4 + 3] = step
+        by the agent, with -1, when everybody rests."""
+        self._updating[worker_id] = step
 
-    def asked(self, worker_id: int) -> int:
-        """The exchanger's word that the worker in `worker_id` waits for, or has waited for last:
-        its own part in what leads there is done."""
-        return self._words[(HEADER + worker_id) * LINE // 4 + 4]
+    def awaited_exchange(self, worker_id: int) -> int:
+        """The exchange word that a worker waits for, or has waited for last: its own part in what
+        leads there is done."""
+        return self._awaited[worker_id]
 
-    def ask(self, worker_id: int, word: int) -> None:
-        """Say that this worker waits for the exchange. Called by it, and by the master, with 0,
+    def await_exchange(self, worker_id: int, word: int) -> None:
+        """Say that this worker waits for the exchange. Called by it, and by the agent, with 0,
         before it begins."""
-        self._words[(HEADER + worker_id) * LINE // 4 + 4] = word
+        self._awaited[worker_id] = word
+
+    # Digests.
 
     def set_digest(self, step: int, index: int, digest: bytes) -> None:
         """Record the digest of the step's unit of this index."""
-        self.digest_place(step, index)[:] = digest
+        self.digest_bytes(step, index)[:] = digest
 
     def digest(self, step: int, index: int) -> str:
         """The digest of the step's unit of this index, in hex."""
-        return self.digest_place(step, index).hex()
+        return self.digest_bytes(step, index).hex()
 
-    def digest_place(self, step: int, index: int) -> memoryview:
-        """Where the digest of the step's unit of this index lies."""
+    def digest_bytes(self, step: int, index: int) -> memoryview:
+        """The memory of the digest of the step's unit of this index."""
         start = ((step % RING) * PER_STEP + index) * DIGEST_BYTES
-        return self._digest_bytes[start : start + DIGEST_BYTES]
+        return self._digest_view[start : start + DIGEST_BYTES]
 
     def close(self) -> None:
         """Let go of the views, then of the segment."""
-        self._words.release()
-        self._digest_bytes.release()
-        views = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
-        for name in views:
-            delattr(self, name)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, memoryview):
+                value.release()
+            elif isinstance(value, np.ndarray):
+                delattr(self, name)
         self.segment.close()

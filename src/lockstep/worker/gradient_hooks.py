@@ -114,7 +114,7 @@ class GradientHooks:
                 step, shard = self._early
                 self._control.ready[shard, index] = step + 1
                 if index in self._last:
-                    self._control.ring()
+                    self._control.notify()
 
         return keep
 

@@ -1,4 +1,4 @@
-"""A cluster as a job file describes it: who computes, who has the parameters, and where. Pure.
+"""Cluster spec: who computes, who has the parameters, and where, from a job file. Pure.
 
     cluster:
       worker: [10.0.0.1:2222, 10.0.0.2:2222]
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from lockstep.cluster.ranks.rank_environment import RankPlace
+from lockstep.cluster.ranks.rank_environment import RankInfo
 from lockstep.errors import JobError
 from lockstep.job.job import Job
 
@@ -49,8 +49,8 @@ def entries_of(cluster: Cluster) -> list[Entry]:
         for kind in ("worker", "ps")
         for number, text in enumerate(cluster.get(kind, ()))
     ]
-    places = {(entry.host, entry.port) for entry in entries}
-    if len(places) < len(entries):
+    addresses = {(entry.host, entry.port) for entry in entries}
+    if len(addresses) < len(entries):
         raise JobError("two entries of the cluster are the same", expected="each host:port once")
     return entries
 
@@ -62,8 +62,8 @@ def _entry(task: str, text: object) -> Entry:
     return Entry(task=task, host=host, port=int(port))
 
 
-def place_in(cluster: Cluster, task: str) -> RankPlace:
-    """The place of the process that is told that it is this entry.
+def rank_in(cluster: Cluster, task: str) -> RankInfo:
+    """The rank of the process that is told that it is this entry.
 
     Raises:
         JobError: there is no such entry, or the description cannot be used.
@@ -76,7 +76,7 @@ def place_in(cluster: Cluster, task: str) -> RankPlace:
         )
     described = json.dumps({kind: list(cluster.get(kind, ())) for kind in ("worker", "ps")})
     rank = tasks.index(task)
-    return RankPlace(
+    return RankInfo(
         rank=rank,
         size=len(entries),
         host=entries[0].host,

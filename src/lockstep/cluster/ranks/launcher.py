@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from lockstep.agent.job_offer import OFFER, JobOffer
-from lockstep.cluster.ranks.rank_environment import RankPlace
+from lockstep.cluster.ranks.rank_environment import RankInfo
 from lockstep.cluster.state_folder import (
     SECRET,
     State,
@@ -46,7 +46,7 @@ class RankLauncher:
 
     def __init__(
         self,
-        place: RankPlace,
+        info: RankInfo,
         shared: SharedSecret,
         folder: Path,
         *,
@@ -56,8 +56,8 @@ class RankLauncher:
         """`workers` is for rank 0's own host; the others may enter for `wait` seconds."""
         from lockstep.net.certificate_authority import Authority  # needs the extra
 
-        self._place, self._shared, self._wait = place, shared, wait
-        self.workers, self.host = workers, own_address(place)
+        self._info, self._shared, self._wait = info, shared, wait
+        self.workers, self.host = workers, own_address(info)
         self.report: Report = ignore
         self._authority = Authority.open(folder / "authority")
         self.identity = self._authority.enrol(folder / "node", MASTER)
@@ -88,19 +88,19 @@ class RankLauncher:
                 self.identity,
                 self._authority.sign,
                 host=self.host,
-                port=self._place.port,
+                port=self._info.port,
                 greeting=encode(offer),
                 proof=self._shared.proof(self._authority.certificate),
                 report=show,
             )
         except OSError as error:
             raise IdentityError(
-                f"rank 0 cannot listen on {self.host}:{self._place.port}",
+                f"rank 0 cannot listen on {self.host}:{self._info.port}",
                 expected="a port that is free",
                 found=str(error),
                 fix="give all processes another one with --port",
             ) from None
-        ranks = range(1, self._place.size)
+        ranks = range(1, self._info.size)
         for rank in ranks:
             self._server.admit(self._shared.of_rank(rank), seconds=self._wait)
         return tuple(map(_name, ranks))
@@ -113,7 +113,7 @@ class RankLauncher:
 
 
 def enter(
-    place: RankPlace, shared: SharedSecret, folder: Path, wait: float
+    info: RankInfo, shared: SharedSecret, folder: Path, wait: float
 ) -> tuple[Identity, JobOffer]:
     """What a rank is told by rank 0, as soon as that listens, within `wait` seconds.
 
@@ -122,13 +122,13 @@ def enter(
         PeerTimeoutError, PeerClosedError: nobody answers.
     """
     invitation = RankInvitation(
-        shared=shared, rank=place.rank, host=place.host, port=place.port, node=MASTER
+        shared=shared, rank=info.rank, host=info.host, port=info.port, node=MASTER
     )
     limit = time.monotonic() + wait
     while True:
         try:
             identity, greeting = join(
-                invitation, folder / "node", _name(place.rank), timeout=ATTEMPT_SECONDS
+                invitation, folder / "node", _name(info.rank), timeout=ATTEMPT_SECONDS
             )
             return identity, OFFER.decode(greeting)
         except (PeerClosedError, PeerTimeoutError) as error:
@@ -138,25 +138,25 @@ def enter(
         time.sleep(PAUSE_SECONDS)  # there is nothing that would tell when it listens
 
 
-def own_address(place: RankPlace) -> str:
+def own_address(info: RankInfo) -> str:
     """The address that others reach this host at.
 
     Raises:
         IdentityError: none can be told.
     """
-    if place.own is not None:
-        return place.own
-    if is_loopback(place.host):
+    if info.own is not None:
+        return info.own
+    if is_loopback(info.host):
         return "127.0.0.1"
     fix = "torchrun: --master-addr ADDRESS; SLURM: MASTER_ADDR=ADDRESS"
     try:
-        found = address_towards((place.host, place.port))
+        found = address_towards((info.host, info.port))
     except IdentityError as error:
         error.fix = fix  # SLURM's names of nodes need not be names of hosts
         raise
     if is_loopback(found):
         raise IdentityError(
-            f"the name {place.host} leads from this host to itself alone",
+            f"the name {info.host} leads from this host to itself alone",
             expected="a name or an address that other hosts reach it at",
             found=found,
             fix=fix,
@@ -164,13 +164,13 @@ def own_address(place: RankPlace) -> str:
     return found
 
 
-def shared_secret(place: RankPlace, path: Path | None) -> SharedSecret:
+def shared_secret(info: RankInfo, path: Path | None) -> SharedSecret:
     """The job's secret, from a file; on this machine alone, from one that is made on first use.
 
     Raises:
         IdentityError: there is no file, or it cannot be used.
     """
-    if path is None and not is_loopback(place.host):
+    if path is None and not is_loopback(info.host):
         raise IdentityError(
             "hosts that do not share a secret cannot know each other",
             expected="--secret FILE, with the same content on every host",
@@ -181,7 +181,7 @@ def shared_secret(place: RankPlace, path: Path | None) -> SharedSecret:
         path = State(default_state()).path / SECRET
         with contextlib.suppress(IdentityError):  # it is there
             make_secret(path)
-    return SharedSecret(secret=read_secret(path), job=place.job)
+    return SharedSecret(secret=read_secret(path), job=info.job)
 
 
 def _name(rank: int) -> str:

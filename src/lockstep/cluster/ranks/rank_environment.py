@@ -1,4 +1,4 @@
-"""What torchrun and SLURM tell a process of its place among others. Pure."""
+"""Rank environment: what torchrun and SLURM tell a process of its rank among others. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIRST_PORT, PORTS = 15000, 15000
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankPlace:
+class RankInfo:
     """One process of a job that has one on each host."""
 
     rank: int
@@ -28,8 +28,8 @@ class RankPlace:
     """Where this process is, if it was told."""
 
 
-def place_of(environment: Mapping[str, str]) -> RankPlace:
-    """The place that torchrun, or else SLURM, has given this process.
+def rank_info(environment: Mapping[str, str]) -> RankInfo:
+    """What torchrun, or else SLURM, has told this process.
 
     Raises:
         JobError: neither has, or there are several processes on one host.
@@ -48,14 +48,14 @@ def place_of(environment: Mapping[str, str]) -> RankPlace:
     )
 
 
-def _torchrun(environment: Mapping[str, str]) -> RankPlace:
+def _torchrun(environment: Mapping[str, str]) -> RankInfo:
     local, per_host = _number(environment, "LOCAL_RANK", 0), "--nproc-per-node 1"
     _check_alone(max(local + 1, _number(environment, "LOCAL_WORLD_SIZE", 1)), per_host)
     address, port = _text(environment, "MASTER_ADDR"), _number(environment, "MASTER_PORT")
     run = environment.get("TORCHELASTIC_RUN_ID", "")
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return _checked(
-        RankPlace(
+        RankInfo(
             rank=_number(environment, "RANK"),
             size=_number(environment, "WORLD_SIZE"),
             host=address,
@@ -65,7 +65,7 @@ def _torchrun(environment: Mapping[str, str]) -> RankPlace:
     )
 
 
-def _slurm(environment: Mapping[str, str]) -> RankPlace:
+def _slurm(environment: Mapping[str, str]) -> RankInfo:
     size, local = _number(environment, "SLURM_NTASKS"), _number(environment, "SLURM_LOCALID", 0)
     hosts = _number(environment, "SLURM_NNODES", size)
     _check_alone(max(local + 1, -(-size // max(hosts, 1))), "--ntasks-per-node=1")
@@ -73,7 +73,7 @@ def _slurm(environment: Mapping[str, str]) -> RankPlace:
     attempt = environment.get("SLURM_RESTART_COUNT", "0")
     nodes = environment.get("SLURM_STEP_NODELIST") or _text(environment, "SLURM_JOB_NODELIST")
     return _checked(
-        RankPlace(
+        RankInfo(
             rank=_number(environment, "SLURM_PROCID"),
             size=size,
             host=environment.get("MASTER_ADDR") or first_host(nodes),
@@ -91,10 +91,10 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
 
 
-def _checked(place: RankPlace) -> RankPlace:
-    if not 0 <= place.rank < place.size or not 0 < place.port < 65536:
-        raise JobError("the place of this process is none", expected="a rank", found=str(place))
-    return place
+def _checked(info: RankInfo) -> RankInfo:
+    if not 0 <= info.rank < info.size or not 0 < info.port < 65536:
+        raise JobError("this process has an impossible rank", expected="a rank", found=str(info))
+    return info
 
 
 def _check_alone(count: int, option: str) -> None:

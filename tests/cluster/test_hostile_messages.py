@@ -1,0 +1,200 @@
+"""`up` and hosts or callers that send what cannot be: they are dropped, and it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.agent.job_offer import JobOffer
+from lockstep.cluster.daemon.cluster_messages import (
+    FROM_UP,
+    AskHosts,
+    AskToken,
+    HostsAnswer,
+    JobOffered,
+    JobWithdrawn,
+    OpenJob,
+    TakeJobs,
+    TokenAnswer,
+)
+from lockstep.cluster.daemon.control_socket import SOCKET, ask
+from lockstep.cluster.daemon.head import Head
+from lockstep.cluster.daemon.reconnecting_line import JOB, HostConnection, facts
+from lockstep.cluster.state_folder import AUTHORITY, Home, State
+from lockstep.errors import LockstepError, ProtocolError
+from lockstep.net.certificate_authority import Authority
+from lockstep.net.connections import Item, Stream
+from lockstep.net.frames import Kind, head
+from lockstep.net.identity import Identity
+from lockstep.net.tcp_transport import TcpTransport
+from lockstep.net.transport import ignore
+from lockstep.system.messages import encode
+from lockstep.system.unix_socket import LENGTH, MAX_BYTES
+from tests.support.message_values import body, fields_of, nested
+
+LIMIT = 20.0
+OFFER = OpenJob(offer=JobOffer(job="j", master="b", address=("127.0.0.1", 9), task="mnist"))
+
+
+class Up:
+    """An `up` in this process, and what it says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "a"
+        self.said: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self.head = Head(
+            State(self.folder), name="a", host="127.0.0.1", port=0,
+            report=lambda who, why: self.said.put((who, why)),
+        )  # fmt: skip
+        self.authority = Authority.open(self.folder / AUTHORITY)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (heard := self.head._events.get()) is not None:
+            self.head._room.release()
+            self.head._handle(heard)
+
+    def identity(self, name: str) -> Identity:
+        return self.authority.enrol(self.folder.parent / name, name)
+
+    @contextlib.contextmanager
+    def host(self, name: str) -> Iterator[TcpTransport]:
+        transport = TcpTransport(self.identity(name), job=JOB, facts=facts(), codec=FROM_UP)
+        with contextlib.closing(transport):
+            transport.connect({"a": self.head.address}, LIMIT)
+            yield transport
+
+    def until(self, text: str) -> str:
+        while text not in (why := self.said.get(timeout=LIMIT)[1]):
+            pass
+        return why
+
+    def check(self) -> None:
+        """It still answers."""
+        assert ask(self.folder, AskToken(seconds=1.0), TokenAnswer).token
+
+    def close(self) -> None:
+        self.head._events.put(None)
+        self._thread.join()
+        self.head.close()
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    made = Up(tmp_path)
+    with contextlib.closing(made):
+        yield made
+
+
+def tell_raw(transport: TcpTransport, content: bytes) -> None:
+    """Send bytes in the place of a message."""
+    sender = transport._peer("a", "").sender(Stream.CONTROL, "")
+    sender.send(Item(head=head(Kind.CONTROL, length=len(content)) + content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x91" * 900,
+        b"[" * 900,
+        body({"op": "TakeJobs", "workers": 1e300}),
+        body({"op": "TakeJobs", "workers": -1}),
+        body({"op": "AskToken", "seconds": 1.0}),
+        body({**fields_of(OFFER), "more": 1}),
+        body({"op": "OpenJob", "offer": {**fields_of(OFFER.offer), "address": ["x", math.inf]}}),
+        body({"op": "OpenJob", "offer": {**fields_of(OFFER.offer), "args": {"x": nested(900)}}}),
+        body({"op": "OpenJob", "offer": {**fields_of(OFFER.offer), "job": "\x1b[2J"}}),
+        encode(OFFER).replace(b"mnist", b"m\xed\xa0\x80t"),
+    ],
+)
+def test_hosts_that_send_what_cannot_be(up: Up, content: bytes) -> None:
+    with up.host("c") as other:
+        with up.host("b") as host:
+            tell_raw(host, content)
+            why = up.until("a message is not as expected")
+            assert all(char.isprintable() or char == "\n" for char in why)
+        other.tell("a", TakeJobs(workers=1))
+        up.until("takes jobs")
+        assert [row.name for row in ask(up.folder, AskHosts(), HostsAnswer).hosts] == ["c"]
+    up.check()
+
+
+def test_a_job_of_another_host_is_refused(up: Up) -> None:
+    with up.host("c") as host:
+        host.tell("a", OFFER)
+        up.until("a job is offered by another host than its master")
+    up.check()
+
+
+def test_many_long_messages_wait(up: Up) -> None:
+    """They are not kept all at once."""
+    with up.host("b") as host:
+        args: dict[str, Any] = {"x": "x" * 900_000}
+        for number in range(40):
+            offer = JobOffer(
+                job=f"j{number}", master="c", address=("127.0.0.1", 9), task="mnist", args=args
+            )
+            host.tell("a", OpenJob(offer=offer))
+        up.until("a job is offered by another host than its master")
+        up.check()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[[[[" * 100,
+        b'{"op": "token", "seconds": 1e999}\n',
+        LENGTH.pack(MAX_BYTES + 1),
+        LENGTH.pack(0),
+        LENGTH.pack(4) + b"\x91" * 4,
+        *(
+            LENGTH.pack(len(found)) + found
+            for found in (
+                body({"op": "AskToken", "seconds": math.inf}),
+                body({"op": "AskToken", "seconds": math.nan}),
+                body({"op": "AskToken", "seconds": -1}),
+                body({"op": "TakeJobs", "workers": 1}),
+                body(nested(900)),
+            )
+        ),
+    ],
+)
+def test_callers_that_send_what_cannot_be(up: Up, content: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(up.folder / SOCKET))
+        sock.settimeout(LIMIT)
+        sock.sendall(content)
+        assert b"RequestFailed" in sock.recv(1 << 16)  # and then it is closed
+        with contextlib.suppress(ConnectionError):
+            assert sock.recv(1 << 16) == b""
+    up.check()
+
+
+def test_a_member_obeys_its_up_alone(up: Up) -> None:
+    home = Home(node="a", address=up.head.address)
+    line = HostConnection(up.identity("b"), home, "127.0.0.1", ignore)
+    with contextlib.closing(line), up.host("c") as other:
+        line.open(LIMIT)
+        with pytest.raises(LockstepError):  # b does not connect back to it
+            other.connect({"b": line._transport.address}, 0.5)
+        with contextlib.suppress(LockstepError):
+            other.tell("b", JobWithdrawn(job="j"))
+        with contextlib.suppress(LockstepError):
+            other.tell("b", JobOffered(offer=OFFER.offer))
+        assert line.hear() is None
+    up.check()
+
+
+def test_an_answer_that_was_not_asked_for(up: Up) -> None:
+    with pytest.raises(ProtocolError, match="another answer"):
+        ask(up.folder, AskHosts(), TokenAnswer)
