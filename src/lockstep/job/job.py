@@ -52,7 +52,7 @@ class Job:
     shards: int | None = setting(
         None,
         help="Fixed slices of each batch: the most workers that there can be.",
-        detail="By default a power of two: with batches of 128 or more 8, of 64 4, else 2.",
+        detail="By default 8 for batches of 128 or more, else 4: it never depends on the machine.",
         least=1,
         unset="by `batch_size`",
         changes_numbers=True,
