@@ -288,9 +288,10 @@ class ControlSegment:
 
     def close(self) -> None:
         """Let go of the views, then of the segment."""
-        for name, value in list(vars(self).items()):
-            if isinstance(value, memoryview):
-                value.release()
-            elif isinstance(value, np.ndarray):
-                delattr(self, name)
+        views = [
+            name for name, value in vars(self).items()
+            if isinstance(value, memoryview | np.ndarray)
+        ]  # fmt: skip
+        for name in views:  # nothing here may hold one still when the segment is unmapped
+            delattr(self, name)
         self.segment.close()
