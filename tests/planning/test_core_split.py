@@ -49,6 +49,6 @@ def test_threads_as_asked() -> None:
 @pytest.mark.parametrize("name", ["workers", "max_workers"])
 def test_more_workers_than_shards(name: str) -> None:
     with pytest.raises(JobError, match="more than there are shards") as raised:
-        divisions(Job(task="t", **{name: 5}), facts(8))
+        divisions(Job(task="t").replace(**{name: 5}), facts(8))
     assert raised.value.expected == "at most 4: a batch of 64 is cut into 4 shards"
     assert "set shards = 5" in raised.value.fix
