@@ -27,7 +27,9 @@ def test_default_shards(batch_size: int, shards: int) -> None:
 def test_shards_and_threads_do_not_depend_on_the_cores(cores: int, batch_size: int | None) -> None:
     job = Job(task="t", batch_size=batch_size)
     found = divisions(job, facts(cores))
-    assert {(each.shards, each.threads) for each in found} == {(default_shards(batch_size or 64), 1)}
+    assert {(each.shards, each.threads) for each in found} == {
+        (default_shards(batch_size or 64), 1)
+    }
     assert found[0].workers == min(cores, default_shards(batch_size or 64))
     assert found[-1].workers == 1
 
