@@ -54,7 +54,7 @@ def made_state() -> tuple[Layout, bytes]:
         stride = dense_stride(tensor)
         nbytes = tensor.numel() * tensor.dtype.itemsize
         dtype = str(tensor.dtype).removeprefix("torch.")
-        offset = space.take(nbytes)
+        offset = space.allocate(nbytes)
         entries.append(
             Entry(
                 name=name, kind=cast(Any, kind), dtype=dtype, shape=tuple(tensor.shape),

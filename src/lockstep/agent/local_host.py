@@ -231,7 +231,7 @@ class LocalHost:
         A worker's last words come before its death.
 
         Raises:
-            WorkerLostError: the nursery has died.
+            WorkerLostError: the forkserver has died.
         """
         poll = select.poll()
         channels: dict[int, WorkerHandle] = {}

@@ -87,10 +87,14 @@ def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
 
 
 def _show(result: Result, as_json: bool) -> None:
+    from lockstep.results.manifest import scope_of
+    from lockstep.results.run_folder import RunFolder
+
     if as_json:
         print(json.dumps(result.to_message()))
         return
     print(f"fingerprint  {result.fingerprint}")
+    print(f"holds for    {scope_of(RunFolder.open(result.folder).read_manifest())}")
     _show_metrics(result.metrics, result.baseline)
     print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
     print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")

@@ -1,4 +1,4 @@
-"""A worker's batches: fetched by itself, or by loader processes beside it."""
+"""Loader: a worker's batches, fetched by itself or by loader processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ on a busy machine the kernel may take its time to say so."""
 
 
 def wants_loaders(times: FetchTimes, compute_seconds: float, spare_cores: int) -> tuple[bool, str]:
-    """Whether fetching should move to a process beside the worker, and why.
+    """Whether fetching should move to another process, and why.
 
     `compute_seconds` is what the same number of shards took to compute.
     """
