@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,7 +59,7 @@ def up(
             print(*made, sep="\n", flush=True)
         else:
             write_tokens(token_file, made)
-        _invite(here, made, token_file)
+        _invite(here, token_file)
 
     run_up(
         _state(state),
@@ -72,8 +71,9 @@ def up(
     )
 
 
-def _invite(here: Head, tokens: Sequence[str], file: Path | None) -> None:
-    """Say what to type on the hosts that are to join."""
+def _invite(here: Head, file: Path | None) -> None:
+    """Say what to type on the hosts that are to join. A token is a secret: it is on stdout alone, and
+    goes to `join` by its stdin or a file, never on its command line."""
     address = here.address[0]
     if ip_address(address).is_loopback:
         where = "on this machine (for others, start with --host ADDRESS), in a folder of its own"
@@ -83,8 +83,7 @@ def _invite(here: Head, tokens: Sequence[str], file: Path | None) -> None:
     if file is not None:
         report(here.identity.node, f"{where}: lockstep join {file.name}{options}")
         return
-    for each in tokens:  # one is for one host
-        report(here.identity.node, f"{where}, paste: echo {each} | lockstep join -{options}")
+    report(here.identity.node, f"{where}: lockstep join -{options}, and paste a token, one a host")
 
 
 def token(state: StateOption = None, valid: Valid = 900.0) -> None:
