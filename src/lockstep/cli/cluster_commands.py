@@ -72,8 +72,8 @@ def up(
 
 
 def _invite(here: Head, file: Path | None) -> None:
-    """Say what to type on the hosts that are to join. A token is a secret: it is on stdout alone, and
-    goes to `join` by its stdin or a file, never on its command line."""
+    """Say what to type on the hosts that are to join. A token is a secret: it is on stdout
+    alone, and goes to `join` by its stdin or a file, never on its command line."""
     address = here.address[0]
     if ip_address(address).is_loopback:
         where = "on this machine (for others, start with --host ADDRESS), in a folder of its own"
