@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,18 @@ def test_the_help_of_a_recipe(tmp_path: Path) -> None:
     _, _, own = ended.stdout.partition("Options of clicks:")
     assert "--label str" in own
     assert "--width int" in own
+
+
+def test_modules_in_folders_without_an_init(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Namespace packages are found too, and nothing of them is imported."""
+    folder = tmp_path / "outer" / "inner"
+    folder.mkdir(parents=True)
+    (folder / "tasks.py").write_text("def job(rate: float = 0.1): ...\n")
+    monkeypatch.chdir(tmp_path)
+    options = options_of("outer.inner.tasks:job")
+    with pytest.raises(JobError, match="unexpected keyword argument 'rat'"):
+        options.read(["--rat", "1"])
+    assert "outer" not in sys.modules
+    assert options_of("outer.nowhere.tasks:job").options is None

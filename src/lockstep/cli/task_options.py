@@ -200,13 +200,12 @@ def _source_path(module: str) -> Path | None:
     here = working_folder()
     if module.endswith(".py"):
         return Path(here, module)
-    search: list[str] | None = [here, *sys.path]
-    origin = None
-    for index in range(module.count(".") + 1):
-        spec = PathFinder.find_spec(".".join(module.split(".")[: index + 1]), search)
+    search, origin = [here, *sys.path], None
+    for part in module.split("."):  # by itself: a dotted name would need its parents imported
+        spec = PathFinder.find_spec(part, search)
         if spec is None:
             return None
-        search, origin = spec.submodule_search_locations, spec.origin
+        search, origin = list(spec.submodule_search_locations or ()), spec.origin
     return Path(origin) if origin and origin.endswith(".py") else None
 
 
