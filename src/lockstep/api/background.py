@@ -31,11 +31,7 @@ class Run:
             self._error = error
 
     def scale(self, workers: int) -> None:
-        """Go on with another number of workers, at most `max_workers`. No bit changes.
-
-        Raises:
-            JobError: the run cannot have so many, or so few.
-        """
+        """Go on with another number of workers, at most `max_workers`. No bit changes."""
         self._control.add("scale", workers)
 
     def checkpoint(self) -> None:

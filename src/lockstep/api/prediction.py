@@ -1,8 +1,8 @@
-"""Predict: a row for each record of a file, in the order of the records.
+"""Jobs besides training, with a run's model: evaluate it anew, or predict from a file of records.
 
-Divided among workers and hosts like training, with the same bits for any number of them and the
-same tolerance of deaths. Rows stream into a file; the same call continues an attempt that was
-interrupted.
+Both are divided among workers and hosts like training, with the same bits for any number of them
+and the same tolerance of deaths. Predictions stream into a file in the order of the records, and an
+attempt that was cut short is gone on with.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def predict(
     Raises:
         RunFolderError: there is no model, or `out` exists or cannot be made.
         DataError: a record cannot be used, or the model was fitted to other data.
-        RunInterrupted: a signal asked to stop; the same call goes on.
+        StoppedError: somebody asked to stop; the same call goes on.
     """
     begun = time.monotonic()
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
@@ -116,11 +116,10 @@ def predict(
             try:
                 coordinator.run_at_rest(_rounds(coordinator, plan, rows, display))
             except StoppedError as error:
-                stopped = StoppedError(
+                raise StoppedError(
                     f"{error.what}, after {rows.rows} of {plan.eval_samples} records",
                     fix="the same command goes on from there",
-                )
-                raise control.stopped(stopped) from None
+                ) from None
             rows.finish()
     return Predicted(
         out=Path(out),
