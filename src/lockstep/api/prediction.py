@@ -1,8 +1,8 @@
-"""Jobs besides training, with a run's model: evaluate it anew, or predict from a file of records.
+"""Predict: a row for each record of a file, in the order of the records.
 
-Both are divided among workers and hosts like training, with the same bits for any number of them
-and the same tolerance of deaths. Predictions stream into a file in the order of the records, and an
-attempt that was cut short is gone on with.
+Divided among workers and hosts like training, with the same bits for any number of them and the
+same tolerance of deaths. Rows stream into a file; the same call continues an attempt that was
+interrupted.
 """
 
 from __future__ import annotations
