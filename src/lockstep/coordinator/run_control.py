@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from lockstep.errors import JobError, RunFolderError
+from lockstep.system.unix_socket import short_path
 
 REQUESTS = ("scale", "pause", "go_on", "checkpoint", "stop")
 SOCKET = "control.sock"
@@ -90,7 +89,7 @@ class RunControl:
         self._path = folder / SOCKET
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with _short_path(folder) as place:
+        with short_path(folder / SOCKET) as place:
             self._listener.bind(place)
         self._path.chmod(0o600)
         self._listener.listen(8)
@@ -118,16 +117,6 @@ class RunControl:
         return json.dumps(answer).encode() + b"\n"
 
 
-@contextlib.contextmanager
-def _short_path(folder: Path) -> Iterator[str]:
-    """A path for the socket of a folder, however long the folder's own path is."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{fd}/{SOCKET}"
-    finally:
-        os.close(fd)
-
-
 def ask(folder: Path, name: str, number: int = 0) -> None:
     """Ask something of the run in a folder.
 
@@ -137,7 +126,7 @@ def ask(folder: Path, name: str, number: int = 0) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         caller.settimeout(ANSWER_SECONDS)
         try:
-            with _short_path(folder) as place:
+            with short_path(folder / SOCKET) as place:
                 caller.connect(place)
             caller.sendall(json.dumps({"request": name, "number": number}).encode() + b"\n")
             answer = json.loads(caller.recv(LINE_BYTES) or b"{}")
