@@ -16,7 +16,7 @@ def facts(cores: int) -> Facts:
 
 @pytest.mark.parametrize(
     ("batch_size", "shards"),
-    [(1, 1), (2, 2), (3, 3), (4, 4), (64, 4), (127, 4), (128, 8), (100_000, 8)],
+    [(1, 1), (2, 2), (3, 3), (4, 4), (64, 4), (128, 4), (511, 4), (512, 8), (100_000, 8)],
 )
 def test_default_shards(batch_size: int, shards: int) -> None:
     assert default_shards(batch_size) == shards

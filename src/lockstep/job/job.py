@@ -52,7 +52,7 @@ class Job:
     shards: int | None = setting(
         None,
         help="Fixed slices of each batch: the most workers that there can be.",
-        detail="By default 8 for batches of 128 or more, else 4: it never depends on the machine.",
+        detail="By default 8 for batches of 512 or more, else 4: it never depends on the machine.",
         least=1,
         unset="by `batch_size`",
         changes_numbers=True,

@@ -47,7 +47,7 @@ def default_shards(batch_size: int) -> int:
     return min(shards, batch_size)
 
 
-MOST_SHARDS, LEAST_SHARDS, SAMPLES_PER_SHARD = 8, 4, 16
+MOST_SHARDS, LEAST_SHARDS, SAMPLES_PER_SHARD = 8, 4, 64
 
 
 def shards_of(job: Job) -> int:
