@@ -44,7 +44,7 @@ def test_nor_on_the_hosts() -> None:
 
 
 def test_threads_as_asked() -> None:
-    found = divisions(Job(task="t", threads=4, batch_size=256), facts(8))
+    found = divisions(Job(task="t", threads=4, batch_size=512), facts(8))
     assert found[0] == Division(workers=2, threads=4, shards=8)
 
 

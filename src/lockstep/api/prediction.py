@@ -85,7 +85,7 @@ def predict(
     Raises:
         RunFolderError: there is no model, or `out` exists or cannot be made.
         DataError: a record cannot be used, or the model was fitted to other data.
-        StoppedError: somebody asked to stop; the same call goes on.
+        RunInterrupted: a signal asked to stop; the same call goes on.
     """
     begun = time.monotonic()
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
@@ -116,10 +116,11 @@ def predict(
             try:
                 coordinator.run_at_rest(_rounds(coordinator, plan, rows, display))
             except StoppedError as error:
-                raise StoppedError(
+                stopped = StoppedError(
                     f"{error.what}, after {rows.rows} of {plan.eval_samples} records",
                     fix="the same command goes on from there",
-                ) from None
+                )
+                raise control.stopped(stopped) from None
             rows.finish()
     return Predicted(
         out=Path(out),

@@ -104,6 +104,7 @@ class ForkServer:
         """Import torch, build the task, its model and its data sets."""
         os.chdir(request.folder)
         sys.path[:] = map(os.fsdecode, request.search_path)
+        sys.argv[:] = map(os.fsdecode, request.argv)
         sent = fds.pop() if request.data_bytes else -1
         payload = None
         if request.has_payload:
