@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 import time
@@ -14,7 +15,7 @@ from lockstep.errors import ResourceError, disk_errors
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_model
-from lockstep.results.ledger import FIRST, Ledger, StepRecord
+from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
 from lockstep.results.progress import Progress
 from lockstep.results.restart import Restart
 from lockstep.results.result import Result
@@ -48,6 +49,8 @@ class Recorder:
         self.recoveries = start.recoveries
         self._start = start
         self._loss = start.loss
+        self._recorded = start.step
+        """How many steps the ledger has."""
         self._workers: set[int] = set()
         """The workers that this host has had."""
         self._baseline: Any = {}
@@ -84,7 +87,7 @@ class Recorder:
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
-        self._loss = record.loss
+        self._loss, self._recorded = record.loss, record.step + 1
 
     def event(self, name: str, **fields: object) -> None:
         if name == "first_step":
@@ -115,8 +118,16 @@ class Recorder:
         self.settle()
         self.ledger.flush()
         self._state = state
-        extra = {"ledger": self.ledger.hash}
+        extra = {"ledger": self._hash_at(step)}
         self._writing = self._writer.submit(self._write, step, state, extra)
+
+    def _hash_at(self, step: int) -> str:
+        """The hash of the ledger's line after so many steps: the last, but for a snapshot that is
+        older than what is recorded."""
+        if step == self._recorded:
+            return self.ledger.hash
+        lines = read_ledger(self.folder.ledger_path)
+        return next(itertools.islice(lines, step, None)).hash  # the first line is not a step
 
     def _write(self, step: int, state: memoryview, extra: dict[str, Any]) -> None:
         begun = time.perf_counter()
