@@ -21,6 +21,8 @@
     │   └── IdentityError    a key, a certificate or a join token cannot be used here
     └── StoppedError         somebody asked the run to stop; it can be resumed
 
+`RunInterrupted` is not in it: as such Ctrl-C reaches a script, and `except Exception` lets it pass.
+
 A message says what happened, what was expected, what was found and what to do next.
 The command line prints it and exits with `exit_code`.
 """
@@ -144,6 +146,18 @@ class StoppedError(LockstepError):
     """Somebody asked the run to stop; its last checkpoint is that of the last step."""
 
     exit_code = 130
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A signal has stopped the run, at a step's end and with a checkpoint.
+
+    A `KeyboardInterrupt`, so that a loop which catches the errors of single runs ends with it.
+    """
+
+    def __init__(self, stopped: StoppedError) -> None:
+        super().__init__(str(stopped))
+        self.stopped = stopped
+        """The same as an error."""
 
 
 @contextlib.contextmanager

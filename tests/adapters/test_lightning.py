@@ -293,5 +293,5 @@ def test_a_loader_with_an_order_of_its_own() -> None:
             return DataLoader(self.train, sampler=WeightedRandomSampler([1.0] * 56, 56))
 
     task = lockstep.from_lightning(net_class(), Data())
-    with pytest.raises(TaskError, match=r"a way of its own\n.*\n.*WeightedRandomSampler"):
+    with pytest.raises(TaskError, match=r"a sampler of its own\n.*\n.*WeightedRandomSampler"):
         task.train_data()

@@ -322,26 +322,7 @@ def test_an_interruption_is_said(
     assert capsys.readouterr() == ("", "lockstep: interrupted\n")
 
 
-# Arguments of recipes and tasks.
-
-
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        (["--lr", "0.5", "--name", "a b"], {"lr": 0.5, "name": "a b"}),
-        (["--model=cnn"], {"model": "cnn"}),
-        (["--wide", "--depth", "3"], {"wide": True, "depth": 3}),
-        (["--sizes", "[1, 2]", "--deep"], {"sizes": [1, 2], "deep": True}),
-        (["--learning-rate-decay", "0.5"], {"learning_rate_decay": 0.5}),
-        (["--lr=-0.5"], {"lr": -0.5}),
-        (["--lr", "1e-3"], {"lr": 0.001}),
-        (["--files", "*.csv"], {"files": "*.csv"}),
-    ],
-)
-def test_arguments(given: list[str], read: dict[str, Any]) -> None:
-    from lockstep.cli.job_options import arguments
-
-    assert arguments(given) == read
+# Settings.
 
 
 def test_every_setting_that_an_option_can_give_has_one() -> None:
@@ -353,10 +334,3 @@ def test_every_setting_that_an_option_can_give_has_one() -> None:
         options = set(inspect.signature(each).parameters) - own
         assert set(SETTINGS) - options == {"evaluate", "keep_checkpoints", "cluster"}
         assert options <= set(SETTINGS)
-
-
-def test_a_stray_word_is_refused() -> None:
-    from lockstep.cli.job_options import arguments
-
-    with pytest.raises(JobError, match="unexpected argument 'cnn'"):
-        arguments(["cnn"])

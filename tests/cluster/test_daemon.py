@@ -101,6 +101,26 @@ def test_files_are_private(cluster: Loopback) -> None:
     assert up.wait()[1] == ""  # the tokens are in files
 
 
+def test_what_to_do_while_no_host_has_joined(cluster: Loopback, alone: str) -> None:
+    up = cluster.start("up", "--state", "a", "--name", "a")
+    up.until("lockstep join - --state FOLDER, and paste a token")
+    shown = lockstep("hosts", "--state", "a", cwd=cluster.folder)
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("no host has joined; to invite one: lockstep token")
+    assert lockstep("hosts", "--state", "a", "--json", cwd=cluster.folder).stdout == "[]\n"
+    on = ("--on", "up", "--state", "a", "--workers", "1", "--json", "-q")
+    done = lockstep(*RUN, *on, cwd=cluster.folder)
+    assert json.loads(done.stdout)["fingerprint"] == alone
+    assert "no host has joined: the job begins on this machine alone" in done.stderr
+    token = lockstep("token", "--state", "a", cwd=cluster.folder).stdout
+    member = cluster.start("join", "-", "--state", "b", "--name", "b", said=token)
+    member.until("waits for jobs")
+    assert up.end() == 0
+    first = up.wait()[1].strip()
+    assert first.startswith("lockstep1-")
+    assert first not in up.log  # a token is for stdout alone
+
+
 def test_tokens(cluster: Loopback) -> None:
     cluster.up()
     token = cluster.token()

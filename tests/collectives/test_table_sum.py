@@ -170,7 +170,7 @@ def test_sums_are_those_of_dense_gradients(
             expected = torch.empty_like(total)
             add([leaf[first:last].reshape(-1) for leaf in dense], expected)
             assert total.numpy().tobytes() == expected.numpy().tobytes()
-            assert all(leaf.numbers[0] != DENSE or len(leaf.home) < 40 for leaf in kept)
+            assert all(leaf.row_indices[0] != DENSE or len(leaf.rows) < 40 for leaf in kept)
 
 
 @given(

@@ -308,7 +308,7 @@ class Striking:
         serve = BlobServer.serve
 
         def strike(store: BlobServer, peer: str, message: Any) -> None:
-            if peer == name and message["piece"] == piece and not self.struck:
+            if peer == name and message.piece == piece and not self.struck:
                 self.struck = True
                 on.signal(name)
             serve(store, peer, message)

@@ -96,7 +96,7 @@ def test_the_forkserver_is_killed(master: Start, wanted: lockstep.Result) -> Non
     os.kill(forkserver, signal.SIGKILL)
     code, said = running.end(20)
     assert code == WorkerLostError.exit_code
-    assert "the nursery" in said
+    assert "the forkserver" in said
     assert "Traceback" not in said
     assert running.left(ORPHAN_SECONDS) == set()
     assert_same(resume(running.folder), wanted)

@@ -1,4 +1,4 @@
-"""Runs whose nursery is a fork of a process that has torch loaded: as any other, only sooner."""
+"""Runs whose forkserver is a fork of a process that has torch loaded: as any other, only sooner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Told(Vectors):
 
 
 class Killed(Told):
-    """Its nursery is killed, as by the out-of-memory killer."""
+    """Its forkserver is killed, as by the out-of-memory killer."""
 
     def train_data(self) -> Dataset[Any]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -57,7 +57,7 @@ def run(tmp_path: Path, run_folders: Callable[[], str]) -> Run:
 
 @pytest.fixture
 def note(tmp_path: Path) -> Callable[[], tuple[int, str]]:
-    """The parent of the last run's nursery, and what `TOLD` was in it."""
+    """The parent of the last run's forkserver, and what `TOLD` was in it."""
 
     def read() -> tuple[int, str]:
         _, parent, told = (tmp_path / "note").read_text().split(" ")
@@ -105,6 +105,6 @@ def test_a_preloaded_process_that_was_killed(run: Run, note: Note) -> None:
 
 
 def test_how_a_fork_was_lost_is_told(run: Run) -> None:
-    with pytest.raises(WorkerLostError, match="the nursery") as caught:
+    with pytest.raises(WorkerLostError, match="the forkserver") as caught:
         run(Killed)
     assert "SIGKILL" in caught.value.found

@@ -131,7 +131,7 @@ class Leaves(Blobs):
 
 
 def test_what_a_task_leaves_for_the_end_is_done(run_folder: str, tmp_path: Path) -> None:
-    """A nursery ends at once, but not before the handlers that the task's code has registered."""
+    """A forkserver ends at once, but after the handlers that the task's code has registered."""
     lockstep.run(Leaves(tmp_path / "note"), quiet=True, out=run_folder, **SETTINGS)
     assert (tmp_path / "note").read_text() == "done"
 
@@ -282,7 +282,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
 
 
 def test_a_master_does_not_import_torch(tmp_path: Path) -> None:
-    """Its nursery does, and it would take as long again."""
+    """Its forkserver does, and it would take as long again."""
     code = (
         "import sys, lockstep, lockstep.agent.agent, lockstep.cluster.daemon.head;"
         "lockstep.run('tests.support.paced_task:Paced', workers=1, batch_size=48,"

@@ -59,7 +59,7 @@ def test_every_gradient_has_one_owner(kind: Ownership, sizes: list[int], count: 
         return
     assert tuple(duties.shares) == hosts
     runs = [run for share in duties.shares.values() for run in share.sums]
-    summed, covered = joined(runs), joined([bucket.place for bucket in places.buckets])
+    summed, covered = joined(runs), joined([bucket.byte_range for bucket in places.buckets])
     assert sum(stop - start for start, stop in summed) == sum(run.nbytes for run in runs), (
         "a byte has two owners"
     )

@@ -21,7 +21,7 @@ def test_buckets_have_every_gradient_once(sizes: list[int], tables: set[int]) ->
     for bucket in buckets:
         assert list(bucket.params) == sorted(bucket.params, reverse=True)
         low, high = places[bucket.params[-1]], places[bucket.params[0]]
-        assert bucket.place == ByteRange(
+        assert bucket.byte_range == ByteRange(
             offset=low.offset, nbytes=high.offset + high.nbytes - low.offset
         )
         assert not any(low.offset <= places[t].offset < high.offset for t in tables & places.keys())

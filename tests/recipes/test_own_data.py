@@ -78,6 +78,35 @@ def test_a_json_record_is_the_row_of_the_table(tmp_path: Path) -> None:
         task.from_record({**record, "many": "old"})
 
 
+@pytest.mark.parametrize(
+    "bad", ["-", "n.a.", "12 EUR", "1.234,50", "inf", "-inf", "45%", "1_0", "1e999", "x"]
+)
+def test_one_value_that_is_no_number_is_refused_by_its_line(bad: str, tmp_path: Path) -> None:
+    def some(row: int, values: dict[str, str]) -> None:
+        if row in (5, 8):
+            values["many"] = f'"{bad}"'
+
+    path = people(tmp_path / "mine.csv", some)
+    with pytest.raises(DataError, match=r"mine\.csv, line 7: the column many") as caught:
+        len(Clicks(path, "clicked").rows)
+    assert caught.value.found == f"{bad!r}, and 1 more such rows"
+    assert caught.value.fix.endswith("--categories many")
+    task = clicks(path, "clicked", categories="many, few").task
+    assert isinstance(task, Clicks)
+    assert task.ranges == {"many": None, "few": None, "letter": None}
+    with pytest.raises(DataError, match="there is no column old"):
+        len(Clicks(path, "clicked", 16, ("old",)).rows)
+
+
+def test_names_that_happen_to_be_numbers_are_categories(tmp_path: Path) -> None:
+    def hexadecimal(row: int, values: dict[str, str]) -> None:
+        values["many"] = str(row) if row < 90 else f"{row}ab"
+        values["few"] = "n.a." if row == 3 else values["few"]
+
+    task = Clicks(people(tmp_path / "mine.csv", hexadecimal), "clicked")
+    assert task.ranges == {"many": None, "few": None, "letter": None}
+
+
 def test_columns_in_another_order_are_the_same_categories(tmp_path: Path) -> None:
     lines = Path(people(tmp_path / "mine.csv")).read_text().splitlines()
     turned = [",".join(reversed(line.split(","))) for line in lines]
@@ -192,6 +221,7 @@ def test_fewer_items_than_are_recommended(tmp_path: Path) -> None:
         (game, {"simulations": 0}),
         (clicks, {"data": 5}),
         (clicks, {"label": True}),
+        (clicks, {"categories": 5}),
         (mnist, {"data": True}),
         (summarise, {"data": 1.5}),
         (cartpole, {"iterations": 1.5}),

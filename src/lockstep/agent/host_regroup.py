@@ -60,7 +60,7 @@ class HostRegroup:
         group, mesh, name = self.group, self.mesh, self.mesh.name
         memory, action = group.memory, order.actions[name]
         group.role = group.role.among(order.workers, memory.slot_map)
-        group.step_log.owned = group.role.owned
+        group.step_log.owned = group.role.owned_params
         peer = ""
         try:
             if group.role.several:

@@ -102,6 +102,16 @@ class Event:
     message: WorkerMessage | None
 
 
+def _argv(source: TaskSource) -> list[str]:
+    """The command line for the task's code: the script's own, or of a named task its file alone.
+
+    Code that parses it when it is imported finds what it found in the script, or its defaults.
+    """
+    if source.payload is not None:
+        return sys.argv
+    return [source.name.rpartition(":")[0] or source.name]
+
+
 def _search_path(here: str, shipped: str) -> list[str]:
     """Where a forkserver that works `here` looks for modules; first in the folder of code that was
     sent, if any was."""
@@ -162,6 +172,7 @@ class LocalHost:
             networked=networked,
             folder=os.fsencode(here),
             search_path=tuple(map(os.fsencode, _search_path(here, source.folder))),
+            argv=tuple(map(os.fsencode, _argv(source))),
         )
         try:
             forkserver.channel.send(request, fds if data is None else [*fds, data.fd])
@@ -222,7 +233,7 @@ class LocalHost:
         A worker's last words come before its death.
 
         Raises:
-            WorkerLostError: the nursery has died.
+            WorkerLostError: the forkserver has died.
         """
         poll = select.poll()
         channels: dict[int, WorkerHandle] = {}

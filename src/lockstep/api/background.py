@@ -31,7 +31,11 @@ class Run:
             self._error = error
 
     def scale(self, workers: int) -> None:
-        """Go on with another number of workers, at most `max_workers`. No bit changes."""
+        """Go on with another number of workers, at most `max_workers`. No bit changes.
+
+        Raises:
+            JobError: the run cannot have so many, or so few.
+        """
         self._control.add("scale", workers)
 
     def checkpoint(self) -> None:

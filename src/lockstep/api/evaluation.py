@@ -12,7 +12,7 @@ from lockstep.api.stored_model import EvaluationObserver, newest_checkpoint, req
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import open_hosts
 from lockstep.coordinator.run_control import RunControl
-from lockstep.errors import RunFolderError
+from lockstep.errors import RunFolderError, StoppedError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
 from lockstep.results.manifest import check_fitted, differences, recorded_source
@@ -71,7 +71,10 @@ def evaluate(
                 expected="a data set from Task.eval_data",
                 fix="define it, and evaluate with the changed task",
             )
-        model.coordinator(plan, hosts, heard, control, evaluate=True).run()
+        try:
+            model.coordinator(plan, hosts, heard, control, evaluate=True).run()
+        except StoppedError as error:
+            raise control.stopped(error) from None
     return Evaluated(
         metrics=heard.metrics,
         baseline=heard.baseline,

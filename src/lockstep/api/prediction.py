@@ -1,8 +1,8 @@
-"""Jobs besides training, with a run's model: evaluate it anew, or predict from a file of records.
+"""Predict: a row for each record of a file, in the order of the records.
 
-Both are divided among workers and hosts like training, with the same bits for any number of them
-and the same tolerance of deaths. Predictions stream into a file in the order of the records, and an
-attempt that was cut short is gone on with.
+Divided among workers and hosts like training, with the same bits for any number of them and the
+same tolerance of deaths. Rows stream into a file; the same call continues an attempt that was
+interrupted.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def predict(
     Raises:
         RunFolderError: there is no model, or `out` exists or cannot be made.
         DataError: a record cannot be used, or the model was fitted to other data.
-        StoppedError: somebody asked to stop; the same call goes on.
+        RunInterrupted: a signal asked to stop; the same call goes on.
     """
     begun = time.monotonic()
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
@@ -116,10 +116,11 @@ def predict(
             try:
                 coordinator.run_at_rest(_rounds(coordinator, plan, rows, display))
             except StoppedError as error:
-                raise StoppedError(
+                stopped = StoppedError(
                     f"{error.what}, after {rows.rows} of {plan.eval_samples} records",
                     fix="the same command goes on from there",
-                ) from None
+                )
+                raise control.stopped(stopped) from None
             rows.finish()
     return Predicted(
         out=Path(out),

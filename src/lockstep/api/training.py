@@ -51,7 +51,8 @@ def run(
         settings: the fields of `Job`; they take precedence over a job's own and a recipe's.
 
     Raises:
-        StoppedError: SIGINT, SIGTERM or a request stopped the run; `resume` goes on with it.
+        StoppedError: a request stopped the run; `resume` goes on with it.
+        RunInterrupted: a signal did, such as Ctrl-C; it is a `KeyboardInterrupt`.
         LockstepError: see `lockstep.errors`; no process, file descriptor or shared memory is left.
     """
     begun = time.time()
@@ -158,7 +159,7 @@ def _training(
     """A coordinator whose run goes into a folder; the report is written at the end.
 
     Raises:
-        StoppedError, DataLostError: as the coordinator does, with how to go on.
+        StoppedError, RunInterrupted, DataLostError: as the coordinator does, with how to go on.
     """
     schedule = StopSchedule(
         steps=plan.steps,
@@ -167,21 +168,23 @@ def _training(
         checkpoint_steps=job.checkpoint_steps,
         checkpoint_seconds=job.checkpoint_seconds,
     )
+    control = control or RunControl()
     try:
         with (
-            control or RunControl() as requests,
+            control as requests,
             Recorder(
                 folder, ready.memory, plan, job.keep_checkpoints, start, quiet=quiet
             ) as recorder,
         ):
             requests.take_signals()
-            requests.open(folder.path)
+            requests.open(folder.path, ready.own_plan.max_workers)
             yield (
                 Coordinator(ready, schedule, recorder, start.step, requests=requests.take),
                 recorder,
             )
     except StoppedError as error:
-        raise StoppedError(error.what, fix=f"lockstep resume {folder.path}") from None
+        stopped = StoppedError(error.what, fix=f"lockstep resume {folder.path}")
+        raise control.stopped(stopped) from None
     except DataLostError as error:  # by now every checkpoint is written
         raise _with_checkpoint(error, folder) from None
     except LockstepError as error:

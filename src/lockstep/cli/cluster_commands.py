@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,6 +59,7 @@ def up(
             print(*made, sep="\n", flush=True)
         else:
             write_tokens(token_file, made)
+        _invite(here, token_file)
 
     run_up(
         _state(state),
@@ -67,6 +69,21 @@ def up(
         report=report,
         ready=ready,
     )
+
+
+def _invite(here: Head, file: Path | None) -> None:
+    """Say what to type on the hosts that are to join. A token is a secret: it is on stdout
+    alone, and goes to `join` by its stdin or a file, never on its command line."""
+    address = here.address[0]
+    if ip_address(address).is_loopback:
+        where = "on this machine (for others, start with --host ADDRESS), in a folder of its own"
+        options = " --state FOLDER"
+    else:
+        where, options = "on another machine", ""
+    if file is not None:
+        report(here.identity.node, f"{where}: lockstep join {file.name}{options}")
+        return
+    report(here.identity.node, f"{where}: lockstep join -{options}, and paste a token, one a host")
 
 
 def token(state: StateOption = None, valid: Valid = 900.0) -> None:
@@ -91,6 +108,8 @@ def hosts(
         members = [{"name": row.name, "workers": row.workers, "jobs": row.jobs} for row in rows]
         print(json.dumps(members))
         return
+    if not rows:
+        print("no host has joined; to invite one: lockstep token, then there: lockstep join -")
     for row in rows:
         jobs = ", ".join(f"{job} {status}" for job, status in row.jobs.items())
         print(printable(f"{row.name:<24} {row.workers:>3} workers  {jobs}".rstrip()))

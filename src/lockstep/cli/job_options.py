@@ -1,4 +1,4 @@
-"""Job options: the command line's option for each setting of a job, and the task's arguments."""
+"""Job options: the command line's option for each setting of a job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lockstep.errors import JobError
 from lockstep.job.job import SETTINGS
 from lockstep.job.settings import Setting
 
@@ -71,36 +70,3 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 def given(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that the command line gives; typer has None for the others."""
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def arguments(extra: list[str]) -> dict[str, Any]:
-    """`--model cnn --wide` as `{"model": "cnn", "wide": True}`."""
-    found: dict[str, Any] = {}
-    pending: str | None = None
-    for item in extra:
-        if item.startswith("--"):
-            name, equals, value = item[2:].partition("=")
-            pending = name.replace("-", "_")
-            found[pending] = _value(value) if equals else True
-            pending = None if equals else pending
-        elif pending is not None:
-            found[pending] = _value(item)
-            pending = None
-        else:
-            raise JobError(f"unexpected argument {item!r}", expected="--name value")
-    return found
-
-
-def _value(text: str) -> Any:
-    """A number, a YAML value such as `[1, 2]` or `true`, or else the text itself."""
-    import yaml
-
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lockstep.cli import cluster_commands as commands
-from lockstep.cli.job_options import Workers, arguments, given, takes_settings
+from lockstep.cli.job_options import Workers, given, takes_settings
 from lockstep.cli.rank_command import rank, read_job
-from lockstep.errors import JobError, LockstepError
+from lockstep.cli.task_help import CommandOfTask
+from lockstep.cli.task_options import options_of
+from lockstep.errors import JobError, LockstepError, RunInterrupted
 
 if TYPE_CHECKING:
     from lockstep.coordinator.launcher import Launcher
@@ -48,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
-@app.command(context_settings=WITH_ARGS)
+@app.command(context_settings=WITH_ARGS, cls=CommandOfTask)
 @takes_settings
 def run(
     ctx: typer.Context,
@@ -70,21 +72,29 @@ def run(
 
 @contextlib.contextmanager
 def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
-    """The launcher that `--on` names, or None."""
-    if on is None:
-        yield None
-        return
-    from lockstep.cli.launchers import open_launcher
+    """The launcher that `--on` names, or None. An interruption within becomes an error, since typer
+    would drop its message."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if on is None:
+                yield None
+                return
+            from lockstep.cli.launchers import open_launcher
 
-    with open_launcher(on, state, commands.report) as launcher:
-        yield launcher
+            yield stack.enter_context(open_launcher(on, state, commands.report))
+    except RunInterrupted as interrupted:
+        raise interrupted.stopped from None
 
 
 def _show(result: Result, as_json: bool) -> None:
+    from lockstep.results.manifest import scope_of
+    from lockstep.results.run_folder import RunFolder
+
     if as_json:
         print(json.dumps(result.to_message()))
         return
     print(f"fingerprint  {result.fingerprint}")
+    print(f"holds for    {scope_of(RunFolder.open(result.folder).read_manifest())}")
     _show_metrics(result.metrics, result.baseline)
     print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
     print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")
@@ -102,7 +112,7 @@ def _note(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-@app.command(context_settings=WITH_ARGS)
+@app.command(context_settings=WITH_ARGS, cls=CommandOfTask)
 @takes_settings
 def plan(
     ctx: typer.Context,
@@ -153,7 +163,8 @@ def scale(
     """Change the number of workers of a running job. The result stays the same."""
     from lockstep.coordinator.run_control import ask
 
-    ask(run, "scale", workers)
+    most = ask(run, "scale", workers).get("max_workers")
+    print(f"workers      {workers} wanted, of at most {most}")
 
 
 @app.command()
@@ -197,10 +208,13 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model on held-out data. Other --options change the task's arguments."""
     from lockstep.api.evaluation import evaluate as evaluate_run
+    from lockstep.results.run_folder import RunFolder
     from lockstep.system.json_files import plain
 
+    recorded = RunFolder.open(run).read_manifest()["source"]["name"]
+    args = options_of(recorded).read(ctx.args)
     with _launcher(on, state) as launcher:
-        found = evaluate_run(run, workers=workers, args=arguments(ctx.args), on=launcher)
+        found = evaluate_run(run, workers=workers, args=args, on=launcher)
     _note(found.notes)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(found))))
@@ -322,7 +336,9 @@ app.command()(rank)
 def _job(name: str, extra: list[str]) -> tuple[Any]:
     """The job that the command line names, with the recipe's arguments."""
     job = read_job(name)
-    return (job.replace_args({**job.args, **arguments(extra)}),)
+    options = options_of(str(job.task))
+    options.check(job.args)
+    return (job.replace_args({**job.args, **options.read(extra)}),)
 
 
 def main() -> None:

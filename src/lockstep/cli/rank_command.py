@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.errors import JobError
+from lockstep.errors import JobError, RunInterrupted
 
 if TYPE_CHECKING:
     from lockstep.cluster.ranks.rank_environment import RankInfo
@@ -87,8 +87,11 @@ def _lead(
     from lockstep.cluster.ranks.launcher import RankLauncher
 
     job = job if job.cluster is None else on_ranks(job)
-    with RankLauncher(info, shared, folder, workers=workers, wait=wait) as ranks:
-        result = run(job.replace(out=out) if out else job, on=ranks)
+    try:
+        with RankLauncher(info, shared, folder, workers=workers, wait=wait) as ranks:
+            result = run(job.replace(out=out) if out else job, on=ranks)
+    except RunInterrupted as interrupted:
+        raise interrupted.stopped from None
     print(json.dumps(result.to_message()))
 
 
@@ -114,11 +117,19 @@ def _follow(
 
 
 def read_job(name: str) -> Job:
-    """The job of a recipe, of a named task, or of a job file."""
+    """The job of a recipe, of a named task, or of a job file.
+
+    Raises:
+        JobError: there is no such recipe, or the job file cannot be used.
+    """
     from lockstep.job.job import Job
     from lockstep.job.job_file import SUFFIXES, read_job_file
+    from lockstep.recipes import check_name
 
-    return read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+    job = read_job_file(Path(name)) if name.endswith(SUFFIXES) else Job(task=name)
+    if ":" not in str(job.task):
+        check_name(str(job.task))
+    return job
 
 
 def _end(number: int, _: FrameType | None) -> None:

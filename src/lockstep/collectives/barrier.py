@@ -1,4 +1,4 @@
-"""Synchronisation of a host's workers: progress words, a short spin, then a futex."""
+"""Barrier among a host's workers: progress words, a short spin, then a futex."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ machine, which short steps would pay at each meeting."""
 
 
 class Regroup(Exception):
-    """The membership epoch has changed: stop at this barrier and ask the master."""
+    """The membership epoch has changed: stop at this barrier and ask the agent."""
 
 
 class Barrier:
     """One worker's end of the barrier among `worker_ids`.
 
-    Every wait ends: with everybody there, with `Regroup` once the master has raised the epoch
+    Every wait ends: with everybody there, with `Regroup` once the agent has raised the epoch
     (it does so when a worker dies or stalls), or with the process itself, which the kernel kills
     when its parent dies.
     """
@@ -41,19 +41,19 @@ class Barrier:
         crowded = len(worker_ids) * threads > cores()
         self.spins = 1 if crowded else SPINS
 
-    def arrive(self, progress: int, *, ring: bool = False) -> None:
-        """Publish this worker's progress. `ring`: the exchanger waits for it, too."""
+    def arrive(self, progress: int, *, notify: bool = False) -> None:
+        """Publish this worker's progress. `notify`: the exchange thread waits for it, too."""
         self.control.set_progress(self.worker_id, progress)
         if self.others:
             futex.wake(self.control.progress_address(self.worker_id))
-        if ring:
+        if notify:
             self.control.notify()
 
     def wait(self, progress: int) -> None:
         """Return when every other worker has reached `progress`.
 
         Raises:
-            Regroup: the master has changed the membership.
+            Regroup: the agent has changed the membership.
         """
         control = self.control
         if not self.others and control.epoch != self.epoch:
@@ -72,7 +72,7 @@ class Barrier:
         """Return when the exchange between hosts has come so far. This worker has done its part.
 
         Raises:
-            Regroup: the master has changed the membership.
+            Regroup: the agent has changed the membership.
         """
         control = self.control
         control.await_exchange(self.worker_id, word)

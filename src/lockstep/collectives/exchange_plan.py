@@ -1,7 +1,7 @@
-"""Parcels: what of a step goes from one host to another, and where in memory it belongs.
+"""Exchange plan: what of a step goes from one host to another, and where in memory it belongs.
 
-The same code on both sides says what is sent and what is expected, in the same order: a parcel's
-tag is its place in that order.
+The same code on both sides says what is sent and what is expected, in the same order: an item's
+tag is its index in that order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Item = tuple[int, memoryview]
 
 
 class Field(enum.IntEnum):
-    """When in a step a parcel goes; the first part of its tag."""
+    """When in a step an item goes; the first part of its tag."""
 
     GRADIENT = 0
     BESIDE = 1
@@ -101,8 +101,8 @@ class ExchangePlan:
     def _runs_of(self, bucket: Bucket, owner: str) -> list[ByteRange]:
         """What of a bucket an owner sums."""
         if self.duties.returns == "nothing":
-            return list(cut(bucket.place))
-        common = [overlap(bucket.place, run) for run in self.duties.shares[owner].sums]
+            return list(cut(bucket.byte_range))
+        common = [overlap(bucket.byte_range, run) for run in self.duties.shares[owner].sums]
         return [piece for run in common for piece in cut(run)]
 
     # The gradients, and what goes beside them.
@@ -132,7 +132,7 @@ class ExchangePlan:
                 yield self._view(shard, self.places.buffers)
         for tree in sender.subtrees:
             for table in self.places.tables:
-                yield self._leaf(tree, ByteRange(offset=table.numbers.offset, nbytes=8))
+                yield self._leaf(tree, ByteRange(offset=table.row_indices.offset, nbytes=8))
 
     def told(self, sender: HostShards, owner: str) -> Iterator[Item]:
         """What the flags and counts of a host tell of: gradients that have changed after they were
@@ -154,12 +154,12 @@ class ExchangePlan:
 
     def _rows(self, tree: range, table: TableMap) -> Iterator[memoryview]:
         (count,) = struct.unpack(
-            "=q", self._leaf(tree, ByteRange(offset=table.numbers.offset, nbytes=8))
+            "=q", self._leaf(tree, ByteRange(offset=table.row_indices.offset, nbytes=8))
         )
-        rows = table.home
+        rows = table.rows
         if count >= 0:
             rows = ByteRange(offset=rows.offset, nbytes=count * table.row_bytes)
-            numbers = ByteRange(offset=table.numbers.offset + 8, nbytes=8 * count)
+            numbers = ByteRange(offset=table.row_indices.offset + 8, nbytes=8 * count)
             yield from (self._leaf(tree, piece) for piece in cut(numbers))
         yield from (self._leaf(tree, piece) for piece in cut(rows))
 

@@ -1,4 +1,4 @@
-"""Limiting the global gradient norm, to the bits of `torch.nn.utils.clip_grad_norm_`.
+"""Gradient clipping by global norm, to the bits of `torch.nn.utils.clip_grad_norm_`.
 
 The summed gradient is put into shared memory; the norm of each whole tensor is taken by one worker,
 and then the norm of the norms by each. So neither kernel sees a boundary that moves with the number
@@ -30,16 +30,16 @@ class GradNormClipper:
         self,
         step: int,
         presence: GradientPresence,
-        mine: Sequence[int],
+        own_params: Sequence[int],
         meet: Callable[[int], None],
     ) -> torch.Tensor:
         """The factor that the summed gradient is to be multiplied by, at most 1.
 
-        `mine` are the parameters whose norms this worker takes; `meet` returns when all norms of
-        the step have been taken.
+        `own_params` are those whose norms this worker takes; `meet` returns when all norms of the
+        step have been taken.
         """
         control = self.shared.control
-        for index in mine:
+        for index in own_params:
             if any(presence.of(index)):
                 norm = torch.linalg.vector_norm(self.reduced[index], 2.0)
                 control.norms[index] = norm.item()
@@ -56,7 +56,7 @@ class GradNormClipper:
         if there not in self._orders:
             tensors: list[torch.Tensor | None] = [self.shared.params[i].detach() for i in there]
             groups = _group_tensors_by_device_and_dtype([tensors], with_indices=True)
-            order = [there[place] for _, places in groups.values() for place in places]
+            order = [there[i] for _, indices in groups.values() for i in indices]
             types = {self.shared.params[i].dtype for i in there} or {torch.float32}
             self._orders[there] = (order, functools.reduce(torch.promote_types, types))
         return self._orders[there]

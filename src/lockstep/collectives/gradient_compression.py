@@ -1,4 +1,4 @@
-"""Compression between hosts: what a group of shards gives the others is made small, by choice.
+"""Gradient compression between hosts, by choice: what one group of shards gives the others.
 
 The shards of a job are divided into *groups*: equal complete subtrees of the tree along which they
 are summed. A group's sum is made small by a codec, and what that leaves out is kept as its
@@ -45,25 +45,25 @@ class Compressor:
         shared: SharedState,
         codec: Codec,
         groups: Sequence[range],
-        mine: range,
+        host_shards: range,
         leaves: Sequence[GradientSlot],
         blocks: Sequence[int],
     ) -> None:
-        """`groups` are all hosts', `mine` the shards of this one; `leaves` has the sum of each of
-        its groups, by first shard."""
+        """`groups` are all hosts', `host_shards` the shards of this one; `leaves` has the sum of
+        each of its groups, by first shard."""
         self.codec = codec
         numbers = [n for n in blocks if shared.blocks[n].param not in shared.tables]
-        self._mine: list[Piece] = []
+        self._pieces: list[Piece] = []
         self._left: list[tuple[torch.Tensor, torch.Tensor]] = []
         """The bytes of all groups' blocks, and where the numbers go that are left of them."""
-        for (place, group), number in itertools.product(enumerate(groups), numbers):
-            block, data = shared.blocks[number], shared.packed(place, number)
-            home = shared.restored[place].grads[block.param]
-            self._left.append((data, storage_run(home, block)))
-            if group.start in mine:
-                names = [residual_name(place, odd, shared.names[block.param]) for odd in (0, 1)]
+        for (index, group), number in itertools.product(enumerate(groups), numbers):
+            block, data = shared.blocks[number], shared.packed(index, number)
+            target = shared.restored[index].grads[block.param]
+            self._left.append((data, storage_run(target, block)))
+            if group.start in host_shards:
+                names = [residual_name(index, odd, shared.names[block.param]) for odd in (0, 1)]
                 even, odd = (storage_run(shared.view(name), block) for name in names)
-                self._mine.append(
+                self._pieces.append(
                     Piece(
                         group=group,
                         param=block.param,
@@ -77,7 +77,7 @@ class Compressor:
 
     def compress(self, step: int, presence: GradientPresence) -> None:
         """Make this host's groups' sums small. Called when they are made."""
-        for piece in self._mine:
+        for piece in self._pieces:
             before, after = piece.residuals[step % 2], piece.residuals[(step + 1) % 2]
             mask = presence.of(piece.param)
             if not any(mask[shard] for shard in piece.group):

@@ -109,7 +109,7 @@ class HostMesh:
             memoryview(memory.state.map),
             memory.slot_map,
             memory.layout,
-            role.arrangement,
+            role.placement,
             role.duties,
             self.name,
         )

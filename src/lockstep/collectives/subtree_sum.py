@@ -1,5 +1,7 @@
-"""The sums that hosts give each other: of their shards' gradients, subtree by subtree, and, where
-each host sums a share for all, of all subtrees. Divided among the host's workers.
+"""Partial sums that hosts give each other, divided among a host's workers.
+
+They are of the gradients of the host's own shards, subtree by subtree, and, where each host sums a
+share for all, of all subtrees.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState, storage_run
 
 
-def leaves_of(shared: SharedState, subtrees: Sequence[range], mine: range) -> list[GradientSlot]:
+def leaves_of(
+    shared: SharedState, subtrees: Sequence[range], host_shards: range
+) -> list[GradientSlot]:
     """By shard, the slot that is summed for it: for a subtree's first shard that of its sum.
 
     Without subtrees, on one host, the shards' own slots.
     """
     leaves, room = list(shared.slots), [*shared.slots, *shared.sums]
-    for first, slot in leaf_slots(subtrees, mine, len(shared.slots)).items():
+    for first, slot in leaf_slots(subtrees, host_shards, len(shared.slots)).items():
         leaves[first] = room[slot]
     return leaves
 
@@ -42,8 +46,8 @@ def dense_leaves(
     if shared.codec is None:
         return None
     leaves = list(shared.slots)
-    for place, subtree in enumerate(subtrees):
-        leaves[subtree.start] = shared.restored[place]
+    for group, subtree in enumerate(subtrees):
+        leaves[subtree.start] = shared.restored[group]
     return leaves
 
 
@@ -54,15 +58,17 @@ class SubtreeSums:
         self,
         shared: SharedState,
         subtrees: Sequence[range],
-        mine: range,
+        host_shards: range,
         rank: int,
         workers: int,
     ) -> None:
         self.shared = shared
         self._reducer = Reducer(shared)
-        leaves = leaves_of(shared, subtrees, mine)
+        leaves = leaves_of(shared, subtrees, host_shards)
         self._sums = [
-            (tree, leaves[tree.start]) for tree in subtrees if len(tree) > 1 and tree.start in mine
+            (tree, leaves[tree.start])
+            for tree in subtrees
+            if len(tree) > 1 and tree.start in host_shards
         ]
         blocks = [shared.blocks[number] for number in own_blocks(shared.blocks, workers)[rank]]
         self._blocks = [block for block in blocks if block.param not in shared.tables]
@@ -93,7 +99,7 @@ class SubtreeSums:
     def _sum_table(self, index: int, mask: Mask, target: GradientSlot) -> None:
         leaves = [slot.table(index) for slot in self.shared.slots]
         table = self.shared.tables[index]
-        if not table.asked:
+        if not table.sparse:
             sum_tables(leaves, mask, target.table(index), partial(self._reducer.sum, mask))
         elif (node := tree(mask)) is not None:
             target.table(index).keep(SparseSum(0, table.rows, leaves).merge(node))
@@ -108,8 +114,8 @@ class ShareSum:
         """`leaves` are the subtrees' sums, by first shard; `share` are runs of a slot's bytes."""
         self._reducer = Reducer(shared)
         self._runs = []
-        for place in share:
-            for param, run in _of_params(shared, place):
+        for byte_range in share:
+            for param, run in _of_params(shared, byte_range):
                 assert shared.total is not None
                 dtype, part = shared.params[param].dtype, slice(run.offset, run.offset + run.nbytes)
                 pieces = [slot.flat[part].view(dtype) for slot in leaves]
@@ -121,13 +127,13 @@ class ShareSum:
             self._reducer.sum(presence.of(param), pieces, total)
 
 
-def _of_params(shared: SharedState, place: ByteRange) -> Iterator[tuple[int, ByteRange]]:
+def _of_params(shared: SharedState, byte_range: ByteRange) -> Iterator[tuple[int, ByteRange]]:
     """What of a run of a slot's bytes is which parameter's gradient."""
     for param, (parameter, offset) in enumerate(
         zip(shared.params, shared.grad_offsets, strict=True)
     ):
-        home = ByteRange(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
-        common = overlap(home, place)
+        whole = ByteRange(offset=offset, nbytes=parameter.numel() * parameter.dtype.itemsize)
+        common = overlap(whole, byte_range)
         if common.nbytes:
             yield param, common
 

@@ -1,9 +1,9 @@
-"""Large dense embeddings, without their zeros.
+"""Table sum: gradients of large embeddings are summed by touched rows, without their zeros.
 
 The gradient of a dense `nn.Embedding` is as large as its table and nearly all zeros. Autograd
 fills, a slot would be filled with, and owners would sum, all of them at each step. Here the module
 is asked for the sparse form, and the slot keeps the rows that the shard touched, one after the
-other, and their numbers: the dense gradient without its zeros, bit for bit, since the rows are
+other, and their indices: the dense gradient without its zeros, bit for bit, since the rows are
 summed by the very kernel that makes the dense one. Owners sum the rows that some shard has.
 
 Where that would not be so (the module is called twice in a forward pass, or its table is used
@@ -34,9 +34,9 @@ class TableSum:
     def __init__(self, first: int, leaves: Sequence[TableGradient], total: torch.Tensor) -> None:
         """`total` (1-D) takes the sum of the shards' rows from `first` on."""
         self.leaves = leaves
-        self._total = total.view(-1, leaves[0].home.shape[1])
+        self._total = total.view(-1, leaves[0].rows.shape[1])
         self._first, self._last = first, first + len(self._total)
-        self._named: torch.Tensor | None = None
+        self._indices: torch.Tensor | None = None
         """The rows of `total` that may hold something else than zeros; None: any."""
 
     def sum(self, present: Sequence[bool], add: Sum) -> None:
@@ -55,18 +55,18 @@ class TableSum:
         if len(sparse) < len(parts):
             dense = [leaf.dense(first, last) for leaf in self.leaves]
             add([leaf.view(-1) for leaf in dense], self._total.view(-1))
-            self._named = None
+            self._indices = None
             return
-        named = torch.unique(torch.cat([numbers for numbers, _ in sparse]))
-        summed = self._total.new_empty(len(named), self._total.shape[1])
-        add([_spread(part, named).view(-1) for part in sparse], summed.view(-1))
-        named -= first
-        if self._named is None:
+        indices = torch.unique(torch.cat([own for own, _ in sparse]))
+        summed = self._total.new_empty(len(indices), self._total.shape[1])
+        add([_spread(part, indices).view(-1) for part in sparse], summed.view(-1))
+        indices -= first
+        if self._indices is None:
             self._total.zero_()
         else:
-            self._total.index_fill_(0, self._named, 0)
-        put_rows(self._total, named, summed)
-        self._named = named
+            self._total.index_fill_(0, self._indices, 0)
+        put_rows(self._total, indices, summed)
+        self._indices = indices
 
 
 def sum_tables(
@@ -78,20 +78,20 @@ def sum_tables(
     """Put the sum of the present gradients of a whole table into `target`."""
     if not any(present):
         return
-    rows, width = target.home.shape
+    rows, width = target.rows.shape
     parts = [
         leaf.part(0, rows) if has else _nothing(leaf)
         for leaf, has in zip(leaves, present, strict=True)
     ]
     sparse = [part for part in parts if part is not None]
     if len(sparse) < len(parts):
-        add([leaf.dense(0, rows).view(-1) for leaf in leaves], target.home.view(-1))
-        target.numbers[0] = DENSE
+        add([leaf.dense(0, rows).view(-1) for leaf in leaves], target.rows.view(-1))
+        target.row_indices[0] = DENSE
         return
-    named = torch.unique(torch.cat([numbers for numbers, _ in sparse]))
-    summed = target.home.new_empty(len(named), width)
-    add([_spread(part, named).view(-1) for part in sparse], summed.view(-1))
-    target.keep((named, summed))
+    indices = torch.unique(torch.cat([own for own, _ in sparse]))
+    summed = target.rows.new_empty(len(indices), width)
+    add([_spread(part, indices).view(-1) for part in sparse], summed.view(-1))
+    target.keep((indices, summed))
 
 
 class SparseSum:
@@ -99,7 +99,7 @@ class SparseSum:
 
     def __init__(self, first: int, rows: int, leaves: Sequence[TableGradient]) -> None:
         self.leaves, self._first, self._rows = leaves, first, rows
-        self._width = leaves[0].home.shape[1]
+        self._width = leaves[0].rows.shape[1]
 
     def sum(self, node: Node | None) -> torch.Tensor | None:
         """The sum of the shards' gradients along a tree, sparse and coalesced; None: there are
@@ -110,29 +110,29 @@ class SparseSum:
         """
         if node is None:
             return None
-        named, summed = self.merge(node)
-        return self._sparse(named - self._first, summed, self._rows)
+        indices, summed = self.merge(node)
+        return self._sparse(indices - self._first, summed, self._rows)
 
     def cut(self, gradient: torch.Tensor | None, edges: Sequence[int]) -> list[torch.Tensor | None]:
         """The parts of a sum between rows, from the first one's on: `edges` ascend from 0."""
         if gradient is None:
             return [None] * (len(edges) - 1)
-        named, summed = gradient._indices()[0], gradient._values()
-        places = np.searchsorted(named.numpy(), edges).tolist()
+        indices, summed = gradient._indices()[0], gradient._values()
+        cuts = np.searchsorted(indices.numpy(), edges).tolist()
         return [
-            self._sparse(named[start:stop] - first, summed[start:stop], last - first)
+            self._sparse(indices[start:stop] - first, summed[start:stop], last - first)
             for (first, last), (start, stop) in zip(
-                itertools.pairwise(edges), itertools.pairwise(places), strict=True
+                itertools.pairwise(edges), itertools.pairwise(cuts), strict=True
             )
         ]
 
-    def _sparse(self, named: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+    def _sparse(self, indices: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
         return torch.sparse_coo_tensor(
-            named[None], rows, (size, self._width), check_invariants=False, is_coalesced=True
+            indices[None], rows, (size, self._width), check_invariants=False, is_coalesced=True
         )
 
     def merge(self, node: Node) -> Part:
-        """The same sum, as numbers of the whole table's rows, and the rows."""
+        """The same sum, as indices into the whole table, and the rows."""
         if isinstance(node, int):
             return _some(self.leaves[node].part(self._first, self._first + self._rows))
         left, right = self.merge(node[0]), self.merge(node[1])
@@ -155,14 +155,14 @@ def _some(part: Part | None) -> Part:
 
 def _nothing(leaf: TableGradient) -> tuple[torch.Tensor, torch.Tensor]:
     """No rows: what a shard without a gradient has."""
-    return leaf.numbers[:0], leaf.home[:0]
+    return leaf.row_indices[:0], leaf.rows[:0]
 
 
-def _spread(part: Part, named: torch.Tensor) -> torch.Tensor:
-    """A shard's rows among all that are named, zeros between them."""
-    numbers, values = part
-    if len(numbers) == len(named):
+def _spread(part: Part, indices: torch.Tensor) -> torch.Tensor:
+    """A shard's rows among all that are touched, zeros between them."""
+    own, values = part
+    if len(own) == len(indices):
         return values
-    spread = values.new_zeros(len(named), values.shape[1])
-    put_rows(spread, torch.searchsorted(named, numbers), values)
+    spread = values.new_zeros(len(indices), values.shape[1])
+    put_rows(spread, torch.searchsorted(indices, own), values)
     return spread

@@ -88,8 +88,8 @@ def combine_buffers(
     elif committed.is_floating_point() or committed.is_complex():
         scaled = [slot * weight for slot, weight in used]
         present = tuple(bool(weight) for weight in weights)
-        places = iter(scaled)
-        leaves = [next(places).flatten() if has else committed.flatten() for has in present]
+        values_left = iter(scaled)
+        leaves = [next(values_left).flatten() if has else committed.flatten() for has in present]
         node = tree(present)
         assert node is not None
         spare = [torch.empty_like(leaves[0]) for _ in range(depth(node))]

@@ -1,7 +1,8 @@
 """Run control: requests to a running job, from signals, from Python and from a Unix socket.
 
 Others on this machine reach it by a Unix socket in the run folder, which its owner alone may use.
-A request is one line of JSON, `{"request": "scale", "number": 3}`; the answer is another.
+A request is one line of JSON, `{"request": "scale", "number": 3}`; the answer is another, with the
+error if it was refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from lockstep.errors import JobError, RunFolderError
+from lockstep.errors import (
+    JobError,
+    RunFolderError,
+    RunInterrupted,
+    StoppedError,
+    from_message,
+    to_message,
+)
 
 REQUESTS = ("scale", "pause", "go_on", "checkpoint", "stop")
 SOCKET = "control.sock"
@@ -37,6 +45,8 @@ class RunControl:
         self._listener: socket.socket | None = None
         self._path: Path | None = None
         self._handlers: dict[int, Any] = {}
+        self._max_workers: int | None = None
+        self._signal_came = False
 
     def __enter__(self) -> RunControl:
         return self
@@ -55,10 +65,29 @@ class RunControl:
             self._path.unlink(missing_ok=True)
 
     def add(self, name: str, number: int = 0) -> None:
-        """Leave a request. May be called from any thread."""
+        """Leave a request. May be called from any thread.
+
+        Raises:
+            JobError: there is no such request, or it is for more workers than the run can have.
+        """
         if name not in REQUESTS:
             raise JobError(f"unknown request {name!r}", expected=" or ".join(REQUESTS))
+        if name == "scale":
+            self._check_workers(number)
         self._waiting.append((name, number))
+
+    def _check_workers(self, number: int) -> None:
+        most = self._max_workers
+        if number >= 1 and (most is None or number <= most):
+            return
+        raise JobError(
+            f"the run cannot have {number} workers; their number stays as it is",
+            expected="at least 1" if most is None else f"1 to {most}, its max_workers",
+            found=str(number),
+            fix="lockstep stop ends the run with a checkpoint"
+            if number < 1
+            else "start runs with --max-workers N (and --shards N) to scale them up to N",
+        )
 
     def take(self) -> list[Request]:
         """The requests since the last call. Called by the coordinator, about every tick."""
@@ -83,10 +112,16 @@ class RunControl:
     def _signalled(self, number: int, _: FrameType | None) -> None:
         for other in self._handlers:
             signal.signal(other, signal.default_int_handler)
+        self._signal_came = True
         self.add("stop")
 
-    def open(self, folder: Path) -> None:
-        """Listen in a run folder."""
+    def stopped(self, error: StoppedError) -> StoppedError | RunInterrupted:
+        """What the caller is to get of a stop: if a signal asked for it, an interruption."""
+        return RunInterrupted(error) if self._signal_came else error
+
+    def open(self, folder: Path, max_workers: int) -> None:
+        """Listen in a run folder. From now on `scale` is refused beyond `max_workers`."""
+        self._max_workers = max_workers
         self._path = folder / SOCKET
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -110,9 +145,9 @@ class RunControl:
         try:
             message = json.loads(line)
             self.add(str(message["request"]), int(message.get("number", 0)))
-            answer: dict[str, Any] = {"taken": True}
+            answer: dict[str, Any] = {"taken": True, "max_workers": self._max_workers}
         except JobError as error:
-            answer = {"taken": False, "why": str(error)}
+            answer = {"taken": False, "why": str(error), "error": to_message(error)}
         except (ValueError, KeyError, TypeError, AttributeError):
             answer = {"taken": False, "why": "not a request"}
         return json.dumps(answer).encode() + b"\n"
@@ -128,11 +163,12 @@ def _short_path(folder: Path) -> Iterator[str]:
         os.close(fd)
 
 
-def ask(folder: Path, name: str, number: int = 0) -> None:
-    """Ask something of the run in a folder.
+def ask(folder: Path, name: str, number: int = 0) -> dict[str, Any]:
+    """Ask something of the run in a folder. Returns its answer.
 
     Raises:
-        RunFolderError: nothing runs there, or it did not take the request.
+        JobError: the run refuses the request.
+        RunFolderError: nothing runs there, or it did not understand the request.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         caller.settimeout(ANSWER_SECONDS)
@@ -140,10 +176,13 @@ def ask(folder: Path, name: str, number: int = 0) -> None:
             with _short_path(folder) as place:
                 caller.connect(place)
             caller.sendall(json.dumps({"request": name, "number": number}).encode() + b"\n")
-            answer = json.loads(caller.recv(LINE_BYTES) or b"{}")
+            answer: dict[str, Any] = json.loads(caller.recv(LINE_BYTES) or b"{}")
         except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"nothing runs in {folder}", found=str(error), fix="look at its events.jsonl"
             ) from None
+    if "error" in answer:
+        raise from_message(answer["error"])
     if not answer.get("taken"):
         raise RunFolderError(f"the run in {folder} did not take the request: {answer.get('why')}")
+    return answer

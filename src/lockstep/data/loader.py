@@ -1,4 +1,4 @@
-"""A worker's batches: fetched by itself, or by loader processes beside it."""
+"""Loader: a worker's batches, fetched by itself or by loader processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ on a busy machine the kernel may take its time to say so."""
 
 
 def wants_loaders(times: FetchTimes, compute_seconds: float, spare_cores: int) -> tuple[bool, str]:
-    """Whether fetching should move to a process beside the worker, and why.
+    """Whether fetching should move to another process, and why.
 
     `compute_seconds` is what the same number of shards took to compute.
     """
@@ -146,7 +146,8 @@ class Loader:
 
     def samples(self, step: int, shard: int) -> list[int]:
         """The samples of a shard of a step: indices into the training set."""
-        return self._order.indices(step, shard).tolist()
+        indices: list[int] = self._order.indices(step, shard).tolist()
+        return indices
 
     def consider(self, compute_seconds: float) -> None:
         """Choose between worker and loader processes, once enough has been measured."""

@@ -1,4 +1,4 @@
-"""How loader processes hand tensors to their worker: in memory that has no name.
+"""Loader IPC: loader processes hand tensors to their worker in anonymous shared memory.
 
 For each tensor torch makes a file in /dev/shm and unlinks it at once, and Python passes descriptors
 on at a socket in the folder for temporary files. A process that is killed, as all of a job may be
@@ -18,47 +18,46 @@ import threading
 import weakref
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef, rebuild_storage_fd, reduce_storage
 
+from lockstep.system.torch_patches import hand_over_storages
+
 NAME = "lockstep-batch"
 Waiting = queue.SimpleQueue[torch.UntypedStorage]
-_ways: dict[int, socket.socket] = {}
+_receivers: dict[int, socket.socket] = {}
 """In a worker: by its own number, the end at which a loader process's descriptors come."""
 
 
 class TensorChannel:
-    """The ways from so many loader processes to the worker that makes this before it forks them."""
+    """Socket pairs from loader processes to the worker, which makes this before it forks them."""
 
     def __init__(self, loaders: int) -> None:
         self._pairs = [socket.socketpair() for _ in range(loaders)]
-        _ways.update({ours.fileno(): ours for ours, _ in self._pairs})
+        _receivers.update({receiver.fileno(): receiver for receiver, _ in self._pairs})
 
     def begin(self, loader: int) -> None:
         """In a loader process: share tensors in this way from here on."""
-        mine = self._pairs.pop(loader)
+        receiver, sender = self._pairs.pop(loader)
         self.close()
-        way, waiting = mine[0].fileno(), Waiting()
-        mine[0].close()
-        threading.Thread(target=_send, args=(mine[1], waiting), daemon=True).start()
-        # Torch's `default_collate` makes its batches in shared memory, in a loader.
-        torch.UntypedStorage._new_using_fd_cpu = staticmethod(_new_storage)  # type: ignore[assignment, method-assign]
-        ForkingPickler.register(torch.UntypedStorage, functools.partial(_reduce, way, waiting, {}))
+        receiver_fd, waiting = receiver.fileno(), Waiting()
+        receiver.close()
+        threading.Thread(target=_send, args=(sender, waiting), daemon=True).start()
+        hand_over_storages(_new_storage, functools.partial(_reduce, receiver_fd, waiting, {}))
 
     def forked(self) -> None:
         """In the worker, once they are forked: an end that has no other end tells of a death."""
-        for _, theirs in self._pairs:
-            theirs.close()
+        for _, sender in self._pairs:
+            sender.close()
 
     def close(self) -> None:
         """Let go of everything."""
-        for ours, theirs in self._pairs:
-            _ways.pop(ours.fileno(), None)
-            ours.close()
-            theirs.close()
+        for receiver, sender in self._pairs:
+            _receivers.pop(receiver.fileno(), None)
+            receiver.close()
+            sender.close()
         self._pairs = []
 
 
@@ -66,11 +65,13 @@ class TensorChannel:
 class _Passed:
     """Stands for a descriptor in a pickle; they come in the order in which they were pickled."""
 
-    way: int
+    receiver_fd: int
 
     def detach(self) -> int:
         """The descriptor, which is the caller's to close."""
-        said, fds, _, _ = socket.recv_fds(_ways[self.way], 1, 1, socket.MSG_CMSG_CLOEXEC)
+        said, fds, _, _ = socket.recv_fds(
+            _receivers[self.receiver_fd], 1, 1, socket.MSG_CMSG_CLOEXEC
+        )
         if not said:
             raise ConnectionResetError("a loader process has ended")
         return fds[0]
@@ -88,7 +89,7 @@ def _new_storage(nbytes: int) -> torch.UntypedStorage:
 
 
 def _reduce(
-    way: int,
+    receiver_fd: int,
     waiting: Waiting,
     copies: dict[StorageWeakRef, torch.UntypedStorage],
     storage: torch.UntypedStorage,
@@ -106,7 +107,7 @@ def _reduce(
             copies[known] = _new_storage(nbytes).copy_(storage, False)
         shared = copies[known]
     waiting.put(shared)
-    return rebuild_storage_fd, (torch.UntypedStorage, _Passed(way), nbytes)
+    return rebuild_storage_fd, (torch.UntypedStorage, _Passed(receiver_fd), nbytes)
 
 
 def _send(end: socket.socket, waiting: Waiting) -> None:

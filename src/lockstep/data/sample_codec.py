@@ -51,7 +51,7 @@ def unpack_sample(content: memoryview) -> Any:
 
 
 def pack_tensor(tensor: torch.Tensor) -> tuple[Tree, memoryview]:
-    """A tensor's place in a tree, and its bytes.
+    """A tensor's description in a tree, and its bytes.
 
     Raises:
         DataError: it is not a plain one.
@@ -89,7 +89,7 @@ def _pack(value: Any, path: str, arrays: list[bytes | memoryview]) -> Tree:
     if kind in PLAIN:
         return value
     if kind in (tuple, list):
-        inner = [_pack(each, f"{path}[{place}]", arrays) for place, each in enumerate(value)]
+        inner = [_pack(each, f"{path}[{index}]", arrays) for index, each in enumerate(value)]
         return [kind.__name__, *inner]
     if kind is dict:
         for key in value:
@@ -155,10 +155,10 @@ class _Unpacking:
 
     def _take(self, nbytes: int) -> memoryview:
         self._at += nbytes
-        taken = self._content[self._at - nbytes : self._at]
-        if len(taken) != nbytes:
+        content = self._content[self._at - nbytes : self._at]
+        if len(content) != nbytes:
             raise ValueError("an array is cut short")
-        return taken
+        return content
 
 
 def _order(strides: Sequence[int]) -> list[int]:
@@ -167,7 +167,7 @@ def _order(strides: Sequence[int]) -> list[int]:
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=lambda place: order[place])
+    return sorted(range(len(order)), key=lambda index: order[index])
 
 
 def _describe(tensor: torch.Tensor) -> str:

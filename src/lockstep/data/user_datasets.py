@@ -51,6 +51,7 @@ def length_of(dataset: Any, name: str) -> int:
     Raises:
         DataError: it is empty, or no map-style data set.
     """
+    _check_samples(dataset, name)
     try:
         size = len(dataset)
     except TypeError:
@@ -75,3 +76,31 @@ def length_of(dataset: Any, name: str) -> int:
             fix="look at what it reads, and where from",
         )
     return size
+
+
+def _check_samples(dataset: Any, name: str) -> None:
+    """Check that it is not what merely looks like a sequence of samples: a path, or `(X, y)`."""
+    if isinstance(dataset, str | bytes):
+        found, fix = f"the text {dataset!r:.60}", "read the file, and return its samples"
+    elif isinstance(dataset, tuple) and all(map(_is_array, dataset)) and _are_columns(dataset):
+        shapes = ", ".join(str(tuple(each.shape)) for each in dataset)
+        found = f"a tuple of {len(dataset)} arrays, of the shapes {shapes}"
+        fix = "make it TensorDataset(torch.as_tensor(X), torch.as_tensor(y))"
+    else:
+        return
+    raise DataError(
+        f"Task.{name}() did not return a map-style data set",
+        expected="a data set, whose item i is sample i",
+        found=found,
+        fix=fix,
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape) > 0
+
+
+def _are_columns(arrays: tuple[Any, ...]) -> bool:
+    """Whether arrays are of one length, and otherwise unlike, as samples are not."""
+    lengths = {each.shape[0] for each in arrays}
+    return len(lengths) == 1 and len({(tuple(each.shape), each.dtype) for each in arrays}) > 1

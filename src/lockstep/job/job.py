@@ -51,10 +51,10 @@ class Job:
     )
     shards: int | None = setting(
         None,
-        help="Fixed slices of each batch, at least `workers`.",
-        detail="Set it if the number of workers may change.",
+        help="Fixed slices of each batch: the most workers that there can be.",
+        detail="By default 8 for batches of 128 or more, else 4: it never depends on the machine.",
         least=1,
-        unset="number of workers planned",
+        unset="by `batch_size`",
         changes_numbers=True,
     )
     threads: int | None = setting(
@@ -62,7 +62,7 @@ class Job:
         help="Intra-op threads per worker.",
         least=1,
         most=1024,
-        unset="cores / workers",
+        unset="1",
         changes_numbers=True,
     )
     clip_grad_norm: float | None = setting(
@@ -127,7 +127,7 @@ class Job:
     workers: int | None = setting(
         None,
         help="Worker processes, at most `shards`.",
-        detail="Without it the plan times the ways to divide the cores.",
+        detail="Without it the plan times 1, 2, 4, ... workers, up to one a core.",
         least=1,
         unset="measured",
         options=("--workers", "-w"),
@@ -136,7 +136,7 @@ class Job:
         None,
         help="Largest number of workers that `lockstep scale` may ask for, at most `shards`.",
         least=1,
-        unset="`workers`",
+        unset="`shards`",
     )
     loaders: int | None = setting(
         None,

@@ -1,4 +1,4 @@
-"""An owner's part of a step: sum the gradients of its blocks and run the optimizer on them."""
+"""Block owner: sums the gradients of its blocks and runs the optimizer on them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class BlockOwner:
         presence: GradientPresence,
         scale: torch.Tensor | None = None,
     ) -> None:
-        """Update all blocks of this owner. If it does not return, the state is torn.
+        """Update all blocks of this owner. If it does not return, the state is between two steps.
 
         `scale` is given where the norm is limited: the gradient is then what `reduce` has summed,
         times `scale`.
@@ -179,24 +179,24 @@ class BlockOwner:
         # What is not per element is the same in all blocks: they are always stepped together.
         state = {**self.optimizer.state[group.blocks[0].param], **table.like}
         step_rows(table.rows, gradient, state, table.like, step)
-        check_known(self.optimizer, state, group.blocks[0].homes)
+        check_known(self.optimizer, state, group.blocks[0].state)
         for owned in group.blocks:
-            for key, home in owned.homes.items():
+            for key, stored in owned.state.items():
                 if key.form != "like":
-                    store_value(home, state[key.name])
-                    self.optimizer.state[owned.param][key.name] = load_value(home, key)
+                    store_value(stored, state[key.name])
+                    self.optimizer.state[owned.param][key.name] = load_value(stored, key)
 
     def _share(self, owned: OwnedBlock) -> None:
-        """Bring state that the optimizer has made or replaced to its place in shared memory.
+        """Bring state that the optimizer has made or replaced to shared memory.
 
         Raises:
             OptimizerError: there is state that was not there when it was tried.
         """
         state = self.optimizer.state[owned.param]
-        check_known(self.optimizer, state, owned.homes)
-        for key in owned.rebound if owned.begun else owned.homes:
-            home = owned.homes[key]
-            store_value(home, state[key.name])
-            state[key.name] = load_value(home, key)
+        check_known(self.optimizer, state, owned.state)
+        for key in owned.rebound if owned.begun else owned.state:
+            stored = owned.state[key]
+            store_value(stored, state[key.name])
+            state[key.name] = load_value(stored, key)
         self._present[owned.number] = 1
         owned.begun = True

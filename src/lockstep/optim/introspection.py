@@ -1,8 +1,8 @@
-"""The user's optimizer, taken apart into blocks, and the state that it keeps for each.
+"""Optimizer introspection: the user's optimizer taken apart into blocks, and its state of each.
 
 `torch.optim` classes update each tensor by itself, so a worker can run the user's own optimizer on
 just the blocks that it owns. Which state a class keeps per tensor is found by trying, as is whether
-a tensor may be cut (see `probing`).
+a tensor may be cut (see `probes`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rounds: several optimizer steps of each shard on a copy of the model, between two exchanges.
+"""Local SGD rounds: optimizer steps of each shard on a copy of the model, between two exchanges.
 
 Each shard has an optimizer of its own, whose state (Adam's averages, momentum) goes on from round
 to round, as that of DiLoCo's inner optimizers does (Douillard et al., arXiv 2311.08105). It is a
@@ -28,7 +28,7 @@ from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.optimizer_state import StateKey, load_value, store_value
 from lockstep.state.shared_state import SharedState, local_flags, local_name
 
-Homes = list[list[tuple[StateKey, torch.Tensor]]]
+LocalState = list[list[tuple[StateKey, torch.Tensor]]]
 """By trainable parameter: where each value of its optimizer state lies in a slot."""
 
 
@@ -46,8 +46,8 @@ class Updates:
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an update is the last of a round that ends a data epoch."""
-        number, place = divmod(step, self.steps)
-        return place == self.steps - 1 and self.sampling.ends_epoch(number)
+        number, update = divmod(step, self.steps)
+        return update == self.steps - 1 and self.sampling.ends_epoch(number)
 
 
 class LocalRounds:
@@ -77,13 +77,13 @@ class LocalRounds:
     def loss(self, step: int, shard: int, slot: GradientSlot, batch: ShardSamples) -> torch.Tensor:
         """The mean loss over a shard's steps; its gradient is how far these have come, and the slot
         gets what the optimizer keeps."""
-        begun, homes = self._homes(slot)
-        self._begin(shard, slot, begun, homes)
+        begun, local_state = self._local_state(slot)
+        self._begin(shard, slot, begun, local_state)
         total = torch.zeros((), dtype=torch.float64)
-        for place, samples in enumerate(divide(batch.samples, self.steps)):
-            self._schedule.go_to(step * self.steps + place)
+        for update, samples in enumerate(divide(batch.samples, self.steps)):
+            self._schedule.go_to(step * self.steps + update)
             self._optimizer.zero_grad(set_to_none=True)
-            self._round.begin_update(place)
+            self._round.begin_update(update)
             loss = self.task.loss(self._model, self.task.collate(samples))
             loss.backward()
             if self._most is not None:
@@ -91,15 +91,17 @@ class LocalRounds:
             self._optimizer.step()
             total += loss.detach().double() * len(samples)
         self._optimizer.zero_grad(set_to_none=True)
-        self._keep(begun, homes)
+        self._keep(begun, local_state)
         params = self.shared.params
         with torch.no_grad():
-            ways = [p - moved for p, moved in zip(params, self._params, strict=True)]
+            deltas = [p - moved for p, moved in zip(params, self._params, strict=True)]
         mean = (total / len(batch.samples)).float()
-        found: torch.Tensor = _KnownGradient.apply(mean, ways, *params)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _KnownGradient.apply(mean, deltas, *params)  # type: ignore[no-untyped-call]
         return found
 
-    def _begin(self, shard: int, slot: GradientSlot, begun: torch.Tensor, homes: Homes) -> None:
+    def _begin(
+        self, shard: int, slot: GradientSlot, begun: torch.Tensor, local_state: LocalState
+    ) -> None:
         """Start from the committed parameters and buffers, and the shard's optimizer state."""
         with torch.no_grad():
             for local, committed in zip(self._params, self.shared.params, strict=True):
@@ -112,54 +114,54 @@ class LocalRounds:
         for index, parameter in enumerate(self._params):
             if begun[index]:
                 self._optimizer.state[parameter] = {
-                    key.name: load_value(home, key) for key, home in homes[index]
+                    key.name: load_value(stored, key) for key, stored in local_state[index]
                 }
             elif parameter in self._initial:
                 self._optimizer.state[parameter] = copy.deepcopy(self._initial[parameter])
 
-    def _keep(self, begun: torch.Tensor, homes: Homes) -> None:
+    def _keep(self, begun: torch.Tensor, local_state: LocalState) -> None:
         """Leave in the slot what the optimizer keeps, and in the model what the buffers are."""
         for index, parameter in enumerate(self._params):
             state = self._optimizer.state.get(parameter)
             if not state:
                 continue
             begun[index] = 1
-            check_known(self._optimizer, state, [key for key, _ in homes[index]])
-            for key, home in homes[index]:
-                store_value(home, state[key.name])
+            check_known(self._optimizer, state, [key for key, _ in local_state[index]])
+            for key, stored in local_state[index]:
+                store_value(stored, state[key.name])
         for (_, own), (_, moved) in zip(
             self.shared.model.named_buffers(), self._model.named_buffers(), strict=True
         ):
             own.copy_(moved)
 
-    def _homes(self, slot: GradientSlot) -> tuple[torch.Tensor, Homes]:
+    def _local_state(self, slot: GradientSlot) -> tuple[torch.Tensor, LocalState]:
         """Where a slot says which parameters have state, and where that is."""
         first = self.shared.local[0].offset
 
         def view(name: str) -> torch.Tensor:
-            entry = self.shared.entry(name)
-            place = entry.offset - first
-            return as_tensor(slot.local, place, entry.dtype, entry.shape, entry.stride)
+            entry = self.shared.layout.entry(name)
+            offset = entry.offset - first
+            return as_tensor(slot.local, offset, entry.dtype, entry.shape, entry.stride)
 
-        homes = [
+        local_state = [
             [(key, view(local_name(0, name, key))) for key in keys]
             for name, keys in zip(self.shared.names, self.shared.local_keys, strict=True)
         ]
-        return view(local_flags(0)), homes
+        return view(local_flags(0)), local_state
 
 
 class LocalUpdate:
     """One worker's part in the update of what shards' optimizers keep. Made anew when the
     membership changes."""
 
-    def __init__(self, shared: SharedState, mine: range, rank: int, workers: int) -> None:
-        """`mine` are the shards that this host computes."""
+    def __init__(self, shared: SharedState, host_shards: range, rank: int, workers: int) -> None:
+        """`host_shards` are the shards that this host computes."""
         state = memoryview(shared.segments["state"].map)
         slots = memoryview(shared.segments["slots"].map)
         self.ranges: list[ByteRange] = []
         """What it changes of the state segment."""
         self._copies: dict[int, tuple[memoryview, memoryview]] = {}
-        for shard in mine if shared.local else ():
+        for shard in host_shards if shared.local else ():
             whole = shared.local[shard]
             part = cut_evenly(whole, workers)[rank]
             start = shared.slot_offset(shard) + part.offset - whole.offset
@@ -182,7 +184,7 @@ def _copy(model: nn.Module) -> nn.Module:
     local = copy.deepcopy(model)
     for module in local.modules():
         if isinstance(module, nn.Embedding):
-            module.sparse = False  # as it may be run for the exchange (see `embeddings`)
+            module.sparse = False  # as it may be run for the exchange (see `embedding_tables`)
     return local
 
 
@@ -190,11 +192,11 @@ class _KnownGradient(torch.autograd.Function):
     """A number whose gradient, with regard to each parameter, is known already."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, ways: list[torch.Tensor], *_: Any) -> torch.Tensor:
-        ctx.ways = ways
+    def forward(ctx: Any, value: torch.Tensor, deltas: list[torch.Tensor], *_: Any) -> torch.Tensor:
+        ctx.deltas = deltas
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (grad,) = grads
-        return None, None, *(way * grad.to(way.dtype) for way in ctx.ways)
+        return None, None, *(delta * grad.to(delta.dtype) for delta in ctx.deltas)

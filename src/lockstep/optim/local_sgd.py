@@ -1,4 +1,4 @@
-"""Fewer synchronisations, for slow links: several optimizer steps between two exchanges.
+"""Local SGD: several optimizer steps between two exchanges, for slow links.
 
 Each shard takes so many steps of the task's own optimizer on a copy of the model, on its own part
 of the batch, and what is exchanged is how far it has come. The copies are averaged (McMahan et al.,
@@ -6,7 +6,7 @@ of the batch, and what is exchanged is how far it has come. The copies are avera
 Converges Fast and Communicates Little", 2019). That changes the numbers, so it is the job's choice.
 It does not make them depend on who computes: shards are copied, not workers or hosts, each round
 begins with the committed parameters and the shard's own optimizer state, and the average is a sum
-along the tree. How a worker does it: `rounds`.
+along the tree. How a worker does it: `local_rounds`.
 """
 
 from __future__ import annotations

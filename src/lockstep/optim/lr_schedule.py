@@ -1,4 +1,4 @@
-"""The user's learning-rate schedule: stepped with the commits, and put back with the state."""
+"""LR schedule: the user's, stepped with the commits, and rolled back with the state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lockstep.errors import TaskError
 from lockstep.job.task import Task
+from lockstep.system.torch_patches import mark_stepped
 
 REMEMBERED = 1024
 """Steps: how far back the schedule goes without being run from its beginning."""
@@ -45,8 +46,7 @@ class LrSchedule:
     def _begin(self) -> None:
         self._scheduler = self._task.scheduler(self._optimizer)
         check_schedule(self._scheduler)
-        # A worker that owns no block never steps its optimizer, and PyTorch would warn of it.
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]
+        mark_stepped(self._optimizer)
         self._at = self._now = 0
         """After how many steps the scheduler is, and after how many the optimizer's options are."""
 

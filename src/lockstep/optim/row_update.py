@@ -1,9 +1,9 @@
-"""Steps on the rows of a table that a sparse gradient has, as if there were no others.
+"""Row update: an optimizer step on the rows that a sparse gradient has, as if there were no others.
 
 Optimizers that take sparse gradients read and write scattered rows again and again, by kernels that
 are slow at it: `sparse_mask` alone is half of SparseAdam. Here the rows are gathered once, the
 user's own optimizer is run on them, and they are put back: the same arithmetic on the same rows.
-Whether an optimizer may be run so is tried (see `probing.may_step_rows`).
+Whether an optimizer may be run so is tried (see `probes.may_step_rows`).
 
 Optimizers still see a sparse gradient, but one that has every row of its parameter: what they do
 with it is arithmetic on dense tensors then, and is done so (`RowGradient`).
@@ -23,8 +23,8 @@ from lockstep.state.embedding_tables import put_rows
 class RowGradient(torch.Tensor):
     """A sparse gradient that has all rows of its parameter, in their order.
 
-    Optimizers take what their state has in the places of a gradient (`sparse_mask`), and add sparse
-    tensors of the same places to dense ones. PyTorch's kernels look each row up for that, one by
+    Optimizers take what their state has in the rows of a gradient (`sparse_mask`), and add sparse
+    tensors of the same rows to dense ones. PyTorch's kernels look each row up for that, one by
     one; here they are all there. What else is done with it is done by PyTorch, to a sparse tensor.
     """
 
@@ -115,17 +115,17 @@ def step_rows(
         like: the names of the state that is one value per element, of the table's shape.
         step: called once, with a parameter of the gradient's rows and their state.
     """
-    numbers, values = gradient._indices()[0], gradient._values()
-    rows = nn.Parameter(table.index_select(0, numbers))
+    indices, values = gradient._indices()[0], gradient._values()
+    rows = nn.Parameter(table.index_select(0, indices))
     rows.grad = RowGradient.of(values)
-    taken = {
-        name: value.index_select(0, numbers) if name in like else value
+    gathered = {
+        name: value.index_select(0, indices) if name in like else value
         for name, value in state.items()
     }
-    step(rows, taken)
-    put_rows(table, numbers, rows.detach())
-    for name, value in taken.items():
+    step(rows, gathered)
+    put_rows(table, indices, rows.detach())
+    for name, value in gathered.items():
         if name in like:
-            put_rows(state[name], numbers, value)
+            put_rows(state[name], indices, value)
         else:
             state[name] = value

@@ -1,4 +1,4 @@
-"""What an owner updates together: its blocks in groups, with their gradients and their state."""
+"""Update groups: blocks that an owner updates together, with their gradients and state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OwnedBlock:
     param: nn.Parameter
     first: int
     """Where its run begins in its group's."""
-    homes: dict[StateKey, torch.Tensor]
+    state: dict[StateKey, torch.Tensor]
     """Where its optimizer state lies in shared memory."""
     rebound: list[StateKey]
     leaves: list[torch.Tensor]
@@ -120,7 +120,7 @@ class Grouping:
         """The block's parameter, if its optimizer takes sparse gradients."""
         param = self.shared.blocks[number].param
         table = self.shared.tables.get(param)
-        return param if table is not None and table.asked else None
+        return param if table is not None and table.sparse else None
 
     def _dtype(self, number: int) -> torch.dtype:
         return self.shared.params[self.shared.blocks[number].param].dtype
@@ -167,7 +167,7 @@ class Grouping:
             run = self.run(blocks[0].block, [leaf[part] for leaf in leaves], total[part])
             if table is None:
                 dense.append(run)
-            elif not self.shared.tables[table].asked:
+            elif not self.shared.tables[table].sparse:
                 tables.append((table, run))
         return tables, dense
 
@@ -178,15 +178,15 @@ class Grouping:
             return None
         shared, start = self.shared, first.block.start
         name, table = shared.names[first.block.param], shared.tables[first.block.param]
-        mine = slice(start // table.width, last.stop // table.width)
+        inside = slice(start // table.width, last.stop // table.width)
         gradients = [slot.table(first.block.param) for slot in self.slots]
         return SparseTable(
-            sum=SparseSum(mine.start, mine.stop - mine.start, gradients),
+            sum=SparseSum(inside.start, inside.stop - inside.start, gradients),
             edges=[0, *((item.block.stop - start) // table.width for item in owned)],
-            rows=shared.params[first.block.param].detach()[mine],
+            rows=shared.params[first.block.param].detach()[inside],
             like={
-                key.name: shared.view(state_name(name, first.block, key))[mine]
-                for key in first.homes
+                key.name: shared.view(state_name(name, first.block, key))[inside]
+                for key in first.state
                 if key.form == "like"
             },
             by_rows=table.by_rows,
@@ -198,20 +198,20 @@ class Grouping:
         shared, block = self.shared, self.shared.blocks[number]
         size = total.dtype.itemsize
         first = (shared.grad_offsets[block.param] - start) // size + block.start
-        homes = {key: shared.state_view(number, key) for key in shared.keys[number]}
+        state = {key: shared.state_view(number, key) for key in shared.keys[number]}
         owned = OwnedBlock(
             number=number,
             block=block,
             param=nn.Parameter(shared.block_view(block)),
             first=first,
-            homes=homes,
-            rebound=[key for key in homes if key.rebound],
+            state=state,
+            rebound=[key for key in state if key.rebound],
             leaves=[leaf[first : first + block.size] for leaf in leaves],
             total=total[first : first + block.size],
             begun=bool(self._present[number]),
         )
         if owned.begun:
             self.shared.optimizer.state[owned.param] = {
-                key.name: load_value(home, key) for key, home in homes.items()
+                key.name: load_value(stored, key) for key, stored in state.items()
             }
         return owned

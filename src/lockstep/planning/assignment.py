@@ -99,12 +99,12 @@ def assign(
         step=step,
         todo=todo,
         shard_run=(role.shards.start, role.shards.stop),
-        subtree_runs=tuple((tree.start, tree.stop) for tree in role.trees),
+        subtree_runs=tuple((tree.start, tree.stop) for tree in role.subtrees),
         several_hosts=role.several,
         returns=role.duties.returns,
         host_sums=role.sums,
-        remote_params=frozenset(role.theirs),
-        owned_params=role.owned,
+        remote_params=frozenset(role.remote_params),
+        owned_params=role.owned_params,
         refresh=refresh,
         loaders=loaders,
         ahead_from=ahead_from,
@@ -137,5 +137,5 @@ def share_of(
     return WorkerShare(
         blocks=local[run.start : run.stop],
         norms=[param for param in divide_evenly(sizes, workers)[rank] if param not in remote],
-        sums=tuple(cut_evenly(place, workers)[rank] for place in assignment.host_sums),
+        sums=tuple(cut_evenly(run, workers)[rank] for run in assignment.host_sums),
     )

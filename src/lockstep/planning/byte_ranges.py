@@ -32,12 +32,12 @@ def merge_ranges(ranges: Iterable[ByteRange]) -> list[ByteRange]:
     return merged
 
 
-def cut_evenly(place: ByteRange, parts: int) -> list[ByteRange]:
+def cut_evenly(whole: ByteRange, parts: int) -> list[ByteRange]:
     """A range in so many parts of about the same size, cut where no number is."""
-    lines = math.ceil(place.nbytes / ALIGN)
-    edges = [min(lines * part // parts * ALIGN, place.nbytes) for part in range(parts + 1)]
+    lines = math.ceil(whole.nbytes / ALIGN)
+    edges = [min(lines * part // parts * ALIGN, whole.nbytes) for part in range(parts + 1)]
     return [
-        ByteRange(offset=place.offset + start, nbytes=stop - start)
+        ByteRange(offset=whole.offset + start, nbytes=stop - start)
         for start, stop in itertools.pairwise(edges)
     ]
 

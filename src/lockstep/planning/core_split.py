@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.errors import JobError
 from lockstep.job.job import Job
+
+DEFAULT_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +34,54 @@ class Division:
         return f"{workers} x {threads}, {self.shards} shard{'s' * (self.shards > 1)}"
 
 
+def default_shards(batch_size: int) -> int:
+    """V, into how many shards a batch is cut where the job does not say.
+
+    It changes the numbers, so it is a function of the job alone: never of cores, hosts or time.
+    As many as let the job use several workers, and as few samples each as still make good use of
+    a kernel: what more shards cost is in docs/decisions/0018-default-shards.md.
+    """
+    shards = MOST_SHARDS
+    while shards > LEAST_SHARDS and batch_size < shards * SAMPLES_PER_SHARD:
+        shards //= 2
+    return min(shards, batch_size)
+
+
+MOST_SHARDS, LEAST_SHARDS, SAMPLES_PER_SHARD = 8, 4, 16
+
+
+def shards_of(job: Job) -> int:
+    """V of a job, as asked or by default.
+
+    Raises:
+        JobError: it is asked for more workers than there are shards.
+    """
+    batch_size = job.batch_size or DEFAULT_BATCH_SIZE
+    shards = job.shards or default_shards(batch_size)
+    for name in ("workers", "max_workers"):
+        wanted = getattr(job, name)
+        if wanted is not None and wanted > shards:
+            raise JobError(
+                f"{name} is more than there are shards: some workers would never have work",
+                expected=f"at most {shards}: a batch of {batch_size} is cut into {shards} shards",
+                found=f"{name} = {wanted}",
+                fix=f"set shards = {wanted} (the numbers depend on it), or lower {name}",
+            )
+    return shards
+
+
 def divisions(job: Job, facts: Facts) -> list[Division]:
-    """The ways worth trying, the preferred one first. One: there is nothing to choose."""
-    cores = facts.cores
+    """The numbers of workers worth trying, the preferred one first. One: nothing to choose.
+
+    They differ in workers alone: shards and threads change the numbers, and are the job's.
+    """
+    shards, threads = shards_of(job), job.threads or 1
     if job.workers is not None:
         counts = [job.workers]
     else:
-        counts = [cores >> k for k in range(cores.bit_length()) if cores >> k]
-        counts = list(dict.fromkeys([*counts, 1]))
-    found = []
-    for workers in counts:
-        threads = job.threads or max(1, cores // workers)
-        shards = job.shards or workers
-        if shards >= workers:
-            found.append(Division(workers=workers, threads=threads, shards=shards))
-    return found
+        most = max(1, min(facts.cores // threads, shards))
+        counts = list(dict.fromkeys([*(most >> k for k in range(most.bit_length())), 1]))
+    return [Division(workers=count, threads=threads, shards=shards) for count in counts]
 
 
 PREFERENCE = 1.03

@@ -1,4 +1,4 @@
-"""Data that stays where it is (`data: local`): who has how much, and so who computes what. Pure.
+"""Data partition: with `data: local`, which host has how much, and so computes which shards. Pure.
 
 Each host keeps its own part, and with it shards for the job's life: as many of them as its
 part is of the whole, at least one. So the numbers depend on who has what, and on nothing else.

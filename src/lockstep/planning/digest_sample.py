@@ -53,16 +53,16 @@ class DigestSample:
     def split(
         self, step: int, params: Container[int]
     ) -> tuple[dict[int, DigestUnit], dict[int, DigestUnit]]:
-        """The units of `step`, by their places in it: those of these parameters, and all others.
+        """The units of `step`, by their index in it: those of these parameters, and all others.
 
         Whoever alone updates some parameters, alone has their optimizer state: it digests the
         units of theirs, and every host digests those that nobody has alone.
         """
         apart: dict[int, DigestUnit] = {}
         others: dict[int, DigestUnit] = {}
-        for place, unit in enumerate(self.units(step)):
-            mine = unit.param is not None and unit.param in params
-            (apart if mine else others)[place] = unit
+        for index, unit in enumerate(self.units(step)):
+            own = unit.param is not None and unit.param in params
+            (apart if own else others)[index] = unit
         return apart, others
 
 
@@ -84,13 +84,13 @@ def plan_digest_sample(layout: Layout) -> DigestSample:
         if entry.kind in APART:
             continue  # losses would show that it has changed
         param = layout.param_of.get(entry.name)
-        mine = params if entry.kind == "param" and param is not None else others
+        group = params if entry.kind == "param" and param is not None else others
         parts = max(1, math.ceil(entry.nbytes / length))
         for part in range(parts):
             start, stop = part * length, min((part + 1) * length, entry.nbytes)
             label = entry.name if parts == 1 else f"{entry.name}[{part}/{parts}]"
             offset = entry.offset + start
             nbytes = stop - start
-            mine.append(DigestUnit(name=label, offset=offset, nbytes=nbytes, param=param))
+            group.append(DigestUnit(name=label, offset=offset, nbytes=nbytes, param=param))
     every = 1 if total >= SMALL_STATE else SMALL_EVERY
     return DigestSample(params=tuple(params), others=tuple(others), every=every)

@@ -1,4 +1,4 @@
-"""What becomes of held-out data: a fixed grid of batches, and their results put together in order.
+"""Evaluation batches: a fixed grid over held-out data, and their results combined in order.
 
 So metrics are exact for any number of workers. The batches carry what was gathered of every sample
 to the coordinator, which puts it in the order of the data. Nothing here needs torch, which would

@@ -48,6 +48,8 @@ class LoadTask(Message):
     """Where to work."""
     search_path: tuple[OsText, ...]
     """Where modules are looked for."""
+    argv: tuple[OsText, ...]
+    """What the task's code finds in `sys.argv`."""
 
 
 class CloneServer(Message):

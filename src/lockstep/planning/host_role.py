@@ -1,4 +1,4 @@
-"""Roles: what each host does in every step, as long as the hosts stay the same. Pure."""
+"""Host role: what each host does in every step, as long as the hosts stay the same. Pure."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class HostRole:
     host: str
     plan: Plan
     ownership: Ownership
-    arrangement: ShardPlacement
+    placement: ShardPlacement
     duties: Duties
 
     @staticmethod
     def alone(host: str, plan: Plan, ownership: Ownership) -> HostRole:
         """One host does everything."""
-        arrangement = ShardPlacement.of(plan.shards, {host: plan.workers}, _group(plan))
+        placement = ShardPlacement.of(plan.shards, {host: plan.workers}, _group(plan))
         return HostRole(
             host=host,
             plan=plan,
             ownership=ownership,
-            arrangement=arrangement,
+            placement=placement,
             duties=Duties(shares={}),
         )
 
-    def among(self, workers: Mapping[str, int], places: SlotMap) -> HostRole:
+    def among(self, workers: Mapping[str, int], slot_map: SlotMap) -> HostRole:
         """The roles of these hosts, by their numbers of workers, in this order."""
         computing = self.ownership.computing(list(workers))
         counts = {name: count * (name in computing) for name, count in workers.items()}
@@ -45,16 +45,16 @@ class HostRole:
             host=self.host,
             plan=self.plan,
             ownership=self.ownership,
-            arrangement=ShardPlacement.of(
+            placement=ShardPlacement.of(
                 self.plan.shards, counts, _group(self.plan), shard_ranges(self.plan.holdings)
             ),
-            duties=self.ownership.duties(list(workers), places),
+            duties=self.ownership.duties(list(workers), slot_map),
         )
 
     @property
     def several(self) -> bool:
         """Whether other hosts take part."""
-        return len(self.arrangement.parts) > 1
+        return len(self.placement.parts) > 1
 
     @property
     def parted(self) -> bool:
@@ -64,18 +64,18 @@ class HostRole:
     @property
     def others(self) -> list[str]:
         """The other hosts."""
-        return [part.name for part in self.arrangement.others(self.host)]
+        return [part.name for part in self.placement.others(self.host)]
 
     @property
     def shards(self) -> range:
         """The shards that this host computes."""
-        return self.arrangement.part(self.host).shards
+        return self.placement.part(self.host).shards
 
     @property
-    def trees(self) -> tuple[range, ...]:
+    def subtrees(self) -> tuple[range, ...]:
         """The subtrees that are summed by themselves: of all hosts, or the groups; none where this
         host is alone and nothing is made small."""
-        return self.arrangement.subtrees if self.several or self.plan.groups else ()
+        return self.placement.subtrees if self.several or self.plan.groups else ()
 
     @property
     def sums(self) -> tuple[ByteRange, ...]:
@@ -83,33 +83,33 @@ class HostRole:
         return self.duties.shares[self.host].sums if self.duties.returns == "sums" else ()
 
     @property
-    def theirs(self) -> list[int]:
+    def remote_params(self) -> list[int]:
         """The trainable parameters that other hosts alone update."""
         shares = self.duties.shares.items()
         return [param for name, share in shares if name != self.host for param in share.params]
 
     @property
-    def owned(self) -> frozenset[int]:
+    def owned_params(self) -> frozenset[int]:
         """The trainable parameters that some host alone updates."""
         return frozenset(param for share in self.duties.shares.values() for param in share.params)
 
     def part_of(self, name: str, layout: Layout) -> list[ByteRange]:
         """The bytes of the state that only the host of this name has: of the optimizer state, what
         its groups have left out, and what its shards' optimizers keep."""
-        mine = self.arrangement.part(name)
-        groups = [self.trees.index(tree) for tree in mine.subtrees] if self.plan.groups else []
+        own = self.placement.part(name)
+        groups = [self.subtrees.index(tree) for tree in own.subtrees] if self.plan.groups else []
         owned = self.duties.returns == "parameters"
         return [
             *layout.ranges_of(self.duties.shares[name].params if owned else (), ("optim",)),
             *layout.apart("residual", groups),
-            *layout.apart("local", mine.shards),
+            *layout.apart("local", own.shards),
         ]
 
     def needed_by(self, name: str, layout: Layout) -> list[ByteRange] | None:
         """The bytes of the state that are not for some other host alone; None: all of them."""
         if self.ownership.whole:
             return None
-        others = self.arrangement.others(name)
+        others = self.placement.others(name)
         apart = itertools.chain.from_iterable(self.part_of(o.name, layout) for o in others)
         return complement(layout.state_bytes, apart)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lockstep.errors import JobError
 from lockstep.job.job import Job
-from lockstep.planning.core_split import Division, Facts
+from lockstep.planning.core_split import Division, Facts, shards_of
 from lockstep.planning.data_partition import Holdings, Samples, divide
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan, decompose
@@ -36,8 +36,9 @@ def decompose_over_hosts(
         JobError, DataError: the settings do not fit each other, the data or the hosts.
     """
     candidates = computing(job, capacities)
-    workers = job.workers or sum(candidates.values())
-    division = Division(workers=workers, threads=job.threads or 1, shards=job.shards or workers)
+    shards = shards_of(job)
+    workers = job.workers or min(sum(candidates.values()), shards)
+    division = Division(workers=workers, threads=job.threads or 1, shards=shards)
     shares = {**capacities, **share(workers, candidates)}
     listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
     why = f"{division}: on {len(capacities)} hosts, {listed}"

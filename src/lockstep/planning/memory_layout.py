@@ -1,10 +1,10 @@
-"""Where every tensor of a run lies in shared memory, and who may cut it where: pure arithmetic.
+"""Memory layout: where every tensor of a run is in shared memory. Pure arithmetic.
 
 Three segments per host:
 
     state    parameters, buffers, optimizer state: what a checkpoint holds and a fingerprint covers
     slots    one gradient slot and one buffer slot per shard
-    control  progress counters, the lease, the ring of step records (see `control`)
+    control  progress counters, the lease, the ring buffer of step records
 
 A parameter is updated in *blocks*: runs of at most `BLOCK` elements, cut at fixed places that
 depend on the model alone. An owner updates whole blocks, so no kernel ever sees a boundary that
@@ -47,7 +47,7 @@ class Allocator:
     def __init__(self) -> None:
         self.used = 0
 
-    def take(self, nbytes: int) -> int:
+    def allocate(self, nbytes: int) -> int:
         offset = self.used
         self.used += math.ceil(nbytes / ALIGN) * ALIGN
         return offset
@@ -64,6 +64,14 @@ class Layout:
     slots_bytes: int
     exported: tuple[tuple[str, str], ...]
     """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
+
+    def entry(self, name: str) -> Entry:
+        """The tensor of this name."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
 
     def ranges_of(self, params: Container[int], kinds: Container[Kind]) -> list[ByteRange]:
         """The bytes of the state segment that are these trainable parameters', of such kinds."""

@@ -48,12 +48,12 @@ class Ownership(Protocol):
     @property
     def whole(self) -> bool:
         """Whether every host has the whole state. If not, the loss of one is the loss of its part,
-        and all go back to the master's base."""
+        and all roll back to the snapshot of the coordinating host."""
 
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         """Those of these hosts that compute gradients; at least one."""
 
-    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+    def duties(self, hosts: Sequence[str], slot_map: SlotMap) -> Duties:
         """Who sums and updates what."""
 
 
@@ -72,10 +72,10 @@ class Replicated:
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(hosts)
 
-    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+    def duties(self, hosts: Sequence[str], slot_map: SlotMap) -> Duties:
         if len(hosts) <= DIRECT:
             return Duties(shares={})
-        cuts = [cut_evenly(bucket.place, len(hosts)) for bucket in places.buckets]
+        cuts = [cut_evenly(bucket.byte_range, len(hosts)) for bucket in slot_map.buckets]
         shares = {
             host: Share(sums=tuple(pieces[number] for pieces in cuts if pieces[number].nbytes))
             for number, host in enumerate(hosts)
@@ -92,8 +92,8 @@ class Sharded:
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(hosts)
 
-    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
-        return _by_parameter(hosts, places, hosts)
+    def duties(self, hosts: Sequence[str], slot_map: SlotMap) -> Duties:
+        return _by_parameter(hosts, slot_map, hosts)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Servers:
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(host for host in hosts if host not in self.names) or tuple(hosts)
 
-    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+    def duties(self, hosts: Sequence[str], slot_map: SlotMap) -> Duties:
         servers = [host for host in hosts if host in self.names] or hosts
-        return _by_parameter(servers, places, hosts)
+        return _by_parameter(servers, slot_map, hosts)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Compressed(Replicated):
 
     whole: bool = False
 
-    def duties(self, hosts: Sequence[str], places: SlotMap) -> Duties:
+    def duties(self, hosts: Sequence[str], slot_map: SlotMap) -> Duties:
         return Duties(shares={})  # sums would be as large again as what was made small
 
 
@@ -139,18 +139,18 @@ def ownership_of(
     raise ValueError(kind)
 
 
-def _by_parameter(owners: Sequence[str], places: SlotMap, hosts: Sequence[str]) -> Duties:
+def _by_parameter(owners: Sequence[str], slot_map: SlotMap, hosts: Sequence[str]) -> Duties:
     """Give each owner a run of whole parameters, of about the same number of bytes."""
     if len(hosts) == 1:
         return Duties(shares={})
-    total, before = sum(place.nbytes for place in places.grads.values()) or 1, 0
+    total, before = sum(place.nbytes for place in slot_map.grads.values()) or 1, 0
     runs: dict[str, list[int]] = {host: [] for host in hosts}
-    for param, place in places.grads.items():
+    for param, place in slot_map.grads.items():
         middle = 2 * before + place.nbytes
         runs[owners[min(middle * len(owners) // (2 * total), len(owners) - 1)]].append(param)
         before += place.nbytes
     shares = {
-        host: Share(sums=tuple(places.grads[param] for param in run), params=tuple(run))
+        host: Share(sums=tuple(slot_map.grads[param] for param in run), params=tuple(run))
         for host, run in runs.items()
     }
     return Duties(returns="parameters", shares=shares)

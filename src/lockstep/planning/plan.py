@@ -1,4 +1,4 @@
-"""Decompose: from a job and the facts about it to a plan. Pure; every decision has its reason."""
+"""Plan: from a job and the facts about it to a plan. Pure; every decision has its reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockstep.errors import DataError, JobError
 from lockstep.job.faults import NOBODY
 from lockstep.job.job import Job
 from lockstep.job.position import Position
-from lockstep.planning.core_split import Division, Facts
+from lockstep.planning.core_split import DEFAULT_BATCH_SIZE, Division, Facts
 from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
 from lockstep.planning.sampling import Sampling
 from lockstep.planning.step_phases import MAX_STEPS
@@ -151,9 +151,12 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         JobError, DataError: the settings do not fit each other or the data.
     """
     reasons = [why] if why else [_division_reason(job, facts, division)]
-    batch_size = (job.batch_size or 64) * job.local_steps
+    batch_size = (job.batch_size or DEFAULT_BATCH_SIZE) * job.local_steps
+    if job.shards is None:
+        reasons.append(f"{division.shards} shards: by the batch size, whatever the machine")
+    reasons.append(f"the results are the same for 1 to {division.shards} workers")
     if job.batch_size is None:
-        reasons.append("batch_size 64: the default")
+        reasons.append(f"batch_size {DEFAULT_BATCH_SIZE}: the default")
     if job.local_steps > 1:
         reasons.append(f"a step is a round of {job.local_steps} batches, {batch_size} samples")
     if facts.train_samples < batch_size:
@@ -195,11 +198,11 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         workers=division.workers,
         shards=division.shards,
         threads=division.threads,
-        max_workers=min(max(division.workers, job.max_workers or 0), division.shards),
+        max_workers=max(division.workers, job.max_workers or division.shards),
         steps=steps,
         planned_steps=steps,
         batch_size=batch_size,
-        eval_batch_size=job.eval_batch_size or job.batch_size or 64,
+        eval_batch_size=job.eval_batch_size or job.batch_size or DEFAULT_BATCH_SIZE,
         train_samples=facts.train_samples,
         eval_samples=facts.eval_samples if job.evaluate else 0,
         local_steps=job.local_steps,

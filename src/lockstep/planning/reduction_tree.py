@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 Node = int | tuple["Node", "Node"]
-"""The order of a sum: a shard, or two such orders (see `gradients.tree`)."""
+"""The order of a sum: a shard, or two such orders (see `tree`)."""
 
 
 def subtrees(shards: int, first: int, last: int) -> list[range]:
@@ -26,7 +26,7 @@ def most_subtrees(shards: int) -> int:
     return min(shards // 2, 2 * max((shards - 1).bit_length() - 1, 1)) if shards > 1 else 0
 
 
-def leaf_slots(parts: Sequence[range], mine: range, shards: int) -> dict[int, int]:
+def leaf_slots(parts: Sequence[range], host_shards: range, shards: int) -> dict[int, int]:
     """For each subtree, by its first shard, the slot that has its sum.
 
     Sums that this host makes itself, of more than one shard, lie behind the shards' own slots: the
@@ -34,7 +34,7 @@ def leaf_slots(parts: Sequence[range], mine: range, shards: int) -> dict[int, in
     """
     found, behind = {}, shards
     for tree in parts:
-        if len(tree) > 1 and tree.start in mine:
+        if len(tree) > 1 and tree.start in host_shards:
             found[tree.start] = behind
             behind += 1
         else:

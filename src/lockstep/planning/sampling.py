@@ -1,4 +1,4 @@
-"""Which samples a shard of a step is made of: pure functions, the same in every process."""
+"""Sampling: from a step to the samples of its shards. Pure: the same in every process."""
 
 from __future__ import annotations
 

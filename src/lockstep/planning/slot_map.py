@@ -1,18 +1,16 @@
-"""What hosts exchange in a step, so that all of them sum the same tree: pure arithmetic.
+"""Slot map: where a slot has what hosts exchange in a step, and the buckets that they send.
 
-Each host computes a run of consecutive shards. The run falls into complete subtrees of the tree
-along which all shards are summed; their sums are sent to every other host, which puts each in the
-place of the subtree's first shard and leaves the places of its others empty. The tree over these
-places adds the same numbers in the same order as one host would: who computes what changes no bit.
+Each host computes a run of consecutive shards, which falls into complete subtrees of the reduction
+tree. Their sums are sent to every other host, which puts each in the slot of the subtree's first
+shard and leaves those of its others empty. The tree over these slots adds the same numbers in the
+same order as one host would: who computes what changes no bit.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lockstep.planning.byte_ranges import ByteRange
 
@@ -21,11 +19,10 @@ from lockstep.planning.byte_ranges import ByteRange
 class TableMap:
     """Where a large table's gradient lies in a slot."""
 
-    home: ByteRange
-    """Its rows."""
+    rows: ByteRange
     row_bytes: int
-    numbers: ByteRange
-    """Their count, or -1 for all; then their numbers; int64."""
+    row_indices: ByteRange
+    """The count of rows that are there, or -1 for all; then their indices; int64."""
 
 
 BUCKET_BYTES = 512 << 10
@@ -38,22 +35,22 @@ class Bucket:
     """Gradients that are sent at once."""
 
     params: tuple[int, ...]
-    place: ByteRange
+    byte_range: ByteRange
 
 
-def fill_buckets(places: Mapping[int, ByteRange]) -> tuple[Bucket, ...]:
+def fill_buckets(ranges: Mapping[int, ByteRange]) -> tuple[Bucket, ...]:
     """Cut gradients into buckets, by parameter: the last layers' first, as they are made."""
     buckets: list[Bucket] = []
-    for param in sorted(places, reverse=True):
-        place = places[param]
+    for param in sorted(ranges, reverse=True):
+        run = ranges[param]
         if buckets and buckets[-1].params[-1] == param + 1:
             last = buckets[-1]
-            if last.place.nbytes + place.nbytes <= BUCKET_BYTES:
-                end = last.place.offset + last.place.nbytes
-                joined = ByteRange(offset=place.offset, nbytes=end - place.offset)
-                buckets[-1] = Bucket(params=(*last.params, param), place=joined)
+            if last.byte_range.nbytes + run.nbytes <= BUCKET_BYTES:
+                end = last.byte_range.offset + last.byte_range.nbytes
+                joined = ByteRange(offset=run.offset, nbytes=end - run.offset)
+                buckets[-1] = Bucket(params=(*last.params, param), byte_range=joined)
                 continue
-        buckets.append(Bucket(params=(param,), place=place))
+        buckets.append(Bucket(params=(param,), byte_range=run))
     return tuple(buckets)
 
 
@@ -78,31 +75,6 @@ class SlotMap:
     def buckets(self) -> tuple[Bucket, ...]:
         """The gradients, as they are sent."""
         return fill_buckets(self.grads)
-
-    def to_message(self) -> dict[str, Any]:
-        """JSON-ready."""
-        fields = dataclasses.asdict(self)
-        return {**fields, "grads": list(fields["grads"].items())}  # JSON's keys are texts
-
-    @staticmethod
-    def from_message(message: Mapping[str, Any]) -> SlotMap:
-        tables = tuple(
-            TableMap(
-                home=ByteRange(**table["home"]),
-                row_bytes=table["row_bytes"],
-                numbers=ByteRange(**table["numbers"]),
-            )
-            for table in message["tables"]
-        )
-        return SlotMap(
-            nbytes=message["nbytes"],
-            grads={param: ByteRange(**place) for param, place in message["grads"]},
-            tables=tables,
-            buffers=ByteRange(**message["buffers"]),
-            packed=ByteRange(**message["packed"]),
-            total=message["total"],
-            restored=message["restored"],
-        )
 
 
 AGAIN = 2

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 from lockstep.errors import JobError
 from lockstep.job.job import Job
+from lockstep.system.spelling import meant
 
 
 def names() -> list[str]:
@@ -49,7 +50,7 @@ def texts(**given: object) -> None:
     """Check arguments of a recipe that are texts or None.
 
     Raises:
-        JobError: one is neither. The command line reads `5` as a number, for instance.
+        JobError: one is neither, such as `data: 5` in a job file.
     """
     for name, value in given.items():
         if value is not None and not isinstance(value, str):
@@ -57,8 +58,28 @@ def texts(**given: object) -> None:
                 f"{name} is not a text",
                 expected="a path or a name",
                 found=f"{value!r}, a {type(value).__name__}",
-                fix=f"quote it twice, as --{name} '\"5\"'",
+                fix=f"put it in quotes, as {name}: '5'",
             )
+
+
+def check_name(name: str) -> None:
+    """Check that there is a recipe of this name. Imports none of them.
+
+    Raises:
+        JobError: there is none.
+    """
+    if name in names():
+        return
+    guess = meant(name, names())
+    if name.endswith(".py"):
+        fix = f"name the task in the file too: {name}:Task"
+    elif guess:
+        fix = f"did you mean {guess}?"
+    else:
+        fix = "name a task of your own as module:Task or file.py:Task"
+    raise JobError(
+        "there is no such recipe", expected=" or ".join(names()), found=repr(name), fix=fix
+    )
 
 
 def find(name: str) -> Callable[..., Job]:
@@ -67,14 +88,6 @@ def find(name: str) -> Callable[..., Job]:
     Raises:
         JobError: there is no such recipe.
     """
-    if name not in names():
-        raise JobError(
-            "there is no such recipe",
-            expected=" or ".join(names()),
-            found=repr(name),
-            fix=f"name the task in the file too: {name}:Task"
-            if name.endswith(".py")
-            else "name a task of your own as module:Task or file.py:Task",
-        )
+    check_name(name)
     recipe: Callable[..., Job] = getattr(importlib.import_module(f"{__name__}.{name}"), name)
     return recipe

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 import json
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,8 +48,9 @@ HELD_OUT = 5
 
 
 def clicks(
-    data: str | None = None, label: str = "income", epochs: float = 6, width: int = 16
-) -> Job:
+    data: str | None = None, label: str = "income", epochs: float = 6, width: int = 16,
+    categories: str | None = None,
+) -> Job:  # fmt: skip
     """Predict the probability of a yes.
 
     Args:
@@ -57,10 +59,13 @@ def clicks(
             means yes.
         epochs: Passes over the data.
         width: Length of the embeddings.
+        categories: Columns, separated by commas, whose numbers are names and not amounts, such as
+            `zip,shop`.
     """
-    texts(data=data, label=label)
+    texts(data=data, label=label, categories=categories)
     at_least(1, width=width)
-    task = Clicks(data, label, width)
+    named = tuple(name.strip() for name in (categories or "").split(",") if name.strip())
+    task = Clicks(data, label, width, named)
     return Job(task=task, batch_size=BATCH_SIZE, eval_batch_size=1024, data_epochs=epochs)
 
 
@@ -91,8 +96,14 @@ class Clicks(Task):
 
     scheduler_interval = "data_epoch"
 
-    def __init__(self, data: str | None = None, label: str = "income", width: int = 16) -> None:
-        self.data, self.label, self.width = data, label, width
+    def __init__(
+        self,
+        data: str | None = None,
+        label: str = "income",
+        width: int = 16,
+        categories: Sequence[str] = (),
+    ) -> None:
+        self.data, self.label, self.width, self.categories = data, label, width, categories
 
     @property
     def rows(self) -> Rows:
@@ -114,9 +125,20 @@ class Clicks(Task):
         if len(parts) < 4:
             raise _unusable(table, self.label, f"{yes.sum()} yes and {(~yes).sum()} no")
         features = {name: each for name, each in table.columns.items() if name != self.label}
-        ranges = ranges_of(features, ~held_out)
+        self._check_categories(table, features)
+        check_numbers(table, [name for name in features if name not in self.categories])
+        ranges = ranges_of(features, ~held_out, self.categories)
         buckets = torch.from_numpy(hashed(features, ranges))
         return (buckets, torch.from_numpy(yes).float(), torch.from_numpy(held_out)), ranges
+
+    def _check_categories(self, table: Table, features: Mapping[str, object]) -> None:
+        for name in self.categories:
+            if name not in features:
+                raise DataError(
+                    f"there is no column {name} in {table.source} to be one of categories",
+                    expected=f"some of {', '.join(features)}",
+                    found=f"--categories {','.join(self.categories)}",
+                )
 
     def model(self) -> nn.Module:
         """A fresh DeepFM."""
@@ -234,11 +256,43 @@ Ranges = dict[str, list[float] | None]
 """By column: the ascending ends of its ranges; None: its values are categories."""
 
 
-def ranges_of(columns: Mapping[str, Sequence[str]], known: NDArray[np.bool_]) -> Ranges:
-    """The ranges of numeric columns, from the rows that are `known`."""
+def check_numbers(table: Table, columns: Sequence[str]) -> None:
+    """Check that columns of numbers have nothing else: one `12 EUR` would make categories of all.
+
+    A column of numbers is one in which most values are numbers, too many to be categories.
+
+    Raises:
+        DataError: a value of such a column is neither a number nor missing.
+    """
+    for column in columns:
+        values = table.columns[column]
+        numbers = [number_of(value) for value in values]
+        wrong = [
+            row
+            for row, value in enumerate(values)
+            if numbers[row] is None and not is_missing(value)
+        ]
+        found = [number for number in numbers if number is not None]
+        if wrong and len(found) >= len(wrong) and len(set(found)) > QUANTILES:
+            more = f", and {len(wrong) - 1:,} more such rows" if wrong[1:] else ""
+            raise DataError(
+                f"{table.where(wrong[0])}: the column {column} has a value that is not a number",
+                expected=f"finite numbers, as in {len(found):,} other rows, or nothing if missing",
+                found=f"{values[wrong[0]]!r:.60}{more}",
+                fix=f"mend the value or leave it empty; or, if numbers are names there: "
+                f"--categories {shlex.quote(column)}",
+            )
+
+
+def ranges_of(
+    columns: Mapping[str, Sequence[str]],
+    known: NDArray[np.bool_],
+    categories: Sequence[str] = (),
+) -> Ranges:
+    """The ranges of numeric columns that are not `categories`, from the rows that are `known`."""
     ranges: Ranges = {}
     for name, values in columns.items():
-        numbers = np.array(numbers_of(values) or [], float)
+        numbers = np.array(([] if name in categories else numbers_of(values)) or [], float)
         ranges[name] = None
         if len(np.unique(numbers[~np.isnan(numbers)])) > QUANTILES:
             rows, cuts = numbers[known], np.linspace(0, 1, QUANTILES + 1)[1:-1]

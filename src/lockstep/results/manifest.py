@@ -66,6 +66,15 @@ def make_manifest(
     }
 
 
+def scope_of(manifest: Mapping[str, Any]) -> str:
+    """Where the fingerprint of a run holds, in words."""
+    plan, profile = manifest["plan"], manifest["profile"]
+    workers = "1 worker" if plan["shards"] == 1 else f"1 to {plan['shards']} workers"
+    threads = "1 thread" if plan["threads"] == 1 else f"{plan['threads']} threads"
+    kernels = "AVX2" if plan["numerics"] == "portable" else profile["capability"]
+    return f"{workers} of {threads}, on machines with torch {profile['torch']} and {kernels}"
+
+
 def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
     """Compare a manifest with itself and with the digest that its run's ledger begins with.
 

@@ -29,7 +29,6 @@ from lockstep.state.fingerprint import fingerprint, tensor_digests
 from lockstep.state.host_memory import HostMemory
 from lockstep.system.json_files import write_json
 
-
 FOLDER_SECONDS = 1.0
 """How often it is checked that the run folder is still there."""
 

@@ -61,18 +61,20 @@ class RunFolder:
         except FileExistsError:
             raise _exists(str(out)) from None
         except OSError as error:
-            raise RunFolderError(
-                f"the run folder {path} cannot be made",
-                expected="a place that can be written to",
-                found=str(error),
-                fix="choose another, with --out or out=",
-            ) from error
+            raise _unmakeable(path, error) from error
 
     @staticmethod
     def check_free(out: str | os.PathLike[str] | None) -> None:
-        """Raise `RunFolderError` if `out` exists, before anything is started."""
-        if out is not None and Path(out).exists():
-            raise _exists(str(out))
+        """Raise `RunFolderError` if `out` exists or cannot be made, before anything is started."""
+        if out is None:
+            return
+        try:
+            Path(out).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return  # the latter is said when it is made
+        except OSError as error:  # a name too long, or a folder that may not be entered
+            raise _unmakeable(Path(out), error) from None
+        raise _exists(str(out))
 
     def __enter__(self) -> RunFolder:
         """Lock the run for this coordinator until the end of the block.
@@ -167,6 +169,15 @@ def _exists(out: str) -> RunFolderError:
         f"the run folder {out} exists",
         expected="a path that does not exist",
         fix=f"choose another, or resume it: lockstep resume {out}",
+    )
+
+
+def _unmakeable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"the run folder {path} cannot be made",
+        expected="a place that can be written to",
+        found=str(error),
+        fix="choose another, with --out or out=",
     )
 
 

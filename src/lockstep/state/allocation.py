@@ -1,4 +1,4 @@
-"""Where every tensor of a run lies: in the state segment, and in each slot."""
+"""Allocation: the offset of every tensor of a run, in the state segment and in each slot."""
 
 from __future__ import annotations
 
@@ -56,23 +56,23 @@ class Allocation:
 
 
 def allocate(contents: StateContents) -> Allocation:
-    """Give every tensor its place."""
+    """Give every tensor its offset."""
     space, slot = _Space(), Allocator()
     named = list(contents.model.named_parameters())
     for name, parameter in named:
         space.add_like(name, "param", parameter)
     for name, buffer in contents.buffers:
         space.add_like(name, "buffer", buffer)
-    grads = [slot.take(_nbytes(parameter)) for _, parameter in contents.trainable]
+    grads = [slot.allocate(_nbytes(parameter)) for _, parameter in contents.trainable]
     for _, buffer in contents.buffers:
-        slot.take(_nbytes(buffer))
+        slot.allocate(_nbytes(buffer))
     for table in contents.tables.values():
-        slot.take(8 * (1 + table.rows))
-    _place_optimizer_state(space, contents)
-    local = _place_local_state(space, contents)
+        slot.allocate(8 * (1 + table.rows))
+    _add_optimizer_state(space, contents)
+    local = _add_local_state(space, contents)
     size = local[0].nbytes if local else 0  # the same for each shard
-    kept = ByteRange(offset=slot.take(size), nbytes=size)
-    packed = _place_packed(space, slot, contents, contents.codec) if contents.codec else []
+    kept = ByteRange(offset=slot.allocate(size), nbytes=size)
+    packed = _add_packed(space, slot, contents, contents.codec) if contents.codec else []
     layout = Layout(
         entries=tuple(space.entries),
         blocks=tuple(contents.blocks),
@@ -103,7 +103,7 @@ class _Space(Allocator):
         self.entries.append(
             Entry(
                 name=name, kind=kind, dtype=str(dtype).removeprefix("torch."), shape=shape,
-                stride=stride, offset=self.take(nbytes), nbytes=nbytes,
+                stride=stride, offset=self.allocate(nbytes), nbytes=nbytes,
             )
         )  # fmt: skip
 
@@ -118,7 +118,7 @@ class _Space(Allocator):
             self.add(name, kind, key.dtype, key.shape, contiguous_stride(key.shape))
 
 
-def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
+def _add_optimizer_state(space: _Space, contents: StateContents) -> None:
     """By key, then by parameter, so that an owner's state is a few long runs."""
     found: dict[str, dict[str, tuple[nn.Parameter, StateKey]]] = {}
     for block, keys in zip(contents.blocks, contents.keys, strict=True):
@@ -132,22 +132,20 @@ def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
     space.add(PRESENT, "flag", torch.uint8, (len(contents.blocks),), (1,))
 
 
-def _place_local_state(space: _Space, contents: StateContents) -> list[ByteRange]:
+def _add_local_state(space: _Space, contents: StateContents) -> list[ByteRange]:
     """What the shards' own optimizers keep; by shard, where that is."""
-    places = []
+    ranges = []
     for shard in range(contents.shards if contents.local_keys else 0):
         start = space.used
         space.add(local_flags(shard), "local", torch.uint8, (len(contents.trainable),), (1,))
         for (name, parameter), keys in zip(contents.trainable, contents.local_keys, strict=True):
             for key in keys:
                 space.add_value(local_name(shard, name, key), "local", parameter, key)
-        places.append(ByteRange(offset=start, nbytes=space.used - start))
-    return places
+        ranges.append(ByteRange(offset=start, nbytes=space.used - start))
+    return ranges
 
 
-def _place_packed(
-    space: _Space, slot: Allocator, contents: StateContents, codec: Codec
-) -> list[int]:
+def _add_packed(space: _Space, slot: Allocator, contents: StateContents, codec: Codec) -> list[int]:
     """Gradients that are made small, and what of them is left out; by block, where they are."""
     for group, parity in itertools.product(range(contents.groups), (0, 1)):
         for index, (name, parameter) in enumerate(contents.trainable):
@@ -156,7 +154,7 @@ def _place_packed(
                 full = residual_name(group, parity, name)
                 space.add(full, "residual", torch.float32, shape, stride)
     sizes = [0 if b.param in contents.tables else codec.nbytes(b.size) for b in contents.blocks]
-    return [slot.take(size) for size in sizes]
+    return [slot.allocate(size) for size in sizes]
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

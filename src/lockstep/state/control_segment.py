@@ -44,6 +44,9 @@ HEADER_LINES = 5
 PROGRESS, SHARD, BEATS, UPDATING, AWAITED = range(5)
 
 
+VIEWS = (memoryview, np.ndarray)
+
+
 class Stat(enum.IntEnum):
     """Columns of a worker's row of accumulated seconds."""
 
@@ -288,9 +291,7 @@ class ControlSegment:
 
     def close(self) -> None:
         """Let go of the views, then of the segment."""
-        for name, value in list(vars(self).items()):
-            if isinstance(value, memoryview):
-                value.release()
-            elif isinstance(value, np.ndarray):
-                delattr(self, name)
+        views = [name for name, value in vars(self).items() if isinstance(value, VIEWS)]
+        for name in views:  # nothing here may hold one still when the segment is unmapped
+            delattr(self, name)
         self.segment.close()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 LARGE = 1 << 20
-"""Elements: tables from this size on are treated so."""
+"""Elements: embeddings from this size on are kept as touched rows."""
 
 
 DENSE = -1
@@ -27,10 +27,10 @@ class Table:
     """The plain embedding that is run in the sparse form, and can be run in the dense one. None:
     the model itself asks for sparse gradients, and the optimizer is to get them."""
     by_rows: bool = False
-    """Whether the optimizer is run on touched rows alone (see `rows`)."""
+    """Whether the optimizer is run on touched rows alone (see `optim.row_update`)."""
 
     @property
-    def asked(self) -> bool:
+    def sparse(self) -> bool:
         """Whether the optimizer gets a sparse gradient."""
         return self.module is None
 
@@ -41,19 +41,19 @@ def find_tables(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, T
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
-    found = {}
+    tables = {}
     for index, parameter in enumerate(params):
         holders = owners.get(id(parameter), [])
         if any(getattr(holder, "sparse", False) is True for holder in holders):
             if parameter.ndim == 2 and parameter.is_contiguous():
                 rows, width = parameter.shape
-                found[index] = Table(rows=rows, width=width, module=None)
+                tables[index] = Table(rows=rows, width=width, module=None)
         elif parameter.numel() >= LARGE and len(holders) == 1 and _suits(holders[0]):
             module = holders[0]
             assert isinstance(module, nn.Embedding)
             rows, width = parameter.shape
-            found[index] = Table(rows=rows, width=width, module=module)
-    return found
+            tables[index] = Table(rows=rows, width=width, module=module)
+    return tables
 
 
 def _suits(module: nn.Module) -> bool:
@@ -72,54 +72,54 @@ def _suits(module: nn.Module) -> bool:
 class TableGradient:
     """A shard's gradient of a table, as a slot has it."""
 
-    home: torch.Tensor
+    rows: torch.Tensor
     """Rows x width: the touched rows, or all."""
-    numbers: torch.Tensor
-    """Their count and numbers, or `DENSE`."""
+    row_indices: torch.Tensor
+    """Their count, then their indices; or `DENSE`."""
 
     def part(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The touched rows from `first` to before `last`: numbers and values; None: all."""
-        count = int(self.numbers[0])
+        """The touched rows from `first` to before `last`: indices and values; None: all."""
+        count = int(self.row_indices[0])
         if count == DENSE:
             return None
-        numbers = self.numbers[1 : count + 1]
-        mine = slice(*np.searchsorted(numbers.numpy(), (first, last)).tolist())
-        return numbers[mine], self.home[mine]
+        indices = self.row_indices[1 : count + 1]
+        inside = slice(*np.searchsorted(indices.numpy(), (first, last)).tolist())
+        return indices[inside], self.rows[inside]
 
     def keep(self, part: Part) -> None:
         """Make this the gradient that has these rows."""
-        named, rows = part
-        self.home[: len(named)] = rows
-        self.numbers[1 : len(named) + 1] = named
-        self.numbers[0] = len(named)
+        indices, rows = part
+        self.rows[: len(indices)] = rows
+        self.row_indices[1 : len(indices) + 1] = indices
+        self.row_indices[0] = len(indices)
 
     def dense(self, first: int, last: int) -> torch.Tensor:
         """The rows from `first` to before `last`, with their zeros."""
         part = self.part(first, last)
         if part is None:
-            return self.home[first:last]
-        numbers, values = part
-        spread = self.home.new_zeros(last - first, self.home.shape[1])
-        put_rows(spread, numbers - first, values)
+            return self.rows[first:last]
+        indices, values = part
+        spread = self.rows.new_zeros(last - first, self.rows.shape[1])
+        put_rows(spread, indices - first, values)
         return spread
 
 
 Part = tuple[torch.Tensor, torch.Tensor]
-"""Numbers of rows, ascending, and the rows."""
+"""Indices of rows, ascending, and the rows."""
 
 
-def put_rows(table: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
-    """Copy rows to their places: `table.index_copy_(0, numbers, rows)`, in half of its time.
+def put_rows(table: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy rows into a table: `table.index_copy_(0, indices, rows)`, in half of its time.
 
     NumPy moves an element of any size at once, so a row is made one.
 
     Args:
         table: rows x width, contiguous, of any type.
-        numbers: `[n]`, int64, each from 0 to before the table's rows, none twice.
+        indices: `[n]`, int64, each from 0 to before the table's rows, none twice.
         rows: `[n, width]`, contiguous, of the table's type.
     """
-    if not len(numbers):
+    if not len(indices):
         return
     row = np.dtype((np.void, table.shape[1] * table.dtype.itemsize))
-    places, values = (tensor.view(torch.uint8).numpy().view(row) for tensor in (table, rows))
-    places[numbers.numpy()] = values
+    targets, values = (tensor.view(torch.uint8).numpy().view(row) for tensor in (table, rows))
+    targets[indices.numpy()] = values

@@ -33,7 +33,7 @@ class FaultInjector:
         self, script: Sequence[Mapping[str, Any]], worker_id: int, control: ControlSegment
     ) -> None:
         faults = [Fault(**item) for item in script]
-        self._mine = [
+        self._own = [
             (number, fault)
             for number, fault in enumerate(faults)
             if fault.worker_id in (worker_id, -1)
@@ -42,25 +42,25 @@ class FaultInjector:
         self.slow_down = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self._mine)
+        return bool(self._own)
 
     def at(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
         """Strike, if the script says so. A fault that flips a bit is left to the caller."""
         if self.slow_down and phase == "forward":
             time.sleep(self.slow_down)
-        for number, fault in self._mine:
+        for number, fault in self._own:
             if fault.phase != phase or fault.step != step:
                 continue
             if fault.shard is not None and fault.shard != shard:
                 continue
-            if not self._take(number, fault):
+            if not self._claim(number, fault):
                 continue
             if fault.kind == "flip":
                 return fault
             self._strike(fault)
         return None
 
-    def _take(self, number: int, fault: Fault) -> bool:
+    def _claim(self, number: int, fault: Fault) -> bool:
         """Mark a fault as fired; of several workers that are there at once, one gets it."""
         fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, LOCKS + number)
         try:
@@ -87,6 +87,6 @@ class FaultInjector:
                     time.sleep(0.05)
             case "host":
                 os.kill(parent_of(os.getppid()), signal.SIGKILL)
-                signal.pause()  # the nursery dies with its parent, and this worker with it
+                signal.pause()  # the forkserver dies with its parent, and this worker with it
             case "slow":
                 self.slow_down = SLOW_SECONDS

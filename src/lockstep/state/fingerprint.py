@@ -1,4 +1,4 @@
-"""Digests of a run's state: of each tensor, and of all of them as one fingerprint."""
+"""Fingerprint: digests of a run's state, of each tensor and of all of them as one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Codecs: what is left of a gradient on a slow link. Pure functions of float32 numbers.
+"""Gradient codecs: compress gradients for a slow link. Pure functions of float32 numbers.
 
     bf16   half the bytes: each number rounded to bfloat16, to nearest even
     int8   a quarter: each run of 128 numbers has a scale of its own
-    topk   a fiftieth: of each block, the hundredth part that is largest, with its places
+    topk   a fiftieth: of each block, the hundredth part that is largest, with its indices
 
 A block's bytes are as many whatever is in it. What a codec leaves out is added to the next
 gradient (error feedback: Seide et al., Interspeech 2014; for top-k Stich et al., NeurIPS 2018).
@@ -89,22 +89,22 @@ class Int8:
 
 
 class TopK:
-    """Keeps the largest, in the order of their places."""
+    """Keeps the largest, in the order of their indices."""
 
     def nbytes(self, size: int) -> int:
         return 8 * self._kept(size)
 
     def encode(self, numbers: torch.Tensor, into: torch.Tensor) -> None:
         kept = self._kept(numbers.numel())
-        places = numbers.abs().topk(kept, sorted=False).indices.sort().values
-        into[: 4 * kept].view(torch.int32).copy_(places)
-        torch.index_select(numbers, 0, places, out=into[4 * kept :].view(torch.float32))
+        indices = numbers.abs().topk(kept, sorted=False).indices.sort().values
+        into[: 4 * kept].view(torch.int32).copy_(indices)
+        torch.index_select(numbers, 0, indices, out=into[4 * kept :].view(torch.float32))
 
     def decode(self, data: torch.Tensor, into: torch.Tensor) -> None:
         kept = self._kept(into.numel())
         into.zero_()
-        places, values = data[: 4 * kept].view(torch.int32), data[4 * kept :].view(torch.float32)
-        into.index_copy_(0, places.long(), values)
+        indices, values = data[: 4 * kept].view(torch.int32), data[4 * kept :].view(torch.float32)
+        into.index_copy_(0, indices.long(), values)
 
     @staticmethod
     def _kept(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Slots: where a shard's gradients lie, and what its forward pass has left in the buffers."""
+"""Gradient slots: a shard's gradients in shared memory, and what it left in the buffers."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class GradientSlot:
 
     grads: list[torch.Tensor]
     buffers: list[torch.Tensor]
-    numbers: dict[int, torch.Tensor]
-    """Of a gradient that is a large table's: which rows there are (see `embeddings`)."""
+    row_indices: dict[int, torch.Tensor]
+    """Of a gradient that is a large table's: which rows there are (see `embedding_tables`)."""
     local: torch.Tensor
-    """Bytes: what the shard's own optimizer keeps (see `rounds`)."""
+    """Bytes: what the shard's own optimizer keeps (see `optim.local_rounds`)."""
     flat: torch.Tensor
     """The slot's bytes."""
 
     def table(self, index: int) -> TableGradient:
         """The gradient of a large table."""
-        return TableGradient(self.grads[index], self.numbers[index])
+        return TableGradient(self.grads[index], self.row_indices[index])
 
     def dense(self, index: int) -> torch.Tensor:
         """A gradient in its parameter's shape."""
-        if index in self.numbers:
+        if index in self.row_indices:
             return self.table(index).dense(0, len(self.grads[index]))
         return self.grads[index]
 
@@ -54,18 +54,18 @@ def make_slot(
         grads.append(as_tensor(flat, offset, dtype, parameter.shape, parameter.stride()))
     last = params[-1]
     offset = _aligned(offsets[-1] + last.numel() * last.dtype.itemsize)
-    homes = []
+    left = []
     for buffer in buffers:
         dtype = str(buffer.dtype).removeprefix("torch.")
-        homes.append(as_tensor(flat, offset, dtype, buffer.shape, buffer.stride()))
+        left.append(as_tensor(flat, offset, dtype, buffer.shape, buffer.stride()))
         offset += _aligned(buffer.numel() * buffer.dtype.itemsize)
-    numbers = {}
+    row_indices = {}
     for index, table in tables.items():
         count = 1 + table.rows
-        numbers[index] = as_tensor(flat, offset, "int64", (count,), (1,))
+        row_indices[index] = as_tensor(flat, offset, "int64", (count,), (1,))
         offset += _aligned(8 * count)
     kept = flat[local.offset : local.offset + local.nbytes]
-    return GradientSlot(grads=grads, buffers=homes, numbers=numbers, local=kept, flat=flat)
+    return GradientSlot(grads=grads, buffers=left, row_indices=row_indices, local=kept, flat=flat)
 
 
 def _aligned(nbytes: int) -> int:
@@ -75,27 +75,27 @@ def _aligned(nbytes: int) -> int:
 def map_slot(
     slot: GradientSlot, tables: Mapping[int, Table], packed: ByteRange, total: int, restored: int
 ) -> SlotMap:
-    """What of a slot other hosts get. `total` and `restored` number slots."""
+    """What of a slot other hosts get. `total` and `restored` are indices of slots."""
     start = slot.flat.data_ptr()
 
-    def place(tensor: torch.Tensor) -> ByteRange:
+    def range_of(tensor: torch.Tensor) -> ByteRange:
         nbytes = tensor.numel() * tensor.dtype.itemsize
         return ByteRange(offset=tensor.data_ptr() - start, nbytes=nbytes)
 
-    dense = {index: place(grad) for index, grad in enumerate(slot.grads) if index not in tables}
-    found = [
+    dense = {index: range_of(grad) for index, grad in enumerate(slot.grads) if index not in tables}
+    table_maps = [
         TableMap(
-            home=place(slot.grads[index]),
+            rows=range_of(slot.grads[index]),
             row_bytes=table.width * slot.grads[index].dtype.itemsize,
-            numbers=place(slot.numbers[index]),
+            row_indices=range_of(slot.row_indices[index]),
         )
         for index, table in tables.items()
     ]
-    buffers = merge_ranges(map(place, slot.buffers)) or [ByteRange(offset=0, nbytes=0)]
+    buffers = merge_ranges(map(range_of, slot.buffers)) or [ByteRange(offset=0, nbytes=0)]
     return SlotMap(
         nbytes=slot.flat.numel(),
         grads=dense,
-        tables=tuple(found),
+        tables=tuple(table_maps),
         buffers=buffers[0],
         packed=packed,
         total=total,

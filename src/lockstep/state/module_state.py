@@ -1,4 +1,4 @@
-"""What a forward pass may change in the modules: their buffers, and whether they train.
+"""Module state that a forward pass may change: buffers and training modes.
 
 Every shard starts from the committed buffers and leaves its own, and every shard starts in the
 same modes: what one leaves behind must not reach the next that this worker happens to compute.
@@ -17,15 +17,15 @@ from lockstep.errors import TaskError
 class PrivateBuffers:
     """The model's buffers as this worker's forward passes see them.
 
-    They are looked up in their modules each time: a forward pass may put another tensor in the
-    place of one (`self.count = self.count + 1`).
+    They are looked up in their modules each time: a forward pass may put another tensor instead of
+    one (`self.count = self.count + 1`).
     """
 
     def __init__(self, model: nn.Module, buffers: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self._places: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         for name, own in buffers:
             path, _, leaf = name.rpartition(".")
-            self._places.append((model.get_submodule(path), leaf, own))
+            self._buffers.append((model.get_submodule(path), leaf, own))
         self._empty = [
             (module, leaf)
             for module in model.modules()
@@ -35,10 +35,10 @@ class PrivateBuffers:
 
     def restore(self, committed: Sequence[torch.Tensor]) -> None:
         """Set every buffer to its committed value."""
-        for (module, leaf, own), value in zip(self._places, committed, strict=True):
+        for (module, leaf, own), value in zip(self._buffers, committed, strict=True):
             module._buffers[leaf] = own.copy_(value)
 
-    def save(self, homes: Sequence[torch.Tensor]) -> None:
+    def save(self, targets: Sequence[torch.Tensor]) -> None:
         """Copy what the forward pass has left into a slot.
 
         Raises:
@@ -53,7 +53,7 @@ class PrivateBuffers:
                     found=f"{tuple(value.shape)} {value.dtype}",
                     fix="register it with its final shape when the model is built",
                 )
-        for (module, leaf, own), home in zip(self._places, homes, strict=True):
+        for (module, leaf, own), target in zip(self._buffers, targets, strict=True):
             value = module._buffers[leaf]
             if value is None or value.shape != own.shape or value.dtype != own.dtype:
                 raise TaskError(
@@ -62,7 +62,7 @@ class PrivateBuffers:
                     found="None" if value is None else f"{tuple(value.shape)} {value.dtype}",
                     fix="give it its final shape when the model is built",
                 )
-            home.copy_(value)
+            target.copy_(value)
 
 
 class Modes:

@@ -23,17 +23,17 @@ class StateKey:
     """Whether the optimizer may replace the object, rather than change it in place."""
 
 
-def store_value(home: torch.Tensor, value: Any) -> None:
-    """Write one value of optimizer state, a tensor or a number, to its shared place."""
+def store_value(stored: torch.Tensor, value: Any) -> None:
+    """Write one value of optimizer state, a tensor or a number, to shared memory."""
     if isinstance(value, torch.Tensor):
-        if value.data_ptr() != home.data_ptr():
-            home.copy_(value.reshape(home.shape))
+        if value.data_ptr() != stored.data_ptr():
+            stored.copy_(value.reshape(stored.shape))
     else:
-        home.fill_(value)
+        stored.fill_(value)
 
 
-def load_value(home: torch.Tensor, key: StateKey) -> Any:
+def load_value(stored: torch.Tensor, key: StateKey) -> Any:
     """What the optimizer shall see in its state: the shared tensor, or a Python number."""
     if key.form in NUMBER_TYPES:
-        return NUMBER_TYPES[key.form](home.item())
-    return home
+        return NUMBER_TYPES[key.form](stored.item())
+    return stored

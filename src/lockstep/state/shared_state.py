@@ -1,7 +1,7 @@
-"""The state of a run in shared memory: parameters, buffers and optimizer state, one copy a host.
+"""Shared state: one copy of parameters, buffers and optimizer state on each host.
 
-The nursery builds it once (`building`); its forks inherit the mappings, so a worker starts with the
-committed state in place.
+The forkserver builds it once (`worker.build_state`); its forks inherit the mappings, so a worker
+starts with the committed state in place.
 """
 
 from __future__ import annotations
@@ -28,64 +28,66 @@ PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SharedState:
-    """The bound model and every view that workers need. Made by `building.build`, inherited by
-    fork."""
+    """The model, bound to shared memory, and every view that workers need.
+
+    Lists by parameter have the trainable ones, in the model's order.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     layout: Layout
-    params: list[nn.Parameter]
-    """The trainable parameters; their data lie in the state segment."""
-    names: list[str]
-    groups: list[int | None]
-    blocks: list[Block]
-    keys: list[list[StateKey]]
-    """Per block."""
-    buffers: list[tuple[str, torch.Tensor]]
-    """Name and the module's own (private) buffer."""
-    committed: list[torch.Tensor]
-    """The committed buffers, in the state segment, in the order of `buffers`."""
-    tables: dict[int, Table]
-    """By trainable parameter."""
-    slots: list[GradientSlot]
-    """By shard."""
-    sums: list[GradientSlot]
-    """Room for the sums of subtrees that go to other hosts; none in a job on one host."""
+    control: ControlSegment
+    segments: dict[str, Segment]
+    """`state`, `snapshot`, `control` and `slots`."""
+    state_bytes: torch.Tensor
+    """The state segment."""
     networked: bool
     """Whether other hosts may take part."""
-    grad_offsets: list[int]
-    """Bytes: where each trainable parameter's gradient lies in a slot."""
-    codec: Codec | None
-    """What makes gradients small between hosts."""
-    packed_offsets: list[int]
-    """Bytes: where each block lies in a slot when it is made small."""
-    restored: list[GradientSlot]
-    """By group: what the codec has left of its gradients."""
+
+    # Parameters and their optimizer state.
+    params: list[nn.Parameter]
+    """Their data lie in the state segment."""
+    names: list[str]
+    groups: list[int | None]
+    """By parameter: its group in the optimizer, if it is in one."""
+    tables: dict[int, Table]
+    """By parameter: the embedding tables among them."""
+    blocks: list[Block]
+    keys: list[list[StateKey]]
+    """By block: its optimizer state."""
     local: list[ByteRange]
     """By shard: the bytes of the state segment that its own optimizer keeps, where a step is a
     round of local steps."""
     local_keys: list[list[StateKey]]
-    """What that is, per trainable parameter."""
+    """What that is, by parameter."""
+
+    # Buffers.
+    buffers: list[tuple[str, torch.Tensor]]
+    """Name and the module's own (private) buffer."""
+    committed: list[torch.Tensor]
+    """The committed buffers, in the state segment, in the order of `buffers`."""
+
+    # Slots.
+    slots: list[GradientSlot]
+    """By shard."""
+    sums: list[GradientSlot]
+    """Room for the sums of subtrees that go to other hosts; none in a job on one host."""
     total: GradientSlot | None
     """Room for the sum of all shards: only where its norm is needed, or hosts may return sums."""
-    state_bytes: torch.Tensor
-    segments: dict[str, Segment]
-    control: ControlSegment
-
-    def entry(self, name: str) -> Entry:
-        return self._entries()[name]
-
-    def _entries(self) -> dict[str, Entry]:
-        if not hasattr(self, "_by_name"):
-            self._by_name = {entry.name: entry for entry in self.layout.entries}
-        return self._by_name
+    restored: list[GradientSlot]
+    """By group: what the codec has left of its gradients."""
+    grad_offsets: list[int]
+    """Bytes: where each parameter's gradient lies in a slot."""
+    codec: Codec | None
+    """What makes gradients small between hosts."""
+    packed_offsets: list[int]
+    """Bytes: where each block lies in a slot when it is made small."""
 
     def view(self, name: str) -> torch.Tensor:
         """The state segment's tensor of this name."""
-        entry = self.entry(name)
-        return as_tensor(self.state_bytes, entry.offset, entry.dtype, entry.shape, entry.stride)
+        return view_entry(self.state_bytes, self.layout.entry(name))
 
     def block_view(self, block: Block) -> torch.Tensor:
         """The block's run of its parameter in the block's shape."""
@@ -138,7 +140,7 @@ class SharedState:
     def block_ranges(self, number: int) -> list[ByteRange]:
         """The bytes of the state segment that an update of this block changes."""
         block = self.blocks[number]
-        present = self.entry(PRESENT).offset + number
+        present = self.layout.entry(PRESENT).offset + number
         tensors = [self.block_view(block)]
         tensors += [self.state_view(number, key) for key in self.keys[number]]
         if self.codec is not None and block.param not in self.tables:
@@ -153,6 +155,11 @@ class SharedState:
             for tensor in tensors
         ]
         return [*ranges, ByteRange(offset=present, nbytes=1)]
+
+
+def view_entry(state_bytes: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """A tensor of the state segment, of which `state_bytes` are the bytes."""
+    return as_tensor(state_bytes, entry.offset, entry.dtype, entry.shape, entry.stride)
 
 
 def state_name(param: str, block: Block, key: StateKey) -> str:
@@ -183,7 +190,7 @@ def block_shape(block: Block, shape: Sequence[int], tables: Mapping[int, Table])
     if block.whole:
         return tuple(shape)
     table = tables.get(block.param)
-    if table is not None and table.asked:
+    if table is not None and table.sparse:
         return block.size // table.width, table.width
     return (block.size,)
 

@@ -1,12 +1,12 @@
-"""The base: a copy of the committed state, at most a few steps old, to go back to.
+"""Snapshot: a copy of the committed state, at most a few steps old, to roll back to.
 
 Owners update parameters in place, so a worker that dies while it does so leaves a state in which
-some blocks are a step ahead of others. Then the base is put back, and the steps since are computed
-again, to the same bits. Each owner brings its part of the base up to date at the end of the steps
-that the master has marked, before it goes on: so nobody overwrites a state that the base does not
-hold whole, and what the base costs does not grow with the number of steps.
+some blocks are a step ahead of others. Then the state is rolled back, and the steps since are
+computed again, to the same bits. Each owner brings its part of the snapshot up to date at the end
+of the steps that the agent has marked, before its next step: so nobody overwrites a state that the
+snapshot does not hold whole, and its cost does not grow with the number of steps.
 
-Checkpoints are written from the base, too: while one is being written, no step is marked.
+Checkpoints are written from the snapshot, too: while one is being written, no step is marked.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from lockstep.system.shared_memory import Segment
 COPY_BYTES_PER_SECOND = 4e9
 """About what a worker copies in a second, beside others."""
 SHARE = 0.01
-"""The part of their time that workers may spend on the base."""
+"""The part of their time that workers may spend on snapshots."""
 LEAST_SECONDS = 0.05
 """Between two copies: what a worker's death in the middle of an update costs at most."""
 
 
 def steps_between(state_bytes: int, workers: int, steps_per_second: float) -> int:
-    """How many steps the base may be behind: as few as its cost allows, and 1 for long steps."""
+    """How many steps the snapshot may be behind: as few as it costs little, 1 for long steps."""
     copying = state_bytes / workers / COPY_BYTES_PER_SECOND
     seconds = max(LEAST_SECONDS, copying / SHARE)
     return max(1, round(seconds * steps_per_second))
 
 
 class SnapshotPart:
-    """One worker's part of the base: what it alone writes to."""
+    """One worker's part of the snapshot: what it alone writes to."""
 
-    def __init__(self, state: Segment, base: Segment, ranges: Sequence[ByteRange]) -> None:
+    def __init__(self, state: Segment, copy: Segment, ranges: Sequence[ByteRange]) -> None:
         # Slices of memoryviews are copied by memcpy: faster than a tensor's copy_, and shorter.
-        here, there = memoryview(state.map), memoryview(base.map)
+        live, copied = memoryview(state.map), memoryview(copy.map)
         runs = [slice(item.offset, item.offset + item.nbytes) for item in merge_ranges(ranges)]
-        self._copies = [(there[run], here[run]) for run in runs]
+        self._copies = [(copied[run], live[run]) for run in runs]
 
     def refresh(self) -> None:
         """Copy this worker's part of the committed state. Called between a commit and this
@@ -49,29 +49,29 @@ class SnapshotPart:
 
 
 class Snapshot:
-    """The master's end: everything at once, while all workers rest."""
+    """The agent's end: everything at once, while all workers rest."""
 
-    def __init__(self, control: ControlSegment, state: Segment, base: Segment) -> None:
+    def __init__(self, control: ControlSegment, state: Segment, copy: Segment) -> None:
         self.control, self.nbytes = control, state.nbytes
         self._state = memoryview(state.map)[: state.nbytes]
-        self._base = memoryview(base.map)[: state.nbytes]
+        self._copy = memoryview(copy.map)[: state.nbytes]
 
     def take(self, step: int) -> memoryview:
         """Copy the state after `step` committed steps; returns the copy."""
-        self._base[:] = self._state
+        self._copy[:] = self._state
         self.control.snapshot_step = step
-        return self._base
+        return self._copy
 
     @property
     def view(self) -> memoryview:
-        """The base: the state after `control.snapshot_step` committed steps."""
-        return self._base
+        """The state after `control.snapshot_step` committed steps."""
+        return self._copy
 
     def roll_back(self) -> None:
-        """Make the state what the base holds: that after `control.snapshot_step` steps."""
-        self._state[:] = self._base
+        """Make the state that after `control.snapshot_step` steps again."""
+        self._state[:] = self._copy
 
     def close(self) -> None:
         """Let go of the memory: what `take` returned cannot be read any more."""
         self._state.release()
-        self._base.release()
+        self._copy.release()

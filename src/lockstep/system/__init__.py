@@ -13,6 +13,8 @@ numerics        the numerics profile: what, besides the job, the bits depend on
 processes       processes that die with their parent; signals that stop a run
 seeding         seeds as pure functions of their purpose
 shared_memory   segments: created, mapped, and checked against the memory that there is
+spelling        the known name that somebody probably meant
+torch_patches   everything of torch that is replaced, and why
 unix_channel    messages with file descriptors between processes of one host
 unix_socket     Unix sockets at paths of any length, and JSON lines on them
 """

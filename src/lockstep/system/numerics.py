@@ -26,25 +26,10 @@ def configure(threads: int) -> None:
     """Pin this process's kernels. Called in every process that computes, before it does."""
     import torch
 
-    torch._C.set_num_threads(threads)  # also where `keep_to_one_thread` is in force
+    torch._C.set_num_threads(threads)  # not the patched one (see `torch_patches`)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-
-
-def keep_to_one_thread() -> None:
-    """Let nobody but `configure` ask for more threads, in this process and its forks.
-
-    Forks of a process that has computed on several threads would wait for ever for threads that
-    they do not have; and how many there are is the job's to say.
-    """
-    import torch
-
-    def set_num_threads(nthreads: int) -> None:
-        if nthreads == 1:
-            torch._C.set_num_threads(1)
-
-    torch.set_num_threads = set_num_threads
 
 
 def profile(numerics: str, threads: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Audit: silent corruption is looked for, named, and where it can be, put right.
+"""Recompute audit: silent corruption is looked for, named, and where it can be, put right.
 
 Two things are checked, each for a fraction of the cases that the job's `audit` gives:
 
@@ -7,8 +7,8 @@ Two things are checked, each for a fraction of the cases that the job's `audit` 
 - A block's parameters and optimizer state are digested when they have been updated and again just
   before the next update. Nobody writes to them in between, so a difference is a fault of the
   memory (or of a process that wrote where it must not). The state is then treated as one that a
-  death has torn: the base is put back, and the steps since are computed again. The base is older
-  than the digest, so it was taken before the change.
+  death has corrupted: it is rolled back to the snapshot, and the steps since are computed again.
+  The snapshot is older than the digest, so it was taken before the change.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class GradientAudit:
             IntegrityError: three computations gave three results.
         """
         for shard in shards:
-            mine = auditor_of(shard, workers) == rank
-            if mine and is_audited(self.seed, "shard", step, shard, self.fraction):
+            own = auditor_of(shard, workers) == rank
+            if own and is_audited(self.seed, "shard", step, shard, self.fraction):
                 self._check_shard(step, shard, worker_id)
 
     def _check_shard(self, step: int, shard: int, worker_id: int) -> None:
@@ -133,7 +133,7 @@ def _private_copy(slot: GradientSlot) -> GradientSlot:
     return GradientSlot(
         grads=[torch.empty_like(gradient) for gradient in slot.grads],
         buffers=[torch.empty_like(buffer) for buffer in slot.buffers],
-        numbers={index: torch.empty_like(numbers) for index, numbers in slot.numbers.items()},
+        row_indices={i: torch.empty_like(rows) for i, rows in slot.row_indices.items()},
         local=torch.empty_like(slot.local),
         flat=torch.empty(0, dtype=torch.uint8),
     )
@@ -156,13 +156,13 @@ def _copy(source: GradientSlot, target: GradientSlot) -> None:
         strict=True,
     ):
         left.copy_(right)
-    for index, numbers in target.numbers.items():
-        numbers.copy_(source.numbers[index])
+    for index, row_indices in target.row_indices.items():
+        row_indices.copy_(source.row_indices[index])
 
 
 def flip_gradient_bit(slot: GradientSlot) -> None:
     """Flip a bit of a gradient: the first that is not a table's, whose last row may not count."""
-    flip_bit(next(grad for i, grad in enumerate(slot.grads) if i not in slot.numbers))
+    flip_bit(next(grad for i, grad in enumerate(slot.grads) if i not in slot.row_indices))
 
 
 def flip_bit(tensor: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
-"""Building the shared state: the model is moved to shared memory, once, in the nursery."""
+"""Building the shared state: the model is moved to shared memory, once, in the forkserver."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lockstep.optim.introspection import discover_state, initial_state, param_gr
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.optim.probes import Kind, check_independent, may_cut, may_step_rows
 from lockstep.planning.blocks import Block, cut_blocks
+from lockstep.planning.memory_layout import Layout
 from lockstep.planning.reduction_tree import most_subtrees
 from lockstep.state.allocation import Allocation, StateContents, allocate
 from lockstep.state.control_segment import ControlSegment, ControlShape
@@ -22,7 +23,7 @@ from lockstep.state.embedding_tables import Table, find_tables
 from lockstep.state.gradient_codecs import CODECS
 from lockstep.state.gradient_slots import make_slot
 from lockstep.state.optimizer_state import StateKey, store_value
-from lockstep.state.shared_state import PRESENT, SharedState, block_shape
+from lockstep.state.shared_state import PRESENT, SharedState, block_shape, view_entry
 from lockstep.system.machine import check_available
 from lockstep.system.shared_memory import Segment
 
@@ -51,10 +52,10 @@ def build(
     optimizer = _optimizer_of(task, trainable)
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
-    sparse = [trainable[index][0] for index, table in tables.items() if table.asked]
+    sparse = [trainable[index][0] for index, table in tables.items() if table.sparse]
     _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSGD))
     kinds = [
-        Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].asked)
+        Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].sparse)
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
     ]
     cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
@@ -66,7 +67,7 @@ def build(
         [parameter.numel() for _, parameter in trainable],
         [cuttable[kind] for kind in kinds],
         {index: table.width for index, table in tables.items()},
-        {index for index, table in tables.items() if table.asked},
+        {index for index, table in tables.items() if table.sparse},
     )
     keys = _all_keys(optimizer, trainable, param_groups, tables, blocks)
     for kind in cuttable:
@@ -166,7 +167,7 @@ def _all_keys(
             keys.append([])
             continue
         shape = block_shape(block, parameter.shape, tables)
-        sparse = block.param in tables and tables[block.param].asked
+        sparse = block.param in tables and tables[block.param].sparse
         kind = (group, shape, sparse, parameter.dtype, bool(optimizer.state.get(parameter)))
         if kind not in found:
             stand_in = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype))
@@ -176,9 +177,35 @@ def _all_keys(
     return keys
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlotCounts:
+    """How many slots of each use there are, one after the other."""
+
+    shards: int
+    sums: int
+    totals: int
+    restored: int
+
+    @property
+    def all(self) -> int:
+        return self.shards + self.sums + self.totals + self.restored
+
+    @staticmethod
+    def of(contents: StateContents, *, clip: bool, networked: bool) -> SlotCounts:
+        """What a run needs."""
+        compressed = contents.codec is not None
+        sums = most_subtrees(contents.shards) if networked else 0
+        return SlotCounts(
+            shards=contents.shards,
+            sums=contents.groups if compressed else sums,
+            totals=int(clip or networked),
+            restored=contents.groups if compressed else 0,
+        )
+
+
 def _allocate(
     contents: StateContents,
-    places: Allocation,
+    allocation: Allocation,
     optimizer: torch.optim.Optimizer,
     param_groups: list[int | None],
     *,
@@ -187,68 +214,83 @@ def _allocate(
     networked: bool,
 ) -> SharedState:
     """Create the segments, move the initial values in and bind the model to them."""
-    model, trainable, shards = contents.model, contents.trainable, contents.shards
+    layout, counts = allocation.layout, SlotCounts.of(contents, clip=clip, networked=networked)
+    shape = ControlShape(
+        shards=contents.shards, max_workers=max_workers, params=len(contents.trainable)
+    )
+    segments = _create_segments(layout, counts, shape)
     starts = _initial_states(contents, optimizer)  # before parameters move
-    shape = ControlShape(shards=shards, max_workers=max_workers, params=len(trainable))
-    slot_bytes, state_bytes = places.layout.slots_bytes, places.layout.state_bytes
-    spare = most_subtrees(shards) if networked else 0
-    restored = 0
-    if contents.codec is not None:
-        spare, restored = contents.groups, contents.groups
-    totals = int(clip or networked)
-    copies = shards + spare + totals + restored
-    check_available("the run's shared memory", 2 * state_bytes + copies * slot_bytes)
-    segments = {
-        "state": Segment.create("state", state_bytes),
-        "slots": Segment.create("slots", copies * slot_bytes),
-        "base": Segment.create("base", state_bytes),
-        "control": Segment.create("control", shape.nbytes()),
-    }
-    slots_flat = torch.frombuffer(segments["slots"].map, dtype=torch.uint8)
+    state_bytes = torch.frombuffer(segments["state"].map, dtype=torch.uint8)
+    committed = _move_model(contents, layout, state_bytes)
+    params = [parameter for _, parameter in contents.trainable]
+    slot_bytes = layout.slots_bytes
+    room = torch.frombuffer(segments["slots"].map, dtype=torch.uint8)[: counts.all * slot_bytes]
+    slots = [
+        make_slot(flat, params, allocation.grads, committed, contents.tables, allocation.kept)
+        for flat in room.split(slot_bytes)
+    ]
+    totals_at = counts.shards + counts.sums
     shared = SharedState(
-        model=model,
+        model=contents.model,
         optimizer=optimizer,
-        layout=places.layout,
-        params=[parameter for _, parameter in trainable],
-        names=[name for name, _ in trainable],
+        layout=layout,
+        control=ControlSegment(segments["control"], shape),
+        segments=segments,
+        state_bytes=state_bytes,
+        networked=networked,
+        params=params,
+        names=[name for name, _ in contents.trainable],
         groups=param_groups,
+        tables=contents.tables,
         blocks=contents.blocks,
         keys=contents.keys,
-        buffers=contents.buffers,
-        committed=[],
-        tables=contents.tables,
-        slots=[],
-        sums=[],
-        networked=networked,
-        grad_offsets=places.grads,
-        codec=contents.codec,
-        packed_offsets=places.packed,
-        restored=[],
-        local=places.local,
+        local=allocation.local,
         local_keys=contents.local_keys,
-        total=None,
-        state_bytes=torch.frombuffer(segments["state"].map, dtype=torch.uint8),
-        segments=segments,
-        control=ControlSegment(segments["control"], shape),
+        buffers=contents.buffers,
+        committed=committed,
+        slots=slots[: counts.shards],
+        sums=slots[counts.shards : totals_at],
+        total=slots[totals_at] if counts.totals else None,
+        restored=slots[totals_at + counts.totals :],
+        grad_offsets=allocation.grads,
+        codec=contents.codec,
+        packed_offsets=allocation.packed,
     )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            home = shared.view(name)
-            home.copy_(parameter)
-            parameter.data = home
-        for name, buffer in contents.buffers:
-            shared.committed.append(shared.view(name).copy_(buffer))
         for number, start in enumerate(starts):
             _store_start(shared, number, start)
-    slots = [
-        make_slot(flat, shared.params, places.grads, shared.committed, contents.tables, places.kept)
-        for flat in slots_flat[: copies * slot_bytes].split(slot_bytes)
-    ]
-    shared.slots, shared.sums = slots[:shards], slots[shards : shards + spare]
-    shared.total = slots[shards + spare] if totals else None
-    shared.restored = slots[shards + spare + totals :]
     shared.control.shard_done[:] = -1
     return shared
+
+
+def _create_segments(layout: Layout, counts: SlotCounts, shape: ControlShape) -> dict[str, Segment]:
+    """The run's shared memory.
+
+    Raises:
+        ResourceError: there is not enough of it.
+    """
+    state_bytes, slots_bytes = layout.state_bytes, counts.all * layout.slots_bytes
+    check_available("the run's shared memory", 2 * state_bytes + slots_bytes)
+    return {
+        "state": Segment.create("state", state_bytes),
+        "slots": Segment.create("slots", slots_bytes),
+        "snapshot": Segment.create("snapshot", state_bytes),
+        "control": Segment.create("control", shape.nbytes()),
+    }
+
+
+def _move_model(
+    contents: StateContents, layout: Layout, state_bytes: torch.Tensor
+) -> list[torch.Tensor]:
+    """Move parameters to the state segment, and copy buffers there; the committed buffers."""
+
+    def moved(name: str, value: torch.Tensor) -> torch.Tensor:
+        return view_entry(state_bytes, layout.entry(name)).copy_(value)
+
+    with torch.no_grad():
+        for name, parameter in contents.model.named_parameters():
+            parameter.data = moved(name, parameter)
+        return [moved(name, buffer) for name, buffer in contents.buffers]
 
 
 def _initial_states(
@@ -264,7 +306,7 @@ def _initial_states(
 
 
 def _store_start(shared: SharedState, number: int, start: dict[str, Any]) -> None:
-    """Put such a state in its place."""
+    """Store such a state in shared memory."""
     if not start:
         return
     for key in shared.keys[number]:

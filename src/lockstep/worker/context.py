@@ -30,7 +30,7 @@ from lockstep.worker.build_state import build
 from lockstep.worker.forward_backward import ForwardBackward
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Session:
     """What the forkserver prepares and its forks inherit."""
 
@@ -71,7 +71,7 @@ class Session:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class WorkerContext:
     """One worker process: its view of the session, and what carries over from step to step."""
 
@@ -115,7 +115,7 @@ class WorkerContext:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
             task, shared, sampling, loader, rounds,
-            place=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
+            start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
         if plan.audit:

@@ -16,8 +16,8 @@ def user_traceback(error: BaseException) -> str:
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
         file = frames.tb_frame.f_code.co_filename
-        ours = file.startswith(here) and not file.startswith(recipes)
-        if not ours and not file.startswith("<frozen importlib"):
+        own = file.startswith(here) and not file.startswith(recipes)
+        if not own and not file.startswith("<frozen importlib"):
             break
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()

@@ -1,7 +1,7 @@
-"""Held-out batches, a worker's end: their sums, outputs and predictions, without learning.
+"""Evaluation in a worker: sums, outputs and predictions of held-out batches, without learning.
 
 Metrics that are no means over samples are computed once, by one worker, from what was gathered of
-every sample (see `outcomes`).
+every sample (see `planning.eval_batches`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Inference:
     """
 
     def __init__(
-        self, task: Task, shared: SharedState, place: Position, seed: int, *, autocast: bool
+        self, task: Task, shared: SharedState, position: Position, seed: int, *, autocast: bool
     ) -> None:
-        """`place`: after how many steps the state is."""
-        self.task, self.model, self.place, self.seed = task, shared.model, place, seed
+        """`position`: after how many steps the state is."""
+        self.task, self.model, self.position, self.seed = task, shared.model, position, seed
         self._committed = shared.committed
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._contexts = contextlib.ExitStack()
@@ -53,9 +53,9 @@ class Inference:
     def __exit__(self, *_: object) -> None:
         self._contexts.close()
 
-    def afresh(self, purpose: str, batch: int, samples: int) -> None:
+    def reset(self, purpose: str, batch: int, samples: int) -> None:
         """Be as before the first batch: what computes one may change buffers and modes."""
-        self.task.set_position(self.place.at_batch(self.place.step, batch, samples))
+        self.task.set_position(self.position.at_batch(self.position.step, batch, samples))
         seed_everything(derive(self.seed, purpose, batch))
         self._buffers.restore(self._committed)
         self._modes.restore()
@@ -75,9 +75,9 @@ def evaluate_batches(
         rows = batch_range(index, samples, batch_size)
         with _named(index, rows):
             batch = fetch(-1, rows)
-            inference.afresh("eval", index, len(rows))
+            inference.reset("eval", index, len(rows))
             sums = _sums(task.metrics(model, batch), len(rows))
-            inference.afresh("outputs", index, len(rows))
+            inference.reset("outputs", index, len(rows))
             outputs = {
                 name: _listed(name, value, len(rows))
                 for name, value in task.outputs(model, batch).items()
@@ -109,7 +109,7 @@ def predict_batches(
     for index in batches:
         rows = batch_range(index, samples, batch_size)
         batch = fetch(-1, rows)
-        inference.afresh("predict", index, len(rows))
+        inference.reset("predict", index, len(rows))
         yield index, _rows(inference.task.predict(inference.model, batch), len(rows))
 
 

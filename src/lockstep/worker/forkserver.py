@@ -39,7 +39,7 @@ from lockstep.planning.forkserver_messages import (
     to_client,
 )
 from lockstep.planning.worker_messages import to_agent
-from lockstep.system import numerics
+from lockstep.system import numerics, torch_patches
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
@@ -104,6 +104,7 @@ class ForkServer:
         """Import torch, build the task, its model and its data sets."""
         os.chdir(request.folder)
         sys.path[:] = map(os.fsdecode, request.search_path)
+        sys.argv[:] = map(os.fsdecode, request.argv)
         sent = fds.pop() if request.data_bytes else -1
         payload = None
         if request.has_payload:
@@ -112,7 +113,7 @@ class ForkServer:
                 payload = file.read()
         import_needed()
         numerics.configure(threads=1)
-        numerics.keep_to_one_thread()
+        torch_patches.keep_to_one_thread()
         from lockstep.data.dataset_shipping import write_sets
         from lockstep.worker.load_task import load
 
@@ -146,7 +147,7 @@ class ForkServer:
             networked=request.networked,
         )
         shared = self.session.shared
-        segments = [shared.segments[name] for name in ("state", "base", "control", "slots")]
+        segments = [shared.segments[name] for name in ("state", "snapshot", "control", "slots")]
         message = StateReady(
             layout=shared.layout,
             slot_map=shared.slot_map(),
@@ -237,7 +238,7 @@ def _flush() -> None:
 def _in_child(parent: int, inherited: list[Channel]) -> None:
     """Make a forked child independent of the forkserver's own business."""
     die_with_parent(parent)
-    _take_signals()
+    _ignore_signals()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for channel in inherited:
@@ -249,7 +250,7 @@ def _leave_to_agent(number: int, frame: object) -> None:
     pass
 
 
-def _take_signals() -> None:
+def _ignore_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave_to_agent)
@@ -300,7 +301,7 @@ def _answer(forkserver: ForkServer, request: Request, fds: list[int]) -> bool:
 
 
 def _end_at_once(forkserver: int) -> None:
-    """End without clearing torch's modules away one by one: half a second, and the master waits."""
+    """End without clearing torch's modules away one by one: half a second, and the agent waits."""
     if os.getpid() == forkserver:
         _flush()
         os._exit(0)
@@ -310,12 +311,12 @@ def main() -> None:
     """Entry point of the process: `python -m lockstep.worker.forkserver FD PARENT`."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master decides what Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides what Ctrl-C means
     # Nor do SIGTERM and SIGHUP end anything here: they may have gone to all processes of a job at
-    # once, and the master, which has them too, stops with a checkpoint. What the task itself starts
-    # can be terminated as ever: a handler does not outlive an exec, and a fork puts the default
-    # back.
-    _take_signals()
+    # once, and the process that started it, which has them too, stops with a checkpoint. What the
+    # task itself starts can be terminated as ever: a handler does not outlive an exec, and a fork
+    # puts the default back.
+    _ignore_signals()
     os.register_at_fork(after_in_child=_restore_signals)
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     forkserver = ForkServer(to_client(Channel.from_fd(fd)))

@@ -1,4 +1,4 @@
-"""What a worker makes of one shard: its gradient, in a slot, and its loss."""
+"""Forward and backward of one shard: its gradient, in a slot, and its loss."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class ForwardBackward:
         loader: Loader,
         rounds: LocalRounds | None,
         *,
-        place: Position,
+        start: Position,
         seed: int,
         autocast: bool,
         faults: FaultInjector,
     ) -> None:
-        """`rounds` takes the place of the task's loss, where a step is a round of local ones.
-        `place` is the run's beginning."""
+        """`rounds` replaces the task's loss, where a step is a round of local ones.
+        `start` is the run's beginning."""
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.seed, self.autocast, self.faults = seed, autocast, faults or None
         self._rounds = rounds
-        self._place = place if type(task).set_position is not Task.set_position else None
+        self._start = start if type(task).set_position is not Task.set_position else None
         self._fetching = 0.0
         self._writer = GradientHooks(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
@@ -59,7 +59,7 @@ class ForwardBackward:
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
-    def take_fetching(self) -> float:
+    def pop_fetching_seconds(self) -> float:
         """For how many seconds batches were waited for since the last call."""
         fetching, self._fetching = self._fetching, 0.0
         return fetching
@@ -97,9 +97,9 @@ class ForwardBackward:
         self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
-        if self._place is not None:
+        if self._start is not None:
             start, stop = self.sampling.shard_span(step, shard)
-            self.task.set_position(self._place.at_step(step, stop - start))
+            self.task.set_position(self._start.at_step(step, stop - start))
         seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
         self._modes.restore()

@@ -1,4 +1,4 @@
-"""Gradients: from autograd into a shard's slot, and from all slots to their sum in tree order."""
+"""Gradient hooks: copy gradients from autograd into a shard's slot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GradientHooks:
         self._early: tuple[int, int] | None = None
         buckets = shared.slot_map().buckets
         self._last = {param for bucket in buckets for param in sorted(bucket.params)[:2]}
-        """The parameters of which the exchanger is told: mostly the last ones of their buckets."""
+        """The parameters that notify the exchange thread: mostly the last ones of their buckets."""
         least = 0 if shared.networked else EARLY
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
@@ -42,7 +42,7 @@ class GradientHooks:
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
             table = shared.tables.get(index)
-            if table is not None and table.asked:
+            if table is not None and table.sparse:
                 self._sparse.append((index, parameter))
             elif parameter.numel() < least:
                 self._late.append((index, parameter))
@@ -73,22 +73,24 @@ class GradientHooks:
     def finish(self) -> None:
         """Copy the small gradients, and those that are to be sparse. Called after each backward
         pass of a shard."""
-        homes, gradients = [], []
+        targets, gradients = [], []
         for index, parameter in self._late:
             gradient = parameter.grad
             if gradient is not None:
                 self._check(index, gradient)
-                homes.append(self._slot.grads[index])
+                targets.append(self._slot.grads[index])
                 gradients.append(gradient)
                 self._written[index] = 1
                 parameter.grad = None
-        if homes:
-            torch._foreach_copy_(homes, gradients)
+        if targets:
+            torch._foreach_copy_(targets, gradients)
         for index, parameter in self._sparse:
             gradient = parameter.grad
             if gradient is not None:
                 slot = self._slot
-                keep_sparse(self._names[index], gradient, slot.grads[index], slot.numbers[index])
+                keep_sparse(
+                    self._names[index], gradient, slot.grads[index], slot.row_indices[index]
+                )
                 self._written[index] = 1
                 parameter.grad = None
 
@@ -99,16 +101,16 @@ class GradientHooks:
                 return
             parameter.grad = None
             again = bool(self._written[index])  # the loss ran backward more than once
-            home = self._slot.grads[index]
+            target = self._slot.grads[index]
             if index in self.tables:
                 if again:
                     self.tables.give_up(index)
-                self.tables.store(index, gradient, home, self._slot.numbers[index])
+                self.tables.store(index, gradient, target, self._slot.row_indices[index])
             else:
                 self._check(index, gradient)
-                home.add_(gradient) if again else home.copy_(gradient)
-                if index in self._slot.numbers:
-                    self._slot.numbers[index][0] = DENSE
+                target.add_(gradient) if again else target.copy_(gradient)
+                if index in self._slot.row_indices:
+                    self._slot.row_indices[index][0] = DENSE
             self._written[index] = AGAIN if again else 1
             if self._early is not None:
                 step, shard = self._early

@@ -59,12 +59,12 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         """What was asked for last counts."""
         return settings.get(name, recipe.get(name, getattr(_PLAIN, name)))
 
-    seed, way = setting("seed"), setting("data")
+    seed, data = setting("seed"), setting("data")
     seed_everything(seed)
     task = own if setting("local_steps") == 1 else LocalSGD(own, setting("local_steps"))
     model = task.model()
     check_model(model)
-    ships = request.networked and way == "ship" and not request.data_bytes
+    ships = request.networked and data == "ship" and not request.data_bytes
     train, held_out = _sets(own, task, request, sent, alone=ships)
     samples = length_of(train, "train_data")
     facts = {
@@ -77,7 +77,7 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         "probe": numerics.probe(),
     }
     if request.networked:  # with local data there is another one on every host
-        local = way == "local"
+        local = data == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
     return Loaded(task=task, model=model, train=train, held_out=held_out, facts=facts, ships=ships)
 

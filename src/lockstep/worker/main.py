@@ -174,7 +174,7 @@ class Worker:
         task, seed = self.context.task, self.context.plan.seed
         outputs = json.loads(request.outputs)
         with self._inference(autocast=False) as inference:
-            inference.afresh("score", 0, self.context.plan.eval_samples)
+            inference.reset("score", 0, self.context.plan.eval_samples)
             metrics = score(task, outputs, seed) if outputs else {}
         beside = baseline(task, seed) if request.baseline else {}
         self.control.seconds[self.worker_id][Stat.EVALUATE] += time.perf_counter() - begun

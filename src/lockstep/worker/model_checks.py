@@ -60,16 +60,16 @@ def _check_tensor(kind: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_memory(params: Sequence[Named], buffers: Sequence[Named]) -> None:
-    """Parameters get places of their own, which would part those that are views of one another.
+    """Parameters are moved one by one, which would separate views of one another.
 
     Buffers may share memory among themselves: the module keeps its own.
     """
-    places: dict[int, list[Named]] = {}
+    by_storage: dict[int, list[Named]] = {}
     for name, tensor in (*params, *buffers):
         if tensor.numel():
-            places.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
     known = {id(tensor) for _, tensor in params}
-    for tensors in places.values():
+    for tensors in by_storage.values():
         for (one, left), (other, right) in itertools.combinations(tensors, 2):
             if (id(left) in known or id(right) in known) and _overlap(left, right):
                 raise TaskError(

@@ -1,4 +1,4 @@
-"""Claims: which worker computes which shard, when there are more shards than workers.
+"""Shard claims: which worker computes which shard, when there are more shards than workers.
 
 A worker computes its own shards first and then takes over what others have not begun, so a slow
 worker holds the step up only with the shard that it is on. A claim is a record lock on one byte of
@@ -19,7 +19,7 @@ class ShardClaims:
     def __init__(self, control: ControlSegment) -> None:
         self._fd, self._done = control.segment.fd, control.shard_done
 
-    def take(self, shard: int, step: int) -> bool:
+    def claim(self, shard: int, step: int) -> bool:
         """Claim a shard that nobody has computed or is computing; to be released afterwards."""
         if self._done[shard] == step:
             return False

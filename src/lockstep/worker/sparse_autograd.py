@@ -38,15 +38,15 @@ class SparseTables:
         self._calls.clear()
 
     def store(
-        self, index: int, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor
+        self, index: int, gradient: torch.Tensor, target: torch.Tensor, row_indices: torch.Tensor
     ) -> None:
         """Keep a gradient in a slot.
 
         Args:
             index: the parameter's.
             gradient: as autograd has left it, rows x width.
-            home: the slot's room for it, rows x width. Its first rows get the touched ones.
-            numbers: 1 + rows, int64: gets how many they are, and which, ascending.
+            target: the slot's memory for it, rows x width. Its first rows get the touched ones.
+            row_indices: 1 + rows, int64: gets how many they are, and which, ascending.
 
         Raises:
             Redo: its bits would not be those of the dense form.
@@ -54,14 +54,14 @@ class SparseTables:
         if not gradient.is_sparse or self._calls.get(index) != 1:
             self.give_up(index)
         looked_up, values = gradient._indices()[0], gradient._values()
-        if len(looked_up) * MANY > len(home):
-            home.copy_(_summed(values, looked_up, len(home)))
-            numbers[0] = DENSE
+        if len(looked_up) * MANY > len(target):
+            target.copy_(_summed(values, looked_up, len(target)))
+            row_indices[0] = DENSE
             return
         rows, inverse = torch.unique(looked_up, return_inverse=True)
-        home[: len(rows)] = _summed(values, inverse, len(rows))
-        numbers[1 : len(rows) + 1] = rows
-        numbers[0] = len(rows)
+        target[: len(rows)] = _summed(values, inverse, len(rows))
+        row_indices[1 : len(rows) + 1] = rows
+        row_indices[0] = len(rows)
 
     def give_up(self, index: int) -> None:
         """Run a table in the dense form from now on.
@@ -80,7 +80,7 @@ class SparseTables:
 
 
 def keep_sparse(
-    name: str, gradient: torch.Tensor, home: torch.Tensor, numbers: torch.Tensor
+    name: str, gradient: torch.Tensor, target: torch.Tensor, row_indices: torch.Tensor
 ) -> None:
     """Keep a gradient that the model asks to be sparse, as `SparseTables.store` does.
 
@@ -96,12 +96,14 @@ def keep_sparse(
         )
     gradient = gradient.coalesce()
     count = gradient._nnz()
-    home[:count] = gradient._values()
-    numbers[1 : count + 1] = gradient._indices()[0]
-    numbers[0] = count
+    target[:count] = gradient._values()
+    row_indices[1 : count + 1] = gradient._indices()[0]
+    row_indices[0] = count
 
 
-def _summed(values: torch.Tensor, numbers: torch.Tensor, rows: int) -> torch.Tensor:
+def _summed(values: torch.Tensor, row_indices: torch.Tensor, rows: int) -> torch.Tensor:
     """The gradient of a table of so many rows, by the kernel that `nn.Embedding` uses itself."""
-    summed: torch.Tensor = torch.ops.aten.embedding_dense_backward(values, numbers, rows, -1, False)
+    summed: torch.Tensor = torch.ops.aten.embedding_dense_backward(
+        values, row_indices, rows, -1, False
+    )
     return summed

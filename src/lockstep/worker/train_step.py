@@ -86,7 +86,7 @@ class TrainStep:
         if self._rank == 0:
             ranges += shared.buffer_ranges()
         ranges += self._local_update.ranges
-        return SnapshotPart(shared.segments["state"], shared.segments["base"], ranges)
+        return SnapshotPart(shared.segments["state"], shared.segments["snapshot"], ranges)
 
     def run(self, step: int, todo: Sequence[int]) -> None:
         """Run one step to its commit.
@@ -103,7 +103,7 @@ class TrainStep:
         begun = clock()
         self._compute_all(step, todo)
         computed = clock()
-        fetching = self._forward_backward.take_fetching()
+        fetching = self._forward_backward.pop_fetching_seconds()
         seconds[Stat.COMPUTE] += computed - begun - fetching
         self._loader.consider(seconds[Stat.COMPUTE])
         # Meet: all gradients of this host are in their slots.
@@ -125,7 +125,7 @@ class TrainStep:
         if self._norm_clipper is not None:
             scale = self._norm_clipper.scale(step, presence, self._norms, self._meet_norms)
         reduced = clock()
-        # Update: from here on the state is torn, until all have updated theirs.
+        # Update: until all workers have updated their blocks, the state is between two steps.
         control.set_updating(self._worker_id, step)
         self.owner.update(step, presence, scale)
         if self.shared.committed:
@@ -136,7 +136,7 @@ class TrainStep:
             self._await_parameters(step, presence)
         updated = clock()
         # Meet: committed.
-        barrier.arrive(progress_of(step, Phase.UPDATED), ring=self._several_hosts)
+        barrier.arrive(progress_of(step, Phase.UPDATED), notify=self._several_hosts)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
@@ -165,7 +165,7 @@ class TrainStep:
                 self._compute(step, shard)
             return
         for shard in (*todo, *reversed(host_shards)):
-            if self._claims.take(shard, step):
+            if self._claims.claim(shard, step):
                 self._compute(step, shard)
                 self._claims.release(shard)
             elif shard in todo:
@@ -202,7 +202,7 @@ class TrainStep:
         Raises:
             Regroup: always. The others are held up until the agent has regrouped them.
         """
-        self.control.set_updating(self._worker_id, step)  # so the state counts as torn
+        self.control.set_updating(self._worker_id, step)  # so the state counts as corrupted
         self.context.report(
             StateCorrupted(
                 step=step,

@@ -11,6 +11,7 @@ import torch
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.task import Parameters
 from lockstep.optim.lr_schedule import check_schedule
+from lockstep.system.torch_patches import mark_stepped
 
 FORMS = (
     'an optimizer; [optimizer]; ([optimizer], [scheduler]); {"optimizer": ..., "lr_scheduler": ...}'
@@ -124,8 +125,7 @@ class Following:
 
     def __init__(self, optimizer: torch.optim.Optimizer, configured: Configured) -> None:
         self._optimizer, self._leader = optimizer, configured
-        # The leader's optimizer never steps, which PyTorch would warn of.
-        configured.optimizer._opt_called = True  # type: ignore[attr-defined]
+        mark_stepped(configured.optimizer)
         self._steps = 0
         self._copy()
 

@@ -127,7 +127,14 @@ class ClusterLauncher:
                 raise PeerTimeoutError(
                     "the cluster does not answer", expected=f"hosts within {OPEN_SECONDS:g} s"
                 )
-            return tuple(name for name, said in self._hosts.items() if said != "refused")
+            taking = tuple(name for name, said in self._hosts.items() if said != "refused")
+        if not self._hosts:  # that hosts have refused was shown
+            self._show(
+                "cluster",
+                "no host has joined: the job begins on this machine alone, and takes hosts that "
+                "join\n  to invite one: lockstep token, then on that machine: lockstep join -",
+            )
+        return taking
 
     def close(self) -> None:
         """Offer the job to nobody any more."""

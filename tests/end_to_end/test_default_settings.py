@@ -1,0 +1,45 @@
+"""The promise with no settings: one fingerprint, whatever the machine and the number of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import command
+
+RECIPES = {
+    "mnist": (), "mnist-cnn": ("--model", "cnn"), "vision": (), "recommend": (), "clicks": (),
+    "translate": (), "summarise": (), "game": (), "cartpole": (),
+}  # fmt: skip
+
+
+def fingerprints(folder: Path, *job: str, steps: int) -> set[str]:
+    """Those of a job on one core and on all, by default and on 1, 2 and 3 workers."""
+    found, cores = set(), os.sched_getaffinity(0)
+    for visible in ({min(cores)}, cores):
+        for workers in ((), ("-w", "1"), ("-w", "2"), ("-w", "3")):
+            os.sched_setaffinity(0, visible)
+            try:
+                ended = command.lockstep(
+                    "run", *job, "--steps", str(steps), *workers, "--json", "-q", cwd=folder
+                )
+            finally:
+                os.sched_setaffinity(0, cores)
+            assert ended.returncode == 0, ended.stderr
+            found.add(json.loads(ended.stdout)["fingerprint"])
+    return found
+
+
+def test_a_bare_task(tmp_path: Path) -> None:
+    assert len(fingerprints(tmp_path, f"{command.TASKS}:Blobs", steps=6)) == 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe(recipe: str, tmp_path: Path) -> None:
+    name = recipe.partition("-")[0]
+    assert len(fingerprints(tmp_path, name, *RECIPES[recipe], steps=3)) == 1
