@@ -24,6 +24,7 @@ from lockstep.results.checkpoint import (
     REST,
     list_checkpoints,
     open_checkpoint,
+    remove_checkpoint,
     write_checkpoint,
 )
 from lockstep.state.allocation import dense_stride
@@ -231,3 +232,32 @@ def test_non_finite_tensors_are_named() -> None:
         value = np.array(bad, entry.dtype).tobytes()
         broken[entry.offset : entry.offset + len(value)] = value
     assert non_finite_tensors(layout, bytes(broken)) == ["weight", "double"]
+
+
+def test_one_that_is_read_is_not_removed(checkpoint: Written) -> None:
+    path, _, _ = checkpoint
+    readers = [open_checkpoint(path), open_checkpoint(path)]
+    assert not remove_checkpoint(path)
+    readers.pop()
+    assert not remove_checkpoint(path)
+    assert open_checkpoint(path).step == 7
+    readers.clear()
+    assert remove_checkpoint(path)
+    assert list(path.parent.iterdir()) == []
+    with pytest.raises(IntegrityError):
+        open_checkpoint(path)
+
+
+def test_a_torn_one_is_removed(checkpoint: Written) -> None:
+    path, _, _ = checkpoint
+    (path / MANIFEST).unlink()
+    assert remove_checkpoint(path)
+    assert not path.exists()
+
+
+def test_none_is_written_where_the_run_folder_is_gone(checkpoint: Written) -> None:
+    path, layout, state = checkpoint
+    gone = path.parent / "gone"
+    with pytest.raises(ResourceError):
+        write_checkpoint(gone / "checkpoints", 7, layout, state, {})
+    assert not gone.exists()

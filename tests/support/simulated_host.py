@@ -228,6 +228,7 @@ class Simulation:
                     several_hosts=False, returns="nothing", host_sums=(),
                     remote_params=frozenset(), owned_params=frozenset(),
                     refresh=found.back is None and self.written is None, loaders=False,
+                    ahead_from=found.step,
                 )
             )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from lockstep.agent.local_host import LocalHost, WorkerHandle
@@ -12,24 +11,16 @@ from lockstep.agent.membership import Status
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import POISON_DEATHS, Resumption
 from lockstep.agent.step_log import StepLog
-from lockstep.errors import (
-    IntegrityError,
-    LockstepError,
-    NonFiniteError,
-    PoisonError,
-    WorkerLostError,
-)
+from lockstep.errors import IntegrityError, LockstepError, PoisonError, WorkerLostError
+from lockstep.planning.sampling import describe_samples
 from lockstep.planning.step_phases import Phase, describe_progress, progress_of
 from lockstep.planning.worker_messages import StateCorrupted
-from lockstep.state.fingerprint import non_finite_tensors
 from lockstep.state.host_memory import HostMemory
 
 STEP_DEATHS = 40
 """Workers that may die without a step being committed in between before the run stops."""
 LOST_LOADERS = 3
 """Loader processes that may die before workers fetch for themselves."""
-TakeSnapshot = Callable[[], tuple[int, memoryview]]
-"""Takes the state when nobody writes to it, and says after how many steps it is."""
 
 
 class FailureLog:
@@ -39,7 +30,7 @@ class FailureLog:
         self, host: LocalHost, memory: HostMemory, step_log: StepLog, observer: RunObserver
     ) -> None:
         self.host, self.step_log, self.observer = host, step_log, observer
-        self.control, self._layout = memory.control, memory.layout
+        self.control = memory.control
         self.evaluating = False
         """Whether the workers are at held-out batches, and not at steps."""
         self.has_evaluated = False
@@ -64,7 +55,7 @@ class FailureLog:
         )
         self._stalled_for[worker.worker_id] = seconds
 
-    def died(self, worker: WorkerHandle, status: Status | None, snapshot: TakeSnapshot) -> None:
+    def died(self, worker: WorkerHandle, status: Status | None) -> None:
         """Take note of a death, and count it.
 
         Raises:
@@ -86,7 +77,7 @@ class FailureLog:
             how = f"showed no sign of life for {waited:.0f} s"
         for what in ("shard", "batch"):
             if where[what] is not None:
-                self._count(what, where["step"], where[what], how, snapshot)
+                self._count(what, where["step"], where[what], how)
         if status not in (Status.LEAVING, None):
             self._count_all(where, how)
 
@@ -123,14 +114,11 @@ class FailureLog:
             "batch": batch,
         }
 
-    def _count(self, what: str, step: int, number: int, how: str, snapshot: TakeSnapshot) -> None:
+    def _count(self, what: str, step: int, number: int, how: str) -> None:
         """Count the deaths at a shard or a held-out batch; too many are poison."""
         self._deaths[what, step, number] += 1
-        if self._deaths[what, step, number] < POISON_DEATHS:
-            return
-        if what == "shard":  # nobody can have gone past the shard: the state is that before it
-            self._keep(step, snapshot)
-        raise self._poison(what, step, number, how)
+        if self._deaths[what, step, number] >= POISON_DEATHS:
+            raise self._poison(what, step, number, how)
 
     def _count_all(self, where: dict[str, Any], how: str) -> None:
         """Count the deaths since the last committed step, wherever they happened."""
@@ -156,10 +144,9 @@ class FailureLog:
             name, where = f"held-out batch {number} after step {step}", "the held-out set"
             size, most = self.step_log.plan.eval_batch_size, self.step_log.plan.eval_samples
             indices = list(range(number * size, min((number + 1) * size, most)))
-        listed = ", ".join(map(str, indices[:16])) + (", …" if len(indices) > 16 else "")
         return PoisonError(
             f"{name} has killed {POISON_DEATHS} workers, one after another",
-            found=f"the last one {how}; its samples are {listed}",
+            found=f"the last one {how}; its samples are {describe_samples(indices)}",
             fix=f"look at these samples (indices into {where}), then resume the run",
         )
 
@@ -196,6 +183,12 @@ class FailureLog:
         """Whether loader processes are worth another try."""
         return len(self._without_loader) < LOST_LOADERS
 
+    @property
+    def has_died_since_commit(self) -> bool:
+        """Whether a worker has died since the last step that was recorded: it may have been
+        fetching a later step's batch."""
+        return self._deaths["step", self.step_log.step, 0] > 0
+
     # Memory.
 
     def corrupted(self, found: StateCorrupted) -> None:
@@ -225,28 +218,8 @@ class FailureLog:
 
     # Errors of the user's code.
 
-    def raised(self, error: LockstepError, step: int, snapshot: TakeSnapshot) -> LockstepError:
-        """The error that a worker has reported at a step. The state before a loss that is not
-        finite is kept."""
+    def raised(self, error: LockstepError, step: int) -> LockstepError:
+        """Take note of the error that a worker has reported at a step; returns it."""
         self.step_log.drain()
         self.observer.event("failed", step=step, error=error.what.splitlines()[0])
-        if isinstance(error, NonFiniteError):
-            self._keep(step, snapshot)
         return error
-
-    def _keep(self, step: int, snapshot: TakeSnapshot) -> None:
-        """Keep the state before a step in flight as a checkpoint, if it is sound itself.
-
-        Nobody rests, and yet nobody writes to the state: whoever computes has passed the commit of
-        the step before, so that is whole, and the others cannot use this step's gradients before
-        all are there. Some may not have digested the step before: that is made up for.
-        """
-        if step != self.step_log.in_flight():
-            return
-        self.step_log.mend(step)
-        step, state = snapshot()
-        broken = non_finite_tensors(self._layout, state)
-        if broken:
-            self.observer.event("not_saved", step=step, tensors=broken[:5])
-        else:
-            self.observer.checkpoint(step, state)

@@ -39,6 +39,8 @@ from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed
 
 STACK_SECONDS = 0.5
+KILL_SECONDS = 10.0
+"""How long killed workers may take to end."""
 
 
 @dataclass
@@ -265,6 +267,18 @@ class LocalHost:
                 yield Event(worker=worker, message=message)
         except Closed:
             return
+
+    def kill_workers(self) -> bool:
+        """Kill every worker; whether all of them have ended."""
+        deadline = time.monotonic() + KILL_SECONDS
+        for worker in self.workers.values():
+            worker.kill()
+        for worker in self.workers.values():
+            if worker.alive:
+                left = max(deadline - time.monotonic(), 0)
+                ended, _, _ = select.select([worker.pidfd], [], [], left)
+                worker.alive = not ended
+        return not any(worker.alive for worker in self.workers.values())
 
     def how_it_ended(self, worker: WorkerHandle) -> str:
         """Why a dead worker died, in words."""

@@ -184,6 +184,9 @@ class WorkerGroup:
         self.failure_detector.regrouped()
         self.observer.event("formed", seats=worker_ids, step=resumption.step, reason=reason)
         refresh = resumption.back is None and not role.parted and not self.observer.busy()
+        ahead_from = resumption.step
+        if self.failure_log.has_died_since_commit:  # what kills is met where it is computed
+            ahead_from = max(resumption.step, self.step) + 1
         for rank, worker_id in enumerate(worker_ids):
             assignment = assign(
                 role,
@@ -194,6 +197,7 @@ class WorkerGroup:
                 todo=resumption.todo[rank],
                 refresh=refresh,
                 loaders=self.failure_log.loaders_live,
+                ahead_from=ahead_from,
             )
             self.tell(worker_id, assignment)
 
@@ -262,7 +266,7 @@ class WorkerGroup:
         worker, message = event.worker, event.message
         if message is None:
             status = self.members.status.get(worker.worker_id)
-            self.failure_log.died(worker, status, self.take_snapshot)
+            self.failure_log.died(worker, status)
             self.failure_detector.regrouped()  # whoever waited for it starts afresh
             self.idle.pop(worker.worker_id, None)
             self.decide(membership.WorkerDied(worker.worker_id))
@@ -294,7 +298,7 @@ class WorkerGroup:
                 self.failure_log.lost_loader(worker)
             case WorkerFailed():
                 error = from_message(message.error)
-                raise self.failure_log.raised(error, message.step, self.take_snapshot)
+                raise self.failure_log.raised(error, message.step)
 
     def _note_corrupt(self, found: ShardCorrupted | StateCorrupted, **what: object) -> None:
         self.observer.event(

@@ -83,18 +83,23 @@ class StoredModel:
 
 
 def newest_checkpoint(run: str | Path) -> StoredModel:
-    """The newest good checkpoint of a run.
+    """The newest good checkpoint of a run. It stays while it is in use, though the run may go on.
 
     Raises:
         RunFolderError: it has none.
     """
     folder = RunFolder.open(run)
     manifest, notes = folder.read_manifest(), []
-    for path in list_checkpoints(folder.checkpoints):
+    paths = list_checkpoints(folder.checkpoints)
+    while paths:
+        path = paths.pop(0)
         try:
             checkpoint = open_checkpoint(path)
         except IntegrityError as error:
-            notes.append(f"{error.what}: passed over")
+            if path.exists():
+                notes.append(f"{error.what}: passed over")
+            else:  # the run goes on, and has newer ones by now
+                paths, notes = list_checkpoints(folder.checkpoints), []
             continue
         if not folder.result_path.exists():
             notes.append(f"the run has not finished: the model after {path.name} is used")

@@ -187,10 +187,28 @@ def _training(
         raise control.stopped(stopped) from None
     except DataLostError as error:  # by now every checkpoint is written
         raise _with_checkpoint(error, folder) from None
+    except LockstepError as error:
+        error.fix = _how_to_go_on(error.fix, folder)
+        raise
     try:
         write_report(folder.path)
     except (LockstepError, OSError) as error:
         recorder.display.note(f"report.html could not be written: {error}")
+
+
+def _how_to_go_on(fix: str, folder: RunFolder) -> str:
+    """What is to be done about an error, and how the run then goes on from what was kept."""
+    newest = next((path.name for path in list_checkpoints(folder.checkpoints)), "")
+    if not newest:
+        return fix
+    resumed = f"lockstep resume {folder.path}"
+    if not folder.read_manifest()["source"]["importable"]:
+        resumed = f"lockstep.resume({str(folder.path)!r}, task=...)"
+    for words in ("resume the run from its last checkpoint", "resume the run"):
+        if words in fix:
+            return f"{fix.replace(words, resumed)}; it goes on from {newest}"
+    before = f"{fix}, then" if fix else "mend it, then"
+    return f"{before}: {resumed}; it goes on from {newest}"
 
 
 def _with_checkpoint(error: DataLostError, folder: RunFolder) -> DataLostError:

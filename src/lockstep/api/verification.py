@@ -21,8 +21,7 @@ from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import (
     Checkpoint,
     check_model_file,
-    list_checkpoints,
-    open_checkpoint,
+    open_checkpoints,
 )
 from lockstep.results.ledger import Line, StepRecord, read_ledger
 from lockstep.results.manifest import check_manifest, differences, recorded_source
@@ -110,7 +109,7 @@ def verify(
     manifest = folder.read_manifest()
     check_together(manifest["job"].get("data", "build"), alone=True)
     lines = _read_lines(folder, manifest)
-    checkpoints = [open_checkpoint(path) for path in list_checkpoints(folder.checkpoints)]
+    checkpoints = open_checkpoints(folder.checkpoints)
     recorded = [line for line in lines if "step" in line.content]
     first, last = _span(steps, len(recorded))
     plan = Plan.from_message(manifest["plan"])

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 
 from lockstep.agent import membership
 from lockstep.agent.evaluation_rounds import EvaluationRounds
+from lockstep.agent.last_state import keep_last_state
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.coordinator.open_hosts import ReadyHosts
 from lockstep.coordinator.run_control import Request
 from lockstep.coordinator.stop_schedule import StopSchedule
-from lockstep.errors import StoppedError
+from lockstep.errors import LockstepError, StoppedError
 from lockstep.state.control_segment import RING
 
 AHEAD_STEPS = (4, RING - 16)
@@ -55,6 +56,7 @@ class Coordinator:
         self.rounds = EvaluationRounds(self.group, self.hosts.share)
         self.schedule, self.observer = schedule, observer
         self._requests = requests
+        self._start = step
         self._stop = schedule.next_stop(step)
         self._checkpointed = time.monotonic()
         self._checkpoint_asked = self._stop_asked = self._paused = False
@@ -75,8 +77,19 @@ class Coordinator:
         Raises:
             StoppedError: somebody asked to stop; a checkpoint of the last step was given to the
                 observer.
-            LockstepError: the run cannot go on; what was committed has been given to the observer.
+            LockstepError: the run cannot go on; what was committed has been given to the observer,
+                and a checkpoint of the last state that is sound.
         """
+        try:
+            self._run()
+        except StoppedError:
+            raise
+        except LockstepError as error:
+            keep_last_state(self.group, error, self._start)
+            raise
+
+    def _run(self) -> None:
+        """Run to the plan's last step."""
         self._begin()
         while True:
             self._run_to_stop()

@@ -205,9 +205,7 @@ class NetworkHostGroup:
             case AgentFailed() if not member:  # it was to join; all go on
                 observer.event("refused", host=name, why=str(about(name, message)))
             case AgentFailed(step=step):
-                raise self._group.failure_log.raised(
-                    about(name, message), step, self._group.take_snapshot
-                )
+                raise self._group.failure_log.raised(about(name, message), step)
             case HostPresent():
                 try:
                     self._rendezvous.present(name, message, running=True)

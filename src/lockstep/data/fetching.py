@@ -40,7 +40,11 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
         samples = []
         for index in _as_list(indices):
             seed_everything(derive(seed, "sample", data_epoch, index))
-            samples.append(dataset[index])
+            try:
+                samples.append(dataset[index])
+            except BaseException as error:  # the user's code may call sys.exit()
+                error.add_note(f"It was raised for sample {index} of the data set.")
+                raise
         return task.collate(samples)
 
     return fetch_each

@@ -90,6 +90,8 @@ class Loader:
         """What has been taken from `_upcoming`, the next work first."""
         self._ahead: deque[Any] = deque()
         """The batches of the first of them."""
+        self._failed: Exception | None = None
+        """What was raised when they were to be fetched; it is raised when the first is due."""
         self._stream: Iterator[Any] | None = None
         self._handover = TensorChannel(0)
         self._times = FetchTimes()
@@ -109,6 +111,9 @@ class Loader:
         work = (step, shard)
         if not self._planned or work != self._planned[0]:
             return self._fetch([work])[0]
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
         if self._stream is not None and (loaded := self._from_stream()) is not None:
             batch = loaded.batch
         elif self._ahead:
@@ -125,15 +130,24 @@ class Loader:
                 next(self._stream)
             elif self._ahead:
                 self._ahead.popleft()
+            self._failed = None
             self._advance()
 
     def prefetch(self) -> None:
         """Fetch what comes next now, in the worker, unless loader processes do it."""
-        if self._stream is None and not self._ahead and self._planned:
+        if self._stream is None and not self._ahead and self._failed is None and self._planned:
             if isinstance(self.fetch, TensorRows):
                 start, stop = self.sampling.shard_span(*self._planned[0])
                 self._plan(self.fetch.ahead(stop - start))
-            self._ahead.extend(self._fetch(self._planned))
+            try:
+                self._ahead.extend(self._fetch(self._planned))
+            except Exception as error:  # the step in which it is met is the one that needs it
+                self._failed = error
+
+    def samples(self, step: int, shard: int) -> list[int]:
+        """The samples of a shard of a step: indices into the training set."""
+        indices: list[int] = self._order.indices(step, shard).tolist()
+        return indices
 
     def consider(self, compute_seconds: float) -> None:
         """Choose between worker and loader processes, once enough has been measured."""
@@ -164,7 +178,7 @@ class Loader:
 
     def close(self) -> None:
         """End the loader processes and drop what was fetched ahead."""
-        self._stream = None
+        self._stream = self._failed = None
         self._handover.close()
         self._ahead.clear()
 
@@ -221,6 +235,7 @@ class Loader:
     def _start(self) -> None:
         """Move to loader processes, from the next assigned batch on."""
         self._ahead.clear()
+        self._failed = None
         self._handover = TensorChannel(self.loaders or 1)
         self._stream = iter(
             DataLoader(

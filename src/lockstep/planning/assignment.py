@@ -49,6 +49,9 @@ class Assignment(Message, tag="join"):
     """Whether the snapshot is brought up to date first."""
     loaders: bool
     """Whether loader processes are worth another try."""
+    ahead_from: int
+    """The first step in which it may fetch a later step's batch: a sample that kills whoever
+    fetches it is found by its own step and shard."""
 
     @property
     def worker_id(self) -> int:
@@ -86,6 +89,7 @@ def assign(
     todo: tuple[int, ...],
     refresh: bool,
     loaders: bool,
+    ahead_from: int,
 ) -> Assignment:
     """The assignment of the worker of this rank, on a host of this role."""
     return Assignment(
@@ -103,6 +107,7 @@ def assign(
         owned_params=role.owned_params,
         refresh=refresh,
         loaders=loaders,
+        ahead_from=ahead_from,
     )
 
 

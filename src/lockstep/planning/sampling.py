@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
+NAMED = 16
+"""How many samples a message names."""
 Part = tuple[int, int]
 """`(samples, shards)`: what one owner has, and how many shards are made of it."""
 
@@ -94,6 +97,11 @@ def _weights(spans: Spans) -> tuple[float, ...]:
 @lru_cache(maxsize=64)
 def _active(spans: Spans) -> tuple[int, ...]:
     return tuple(shard for shard, (start, stop) in enumerate(spans) if stop > start)
+
+
+def describe_samples(indices: Sequence[int]) -> str:
+    """The samples of a batch for an error's message: the first of them."""
+    return ", ".join(map(str, indices[:NAMED])) + (", …" if len(indices) > NAMED else "")
 
 
 def home_shards(shards: int, workers: int, rank: int) -> range:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -68,7 +70,8 @@ def write_checkpoint(
     partial = folder / f".partial-{step:08d}-{os.getpid()}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone stays so
+        partial.mkdir()
         exported = {name for _, name in layout.exported}
         rest = [(e.name, e) for e in layout.entries if e.name not in exported]
         write_model(partial / MODEL, layout, state)
@@ -108,6 +111,57 @@ def _is_good(path: Path, digest: str) -> bool:
         return False
 
 
+class SharedLock:
+    """Shared lock: kept on a file by whoever reads it, until nobody refers to the lock."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            FileNotFoundError: the file is not there, or has just been removed.
+        """
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(self._fd), path.stat()):
+            raise FileNotFoundError(f"{path} has just been replaced")
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # it could not be opened
+            os.close(self._fd)
+
+
+def _nobody_reads(fd: int) -> bool:
+    """Whether no reader has a lock on this file; it is locked against new ones then."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def remove_checkpoint(path: Path) -> bool:
+    """Remove a checkpoint, unless somebody reads it; whether it is gone."""
+    try:
+        fd = os.open(path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # torn: nobody reads it
+        shutil.rmtree(path, ignore_errors=True)
+        return True
+    try:
+        if not _nobody_reads(fd):
+            return False
+        gone = path.with_name(f".partial-{path.name}")  # at once, so that nobody finds half of it
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Checkpoint: one on disk, whose files have the digests of its manifest."""
@@ -115,6 +169,8 @@ class Checkpoint:
     path: Path
     step: int
     manifest: dict[str, Any]
+    lock: SharedLock
+    """As long as somebody has this, a run that goes on does not remove the files."""
 
     def load_into(self, layout: Layout, state: Segment) -> None:
         """Write the tensors into the state segment, before any worker runs.
@@ -153,12 +209,13 @@ def _read_tensors(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Check a checkpoint's files against its manifest.
+    """Check a checkpoint's files against its manifest. It is not removed while it is in use.
 
     Raises:
         IntegrityError: a file is missing, truncated or altered; it is named.
     """
     try:
+        lock = SharedLock(path / MANIFEST)
         manifest = json.loads((path / MANIFEST).read_text())
         recorded = manifest.pop("digest")
         if recorded != _manifest_digest(manifest):
@@ -175,7 +232,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path / MANIFEST} is not a checkpoint's manifest: {error}",
             fix="an earlier checkpoint can be used",
         ) from error
-    return Checkpoint(path=path, step=manifest["step"], manifest=manifest)
+    return Checkpoint(path=path, step=manifest["step"], manifest=manifest, lock=lock)
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:
@@ -256,6 +313,23 @@ def check_model_file(path: Path, layout: Layout, state: bytes | memoryview) -> N
 def list_checkpoints(folder: Path) -> list[Path]:
     """Paths of the checkpoints under a run's `checkpoints` folder, newest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def open_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints under a run's `checkpoints` folder, newest first, each checked. One that a
+    run has removed meanwhile is left out.
+
+    Raises:
+        IntegrityError: one is damaged.
+    """
+    found = []
+    for path in list_checkpoints(folder):
+        try:
+            found.append(open_checkpoint(path))
+        except IntegrityError:
+            if path.exists():
+                raise
+    return found
 
 
 def remove_partial(folder: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -13,8 +13,13 @@ from typing import Any, cast
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.plan import Plan
-from lockstep.results.checkpoint import list_checkpoints, write_checkpoint, write_model
-from lockstep.results.ledger import FIRST, Ledger, StepRecord
+from lockstep.results.checkpoint import (
+    list_checkpoints,
+    remove_checkpoint,
+    write_checkpoint,
+    write_model,
+)
+from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
 from lockstep.results.progress import Progress
 from lockstep.results.restart import Restart
 from lockstep.results.result import Result
@@ -23,6 +28,9 @@ from lockstep.state.control_segment import Stat
 from lockstep.state.fingerprint import fingerprint, tensor_digests
 from lockstep.state.host_memory import HostMemory
 from lockstep.system.json_files import write_json
+
+FOLDER_SECONDS = 1.0
+"""How often it is checked that the run folder is still there."""
 
 
 class Recorder:
@@ -48,12 +56,16 @@ class Recorder:
         self.recoveries = start.recoveries
         self._start = start
         self._loss = start.loss
+        self._recorded = start.step
+        """How many steps the ledger has."""
         self._workers: set[int] = set()
         """The workers that this host has had."""
         self._baseline: Any = {}
         self._state: bytes | memoryview = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Any] | None = None
+        self._looked = time.monotonic()
+        """When the folder was last seen at its place."""
         self._first_step_at: float | None = None
 
     def __enter__(self) -> Recorder:
@@ -84,7 +96,7 @@ class Recorder:
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
-        self._loss = record.loss
+        self._loss, self._recorded = record.loss, record.step + 1
 
     def event(self, name: str, **fields: object) -> None:
         if name == "first_step":
@@ -104,6 +116,9 @@ class Recorder:
         self.display.evaluated(step, metrics)
 
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        if time.monotonic() - self._looked > FOLDER_SECONDS:
+            self.folder.check_there()
+            self._looked = time.monotonic()
         epoch = max(step - 1, 0) // self.plan.steps_per_epoch
         self.display.update(step, loss, rate, workers, epoch)
 
@@ -113,10 +128,19 @@ class Recorder:
     def checkpoint(self, step: int, state: memoryview) -> None:
         """Write in the background, one at a time. A failure is reported, and training goes on."""
         self.settle()
+        self.folder.check_there()
         self.ledger.flush()
         self._state = state
-        extra = {"ledger": self.ledger.hash}
+        extra = {"ledger": self._hash_at(step)}
         self._writing = self._writer.submit(self._write, step, state, extra)
+
+    def _hash_at(self, step: int) -> str:
+        """The hash of the ledger's line after so many steps: the last, but for a snapshot that is
+        older than what is recorded."""
+        if step == self._recorded:
+            return self.ledger.hash
+        lines = read_ledger(self.folder.ledger_path)
+        return next(itertools.islice(lines, step, None)).hash  # the first line is not a step
 
     def _write(self, step: int, state: memoryview, extra: dict[str, Any]) -> None:
         begun = time.perf_counter()
@@ -130,7 +154,7 @@ class Recorder:
         seconds = round(time.perf_counter() - begun, 4)
         self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
         for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_checkpoint(old)
 
     def busy(self) -> bool:
         return self._writing is not None and not self._writing.done()
@@ -145,6 +169,7 @@ class Recorder:
     def finish(self, steps: int, rate: float, begun: float, source: TaskSource) -> Result:
         """Write what remains, from the state at rest, and make the result."""
         self.settle()
+        self.folder.check_there()
         state = self._state
         digest = fingerprint(tensor_digests(self.layout, state))
         self.ledger.end(steps, digest)

@@ -11,6 +11,7 @@ report.html        the result as a page
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -26,6 +27,9 @@ class RunFolder:
     """Run folder: paths of the files of one run, and the manifest."""
 
     def __init__(self, path: Path) -> None:
+        self._set_path(path)
+
+    def _set_path(self, path: Path) -> None:
         self.path = path
         self.manifest_path = path / "manifest.json"
         self.events_path = path / "events.jsonl"
@@ -92,6 +96,31 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
+
+    def check_there(self) -> None:
+        """Check that the locked folder is where it was. If it was moved, the paths follow it.
+
+        Raises:
+            RunFolderError: it was moved or removed.
+        """
+        held, was = os.fstat(self._lock), self.path
+        with contextlib.suppress(OSError):
+            if os.path.samestat(held, was.stat()):
+                return
+        now = Path(os.readlink(f"/proc/self/fd/{self._lock}"))
+        with contextlib.suppress(OSError):
+            if os.path.samestat(held, now.stat()):
+                self._set_path(now)
+                raise RunFolderError(
+                    f"the run folder {was} was moved while the run went on",
+                    expected="a folder that stays where it is until the run has ended",
+                    found=f"it is {now} now",
+                )
+        raise RunFolderError(
+            f"the run folder {was} was removed while the run went on",
+            expected="a folder that stays where it is until the run has ended",
+            fix="start the run again",
+        )
 
     def check_unfinished(self) -> None:
         """Raise `RunFolderError` if the run has a result."""

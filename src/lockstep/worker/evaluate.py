@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from lockstep.data.fetching import Fetch
-from lockstep.errors import TaskError
+from lockstep.errors import LockstepError, TaskError
 from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.planning.eval_batches import BatchSums, Outputs, batch_range
+from lockstep.planning.sampling import describe_samples
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
@@ -72,15 +73,28 @@ def evaluate_batches(
     task, model = inference.task, inference.model
     for index in batches:
         rows = batch_range(index, samples, batch_size)
-        batch = fetch(-1, rows)
-        inference.reset("eval", index, len(rows))
-        sums = _sums(task.metrics(model, batch), len(rows))
-        inference.reset("outputs", index, len(rows))
-        outputs = {
-            name: _listed(name, value, len(rows))
-            for name, value in task.outputs(model, batch).items()
-        }
+        with _named(index, rows):
+            batch = fetch(-1, rows)
+            inference.reset("eval", index, len(rows))
+            sums = _sums(task.metrics(model, batch), len(rows))
+            inference.reset("outputs", index, len(rows))
+            outputs = {
+                name: _listed(name, value, len(rows))
+                for name, value in task.outputs(model, batch).items()
+            }
         yield {"batch": index, "samples": len(rows), "sums": sums, "outputs": outputs}
+
+
+@contextlib.contextmanager
+def _named(batch: int, rows: Sequence[int]) -> Iterator[None]:
+    """Name a held-out batch and its samples in an error of the user's code."""
+    try:
+        yield
+    except BaseException as error:  # the user's code may call sys.exit()
+        if not isinstance(error, LockstepError):
+            listed = describe_samples(rows)
+            error.add_note(f"Held-out batch {batch}; its samples (indices): {listed}")
+        raise
 
 
 def predict_batches(

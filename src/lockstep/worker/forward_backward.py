@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 
 from lockstep.data.loader import Loader
-from lockstep.errors import NonFiniteError, TaskError
+from lockstep.errors import LockstepError, NonFiniteError, TaskError
 from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
-from lockstep.planning.sampling import Sampling
+from lockstep.planning.sampling import Sampling, describe_samples
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import Modes, PrivateBuffers
@@ -67,7 +67,21 @@ class ForwardBackward:
     def make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> float:
-        """Forward and backward of one shard, into a slot; returns the loss."""
+        """Forward and backward of one shard, into a slot; returns the loss. An error of the user's
+        code names the shard's samples."""
+        try:
+            return self._make(step, shard, slot, written)
+        except BaseException as error:  # the user's code may call sys.exit()
+            samples = describe_samples(self.loader.samples(step, shard))
+            if isinstance(error, NonFiniteError):
+                error.found += f"; the shard's samples are {samples}"
+            elif not isinstance(error, LockstepError):
+                error.add_note(f"Its samples (indices into the training set): {samples}")
+            raise
+
+    def _make(
+        self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
+    ) -> float:
         begun = time.perf_counter()
         self._fault("load", step, shard)
         batch = self.loader.get(step, shard)

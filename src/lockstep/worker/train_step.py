@@ -57,6 +57,7 @@ class TrainStep:
         self._host_shards, self._subtrees = assignment.host_shards, assignment.subtrees
         self._returns, self._norms = assignment.returns, share.norms
         self._owned_params = assignment.owned_params
+        self._ahead_from = assignment.ahead_from
         self._unseen = set(assignment.remote_params)
         """The parameters of other hosts that have had no gradient yet."""
         self._seconds = self.control.seconds[self._worker_id]
@@ -109,7 +110,8 @@ class TrainStep:
         barrier.arrive(progress_of(step, Phase.COMPUTED))
         if self._fault("barrier", step) is not None:
             flip_bit(self.owner.groups[0].blocks[0].param.detach())
-        self._loader.prefetch()
+        if step >= self._ahead_from:
+            self._loader.prefetch()
         waiting = clock()
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
