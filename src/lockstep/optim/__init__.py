@@ -1,11 +1,14 @@
 """The user's optimizer, run on blocks of the parameters.
 
-Each block is updated by its owner alone, with the user's own `torch.optim` class; whether a class
-may be run so is probed, and one that may not is refused. A *row update* touches only the rows of a
-table that have a gradient. A *local SGD round* is several optimizer steps between two exchanges.
+Each block is updated by its owner alone, with the user's own `torch.optim` class. A class that is
+not known to allow it is undivided: one owner updates all parameters.
+A *row update* touches only the rows of a table that have a gradient. A *local SGD round* is several optimizer steps between two exchanges.
 
 introspection   the user's optimizer taken apart: groups, options, the state that it keeps
-probes          whether tensors may be cut, and whether they may be updated one by one
+known_optimizers  which classes may be divided among owners
+undivided_update  the others: one owner updates all parameters
+remembered      an optimizer's options and attributes
+probes          whether options allow a known class's tensors to be cut
 update_groups   blocks that are updated together, with their gradients and state
 block_owner     an owner's part of a step: sum its blocks' gradients and update them
 row_update      optimizer steps on touched rows only

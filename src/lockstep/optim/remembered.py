@@ -63,9 +63,7 @@ def look_at(optimizer: torch.optim.Optimizer, params: Container[int]) -> dict[Pl
     seen = {id(optimizer.state), id(optimizer.param_groups), id(optimizer)}
     seen |= {id(group) for group in optimizer.param_groups}
     seen |= {id(part) for _, part in _parts(optimizer, "self")}
-    return {
-        place: _look(value, params, set(seen)) for place, value in values_of(optimizer).items()
-    }
+    return {place: _look(value, params, set(seen)) for place, value in values_of(optimizer).items()}
 
 
 _BY_IDENTITY = (

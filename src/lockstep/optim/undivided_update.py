@@ -68,6 +68,7 @@ class UndividedUpdate:
         for index, place in enumerate(self._places):
             if self._changed[index]:
                 set_value(optimizer, place, self._value(place))
+        held = values_of(optimizer)  # so that no new object has an old one's identity
         before, drawn = look_at(optimizer, self._params), random_states()
         optimizer.step()
         check_not_drawn(optimizer, drawn)
@@ -75,6 +76,7 @@ class UndividedUpdate:
             parameter.grad = None
         after = look_at(optimizer, self._params)
         changed = [place for place in {**before, **after} if before.get(place) != after.get(place)]
+        del held
         self._check_schedule(changed, scheduled)
         try:
             self._store_remembered(changed)
@@ -198,7 +200,9 @@ def try_undivided(
             found="a copy of the optimizer that updates the original's parameters",
             fix="override step() in a class, rather than in the optimizer itself",
         )
-    memory = {p.untyped_storage().data_ptr() for group in twin.param_groups for p in group["params"]}
+    memory = {
+        p.untyped_storage().data_ptr() for group in twin.param_groups for p in group["params"]
+    }
     _check_aliases(optimizer, trainable)
     forms = {}
     for index, (name, parameter) in enumerate(trainable):
@@ -322,4 +326,3 @@ def _key_name(key: object) -> str:
 def _own(value: Any) -> Any:
     """A tensor of the optimizer's own; in shared memory it would change before the others do."""
     return value.clone() if isinstance(value, torch.Tensor) else value
-

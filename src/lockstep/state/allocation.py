@@ -126,7 +126,8 @@ class _Space(Allocator):
         if key.form == "like":
             self.add(name, kind, key.dtype, tuple(parameter.shape), dense_stride(parameter))
         else:
-            self.add(name, kind, key.dtype, key.shape, contiguous_stride(key.shape))
+            stride = key.stride or contiguous_stride(key.shape)
+            self.add(name, kind, key.dtype, key.shape, stride)
 
 
 def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
@@ -143,7 +144,7 @@ def _place_optimizer_state(space: _Space, contents: StateContents) -> None:
     space.add(PRESENT, "flag", torch.uint8, (len(contents.blocks),), (1,))
     if contents.undivided is not None:
         for key in contents.undivided.remembered_keys:
-            stride = contiguous_stride(key.shape)
+            stride = key.stride or contiguous_stride(key.shape)
             space.add(remembered_name(key), "optim", key.dtype, key.shape, stride)
         space.add(CHANGED, "flag", torch.uint8, (len(contents.undivided.remembered),), (1,))
 

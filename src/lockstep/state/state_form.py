@@ -53,7 +53,9 @@ def form_of(
         parts = ((i, form_of(_path(name, i), part, shape, params)) for i, part in enumerate(value))
         return Form(kind=kind.__name__, items=tuple(parts))
     if kind is dict:
-        pairs = ((key, form_of(_path(name, key), part, shape, params)) for key, part in value.items())
+        pairs = (
+            (key, form_of(_path(name, key), part, shape, params)) for key, part in value.items()
+        )
         return Form(kind="dict", items=tuple(pairs))
     if kind.__name__ in NUMBER_TYPES and kind is NUMBER_TYPES[kind.__name__]:
         dtype = torch.float64 if kind is float else torch.int64
@@ -62,15 +64,24 @@ def form_of(
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         if value.numel() and value.untyped_storage().data_ptr() in params:
             raise FormError(f"{name} is a parameter of the model, or a part of one")
-        like = value.ndim > 0 and value.shape == shape
         key = StateKey(
-            name=name, form="like" if like else "tensor", dtype=value.dtype,
-            shape=tuple(value.shape), rebound=True,
+            name=name, form="tensor", dtype=value.dtype,
+            shape=tuple(value.shape), stride=_stride(value), rebound=True,
         )  # fmt: skip
         return Form(kind="leaf", key=key)
     if isinstance(value, CONSTANTS):
         return Form(kind="constant", value=value)
     raise FormError(f"{name} is a {kind.__name__}")
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The stride of a dense tensor with its dimensions in the same order in memory: the bits of a
+    product depend on it."""
+    strides, step = [0] * tensor.ndim, 1
+    for dim in sorted(range(tensor.ndim), key=lambda dim: (tensor.stride(dim), -dim)):
+        strides[dim] = step
+        step *= max(tensor.shape[dim], 1)
+    return tuple(strides)
 
 
 def _path(name: str, key: object) -> str:

@@ -74,9 +74,7 @@ def build(
         undivided = try_undivided(optimizer, trainable, sparse)
     cuttable = {kind: _may_cut(optimizer, kind, rule) for kind in set(kinds)}
     tables = {
-        index: replace(
-            table, by_rows=undivided is None and may_step_rows(optimizer, kinds[index])
-        )
+        index: replace(table, by_rows=undivided is None and may_step_rows(optimizer, kinds[index]))
         for index, table in tables.items()
     }
     blocks = cut_blocks(

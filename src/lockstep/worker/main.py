@@ -90,9 +90,7 @@ class Worker:
         context, shared = self.context, self.context.shared
         context.faults.at("join", self.step)
         sizes = [parameter.numel() for parameter in shared.params]
-        share = share_of(
-            assignment, shared.blocks, sizes, undivided=shared.undivided is not None
-        )
+        share = share_of(assignment, shared.blocks, sizes, undivided=shared.undivided is not None)
         threads = context.plan.threads
         barrier = Barrier(
             self.control, self.worker_id, assignment.worker_ids, assignment.epoch, threads
