@@ -2,7 +2,8 @@
 
 Each block is updated by its owner alone, with the user's own `torch.optim` class. A class that is
 not known to allow it is undivided: one owner updates all parameters.
-A *row update* touches only the rows of a table that have a gradient. A *local SGD round* is several optimizer steps between two exchanges.
+A *row update* touches only the rows of a table that have a gradient.
+A *local SGD round* is several optimizer steps between two exchanges.
 
 introspection   the user's optimizer taken apart: groups, options, the state that it keeps
 known_optimizers  which classes may be divided among owners
