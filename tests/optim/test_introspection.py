@@ -17,8 +17,11 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, ReduceLROnPlateau
 
 from lockstep.errors import LockstepError, OptimizerError, TaskError
 from lockstep.job.task import Parameters
+from lockstep.optim.chained import Together
 from lockstep.optim.introspection import check_known, discover_state
+from lockstep.optim.known_optimizers import rule_of
 from lockstep.optim.lr_schedule import LrSchedule
+from lockstep.optim.undivided_trial import try_undivided
 from lockstep.planning.sampling import Sampling
 from lockstep.state import shared_state as state
 from lockstep.worker import build_state as building
@@ -76,6 +79,14 @@ class LimitsTheNorm(Own):
         return 1 / (1 + sum(torch.linalg.vector_norm(p.grad) for p in given if p.grad is not None))
 
 
+class SaysPerTensor(LimitsTheNorm):
+    lockstep_update = "per_tensor"
+
+
+class SaysNonsense(LimitsTheNorm):
+    lockstep_update = "by_row"
+
+
 class DrawsTorch(Own):
     def factor(self, parameter: torch.Tensor, given: list[torch.Tensor]) -> Any:
         return torch.rand(())
@@ -117,10 +128,9 @@ def build(task: With) -> state.SharedState:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        (Counts, "changed by step(): self.calls"),
         (CountsInState, "changed by step(): state['all']"),
-        (CountsInGroup, "changed by step(): param_groups[0]['calls']"),
-        (LimitsTheNorm, "in another way when there are others"),
+        (SaysPerTensor, "in another way when there are others"),
+        (SaysNonsense, "declares an unknown lockstep_update"),
         (DrawsTorch, "draws random numbers"),
         (DrawsPython, "draws random numbers"),
         (DrawsNumPy, "draws random numbers"),
@@ -132,6 +142,31 @@ def test_an_optimizer_that_owners_cannot_run(kind: Callable[[Any], Any], says: s
     with pytest.raises(OptimizerError) as error:
         build(With(kind))
     assert says in message(error)
+
+
+@pytest.mark.parametrize("kind", [Counts, CountsInGroup, LimitsTheNorm])
+def test_what_is_of_all_parameters_is_kept_for_one_owner(kind: Callable[[Any], Any]) -> None:
+    task = With(kind)
+    named = list(task.model().named_parameters())
+    optimizer = task.optimizer(Parameters(named))
+    assert rule_of(optimizer) == "together"
+    kept = try_undivided(optimizer, named, [])
+    assert ("self", "calls") in kept.remembered
+
+
+def test_a_subclass_is_not_known_by_its_base() -> None:
+    class Sub(torch.optim.AdamW):
+        pass
+
+    parameter = nn.Parameter(torch.zeros(3))
+    assert rule_of(torch.optim.AdamW([parameter])) == "elementwise"
+    assert rule_of(torch.optim.Muon([nn.Parameter(torch.zeros(3, 3))])) == "per_tensor"
+    assert rule_of(Sub([parameter])) == "together"
+    both = Together(torch.optim.SGD([parameter]), Sub([nn.Parameter(torch.zeros(3))]))
+    assert rule_of(both) == "together"
+    hooked = torch.optim.SGD([parameter])
+    hooked.register_step_pre_hook(lambda *_: None)
+    assert rule_of(hooked) == "together"
 
 
 def test_a_mistake_in_an_optimizer_is_shown_as_it_is() -> None:

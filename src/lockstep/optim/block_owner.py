@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from lockstep.collectives.tree_sum import Reducer
 from lockstep.optim.chained import bare_step
 from lockstep.optim.introspection import check_known
 from lockstep.optim.row_update import step_rows
+from lockstep.optim.undivided_update import UndividedUpdate
 from lockstep.optim.update_groups import Grouping, OwnedBlock, Run, SparseTable, UpdateGroup
 from lockstep.planning.blocks import Block
 from lockstep.planning.reduction_tree import tree
@@ -36,10 +37,12 @@ class BlockOwner:
         slots: Sequence[GradientSlot] | None = None,
         *,
         dense: Sequence[GradientSlot] | None = None,
+        scheduled: Collection[tuple[int, str]] = (),
     ) -> None:
         """`numbers` are its blocks, `slots` what is summed, by shard; the shards' own if None.
 
         `dense` takes their place for all but large tables; one slot has the sum of all already.
+        `scheduled` are the options, by group, that the schedule sets.
         """
         self.shared, self.faults = shared, faults or None
         self.slots = shared.slots if slots is None else slots
@@ -53,6 +56,10 @@ class BlockOwner:
         self.groups = self._grouping.groups(numbers)
         self._loaded: UpdateGroup | None = None
         self._step = bare_step(self.optimizer)
+        self._undivided: UndividedUpdate | None = None
+        if shared.undivided is not None and self.groups:
+            owned = [item.number for group in self.groups for item in group.blocks]
+            self._undivided = UndividedUpdate(shared, owned, scheduled)
 
     def reduce(self, presence: GradientPresence) -> None:
         """Sum this owner's blocks into the slot of the sum, before its norm is taken."""
@@ -92,16 +99,43 @@ class BlockOwner:
         `scale` is given where the norm is limited: the gradient is then what `reduce` has summed,
         times `scale`.
         """
+        if self._undivided is not None:
+            self._update_all(self._undivided, step, presence, scale)
+            return
         for group in self.groups:
-            if scale is None:
-                grads = self._sum(group, presence)
-            else:
-                grads = self._scale(group, presence, scale)
+            grads = self._gradients(group, presence, scale)
             if self.faults is not None:
                 self.faults.at("update_begin", step)
             self._run_optimizer(group, grads)
             if self.faults is not None:
                 self.faults.at("update_end", step)
+
+    def _update_all(
+        self,
+        undivided: UndividedUpdate,
+        step: int,
+        presence: GradientPresence,
+        scale: torch.Tensor | None,
+    ) -> None:
+        """Give every parameter its gradient, and step once."""
+        for group in self.groups:
+            grads = self._gradients(group, presence, scale)
+            if group.sparse is not None:
+                grads = group.sparse.sum.cut(grads[0], group.sparse.edges)
+            for owned, gradient in zip(group.blocks, grads, strict=True):
+                owned.param.grad = gradient
+        if self.faults is not None:
+            self.faults.at("update_begin", step)
+        undivided.step()
+        if self.faults is not None:
+            self.faults.at("update_end", step)
+
+    def _gradients(
+        self, group: UpdateGroup, presence: GradientPresence, scale: torch.Tensor | None
+    ) -> Sequence[torch.Tensor | None]:
+        if scale is None:
+            return self._sum(group, presence)
+        return self._scale(group, presence, scale)
 
     def _sum(self, group: UpdateGroup, presence: GradientPresence) -> Sequence[torch.Tensor | None]:
         if group.sparse is not None:
@@ -110,7 +144,8 @@ class BlockOwner:
         for param, table in group.tables:
             self._sum_run(table, presence.of(param))
         grads: Sequence[torch.Tensor | None]
-        if presence.uniform == (True,):
+        # An undivided optimizer may change gradients in place: never those in a slot.
+        if presence.uniform == (True,) and self._undivided is None:
             grads = group.only_grads
         elif presence.uniform is not None:
             for run in group.dense:

@@ -110,7 +110,7 @@ def discover_state(
             zeros = torch.zeros_like(stand_in)
             stand_in.grad = zeros.to_sparse(1) if sparse else zeros
             first = dict(optimizer.state.get(stand_in, {}))
-            _try_step(optimizer)
+            try_step(optimizer)
         if drawn != _generators():
             raise OptimizerError(
                 f"{kind} draws random numbers in step()",
@@ -156,7 +156,7 @@ def check_known(
         )
 
 
-def _try_step(optimizer: torch.optim.Optimizer) -> None:
+def try_step(optimizer: torch.optim.Optimizer) -> None:
     """Step; what a class of torch.optim, or the lack of a closure, raises is explained."""
     try:
         optimizer.step()

@@ -41,10 +41,14 @@ class LrSchedule:
         task.planned_batch_size = epochs.batch_size
         self._initial = _options(optimizer)
         self._known: dict[int, Options] = {}
+        self.changed: set[tuple[int, str]] = set()
+        """The options, by group, that the schedule has changed so far."""
         self._begin()
 
     def _begin(self) -> None:
+        before = _options(self._optimizer)
         self._scheduler = self._task.scheduler(self._optimizer)
+        self._note_changed(before)
         check_schedule(self._scheduler)
         mark_stepped(self._optimizer)
         self._at = self._now = 0
@@ -67,10 +71,18 @@ class LrSchedule:
         every_step = self._task.scheduler_interval == "step"
         for step in range(self._at, committed):
             if every_step or self._epochs.ends_epoch(step):
+                before = _options(self._optimizer)
                 self._scheduler.step()
+                self._note_changed(before)
         self._at = self._now = committed
         self._known[committed] = _options(self._optimizer)
         self._known.pop(committed - REMEMBERED, None)
+
+    def _note_changed(self, before: Options) -> None:
+        for number, (old, new) in enumerate(zip(before, _options(self._optimizer), strict=True)):
+            for name, value in new.items():
+                if name not in old or not _is_same(old[name], value):
+                    self.changed.add((number, name))
 
     def _set(self, options: Options) -> None:
         for group, wanted in zip(self._optimizer.param_groups, options, strict=True):
@@ -92,6 +104,12 @@ def _options(optimizer: torch.optim.Optimizer) -> Options:
         }
         for group in optimizer.param_groups
     ]
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        return torch.equal(old, new)
+    return old is new or bool(old == new)
 
 
 def check_schedule(scheduler: object) -> None:

@@ -192,6 +192,12 @@ class Grouping:
             by_rows=table.by_rows,
         )
 
+    def _param(self, block: Block) -> nn.Parameter:
+        """The block as the optimizer sees it; the model's own parameter if it is undivided."""
+        if self.shared.undivided is not None:
+            return self.shared.params[block.param]
+        return nn.Parameter(self.shared.block_view(block))
+
     def _own(
         self, number: int, start: int, leaves: list[torch.Tensor], total: torch.Tensor
     ) -> OwnedBlock:
@@ -202,7 +208,7 @@ class Grouping:
         owned = OwnedBlock(
             number=number,
             block=block,
-            param=nn.Parameter(shared.block_view(block)),
+            param=self._param(block),
             first=first,
             state=state,
             rebound=[key for key in state if key.rebound],
@@ -210,7 +216,7 @@ class Grouping:
             total=total[first : first + block.size],
             begun=bool(self._present[number]),
         )
-        if owned.begun:
+        if owned.begun and shared.undivided is None:
             self.shared.optimizer.state[owned.param] = {
                 key.name: load_value(stored, key) for key, stored in state.items()
             }

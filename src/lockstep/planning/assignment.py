@@ -124,15 +124,22 @@ class WorkerShare:
 
 
 def share_of(
-    assignment: Assignment, blocks: Sequence[Block], param_sizes: Sequence[int]
+    assignment: Assignment,
+    blocks: Sequence[Block],
+    param_sizes: Sequence[int],
+    *,
+    undivided: bool = False,
 ) -> WorkerShare:
     """The share of the worker with this assignment.
 
-    `blocks` are the model's, `param_sizes` the elements of its trainable parameters.
+    `blocks` are the model's, `param_sizes` the elements of its trainable parameters. `undivided`:
+    the first worker updates all of them.
     """
     rank, workers, remote = assignment.rank, assignment.workers, assignment.remote_params
     local = [number for number, block in enumerate(blocks) if block.param not in remote]
-    run = own_blocks([blocks[number] for number in local], workers)[rank]
+    owners = 1 if undivided else workers
+    runs = own_blocks([blocks[number] for number in local], owners)
+    run = runs[rank] if rank < owners else range(0)
     sizes = [0 if param in remote else size for param, size in enumerate(param_sizes)]
     return WorkerShare(
         blocks=local[run.start : run.stop],

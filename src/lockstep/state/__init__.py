@@ -11,6 +11,7 @@ control_segment     the words that workers and their agent share between message
 snapshot            Snapshot: the committed state of a few steps ago, to roll back to
 gradient_slots      a shard's gradient slot: views into shared memory
 optimizer_state     the optimizer state's keys, and its values in shared memory
+state_form          how what an undivided optimizer remembers is made of tensors and numbers
 embedding_tables    large embedding tables: which, and a shard's touched rows in a slot
 gradient_codecs     codecs that compress a gradient for a slow link
 module_state        buffers and training modes, which a forward pass may change

@@ -16,7 +16,16 @@ from lockstep.planning.memory_layout import Allocator, Entry, Kind, Layout
 from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
 from lockstep.state.optimizer_state import StateKey
-from lockstep.state.shared_state import PRESENT, local_flags, local_name, residual_name, state_name
+from lockstep.state.shared_state import (
+    CHANGED,
+    PRESENT,
+    local_flags,
+    local_name,
+    remembered_name,
+    residual_name,
+    state_name,
+)
+from lockstep.state.state_form import UndividedState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,8 @@ class StateContents:
     blocks: list[Block]
     keys: list[list[StateKey]]
     """Per block: its optimizer's state."""
+    undivided: UndividedState | None
+    """What the optimizer keeps, if one worker has to update all parameters."""
     tables: dict[int, Table]
     """By trainable parameter."""
     shards: int
@@ -115,7 +126,8 @@ class _Space(Allocator):
         if key.form == "like":
             self.add(name, kind, key.dtype, tuple(parameter.shape), dense_stride(parameter))
         else:
-            self.add(name, kind, key.dtype, key.shape, contiguous_stride(key.shape))
+            stride = key.stride or contiguous_stride(key.shape)
+            self.add(name, kind, key.dtype, key.shape, stride)
 
 
 def _add_optimizer_state(space: _Space, contents: StateContents) -> None:
@@ -130,6 +142,11 @@ def _add_optimizer_state(space: _Space, contents: StateContents) -> None:
         for name, (parameter, key) in by_name.items():
             space.add_value(name, "optim", parameter, key)
     space.add(PRESENT, "flag", torch.uint8, (len(contents.blocks),), (1,))
+    if contents.undivided is not None:
+        for key in contents.undivided.remembered_keys:
+            stride = key.stride or contiguous_stride(key.shape)
+            space.add(remembered_name(key), "optim", key.dtype, key.shape, stride)
+        space.add(CHANGED, "flag", torch.uint8, (len(contents.undivided.remembered),), (1,))
 
 
 def _add_local_state(space: _Space, contents: StateContents) -> list[ByteRange]:

@@ -19,6 +19,8 @@ class StateKey:
     """`like` (a tensor of as many elements as the block), `tensor`, or a Python number's type."""
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    """Of a tensor that is not row-major."""
     rebound: bool
     """Whether the optimizer may replace the object, rather than change it in place."""
 

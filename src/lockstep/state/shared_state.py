@@ -22,10 +22,15 @@ from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
 from lockstep.state.gradient_slots import GradientSlot, as_tensor, map_slot
 from lockstep.state.optimizer_state import StateKey
+from lockstep.state.state_form import UndividedState
 from lockstep.system.shared_memory import Segment
 
 PRESENT = "lockstep.present"
 """The entry that says, per block, whether its optimizer state has begun."""
+REMEMBERED = "lockstep.optimizer"
+"""What the entries of an undivided optimizer's options and attributes begin with."""
+CHANGED = f"{REMEMBERED}/changed"
+"""The entry that says of each of these whether a step has changed it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +62,8 @@ class SharedState:
     blocks: list[Block]
     keys: list[list[StateKey]]
     """By block: its optimizer state."""
+    undivided: UndividedState | None
+    """What the optimizer keeps, if one worker has to update all parameters."""
     local: list[ByteRange]
     """By shard: the bytes of the state segment that its own optimizer keeps, where a step is a
     round of local steps."""
@@ -137,6 +144,15 @@ class SharedState:
         entries = [entry for entry in self.layout.entries if entry.kind == "buffer"]
         return [ByteRange(offset=entry.offset, nbytes=entry.nbytes) for entry in entries]
 
+    def remembered_ranges(self) -> list[ByteRange]:
+        """The bytes of the state segment that hold an undivided optimizer's options and
+        attributes."""
+        return [
+            ByteRange(offset=entry.offset, nbytes=entry.nbytes)
+            for entry in self.layout.entries
+            if self.undivided is not None and entry.name.startswith(f"{REMEMBERED}/")
+        ]
+
     def block_ranges(self, number: int) -> list[ByteRange]:
         """The bytes of the state segment that an update of this block changes."""
         block = self.blocks[number]
@@ -166,6 +182,11 @@ def state_name(param: str, block: Block, key: StateKey) -> str:
     """The entry's name: `weight/exp_avg`, or `weight/step/65536` for what a part keeps alone."""
     name = f"{param}/{key.name}"
     return name if block.whole or key.form == "like" else f"{name}/{block.start}"
+
+
+def remembered_name(key: StateKey) -> str:
+    """The entry of an undivided optimizer's option or attribute."""
+    return f"{REMEMBERED}/{key.name}"
 
 
 def residual_name(group: int, parity: int, param: str) -> str:

@@ -12,8 +12,16 @@ from torch import nn
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.task import Parameters, Task
 from lockstep.optim.introspection import discover_state, initial_state, param_groups_of
+from lockstep.optim.known_optimizers import (
+    Rule,
+    is_known,
+    name_of,
+    part_of,
+    rule_of,
+)
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.optim.probes import Kind, check_independent, may_cut, may_step_rows
+from lockstep.optim.undivided_trial import try_undivided
 from lockstep.planning.blocks import Block, cut_blocks
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.reduction_tree import most_subtrees
@@ -24,6 +32,7 @@ from lockstep.state.gradient_codecs import CODECS
 from lockstep.state.gradient_slots import make_slot
 from lockstep.state.optimizer_state import StateKey, store_value
 from lockstep.state.shared_state import PRESENT, SharedState, block_shape, view_entry
+from lockstep.state.state_form import UndividedState
 from lockstep.system.machine import check_available
 from lockstep.system.shared_memory import Segment
 
@@ -38,11 +47,12 @@ def build(
     networked: bool = False,
     compression: str = "none",
     groups: int = 0,
+    ownership: str = "replicated",
 ) -> SharedState:
     """Move the model into shared memory and lay out everything that its training needs.
 
     `networked`: other hosts may take part. `groups`: how many there are, where gradients are made
-    small.
+    small. `ownership`: as in the job.
 
     Raises:
         TaskError, OptimizerError: the model or the optimizer cannot be used.
@@ -58,9 +68,14 @@ def build(
         Kind(group=group, dtype=parameter.dtype, sparse=index in tables and tables[index].sparse)
         for index, ((_, parameter), group) in enumerate(zip(trainable, param_groups, strict=True))
     ]
-    cuttable = {kind: kind.group is not None and may_cut(optimizer, kind) for kind in set(kinds)}
+    rule = rule_of(optimizer)
+    undivided: UndividedState | None = None
+    if rule == "together":
+        _check_ownership(optimizer, ownership)
+        undivided = try_undivided(optimizer, trainable, sparse)
+    cuttable = {kind: _may_cut(optimizer, kind, rule) for kind in set(kinds)}
     tables = {
-        index: replace(table, by_rows=may_step_rows(optimizer, kinds[index]))
+        index: replace(table, by_rows=undivided is None and may_step_rows(optimizer, kinds[index]))
         for index, table in tables.items()
     }
     blocks = cut_blocks(
@@ -69,10 +84,14 @@ def build(
         {index: table.width for index, table in tables.items()},
         {index for index, table in tables.items() if table.sparse},
     )
-    keys = _all_keys(optimizer, trainable, param_groups, tables, blocks)
-    for kind in cuttable:
-        if kind.group is not None:
-            check_independent(optimizer, kind)
+    if undivided is not None:
+        keys = [undivided.forms[block.param].keys for block in blocks]
+    else:
+        keys = _all_keys(optimizer, trainable, param_groups, tables, blocks)
+    if undivided is None and not is_known(optimizer):
+        for kind in cuttable:
+            if kind.group is not None:
+                check_independent(optimizer, kind)
     codec = CODECS.get(compression)
     if codec is not None:
         _check_compressible(trainable)
@@ -82,6 +101,7 @@ def build(
         buffers=list(model.named_buffers()),
         blocks=blocks,
         keys=keys,
+        undivided=undivided,
         tables=tables,
         shards=shards,
         local_keys=_local_keys(task, trainable),
@@ -92,6 +112,28 @@ def build(
         contents, allocate(contents), optimizer, param_groups,
         max_workers=max_workers, clip=clip, networked=networked,
     )  # fmt: skip
+
+
+def _may_cut(optimizer: torch.optim.Optimizer, kind: Kind, rule: Rule) -> bool:
+    """Whether tensors of a kind may be cut: by their optimizer's rule, and seen to be so, since
+    options may make a difference."""
+    if rule == "together" or kind.group is None:
+        return False
+    return rule_of(part_of(optimizer, kind.group)) == "elementwise" and may_cut(optimizer, kind)
+
+
+def _check_ownership(optimizer: torch.optim.Optimizer, ownership: str) -> None:
+    """Refuse to divide among hosts what one worker has to update."""
+    if ownership != "replicated":
+        raise OptimizerError(
+            f"{name_of(optimizer)} is not known to update tensors one by one, so hosts cannot "
+            "divide the parameters",
+            expected=f"with ownership = {ownership}, a class of torch.optim, or one that declares "
+            'lockstep_update = "per_tensor" or "elementwise"',
+            found=name_of(optimizer),
+            fix="leave out ownership (every host updates everything then), or declare "
+            "lockstep_update in the class, if it is so",
+        )
 
 
 def _optimizer_of(task: Task, trainable: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -244,6 +286,7 @@ def _allocate(
         tables=contents.tables,
         blocks=contents.blocks,
         keys=contents.keys,
+        undivided=contents.undivided,
         local=allocation.local,
         local_keys=contents.local_keys,
         buffers=contents.buffers,
@@ -297,6 +340,8 @@ def _initial_states(
     contents: StateContents, optimizer: torch.optim.Optimizer
 ) -> list[dict[str, Any]]:
     """Per block: the state that the optimizer's constructor made for it."""
+    if contents.undivided is not None:
+        return []  # its owner has what the constructor made (see `UndividedState`)
     starts = []
     for block, keys in zip(contents.blocks, contents.keys, strict=True):
         parameter = contents.trainable[block.param][1]

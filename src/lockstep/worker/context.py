@@ -64,6 +64,7 @@ class Session:
             networked=networked,
             compression=plan.compression,
             groups=plan.groups,
+            ownership=plan.ownership,
         )
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(

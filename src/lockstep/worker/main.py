@@ -90,7 +90,7 @@ class Worker:
         context, shared = self.context, self.context.shared
         context.faults.at("join", self.step)
         sizes = [parameter.numel() for parameter in shared.params]
-        share = share_of(assignment, shared.blocks, sizes)
+        share = share_of(assignment, shared.blocks, sizes, undivided=shared.undivided is not None)
         threads = context.plan.threads
         barrier = Barrier(
             self.control, self.worker_id, assignment.worker_ids, assignment.epoch, threads
@@ -101,6 +101,7 @@ class Worker:
             context.faults,
             leaves_of(shared, assignment.subtrees, assignment.host_shards),
             dense=dense_leaves(shared, assignment.subtrees, summed=assignment.returns == "sums"),
+            scheduled=context.schedule.changed,
         )
         train_step = TrainStep(context, assignment, share, barrier, owner)
         context.schedule.go_to(self.step)

@@ -84,7 +84,7 @@ class TrainStep:
         shared = self.shared
         ranges = [run for number in share.blocks for run in shared.block_ranges(number)]
         if self._rank == 0:
-            ranges += shared.buffer_ranges()
+            ranges += [*shared.buffer_ranges(), *shared.remembered_ranges()]
         ranges += self._local_update.ranges
         return SnapshotPart(shared.segments["state"], shared.segments["snapshot"], ranges)
 
