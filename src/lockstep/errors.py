@@ -184,25 +184,3 @@ KINDS: dict[str, type[LockstepError]] = {
         IdentityError,
     )
 }  # fmt: skip
-
-
-def to_message(error: LockstepError) -> dict[str, str]:
-    """The error as a JSON-ready mapping, to cross a process boundary without pickle."""
-    return {
-        "kind": type(error).__name__,
-        "what": error.what,
-        "expected": error.expected,
-        "found": error.found,
-        "fix": error.fix,
-    }
-
-
-def from_message(message: dict[str, str]) -> LockstepError:
-    """The error that `to_message` described."""
-    kind = KINDS.get(message["kind"], LockstepError)
-    return kind(
-        message["what"],
-        expected=message["expected"],
-        found=message["found"],
-        fix=message["fix"],
-    )

@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import KINDS, LockstepError, ProtocolError
-from lockstep.errors import from_message as error_from
-from lockstep.errors import to_message as message_of
-from lockstep.system.messages import Codec, JsonText, Message
+from lockstep.system.messages import MAX_ERROR_TEXT, Codec, ErrorMessage, JsonText, Message
 from lockstep.system.unix_channel import INLINE, Channel, Closed, MessageChannel
 
 # Messages between processes.
@@ -155,11 +153,13 @@ def test_a_silent_channel_times_out(ends: tuple[Channel, Channel]) -> None:
 
 # Errors.
 
+ERRORS: Codec[ErrorMessage] = Codec(ErrorMessage)
+
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_errors_cross_processes(kind: type[LockstepError]) -> None:
     error = kind("what", expected="this", found="that", fix="do so")
-    crossed = error_from(json.loads(json.dumps(message_of(error))))
+    crossed = ERRORS.decode(ERRORS.encode(ErrorMessage.of(error))).error()
     for found in (crossed, pickle.loads(pickle.dumps(error))):
         assert type(found) is kind
         assert str(found) == str(error)
@@ -173,8 +173,14 @@ def test_error_message_has_only_what_is_known() -> None:
 
 
 def test_unknown_errors_are_still_errors() -> None:
-    message = {**message_of(LockstepError("what")), "kind": "FromTheFuture"}
-    assert type(error_from(message)) is LockstepError
+    assert type(ErrorMessage(kind="FromTheFuture", what="what").error()) is LockstepError
+
+
+def test_of_a_long_error_both_ends_are_kept() -> None:
+    crossed = ErrorMessage.of(LockstepError("begin" + "x" * 100_000 + "end"))
+    assert len(crossed.what) <= MAX_ERROR_TEXT
+    assert crossed.what.startswith("begin")
+    assert crossed.what.endswith("end")
 
 
 def test_every_error_is_listed() -> None:

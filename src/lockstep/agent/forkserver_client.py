@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from lockstep.errors import WorkerLostError, from_message
+from lockstep.errors import WorkerLostError
 from lockstep.planning.forkserver_messages import (
     Answer,
     ChildExited,
@@ -129,7 +129,7 @@ class ForkServerClient:
             if isinstance(message, answer):
                 return message, fds
             if isinstance(message, RequestFailed):
-                raise from_message(message.error)
+                raise message.error.error()
             self._note(message)
 
     def hear(self) -> None:

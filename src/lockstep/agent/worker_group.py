@@ -22,7 +22,7 @@ from lockstep.agent.membership import WorkerMembership
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
 from lockstep.agent.step_log import StepLog, Throughput
-from lockstep.errors import NumericsError, WorkerLostError, from_message
+from lockstep.errors import NumericsError, WorkerLostError
 from lockstep.planning.assignment import assign
 from lockstep.planning.host_role import HostRole
 from lockstep.planning.ownership import ownership_of
@@ -297,8 +297,7 @@ class WorkerGroup:
             case LoaderLost():
                 self.failure_log.lost_loader(worker)
             case WorkerFailed():
-                error = from_message(message.error)
-                raise self.failure_log.raised(error, message.step)
+                raise self.failure_log.raised(message.error.error(), message.step)
 
     def _note_corrupt(self, found: ShardCorrupted | StateCorrupted, **what: object) -> None:
         self.observer.event(

@@ -163,8 +163,8 @@ def scale(
     """Change the number of workers of a running job. The result stays the same."""
     from lockstep.coordinator.run_control import ask
 
-    most = ask(run, "scale", workers).get("max_workers")
-    print(f"workers      {workers} wanted, of at most {most}")
+    answer = ask(run, "scale", workers)
+    print(f"workers      {workers} wanted, of at most {answer.max_workers}")
 
 
 @app.command()

@@ -209,11 +209,11 @@ class Coordinator:
     # Requests.
 
     def _take_requests(self) -> None:
-        for name, number in self._requests():
-            self.observer.event("request", request=name, number=number)
-            match name:
+        for request in self._requests():
+            self.observer.event("request", request=request.name, number=request.number)
+            match request.name:
                 case "scale":
-                    self.group.decide(membership.TargetChanged(number))
+                    self.group.decide(membership.TargetChanged(request.number))
                 case "stop":
                     self._stop_asked = True
                 case "checkpoint":

@@ -1,39 +1,58 @@
 """Run control: requests to a running job, from signals, from Python and from a Unix socket.
 
 Others on this machine reach it by a Unix socket in the run folder, which its owner alone may use.
-A request is one line of JSON, `{"request": "scale", "number": 3}`; the answer is another, with the
-error if it was refused.
+A caller sends one `Request`, and gets `Taken`, or the error if it was refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import socket
 import threading
 from collections import deque
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
 
 from lockstep.errors import (
     JobError,
+    LockstepError,
+    ProtocolError,
     RunFolderError,
     RunInterrupted,
     StoppedError,
-    from_message,
-    to_message,
 )
-from lockstep.system.unix_socket import short_path
+from lockstep.system.messages import Codec, ErrorMessage, Message
+from lockstep.system.unix_socket import MessageSocket, short_path
 
-REQUESTS = ("scale", "pause", "go_on", "checkpoint", "stop")
 SOCKET = "control.sock"
-LINE_BYTES = 4096
 ANSWER_SECONDS = 5.0
+CALLER_SECONDS = 0.2
+"""How long a caller may hold up the coordinator."""
 
-Request = tuple[str, int]
-"""A name from `REQUESTS`, and a number: the workers wanted, for `scale`."""
+RequestName = Literal["scale", "pause", "go_on", "checkpoint", "stop"]
+
+
+class Request(Message, tag="request"):
+    """What somebody wants of the run."""
+
+    name: RequestName
+    number: Annotated[int, msgspec.Meta(ge=-(1 << 40), le=1 << 40)] = 0
+    """The workers wanted, for `scale`."""
+
+
+class Taken(Message, tag="taken"):
+    """The coordinator has taken a request."""
+
+    max_workers: int | None
+    """The most workers that the run can have."""
+
+
+REQUESTS: Codec[Message] = Codec(Request)
+ANSWERS: Codec[Message] = Codec(Taken | ErrorMessage)
 
 
 class RunControl:
@@ -69,11 +88,10 @@ class RunControl:
         Raises:
             JobError: there is no such request, or it is for more workers than the run can have.
         """
-        if name not in REQUESTS:
-            raise JobError(f"unknown request {name!r}", expected=" or ".join(REQUESTS))
-        if name == "scale":
+        request = Request(name=checked(name), number=number)
+        if request.name == "scale":
             self._check_workers(number)
-        self._waiting.append((name, number))
+        self._waiting.append(request)
 
     def _check_workers(self, number: int) -> None:
         most = self._max_workers
@@ -135,43 +153,58 @@ class RunControl:
                 caller, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            with caller:
-                caller.settimeout(0.2)
-                with contextlib.suppress(OSError):
-                    caller.sendall(self._answer(caller.recv(LINE_BYTES)))
+            with caller, contextlib.suppress(OSError):
+                caller.settimeout(CALLER_SECONDS)
+                messages = MessageSocket(caller, REQUESTS)
+                messages.send(self._answer(messages))
 
-    def _answer(self, line: bytes) -> bytes:
+    def _answer(self, messages: MessageSocket) -> Taken | ErrorMessage:
         try:
-            message = json.loads(line)
-            self.add(str(message["request"]), int(message.get("number", 0)))
-            answer: dict[str, Any] = {"taken": True, "max_workers": self._max_workers}
-        except JobError as error:
-            answer = {"taken": False, "why": str(error), "error": to_message(error)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            answer = {"taken": False, "why": "not a request"}
-        return json.dumps(answer).encode() + b"\n"
+            request = messages.receive()
+            if not isinstance(request, Request):
+                raise ProtocolError("a caller asked for nothing")
+            self.add(request.name, request.number)
+            return Taken(max_workers=self._max_workers)
+        except LockstepError as error:
+            return ErrorMessage.of(error)
 
 
-def ask(folder: Path, name: str, number: int = 0) -> dict[str, Any]:
+def ask(folder: Path, name: str, number: int = 0) -> Taken:
     """Ask something of the run in a folder. Returns its answer.
 
     Raises:
         JobError: the run refuses the request.
-        RunFolderError: nothing runs there, or it did not understand the request.
+        RunFolderError: nothing runs there.
     """
+    request = Request(name=checked(name), number=number)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         caller.settimeout(ANSWER_SECONDS)
         try:
             with short_path(folder / SOCKET) as place:
                 caller.connect(place)
-            caller.sendall(json.dumps({"request": name, "number": number}).encode() + b"\n")
-            answer: dict[str, Any] = json.loads(caller.recv(LINE_BYTES) or b"{}")
-        except (OSError, ValueError) as error:
+            messages = MessageSocket(caller, ANSWERS)
+            messages.send(request)
+            answer = messages.receive()
+        except OSError as error:
             raise RunFolderError(
                 f"nothing runs in {folder}", found=str(error), fix="look at its events.jsonl"
             ) from None
-    if "error" in answer:
-        raise from_message(answer["error"])
-    if not answer.get("taken"):
-        raise RunFolderError(f"the run in {folder} did not take the request: {answer.get('why')}")
+    if isinstance(answer, ErrorMessage):
+        raise answer.error()
+    if not isinstance(answer, Taken):
+        raise RunFolderError(
+            f"the run in {folder} ended before it answered", fix="look at its events.jsonl"
+        )
     return answer
+
+
+def checked(name: str) -> RequestName:
+    """The name of a request.
+
+    Raises:
+        JobError: there is none of this name.
+    """
+    for known in get_args(RequestName):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise JobError(f"unknown request {name!r}", expected=" or ".join(get_args(RequestName)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
-from lockstep.system.messages import Codec, JsonText, Message, OsText
+from lockstep.system.messages import Codec, ErrorMessage, JsonText, Message, OsText
 from lockstep.system.unix_channel import Channel, MessageChannel
 
 # Requests.
@@ -125,8 +125,7 @@ class ChildExited(Message):
 class RequestFailed(Message):
     """What was asked for could not be done."""
 
-    error: dict[str, str]
-    """As `errors.to_message` gives it."""
+    error: ErrorMessage
 
 
 Answer = (

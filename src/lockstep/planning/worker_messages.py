@@ -7,7 +7,7 @@ the control segment, and says when it rests.
 from __future__ import annotations
 
 from lockstep.planning.assignment import Assignment
-from lockstep.system.messages import Codec, JsonText, Message
+from lockstep.system.messages import Codec, ErrorMessage, JsonText, Message
 from lockstep.system.unix_channel import Channel, MessageChannel
 
 # From the agent.
@@ -114,8 +114,7 @@ class LoaderLost(Message):
 class WorkerFailed(Message):
     """The worker ends by an error."""
 
-    error: dict[str, str]
-    """As `errors.to_message` gives it."""
+    error: ErrorMessage
     step: int
 
 

@@ -135,7 +135,7 @@ def printable(text: str) -> str:
     """A text that somebody else has sent, with all but its lines and spaces made visible: nothing
     in it can move a cursor, or pass for a line of another's."""
     shown = (
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
         for char in text
     )
     return "".join(shown)
@@ -160,7 +160,7 @@ class ErrorMessage(Message):
         """An error, cut to a length that can be sent."""
         parts = (error.what, error.expected, error.found, error.fix)
         what, expected, found, fix = (
-            part.encode(errors="backslashreplace").decode()[:MAX_ERROR_TEXT] for part in parts
+            _cut(part.encode(errors="backslashreplace").decode()) for part in parts
         )
         return ErrorMessage(
             kind=type(error).__name__, what=what, expected=expected, found=found, fix=fix
@@ -174,6 +174,15 @@ class ErrorMessage(Message):
             found=printable(self.found),
             fix=printable(self.fix),
         )
+
+
+def _cut(text: str) -> str:
+    """A text of at most `MAX_ERROR_TEXT` characters: its beginning and its end, which in a
+    traceback says most."""
+    if len(text) <= MAX_ERROR_TEXT:
+        return text
+    half = MAX_ERROR_TEXT // 2 - 2
+    return f"{text[:half]}\n…\n{text[-half:]}"
 
 
 def _as_plain(value: Any) -> Any:

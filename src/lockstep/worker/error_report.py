@@ -6,7 +6,8 @@ import os
 import traceback
 from pathlib import Path
 
-from lockstep.errors import LockstepError, TaskError, to_message
+from lockstep.errors import LockstepError, TaskError
+from lockstep.system.messages import ErrorMessage
 
 
 def user_traceback(error: BaseException) -> str:
@@ -23,14 +24,9 @@ def user_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
 
-def describe_error(error: BaseException, doing: str) -> dict[str, str]:
+def describe_error(error: BaseException, doing: str) -> ErrorMessage:
     """An error as a message: Lockstep's own as it is, the user's with its traceback."""
     if not isinstance(error, LockstepError):
         text = user_traceback(error)
         error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")
-    return {name: _encodable(text) for name, text in to_message(error).items()}
-
-
-def _encodable(text: str) -> str:
-    """A text without the halves of characters that paths and exceptions may contain."""
-    return text.encode(errors="backslashreplace").decode()
+    return ErrorMessage.of(error)
