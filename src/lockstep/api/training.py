@@ -167,6 +167,7 @@ def _training(
         evaluate=plan.eval_samples > 0,
         checkpoint_steps=job.checkpoint_steps,
         checkpoint_seconds=job.checkpoint_seconds,
+        automatic=job.checkpoint_steps is None and job.checkpoint_seconds is None,
     )
     control = control or RunControl()
     try:
