@@ -21,6 +21,7 @@ from lockstep.results.checkpoint import (
 )
 from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
 from lockstep.results.progress import Progress
+from lockstep.results.recoveries import describe_recovery
 from lockstep.results.restart import Restart
 from lockstep.results.result import Result
 from lockstep.results.run_folder import Events, RunFolder
@@ -125,6 +126,8 @@ class Recorder:
 
     def recovered(self, recoveries: list[dict[str, Any]]) -> None:
         self.recoveries += recoveries
+        for record in recoveries:
+            self.display.note(describe_recovery(record))
 
     def checkpoint(self, step: int, state: memoryview) -> None:
         """Write in the background, one at a time. A failure is reported, and training goes on."""
