@@ -8,7 +8,8 @@ from typing import Any
 from lockstep.results.recoveries import describe_recovery, summarise_recoveries
 
 WORKER: dict[str, Any] = {
-    "host": platform.node(), "worker": 1, "pid": 5640, "step": 1066, "phase": "shard", "shard": 3, "batch": None,
+    "host": platform.node(), "worker": 1, "pid": 5640, "step": 1066, "phase": "shard", "shard": 3,
+    "batch": None,
     "how": "was killed by SIGKILL", "detection_ms": 0.4, "regroup_ms": 3.0, "recomputed": 0,
     "steps_back": 0, "recovery_ms": 19.2,
 }  # fmt: skip
