@@ -58,7 +58,8 @@ class Coordinator:
         self.schedule, self.observer = schedule, observer
         self._requests = requests
         self._start = step
-        self._stop = schedule.next_stop(step)
+        self._tries_evaluation = schedule.evaluate and step == 0
+        self._stop = step if self._tries_evaluation else schedule.next_stop(step)
         self._timer = CheckpointTimer(
             schedule.checkpoint_seconds,
             automatic=schedule.automatic,
@@ -182,6 +183,9 @@ class Coordinator:
 
     def _at_rest(self) -> None:
         self.group.throughput.rest()
+        if self._tries_evaluation:  # what is broken in it shows now, and not after an epoch
+            self._tries_evaluation = False
+            self.rounds.evaluate_one()
         if self.schedule.evaluates_at(self.step):
             self.observer.evaluated(self.step, self.rounds.evaluate())
         ends = self.step == self.schedule.epoch_end(self.step) and self._may_checkpoint()
