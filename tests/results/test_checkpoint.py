@@ -196,9 +196,9 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint: Written) -> None:
     more = Entry(**{**vars(last), "name": "weight/momentum"})
     for entries in ((*layout.entries[:-1], other), (*layout.entries, more)):
         segment = Segment.create("state", len(state))
+        fitting = Layout(**{**vars(layout), "entries": entries})
         try:
             with pytest.raises(IntegrityError, match="does not fit the task's model and optimizer"):
-                fitting = Layout(**{**vars(layout), "entries": entries})
                 open_checkpoint(path).load_into(fitting, segment)
             assert not any(bytes(segment.map))
         finally:
