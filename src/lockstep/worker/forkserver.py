@@ -40,6 +40,7 @@ from lockstep.planning.forkserver_messages import (
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
+from lockstep.system.process_title import set_title
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
@@ -125,6 +126,7 @@ class ForkServer:
             folder=os.fsdecode(request.code_folder),
             offered=request.offered,
         )
+        set_title("forkserver", source.label)
         self.loaded = load(source, request, sent)
         facts = json.dumps(self.loaded.facts)
         if self.loaded.ships:
@@ -201,6 +203,7 @@ class ForkServer:
         from lockstep.worker.main import work
 
         assert self.session is not None
+        set_title(f"worker {worker_id}")
         code = 1
         try:
             code = work(self.session, worker_id, to_agent(channel))
@@ -318,6 +321,7 @@ def main() -> None:
     # puts the default back.
     _ignore_signals()
     os.register_at_fork(after_in_child=_restore_signals)
+    set_title("forkserver")
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     forkserver = ForkServer(to_client(Channel.from_fd(fd)))
     try:
