@@ -20,6 +20,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from lockstep.errors import ResourceError
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
     ChildExited,
@@ -161,7 +162,14 @@ class ForkServer:
     def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""
         assert self.session is not None
-        channel = self._fork(WorkerForked)
+        try:
+            channel = self._fork(WorkerForked)
+        except OSError as error:
+            raise ResourceError(
+                f"a worker cannot be forked: {error}",
+                expected="a process, memory and file descriptors to be had",
+                fix="look at ulimit -u and -n, at the limits of the cgroup and at the free memory",
+            ) from error
         if channel is not None:
             self._be_worker(worker_id, channel)
 
@@ -180,17 +188,26 @@ class ForkServer:
         return channel is not None
 
     def _fork(self, answer: type[WorkerForked | ServerCloned]) -> Channel | None:
-        """Fork, and tell the agent of the child; in the child, return its end of its channel."""
+        """Fork, and tell the agent of the child; in the child, return its end of its channel.
+
+        Raises:
+            OSError: there is no process, or no file descriptor, to be had; nothing is left.
+        """
         agent_end, child_end = Channel.pair()
         parent = os.getpid()
         _flush()
-        pid = os.fork()
-        if pid == 0:
-            _in_child(parent, [self.channel.channel, agent_end])
-            return child_end
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _in_child(parent, [self.channel.channel, agent_end])
+                return child_end
+            self.children.add(pid)
+            pidfd = _open_pidfd(pid)
+        except OSError:
+            agent_end.close()
+            child_end.close()
+            raise
         child_end.close()
-        self.children.add(pid)
-        pidfd = os.pidfd_open(pid)
         try:
             self.channel.send(answer(pid=pid), [agent_end.fileno(), pidfd])
         finally:
@@ -230,6 +247,15 @@ class ForkServer:
             os.kill(pid, signal.SIGKILL)
         for pid in self.children:
             os.waitpid(pid, 0)
+
+
+def _open_pidfd(pid: int) -> int:
+    """The pidfd of a child; without one it is ended, and its end is told as any child's."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        raise
 
 
 def _flush() -> None:
