@@ -66,6 +66,17 @@ class Task:
         """A learning-rate schedule for `optimizer`, or None."""
         return None
 
+    def buffer_rules(self) -> Mapping[str, str]:
+        """How what the shards of a step left in a buffer of the model becomes one value.
+
+        By the buffer's name, or a pattern such as `*.queue`: `mean` (weighted by the shards'
+        samples), `sum` (of the shards' changes), `max`, `min`, or `last` (what the last shard
+        left). A module's class may declare the same for its own buffers, in an attribute
+        `buffer_rules`. Known for torch's modules; any other buffer has to stay as it is in
+        training, unless `shards` is 1. Default: nothing.
+        """
+        return {}
+
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
         """Held-out metrics of one batch, called without gradients and in eval mode.
 

@@ -65,6 +65,9 @@ class LocalSGD(Task):
         """What is exchanged is subtracted as it is: that leaves the average of the copies."""
         return torch.optim.SGD(params, lr=1.0)
 
+    def buffer_rules(self) -> Mapping[str, str]:
+        return self.task.buffer_rules()
+
     # What is done without learning is done as the task does it.
 
     def metrics(self, model: nn.Module, batch: ShardSamples) -> Mapping[str, torch.Tensor | float]:

@@ -17,6 +17,7 @@ from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.planning.sampling import Sampling, describe_samples
+from lockstep.state.buffer_rules import BufferWatch
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import Modes, PrivateBuffers
@@ -55,6 +56,9 @@ class ForwardBackward:
         self._fetching = 0.0
         self._writer = GradientHooks(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
+        self._watch = BufferWatch(
+            shared.model, shared.committed, shared.buffer_rules, len(shared.slots)
+        )
         self._modes = Modes(shared.model)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
@@ -118,6 +122,7 @@ class ForwardBackward:
         loss.backward(self._weight(weight, loss))
         self._writer.finish()
         self._buffers.save(slot.buffers)
+        self._watch.check(slot.buffers, step)
         if versions != [tensor._version for _, tensor in self._kept]:
             raise self._changed(versions)
         return value
