@@ -25,6 +25,9 @@ class Task:
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
     """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
+    keep_modes: bool = False
+    """Whether modules that `model` returns in eval mode stay so. By default `model.train()` is
+    called, as plain training loops do."""
     planned_batch_size: int | None = None
     """Samples per optimizer update in this run. Set by Lockstep before it calls `scheduler`."""
 
@@ -39,6 +42,11 @@ class Task:
         A `TensorDataset` is indexed without touching single samples.
         """
         raise NotImplementedError
+
+    def loader_settings(self) -> Mapping[str, Any]:
+        """Settings that the task's own data loaders have, such as `batch_size`: they count where
+        the job has none. Called after `train_data` and `eval_data`. Default: nothing."""
+        return {}
 
     def eval_data(self) -> Dataset[Any] | None:
         """The held-out set, or None. It is evaluated after every data epoch, each sample once."""

@@ -39,6 +39,7 @@ class LocalSGD(Task):
 
     def __init__(self, task: Task, steps: int) -> None:
         self.task, self.steps = task, steps
+        self.keep_modes = task.keep_modes
         self.made_from = (task,)
 
     def model(self) -> nn.Module:

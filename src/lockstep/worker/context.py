@@ -53,7 +53,8 @@ class Session:
         networked: bool,
     ) -> Session:
         """Move the model to shared memory. Called once, in the forkserver."""
-        model.train()
+        if not task.keep_modes:
+            model.train()
         task.set_position(plan.position)
         shared = build(
             task,

@@ -24,6 +24,7 @@ from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.gradient_hooks import GradientHooks
+from lockstep.worker.lone_samples import LoneSamples
 from lockstep.worker.model_checks import held_tensors
 from lockstep.worker.sparse_autograd import Redo
 
@@ -60,6 +61,7 @@ class ForwardBackward:
             shared.model, shared.committed, shared.buffer_rules, len(shared.slots)
         )
         self._modes = Modes(shared.model)
+        self._lone_samples = LoneSamples(shared.model, sampling, start.steps)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
@@ -113,7 +115,9 @@ class ForwardBackward:
         self._fault("forward", step, shard)
         with self._precision():
             if self._rounds is None:
-                loss = self.task.loss(self.shared.model, batch)
+                first, last = self.sampling.shard_span(step, shard)
+                with self._lone_samples.watching(last - first):
+                    loss = self.task.loss(self.shared.model, batch)
             else:
                 loss = self._rounds.loss(step, shard, slot, batch)
         value = check_loss(loss, step, shard, self.sampling)
