@@ -6,6 +6,7 @@ name with arguments, or the pickled task. A *position* says where in a run a cal
 
 task             the class that users subclass
 task_source      a task's name and arguments, or the pickled task
+tensor_pickling  a task's pickle with its tensors as they share memory, and no more of it
 task_resolution  from a task source to the task
 task_checks      what every task must have
 offered_names    checks of a task name that another host has sent

@@ -70,10 +70,10 @@ def source_of(job: Job) -> TaskSource:
 
 
 def _pickled(task: Task) -> bytes:
-    import cloudpickle
+    from lockstep.job.tensor_pickling import dumps
 
     try:
-        pickled: bytes = cloudpickle.dumps(task)
+        return dumps(task)
     except Exception as error:  # whatever an object's own __reduce__ may raise
         held = ", ".join(f"self.{name}" for name in vars(task) if not _can_pickle(task, name))
         raise TaskError(
@@ -82,7 +82,6 @@ def _pickled(task: Task) -> bytes:
             found=held or "something that its methods or its module refer to",
             fix="open files, locks and connections in train_data() or model(), which run there",
         ) from error
-    return pickled
 
 
 def _can_pickle(task: Task, name: str) -> bool:
