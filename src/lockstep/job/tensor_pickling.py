@@ -22,14 +22,14 @@ ALIGN = 64
 """Bytes. Pieces begin where memory is aligned, since some kernels round differently elsewhere."""
 
 
-def dumps(value: object) -> bytes:
-    """As `cloudpickle.dumps`; to be read by `pickle.loads`."""
+def dumps(value: object, before: bytes = b"") -> bytes:
+    """As `cloudpickle.dumps`, behind other bytes; to be read by `pickle.load`."""
     if "torch" not in sys.modules:
-        found: bytes = cloudpickle.dumps(value)
-        return found
+        return before + cloudpickle.dumps(value)  # type: ignore[no-any-return]
     looks = _Looks()
     _Pickler(_Nowhere(), looks.see).dump(value)
     file = io.BytesIO()
+    file.write(before)
     _Pickler(file, _Pieces(looks).reduce).dump(value)
     return file.getvalue()
 
