@@ -40,9 +40,10 @@ def test_a_task_with_train_and_test_as_slices() -> None:
     task = lockstep.from_module(
         nn.Linear(10, 1), sets[0], nn.functional.mse_loss, torch.optim.SGD, eval_dataset=sets[1]
     )
+    assert len(dumps(task)) < 12_000
     payload = source_of(Job(task=task)).payload
     assert payload is not None
-    assert len(payload) < 12_000
+    assert payload.endswith(dumps(task))
 
 
 def test_views_that_overlap_share_memory_afterwards() -> None:
