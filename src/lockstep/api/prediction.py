@@ -25,6 +25,7 @@ from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import open_hosts
 from lockstep.coordinator.run_control import RunControl
+from lockstep.data.records import open_records
 from lockstep.errors import StoppedError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
@@ -71,7 +72,8 @@ def predict(
 
     Args:
         run: the run folder. Its task has to define `from_record` and `predict`.
-        data: a file of JSON lines, or a Parquet file (`*.parquet`).
+        data: a file of JSON lines, or one named `*.csv`, `*.tsv` or `*.parquet`; gzip may have
+            packed it. Without records `out` is a file without rows.
         out: the file to be made, JSON lines or Parquet by its name. Where an earlier attempt with
             the same model, data and settings was cut short, its rows are kept and it is gone on.
         keep: columns of the records that go into the rows, before the predictions.
@@ -90,6 +92,8 @@ def predict(
     begun = time.monotonic()
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = newest_checkpoint(run)
+    if not len(open_records(data)):
+        return _nothing(model, Path(out), time.monotonic() - begun)
     source = recorded_source(model.manifest, task, Path(run))
     heard, control = EvaluationObserver(), RunControl()
     announce(f"loading torch and {source.label}", quiet=quiet)
@@ -137,6 +141,16 @@ def predict(
             *differences(model.manifest, {**facts, **_of_run(model)}),
         ),
     )
+
+
+def _nothing(model: StoredModel, out: Path, seconds: float) -> Predicted:
+    """Make a file without rows."""
+    with PredictionFile(out, {"model": model.checkpoint.manifest["fingerprint"]}) as rows:
+        rows.finish()
+    return Predicted(
+        out=out, records=0, resumed_at=0, step=model.checkpoint.step, workers=0, deaths=0,
+        seconds=seconds, notes=model.notes,
+    )  # fmt: skip
 
 
 def _of_run(model: StoredModel) -> dict[str, Any]:
