@@ -254,9 +254,7 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    data: Annotated[
-        Path, typer.Argument(help="JSON lines, *.csv, *.tsv or *.parquet.")
-    ],
+    data: Annotated[Path, typer.Argument(help="JSON lines, *.csv, *.tsv or *.parquet.")],
     out: Annotated[Path, typer.Option(help="The file to write, in the order of the records.")],
     keep: Annotated[
         list[str] | None, typer.Option(help="Columns to copy, such as id,text. May be repeated.")
