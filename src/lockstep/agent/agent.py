@@ -108,7 +108,11 @@ def serve(
                     source, settings, records, networked=True, data=data, name=identity.node
                 )
             stack.enter_context(local)
-            mesh = HostMesh(identity, host, offer.job, report, link.wake, silence)
+            patience = offer.settings.get("exchange_seconds")
+            mesh = HostMesh(
+                identity, host, offer.job, report, link.wake, silence,
+                None if patience is None else float(patience),
+            )  # fmt: skip
             stack.callback(mesh.close)
             agent = Agent(local, link, mesh, offer.master, silence, moved)
             agent.run(workers)
