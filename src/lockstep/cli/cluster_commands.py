@@ -129,11 +129,20 @@ def join(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="A module whose tasks may run here, besides recipes. May be repeated."),
+        typer.Option(
+            help="A module whose Tasks may run here, besides recipes, or the full name of a Task "
+            "or a function, MODULE:NAME. May be repeated."
+        ),
     ] = None,
     allow_code: Annotated[
         list[str] | None,
         typer.Option(help="The digest of code that may be sent and run here. May be repeated."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder whose files recipes may read, given by their path. May be repeated."
+        ),
     ] = None,
 ) -> None:
     """Make this machine a host of a cluster. The first time takes a token. Runs until stopped."""
@@ -148,7 +157,11 @@ def join(
         name=name or host_name(),
         host=host,
         workers=workers or machine.cores(),
-        allowed=Allowed(modules=tuple(allow or ()), code=tuple(map(_digest, allow_code or ()))),
+        allowed=Allowed(
+            modules=tuple(allow or ()),
+            code=tuple(map(_digest, allow_code or ())),
+            data=tuple(data or ()),
+        ),
         report=report,
     )
 

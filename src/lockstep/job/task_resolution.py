@@ -13,7 +13,7 @@ from typing import Any
 from lockstep.errors import JobError
 from lockstep.job.code_digest import parts_made_from
 from lockstep.job.job import Job
-from lockstep.job.offered_names import check_defined, check_shipped
+from lockstep.job.offered_names import check_defined, check_loaded, check_shipped
 from lockstep.job.task import Task
 from lockstep.job.task_checks import check_complete
 from lockstep.job.task_source import TaskSource
@@ -85,6 +85,8 @@ def _find(source: TaskSource) -> Any:
     if source.folder:
         check_shipped(where, source.folder)
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    if source.folder:
+        check_loaded(module, source.folder)
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
@@ -99,7 +101,7 @@ def _find(source: TaskSource) -> Any:
             fix=f"name a task of {where}",
         )
     if source.offered:
-        check_defined(found, module)
+        check_defined(found, module, functions=source.functions)
     return found
 
 

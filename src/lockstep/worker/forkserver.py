@@ -124,6 +124,7 @@ class ForkServer:
             code=request.code,
             folder=os.fsdecode(request.code_folder),
             offered=request.offered,
+            functions=request.functions,
         )
         self.loaded = load(source, request, sent)
         facts = json.dumps(self.loaded.facts)

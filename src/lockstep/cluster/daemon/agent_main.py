@@ -52,6 +52,8 @@ def _serve(order: AgentOrder, moved: Callable[[], object]) -> None:
         report=CountedReport(report),
         folder=Path(os.fsdecode(order.folder)) if order.folder else None,
         moved=moved,
+        functions=order.functions,
+        discreet=order.discreet,
     )
 
 
