@@ -38,6 +38,7 @@ def evaluate(
     args: Mapping[str, Any] | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
+    trust: bool = False,
 ) -> Evaluated:
     """Evaluate a run's model on its task's held-out data.
 
@@ -47,6 +48,8 @@ def evaluate(
             numbers do not depend on it.
         args: arguments of the task to be changed, such as `{"data": path}` where it takes one.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
         on: what brings agents to other hosts; None: this host alone.
 
     Raises:
@@ -56,7 +59,7 @@ def evaluate(
     Job(task="", workers=workers)  # refuses what is out of range
     model = newest_checkpoint(run)
     settings = model.manifest["job"]
-    source = recorded_source(model.manifest, task, Path(run))
+    source = recorded_source(model.manifest, task, Path(run), trust=trust)
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
     heard, control = EvaluationObserver(), RunControl()
     with control, open_hosts(request_of(source, settings), on) as hosts:

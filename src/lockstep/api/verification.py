@@ -92,6 +92,7 @@ def verify(
     steps: tuple[int | None, int | None] = (None, None),
     workers: int | None = None,
     task: Task | None = None,
+    trust: bool = False,
 ) -> Verification:
     """Replay steps `[first, last)` of a run and compare them with its ledger.
 
@@ -100,6 +101,8 @@ def verify(
         steps: which steps; None: from the first, to the last recorded.
         workers: how many workers replay; default: as many as the run had.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
 
     Raises:
         IntegrityError: the ledger, a checkpoint or what the code computes is not what was
@@ -114,7 +117,9 @@ def verify(
     first, last = _span(steps, len(recorded))
     plan = Plan.from_message(manifest["plan"])
     plan = dataclasses.replace(plan.with_workers(workers or plan.workers), steps=last)
-    with LocalHost.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
+    with LocalHost.start(
+        recorded_source(manifest, task, Path(run), trust=trust), {**manifest["job"]}
+    ) as host:
         facts = host.loaded()
         notes = differences(manifest, facts)
         ready = ready_alone(host, plan)

@@ -113,7 +113,8 @@ def home_of(state: State) -> Home:
         raise IdentityError(
             "this host has joined no cluster yet",
             expected=f"an identity in {state.path}",
-            fix="where `lockstep up` runs: lockstep token > FILE; here: lockstep join FILE",
+            fix="where `lockstep up` runs: lockstep token --token-file FILE; "
+            "here: lockstep join FILE",
         )
     return Home.from_message(known)
 
