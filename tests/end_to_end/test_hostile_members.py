@@ -145,7 +145,7 @@ def test_the_forkserver_of_a_member_is_killed(site: Site, slow: None) -> None:
 def forkserver_of(agent: int) -> int:
     """The process id of an agent's forkserver."""
     found = subprocess.run(
-        ["pgrep", "-P", str(agent), "-f", "lockstep.worker.forkserver"],
+        ["pgrep", "-P", str(agent), "-f", "forkserver"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return int(found.stdout.split()[0])

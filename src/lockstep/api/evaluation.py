@@ -16,6 +16,7 @@ from lockstep.errors import RunFolderError, StoppedError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
 from lockstep.results.manifest import check_fitted, differences, recorded_source
+from lockstep.results.progress import announce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ def evaluate(
     task: Task | None = None,
     on: Launcher | None = None,
     trust: bool = False,
+    quiet: bool = True,
 ) -> Evaluated:
     """Evaluate a run's model on its task's held-out data.
 
@@ -51,6 +53,7 @@ def evaluate(
         trust: whether the code that the run folder names may be run though somebody else has made
             the folder.
         on: what brings agents to other hosts; None: this host alone.
+        quiet: show no progress on stderr.
 
     Raises:
         RunFolderError: there is no model.
@@ -62,6 +65,7 @@ def evaluate(
     source = recorded_source(model.manifest, task, Path(run), trust=trust)
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
     heard, control = EvaluationObserver(), RunControl()
+    announce(f"loading torch and {source.label}", quiet=quiet)
     with control, open_hosts(request_of(source, settings), on) as hosts:
         facts = hosts.host.facts
         check_fitted(run, model.manifest, facts)
@@ -74,6 +78,9 @@ def evaluate(
                 expected="a data set from Task.eval_data",
                 fix="define it, and evaluate with the changed task",
             )
+        announce(
+            f"evaluating step {model.checkpoint.step:,}: {plan.eval_samples:,} samples", quiet=quiet
+        )
         try:
             model.coordinator(plan, hosts, heard, control, evaluate=True).run()
         except StoppedError as error:

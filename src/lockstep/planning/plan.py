@@ -55,6 +55,11 @@ class Plan:
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
 
     @property
+    def division(self) -> Division:
+        """The division of the cores."""
+        return Division(workers=self.workers, threads=self.threads, shards=self.shards)
+
+    @property
     def sampling(self) -> Sampling:
         """The division of the training set into steps and shards."""
         return Sampling(

@@ -20,6 +20,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from lockstep.errors import ResourceError
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
     ChildExited,
@@ -40,6 +41,7 @@ from lockstep.planning.forkserver_messages import (
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
+from lockstep.system.process_title import set_title
 from lockstep.system.processes import die_with_parent, own_file_positions
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
@@ -126,6 +128,7 @@ class ForkServer:
             offered=request.offered,
             functions=request.functions,
         )
+        set_title("forkserver", source.label)
         self.loaded = load(source, request, sent)
         facts = json.dumps(self.loaded.facts)
         if self.loaded.ships:
@@ -160,7 +163,14 @@ class ForkServer:
     def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""
         assert self.session is not None
-        channel = self._fork(WorkerForked)
+        try:
+            channel = self._fork(WorkerForked)
+        except OSError as error:
+            raise ResourceError(
+                f"a worker cannot be forked: {error}",
+                expected="a process, memory and file descriptors to be had",
+                fix="look at ulimit -u and -n, at the limits of the cgroup and at the free memory",
+            ) from error
         if channel is not None:
             self._be_worker(worker_id, channel)
 
@@ -179,17 +189,26 @@ class ForkServer:
         return channel is not None
 
     def _fork(self, answer: type[WorkerForked | ServerCloned]) -> Channel | None:
-        """Fork, and tell the agent of the child; in the child, return its end of its channel."""
+        """Fork, and tell the agent of the child; in the child, return its end of its channel.
+
+        Raises:
+            OSError: there is no process, or no file descriptor, to be had; nothing is left.
+        """
         agent_end, child_end = Channel.pair()
         parent = os.getpid()
         _flush()
-        pid = os.fork()
-        if pid == 0:
-            _in_child(parent, [self.channel.channel, agent_end])
-            return child_end
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _in_child(parent, [self.channel.channel, agent_end])
+                return child_end
+            self.children.add(pid)
+            pidfd = _open_pidfd(pid)
+        except OSError:
+            agent_end.close()
+            child_end.close()
+            raise
         child_end.close()
-        self.children.add(pid)
-        pidfd = os.pidfd_open(pid)
         try:
             self.channel.send(answer(pid=pid), [agent_end.fileno(), pidfd])
         finally:
@@ -202,6 +221,7 @@ class ForkServer:
         from lockstep.worker.main import work
 
         assert self.session is not None
+        set_title(f"worker {worker_id}")
         code = 1
         try:
             code = work(self.session, worker_id, to_agent(channel))
@@ -228,6 +248,15 @@ class ForkServer:
             os.kill(pid, signal.SIGKILL)
         for pid in self.children:
             os.waitpid(pid, 0)
+
+
+def _open_pidfd(pid: int) -> int:
+    """The pidfd of a child; without one it is ended, and its end is told as any child's."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        raise
 
 
 def _flush() -> None:
@@ -319,6 +348,7 @@ def main() -> None:
     # puts the default back.
     _ignore_signals()
     os.register_at_fork(after_in_child=_restore_signals)
+    set_title("forkserver")
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     forkserver = ForkServer(to_client(Channel.from_fd(fd)))
     try:
