@@ -100,6 +100,7 @@ def test_who_exchanges_nothing_is_named() -> None:
 def test_how_long_one_waits_for_another_host() -> None:
     patience = StallTimeout(None)
     assert patience.exchange_limit() == 600.0, "nothing is known yet"
+    assert patience.hurried() == 30.0
     for _ in range(3):
         patience.step_took(0.1)
     assert patience.exchange_limit() == 60.0

@@ -67,7 +67,7 @@ class StallTimeout:
 
     def hurried(self) -> float:
         """The same when the run is to stop."""
-        return max(self.HURRIED, 3.0 * self.longest)
+        return max(self.HURRIED if self.steps >= 3 else self.LEAST, 3.0 * self.longest)
 
     def limit(self, *, stopped: bool = False, first: bool = False) -> float:
         """Seconds; `first`: nothing of the kind has been done before."""
