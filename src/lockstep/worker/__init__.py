@@ -11,6 +11,7 @@ main               a worker process: messages from its agent, steps between them
 context            what a worker process keeps while memberships change
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 forward_backward   loss and gradient of one shard, into its slot
+lone_samples       a shard of one sample, on which BatchNorm cannot train: told at the first step
 gradient_hooks     gradients on their way from autograd into the slot
 sparse_autograd    large embeddings in sparse form, with a fallback to dense
 shard_claims       which worker computes which shard, when there are more shards than workers

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.collectives.grad_norm import GradNormClipper
-from lockstep.data.fetching import make_fetch
+from lockstep.data.fetching import AbsentSamples, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -53,7 +53,8 @@ class Session:
         networked: bool,
     ) -> Session:
         """Move the model to shared memory. Called once, in the forkserver."""
-        model.train()
+        if not task.keep_modes:
+            model.train()
         task.set_position(plan.position)
         shared = build(
             task,
@@ -100,7 +101,7 @@ class WorkerContext:
         plan, task, shared = session.plan, session.task, session.shared
         sampling = plan.sampling
         loader = Loader(
-            make_fetch(task, session.train, plan.seed),
+            make_fetch(task, session.train, plan.seed, AbsentSamples(allowed=plan.shards == 1)),
             sampling,
             loaders=plan.loaders,
             spare_cores=machine.cores() - plan.workers * plan.threads,
