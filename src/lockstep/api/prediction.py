@@ -67,6 +67,7 @@ def predict(
     task: Task | None = None,
     quiet: bool = True,
     on: Launcher | None = None,
+    trust: bool = False,
 ) -> Predicted:
     """Predict from a file of records with a run's model, into a file of rows in the same order.
 
@@ -81,6 +82,8 @@ def predict(
             rows do not depend on it.
         batch_size: records at a time; default: the run's `eval_batch_size`.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
         quiet: no progress on stderr.
         on: what brings agents to other hosts, which are sent the records; None: this host alone.
 
@@ -94,7 +97,7 @@ def predict(
     model = newest_checkpoint(run)
     if not len(open_records(data)):
         return _nothing(model, Path(out), time.monotonic() - begun)
-    source = recorded_source(model.manifest, task, Path(run))
+    source = recorded_source(model.manifest, task, Path(run), trust=trust)
     heard, control = EvaluationObserver(), RunControl()
     announce(f"loading torch and {source.label}", quiet=quiet)
     records = {"path": str(Path(data).absolute()), "keep": list(keep)}
