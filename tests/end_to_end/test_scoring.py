@@ -15,7 +15,7 @@ from torch import nn
 
 import lockstep
 from lockstep.agent import evaluation_rounds as evaluation
-from lockstep.cli import main as cli
+from lockstep.cli.output import show_result
 from lockstep.errors import TaskError
 from lockstep.job.faults import Fault
 from lockstep.results.result import Result
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_while_it_evaluates(run_folders: Callable[[], str]) -
 
 
 def test_baselines_are_shown(run_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._show(run(Scored(), run_folder, 1, steps=3), as_json=False)
+    show_result(run(Scored(), run_folder, 1, steps=3), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("accuracy")]
     assert line.endswith("(baseline 0.333333)")

@@ -29,3 +29,11 @@ def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(RunFolderError, match="cannot be made") as caught:
         RunFolder.check_free(tmp_path / "run")
     assert "Permission denied" in caught.value.found
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `~` alone in `--out=~/run`, and Python does so anyway."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder.create("~/run", "job").path == tmp_path / "run"
+    with pytest.raises(RunFolderError, match="exists"):
+        RunFolder.check_free("~/run")

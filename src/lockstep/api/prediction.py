@@ -33,6 +33,7 @@ from lockstep.planning.plan import Plan
 from lockstep.results.manifest import check_fitted, differences, recorded_source
 from lockstep.results.prediction_file import PredictionFile
 from lockstep.results.progress import Progress, announce
+from lockstep.system.folders import user_path
 
 AT_ONCE = 8
 """Batches per worker that are asked for together."""
@@ -93,14 +94,15 @@ def predict(
         RunInterrupted: a signal asked to stop; the same call goes on.
     """
     begun = time.monotonic()
+    data, out = user_path(data), user_path(out)
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = newest_checkpoint(run)
-    if not len(open_records(data)):
-        return _nothing(model, Path(out), time.monotonic() - begun)
     source = recorded_source(model.manifest, task, Path(run), trust=trust)
+    if not len(open_records(data)):
+        return _nothing(model, out, time.monotonic() - begun)
     heard, control = EvaluationObserver(), RunControl()
     announce(f"loading torch and {source.label}", quiet=quiet)
-    records = {"path": str(Path(data).absolute()), "keep": list(keep)}
+    records = {"path": str(data.absolute()), "keep": list(keep)}
     settings = {**model.manifest["job"], "data": "build"}  # the records take the place of its data
     with control, open_hosts(request_of(source, settings), on, records) as hosts:
         facts = hosts.host.facts
@@ -117,7 +119,7 @@ def predict(
             "keep": list(keep),
         }
         with (
-            PredictionFile(Path(out), identity) as rows,
+            PredictionFile(out, identity) as rows,
             Progress(enabled=not quiet, steps=0, name="predict") as display,
         ):
             first = rows.rows
@@ -131,7 +133,7 @@ def predict(
                 raise control.stopped(stopped) from None
             rows.finish()
     return Predicted(
-        out=Path(out),
+        out=out,
         records=plan.eval_samples,
         resumed_at=first,
         step=model.checkpoint.step,

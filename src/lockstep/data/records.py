@@ -19,6 +19,7 @@ import numpy as np
 
 from lockstep.data.user_files import GZIP, text_of
 from lockstep.errors import DataError
+from lockstep.system.folders import user_path
 
 if TYPE_CHECKING:
     from lockstep.job.task import Task
@@ -148,7 +149,7 @@ def open_records(path: str | Path, content: Path | None = None) -> Records:
     Raises:
         DataError: it cannot be read.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         with (content or path).open("rb") as file:
             packed = file.read(2) == GZIP

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from lockstep.errors import DataError
+from lockstep.system.folders import user_path
 
 GZIP = b"\x1f\x8b"
 ZIP = b"PK\x03\x04"
@@ -19,13 +20,13 @@ def read_content(path: str | Path) -> bytes:
         DataError: it cannot be read.
     """
     try:
-        content = Path(path).read_bytes()
+        content = user_path(path).read_bytes()
         return gzip.decompress(content) if content.startswith(GZIP) else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read",
             expected="a file that may be read, packed by gzip or not",
-            found=f"{type(error).__name__}: {error}; it is {Path(path).absolute()}",
+            found=f"{type(error).__name__}: {error}; it is {user_path(path).absolute()}",
             fix="look at the path, and at who may read it",
         ) from error
 

@@ -89,4 +89,4 @@ class Result:
         if recorded["importable"]:
             source = TaskSource(name=recorded["name"], args=recorded["args"])
         content["metrics"] = with_nan(content["metrics"])
-        return Result(**{**content, "folder": Path(path), "source": source})
+        return Result(**{**content, "folder": folder.path, "source": source})

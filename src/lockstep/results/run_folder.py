@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import RunFolderError, disk_errors
+from lockstep.system.folders import user_path
 from lockstep.system.json_files import plain, write_json
 
 
@@ -46,7 +47,7 @@ class RunFolder:
         Raises:
             RunFolderError: `out` exists already, or cannot be made.
         """
-        path = Path(out or "runs")
+        path = user_path(out or "runs")
         try:
             if out is not None:
                 path.mkdir(mode=0o700, parents=True)
@@ -70,11 +71,11 @@ class RunFolder:
         if out is None:
             return
         try:
-            Path(out).lstat()
+            user_path(out).lstat()
         except (FileNotFoundError, NotADirectoryError):
             return  # the latter is said when it is made
         except OSError as error:  # a name too long, or a folder that may not be entered
-            raise _unmakeable(Path(out), error) from None
+            raise _unmakeable(user_path(out), error) from None
         raise _exists(str(out))
 
     def __enter__(self) -> RunFolder:
@@ -138,7 +139,7 @@ class RunFolder:
         Raises:
             RunFolderError: there is none.
         """
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         if not folder.manifest_path.is_file():
             raise RunFolderError(
                 f"{path} is not a run folder",

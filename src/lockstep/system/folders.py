@@ -32,6 +32,11 @@ def working_folder() -> str:
         ) from None
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it: `~` is the home, which a shell leaves alone in `--out=~/run`."""
+    return Path(os.path.expanduser(path))
+
+
 LOCK, UNLOCKED = "lock", "lock.new"
 """The owner holds a lock on the first, which has that from the beginning: it is made as the second.
 The kernel lets go of it when the owner has died, which no process id tells where containers share
