@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.collectives.grad_norm import GradNormClipper
-from lockstep.data.fetching import make_fetch
+from lockstep.data.fetching import Fetch, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -25,6 +25,7 @@ from lockstep.planning.sampling import Sampling
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine
+from lockstep.system.own_generators import OwnGenerators
 from lockstep.worker.audit import GradientAudit, Report
 from lockstep.worker.build_state import build
 from lockstep.worker.forward_backward import ForwardBackward
@@ -35,8 +36,11 @@ class Session:
     """What the forkserver prepares and its forks inherit."""
 
     task: Task
-    train: Dataset[Any]
+    fetch: Fetch
+    """From the training set."""
     held_out: Dataset[Any] | None
+    generators: OwnGenerators
+    """Those of task and model."""
     shared: SharedState
     schedule: LrSchedule
     """As it is before the first step."""
@@ -52,7 +56,13 @@ class Session:
         *,
         networked: bool,
     ) -> Session:
-        """Move the model to shared memory. Called once, in the forkserver."""
+        """Move the model to shared memory. Called once, in the forkserver.
+
+        Raises:
+            LockstepError: the task cannot be trained.
+        """
+        fetch = make_fetch(task, train, plan.seed)
+        generators = OwnGenerators({"task": task, "model": model})
         model.train()
         task.set_position(plan.position)
         shared = build(
@@ -68,7 +78,13 @@ class Session:
         )
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(
-            task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
+            task=task,
+            fetch=fetch,
+            held_out=held_out,
+            generators=generators,
+            shared=shared,
+            schedule=schedule,
+            plan=plan,
         )
 
 
@@ -79,6 +95,7 @@ class WorkerContext:
     worker_id: int
     task: Task
     held_out: Dataset[Any] | None
+    generators: OwnGenerators
     plan: Plan
     shared: SharedState
     sampling: Sampling
@@ -100,7 +117,7 @@ class WorkerContext:
         plan, task, shared = session.plan, session.task, session.shared
         sampling = plan.sampling
         loader = Loader(
-            make_fetch(task, session.train, plan.seed),
+            session.fetch,
             sampling,
             loaders=plan.loaders,
             spare_cores=machine.cores() - plan.workers * plan.threads,
@@ -115,7 +132,7 @@ class WorkerContext:
         elif plan.clip_grad_norm is not None:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
-            task, shared, sampling, loader, rounds,
+            task, shared, sampling, loader, rounds, session.generators,
             start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
@@ -127,6 +144,7 @@ class WorkerContext:
             worker_id=worker_id,
             task=task,
             held_out=session.held_out,
+            generators=session.generators,
             plan=plan,
             shared=shared,
             sampling=sampling,

@@ -21,6 +21,7 @@ from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
+from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.model_checks import held_tensors
@@ -40,6 +41,7 @@ class ForwardBackward:
         sampling: Sampling,
         loader: Loader,
         rounds: LocalRounds | None,
+        generators: OwnGenerators,
         *,
         start: Position,
         seed: int,
@@ -56,6 +58,10 @@ class ForwardBackward:
         self._writer = GradientHooks(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._modes = Modes(shared.model)
+        self._generators = generators
+        self._frozen = [
+            (name, p) for name, p in shared.model.named_parameters() if not p.requires_grad
+        ]
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
@@ -97,10 +103,12 @@ class ForwardBackward:
         self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
+        seed = derive(self.seed, "shard", step, shard)
+        self._generators.seed(seed)  # first: set_position may seed them itself
         if self._start is not None:
             start, stop = self.sampling.shard_span(step, shard)
             self.task.set_position(self._start.at_step(step, stop - start))
-        seed_everything(derive(self.seed, "shard", step, shard))
+        seed_everything(seed)
         self._buffers.restore(self.shared.committed)
         self._modes.restore()
         versions = [tensor._version for _, tensor in self._kept]
@@ -120,6 +128,9 @@ class ForwardBackward:
         self._buffers.save(slot.buffers)
         if versions != [tensor._version for _, tensor in self._kept]:
             raise self._changed(versions)
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise _unfrozen(name, step)
         return value
 
     def _changed(self, versions: list[int]) -> TaskError:
@@ -158,6 +169,17 @@ class ForwardBackward:
         """Let a scripted fault strike here."""
         if self.faults is not None:
             self.faults.at(phase, step, shard)
+
+
+def _unfrozen(name: str, step: int) -> TaskError:
+    return TaskError(
+        f"parameter {name} was frozen when the run began, and is not any more: it would never be "
+        "trained",
+        expected="every parameter that is ever to be trained to require gradients at the start",
+        found=f"requires_grad=True at step {step}",
+        fix="leave it trainable in Task.model(), and in each call of loss set requires_grad from "
+        "the step that set_position was told: layer.requires_grad_(self.step >= 100)",
+    )
 
 
 def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float:

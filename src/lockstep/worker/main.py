@@ -37,6 +37,7 @@ from lockstep.planning.worker_messages import (
 )
 from lockstep.state.control_segment import Stat
 from lockstep.system import numerics
+from lockstep.system.seeding import derive
 from lockstep.system.unix_channel import Closed
 from lockstep.worker.context import Session, WorkerContext
 from lockstep.worker.error_report import describe_error
@@ -158,7 +159,9 @@ class Worker:
     def _inference(self, *, autocast: bool) -> Inference:
         context, plan = self.context, self.context.plan
         position = plan.position.at_batch(self.step, 0, plan.position.samples)
-        return Inference(context.task, context.shared, position, plan.seed, autocast=autocast)
+        return Inference(
+            context.task, context.shared, context.generators, position, plan.seed, autocast=autocast
+        )
 
     def _one_by_one(self, batches: Sequence[int]) -> Iterator[int]:
         for batch in batches:
@@ -177,6 +180,7 @@ class Worker:
         with self._inference(autocast=False) as inference:
             inference.reset("score", 0, self.context.plan.eval_samples)
             metrics = score(task, outputs, seed) if outputs else {}
+        self.context.generators.seed(derive(seed, "baseline"))
         beside = baseline(task, seed) if request.baseline else {}
         self.control.seconds[self.worker_id][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send(Scored(round=request.round, metrics=metrics, baseline=beside))
