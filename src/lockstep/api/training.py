@@ -61,6 +61,7 @@ def run(
     with open_hosts(request, on) as hosts:
         plan = _decompose(hosts)  # 1 decompose
         ready = hosts.initialise(plan)  # 2 initialise
+        _check(ready, plan)
         with RunFolder.create(hosts.job.out, request.source.label) as folder:
             folder.write_manifest(
                 make_manifest(
@@ -108,6 +109,7 @@ def resume(
             check_resumed(run, manifest, hosts.host.facts)
             plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
             ready = hosts.initialise(plan)
+            _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)
             with _training(hosts.job, plan, ready, folder, start, control, quiet) as (
                 coordinator,
@@ -137,6 +139,12 @@ def _decompose(hosts: OpenHosts) -> Plan:
     if hosts.networked:
         return decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
     return decompose_by_trial(hosts.job, facts, hosts.host)
+
+
+def _check(ready: ReadyHosts, plan: Plan) -> None:
+    """Refuse a task that remembers, before anything is written."""
+    if plan.purity > 0.0:
+        ready.host.check_purity()
 
 
 def _resized(plan: Plan, workers: int | None, hosts: OpenHosts) -> Plan:

@@ -53,6 +53,7 @@ class Plan:
     """Which of the holdings is this host's own."""
     planned_steps: int = 0
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
+    purity: float = 0.0
 
     @property
     def sampling(self) -> Sampling:
@@ -217,6 +218,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         loaders=job.loaders,
         stall_seconds=job.stall_seconds,
         audit=job.audit,
+        purity=job.purity,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

@@ -36,6 +36,7 @@ class Session:
     """What the forkserver prepares and its forks inherit."""
 
     task: Task
+    train: Dataset[Any]
     fetch: Fetch
     """From the training set."""
     held_out: Dataset[Any] | None
@@ -79,6 +80,7 @@ class Session:
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(
             task=task,
+            train=train,
             fetch=fetch,
             held_out=held_out,
             generators=generators,

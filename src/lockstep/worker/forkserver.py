@@ -18,25 +18,33 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
+    CheckPurity,
     ChildExited,
     CloneServer,
     ForkWorker,
     LoadTask,
     Preload,
     Preloaded,
+    PurityChecked,
     Request,
     RequestFailed,
     ServerCloned,
     SetUp,
+    ShardForked,
     StateReady,
     TaskLoaded,
     ToClient,
+    ToComputing,
+    ToPristine,
     WorkerForked,
     to_client,
+    to_computing,
+    to_pristine,
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
@@ -47,6 +55,7 @@ from lockstep.worker.error_report import describe_error
 if TYPE_CHECKING:
     from lockstep.worker.context import Session
     from lockstep.worker.load_task import Loaded
+    from lockstep.worker.pristine import Work
 
 NEEDED = ("torch", "torch._dynamo", "lockstep.worker.main")
 """What every run imports: an optimizer's first step needs the compiler to say that it is not meant.
@@ -74,7 +83,11 @@ class ForkServer:
     def __init__(self, channel: ToClient) -> None:
         self.channel = channel
         self.children: set[int] = set()
-        """Process ids of workers and clones."""
+        """Process ids of workers, clones and pristine forks."""
+        self.computing: dict[int, ToComputing] = {}
+        """By descriptor: workers that may ask for shards to be computed once more."""
+        self.computed_by: dict[int, int] = {}
+        """By the same: the fork that did so last."""
         self.loaded: Loaded
         """By `load`."""
         self.session: Session | None = None
@@ -90,6 +103,8 @@ class ForkServer:
                 self.set_up(request)
             case ForkWorker():
                 self.fork_worker(request.worker_id)
+            case CheckPurity():
+                self.check_purity()
             case CloneServer():
                 return self.clone(request, fds)
         return False
@@ -159,15 +174,21 @@ class ForkServer:
     def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""
         assert self.session is not None
+        watched = self.session.plan.purity > 0.0
+        own_end, worker_end = Channel.pair()
         channel = self._fork(WorkerForked)
         if channel is not None:
-            self._be_worker(worker_id, channel)
+            own_end.close()
+            self._be_worker(worker_id, channel, to_pristine(worker_end) if watched else None)
+        worker_end.close()
+        self.computing[own_end.fileno()] = to_computing(own_end)
 
     def clone(self, request: CloneServer, fds: list[int]) -> bool:
         """Fork a forkserver with what this one has loaded; true in the clone."""
         channel = self._fork(ServerCloned)
         if channel is not None:
             self.channel, self.children = to_client(channel), set()
+            self.computing, self.computed_by = {}, {}
             for number in (1, 2) if fds else ():
                 os.dup2(fds[0], number)
             if request.environment is not None:
@@ -177,6 +198,62 @@ class ForkServer:
             os.close(fd)
         return channel is not None
 
+    def check_purity(self) -> None:
+        """Compute a shard in two pristine forks, and compare."""
+        from lockstep.worker.purity_check import PurityCheck
+
+        assert self.session is not None
+        PurityCheck(self.session, self.fork_pristine, self.channel.fileno()).run()
+        self.channel.send(PurityChecked())
+
+    def compute_again(self, fd: int) -> None:
+        """Fork a process that computes what a worker asks for, or let go of one that has ended."""
+        from lockstep.worker.pristine import Work
+
+        channel = self.computing[fd]
+        last = self.computed_by.pop(fd, 0)
+        if last in self.children:
+            os.kill(last, signal.SIGKILL)  # nobody waits for it any more
+        try:
+            request, (outcome_fd,) = channel.receive()
+        except Closed:
+            del self.computing[fd]
+            channel.close()
+            return
+        work = Work(step=request.step, shard=request.shard)
+        pid = self.fork_pristine([work], None, outcome_fd, request.explain)
+        self.children.add(pid)
+        self.computed_by[fd] = pid
+        pidfd = os.pidfd_open(pid)
+        with contextlib.suppress(Closed):
+            channel.send(ShardForked(pid=pid), [pidfd])
+        for each in (outcome_fd, pidfd):
+            os.close(each)
+
+    def fork_pristine(self, works: Sequence[Work], slot: int | None, fd: int, explain: bool) -> int:
+        """Fork a process that computes shards, and leaves an outcome in a file; its process id."""
+        parent = os.getpid()
+        _flush()
+        pid = os.fork()
+        if pid == 0:
+            _in_child(parent, self._channels())
+            self._be_pristine(works, slot, fd, explain)
+        return pid
+
+    def _be_pristine(self, works: Sequence[Work], slot: int | None, fd: int, explain: bool) -> None:
+        """Compute shards unseen; never returns."""
+        from lockstep.worker.pristine import compute, write_outcome
+
+        assert self.session is not None
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # a worker prints the same
+            for number in (1, 2):
+                os.dup2(nowhere, number)
+            room = None if slot is None else self.session.shared.slots[slot]
+            write_outcome(fd, compute(self.session, works, room, explain=explain))
+        finally:
+            os._exit(0)
+
     def _fork(self, answer: type[WorkerForked | ServerCloned]) -> Channel | None:
         """Fork, and tell the agent of the child; in the child, return its end of its channel."""
         agent_end, child_end = Channel.pair()
@@ -184,7 +261,7 @@ class ForkServer:
         _flush()
         pid = os.fork()
         if pid == 0:
-            _in_child(parent, [self.channel.channel, agent_end])
+            _in_child(parent, [*self._channels(), agent_end])
             return child_end
         child_end.close()
         self.children.add(pid)
@@ -196,14 +273,20 @@ class ForkServer:
             agent_end.close()
         return None
 
-    def _be_worker(self, worker_id: int, channel: Channel) -> None:
+    def _channels(self) -> list[Channel]:
+        """What is not for children to hold."""
+        return [self.channel.channel, *(each.channel for each in self.computing.values())]
+
+    def _be_worker(
+        self, worker_id: int, channel: Channel, to_forkserver: ToPristine | None
+    ) -> None:
         """Run a worker to its end; never returns."""
         from lockstep.worker.main import work
 
         assert self.session is not None
         code = 1
         try:
-            code = work(self.session, worker_id, to_agent(channel))
+            code = work(self.session, worker_id, to_agent(channel), to_forkserver)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -267,11 +350,11 @@ def serve(forkserver: ForkServer) -> bool:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    poll = select.poll()
-    poll.register(forkserver.channel, select.POLLIN)
-    poll.register(wake_read, select.POLLIN)
     try:
         while True:
+            poll = select.poll()
+            for fd in (forkserver.channel.fileno(), wake_read, *forkserver.computing):
+                poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll()}
             if wake_read in ready:
                 os.read(wake_read, 4096)
@@ -280,6 +363,8 @@ def serve(forkserver: ForkServer) -> bool:
                 request, fds = forkserver.channel.receive()
                 if _answer(forkserver, request, fds):
                     return True
+            for fd in ready & forkserver.computing.keys():
+                forkserver.compute_again(fd)
     except Closed:
         forkserver.end()
         return False

@@ -33,6 +33,8 @@ class ForwardBackward:
 
     early = False
     """Whether other hosts get gradients of this worker's own slots as they come."""
+    froze_at = -1
+    """The last step that has changed which parameters require gradients."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class ForwardBackward:
         self._frozen = [
             (name, p) for name, p in shared.model.named_parameters() if not p.requires_grad
         ]
+        self._trainable = [True] * len(shared.params)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
@@ -131,6 +134,9 @@ class ForwardBackward:
         for name, parameter in self._frozen:
             if parameter.requires_grad:
                 raise _unfrozen(name, step)
+        trainable = [parameter.requires_grad for parameter in self.shared.params]
+        if trainable != self._trainable:
+            self._trainable, self.froze_at = trainable, step
         return value
 
     def _changed(self, versions: list[int]) -> TaskError:
