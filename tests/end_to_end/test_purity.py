@@ -171,6 +171,29 @@ def test_what_remembers_is_refused_by_name(kind: Any, place: str, tmp_path: Path
     assert not list(tmp_path.iterdir()), "a run folder for a run that has not begun"
 
 
+class Reports(Remembers):
+    """What it remembers changes metrics alone."""
+
+    def __init__(self) -> None:
+        super().__init__(Counter, "task")
+
+    def eval_data(self) -> Any:
+        return Points(None)
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        self.memory.of(0)
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def metrics(self, model: Any, batch: Any) -> dict[str, Any]:
+        return {"seen": self.memory.count}
+
+
+def test_what_remembers_for_metrics_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="something remembers") as raised:
+        train(Reports(), tmp_path)
+    assert "the metrics of a held-out batch; what has changed" in raised.value.found
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_what_a_generator_draws_is_right(place: str, tmp_path: Path) -> None:
     results = [train(Remembers(Owner, place), tmp_path, workers=count) for count in (1, 3)]

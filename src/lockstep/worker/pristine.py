@@ -6,6 +6,7 @@ same bytes are expected whatever either has computed before: else the user's obj
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
+from lockstep.data.fetching import make_fetch
 from lockstep.data.loader import Loader
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.optim.local_rounds import LocalRounds
@@ -30,6 +32,7 @@ from lockstep.system.object_graph import walk
 from lockstep.worker.audit import private_copy
 from lockstep.worker.context import Session
 from lockstep.worker.error_report import describe_error
+from lockstep.worker.evaluate import Inference, evaluate_batches
 from lockstep.worker.forward_backward import ForwardBackward
 
 DIGEST = 16
@@ -72,7 +75,8 @@ def compute(
 ) -> Outcome:
     """Compute shards, one after the other; what the last one left. Called in a fork of its own.
 
-    `slot`: where gradients go; None: to memory of the fork's own.
+    `slot`: where gradients go, before the first step; the metrics of a held-out batch are computed
+    then, too. None: to memory of the fork's own.
     """
     plan, shared = session.plan, session.shared
     numerics.configure(plan.threads)
@@ -96,8 +100,29 @@ def compute(
             loss = forward_backward.make(work.step, work.shard, target, flags)
     except BaseException as error:  # the user's code may call sys.exit()
         return Outcome(error=describe_error(error, f"computing step {works[-1].step}"))
+    parts = digest_parts(shared, target, flags, loss)
+    if slot is not None:
+        with contextlib.suppress(BaseException):  # workers will meet the same, and tell of it
+            parts |= _of_held_out(session)
     held = digest_held(session.task, session.train, shared) if explain else {}
-    return Outcome(parts=digest_parts(shared, target, flags, loss), held=held)
+    return Outcome(parts=parts, held=held)
+
+
+def _of_held_out(session: Session) -> dict[str, bytes]:
+    """A digest of the metrics and outputs of the first held-out batch."""
+    plan = session.plan
+    samples, _ = plan.own_held_out
+    if not samples or session.held_out is None:
+        return {}
+    position = plan.position.at_batch(0, 0, plan.position.samples)
+    fetch = make_fetch(session.task, session.held_out, plan.seed)
+    with Inference(
+        session.task, session.shared, session.generators, position, plan.seed,
+        autocast=plan.precision == "bf16",
+    ) as inference:  # fmt: skip
+        size = {"samples": samples, "batch_size": plan.eval_batch_size}
+        (found,) = evaluate_batches(inference, fetch, [0], **size)
+    return {"the metrics of a held-out batch": _digest(repr(found).encode())}
 
 
 class _Fetching(Loader):
