@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,21 @@ class Points(Dataset[Any]):
         return X[index] + extra, Y[index], index
 
 
-class Remembers(lockstep.Task):
+class Plain(lockstep.Task):
+    def model(self) -> nn.Module:
+        return nn.Linear(FEATURES, 2)
+
+    def train_data(self) -> Any:
+        return Points(None)
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def optimizer(self, params: lockstep.Parameters) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1)
+
+
+class Remembers(Plain):
     """Something that remembers is in one place, and changes the loss."""
 
     def __init__(self, make: Callable[[], Any], place: str) -> None:
@@ -151,9 +166,6 @@ class Remembers(lockstep.Task):
             memory = held.get(self.place) or self.memory
             x = x + memory.of(int(indices[0]))
         return cross_entropy(model(x), y)
-
-    def optimizer(self, params: lockstep.Parameters) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, lr=0.1)
 
 
 def train(task: lockstep.Task, folder: Path, **settings: Any) -> lockstep.Result:
@@ -234,3 +246,43 @@ def test_one_history_has_other_shards_and_the_same_samples() -> None:
         Work(step=4, shard=0, samples_of=(0, 0)),
         Work(step=0, shard=0),
     ]
+
+
+class Distilled(Plain):
+    """The teacher is a copy of the model, made when it is first needed: a worker that takes the
+    place of a dead one would copy a later model."""
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        if not hasattr(self, "teacher"):
+            self.teacher = copy.deepcopy(model)
+        found = model(batch[0])
+        with torch.no_grad():
+            wanted = self.teacher(batch[0])
+        loss: torch.Tensor = cross_entropy(found, batch[1]) + (found - wanted).square().mean()
+        return loss
+
+
+def test_what_is_made_of_the_first_parameters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="something remembers") as raised:
+        train(Distilled(), tmp_path)
+    assert "of step 1" in raised.value.found
+    assert "task.teacher" in raised.value.found
+
+
+class Froze(Plain):
+    """A layer is frozen once: only in the processes that were there."""
+
+    def set_position(self, position: lockstep.Position) -> None:
+        self.step = position.step
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        if self.step == 5:
+            model.bias.requires_grad_(False)
+        return super().loss(model, batch)
+
+
+def test_what_is_frozen_once_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="something remembers") as raised:
+        train(Froze(), tmp_path)
+    assert "step 6: the gradient of bias" in raised.value.found
+    assert "model.bias.requires_grad" in raised.value.found

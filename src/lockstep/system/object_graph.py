@@ -25,8 +25,8 @@ MOST_OBJECTS, MOST_ITEMS = 50_000, 1_000
 """How many objects are looked at, and how many items of a container."""
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, np.ndarray, np.generic)
 """What leads nowhere."""
-_KEPT_IN_STEP = ("_parameters", "_buffers")
-"""Attributes of a module that hold what workers keep in step."""
+_REGISTERED = ("_modules", "_parameters", "_buffers")
+"""Where a module keeps what is assigned to it."""
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib")
 )
@@ -87,10 +87,8 @@ def _leading_from(path: str, value: object) -> Iterator[Found]:
 def _of_instance(path: str, value: object) -> Iterator[Found]:
     own = _attributes(value)
     for name, item in own.items():
-        if isinstance(value, nn.Module) and name in _KEPT_IN_STEP:
-            continue
-        if isinstance(value, nn.Module) and name == "_modules":
-            yield from ((f"{path}.{child}", module) for child, module in item.items())
+        if isinstance(value, nn.Module) and name in _REGISTERED:
+            yield from ((f"{path}.{child}", each) for child, each in item.items())
         else:
             yield f"{path}.{name}", item
     for kind in type(value).__mro__:

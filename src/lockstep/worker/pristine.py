@@ -7,7 +7,9 @@ same bytes are expected whatever either has computed before: else the user's obj
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +177,22 @@ def _of_value(value: object) -> bytes:
         return _digest(repr(cache()).encode())
     if type(value).__module__ == "itertools":
         return _digest(repr(value).encode())
+    return _of_stream(value)
+
+
+def _of_stream(value: object) -> bytes:
+    """How far a generator of random numbers, or an open file, has come."""
+    if isinstance(value, random.Random):
+        return _digest(repr(value.getstate()).encode())
+    if isinstance(value, np.random.Generator):
+        return _digest(repr(value.bit_generator.state).encode())
+    if isinstance(value, np.random.RandomState):
+        return _digest(repr(value.get_state(legacy=False)).encode())
+    if isinstance(value, torch.Generator):
+        return _of_tensor(value.get_state())
+    if isinstance(value, io.IOBase):
+        with contextlib.suppress(OSError, ValueError):  # it is a pipe, or closed
+            return _digest(str(value.tell()).encode())
     return b""
 
 

@@ -35,6 +35,9 @@ PATIENCE, PATIENCE_SECONDS = 5.0, 2.0
 """How long a fork may take: so many times what the worker took for the shard, and so much more."""
 
 LOOK_SECONDS = 0.1
+EARLY_STEP = 1
+"""Where there is a check in any case: parameters have changed, so that what was made of the initial
+ones, when it was first needed, shows."""
 MOST_SUSPICIONS = 3
 """How often steps are checked for what the one before has frozen: some do it all the time."""
 
@@ -53,6 +56,8 @@ class PurityWatch:
     def is_due(self, step: int, now: float, froze_at: int) -> bool:
         """Whether it is time for a check: also after a step that froze or thawed parameters, which
         `froze_at` is the last of, since the next one may rely on that."""
+        if step == EARLY_STEP and self._worker_id == 0 and not self._checks:
+            return True
         if froze_at == step - 1 >= 0 and self._suspicions < MOST_SUSPICIONS:
             self._suspicions += 1
             return True
