@@ -265,7 +265,6 @@ class Distilled(Plain):
 def test_what_is_made_of_the_first_parameters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="something remembers") as raised:
         train(Distilled(), tmp_path)
-    assert "of step 1" in raised.value.found
     assert "task.teacher" in raised.value.found
 
 
@@ -284,5 +283,5 @@ class Froze(Plain):
 def test_what_is_frozen_once_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="something remembers") as raised:
         train(Froze(), tmp_path)
-    assert "step 6: the gradient of bias" in raised.value.found
+    assert "the gradient of bias" in raised.value.found
     assert "model.bias.requires_grad" in raised.value.found

@@ -35,9 +35,9 @@ PATIENCE, PATIENCE_SECONDS = 5.0, 2.0
 """How long a fork may take: so many times what the worker took for the shard, and so much more."""
 
 LOOK_SECONDS = 0.1
-EARLY_STEP = 1
-"""Where there is a check in any case: parameters have changed, so that what was made of the initial
-ones, when it was first needed, shows."""
+EARLY_STEPS = range(1, 9)
+"""In one of these there is a check in any case: parameters have changed, so that what was made of
+the initial ones, when it was first needed, shows."""
 MOST_SUSPICIONS = 3
 """How often steps are checked for what the one before has frozen: some do it all the time."""
 
@@ -50,18 +50,16 @@ class PurityWatch:
         self._session, self._channel, self._worker_id = session, channel, worker_id
         self._fraction, self._seed = session.plan.purity, session.plan.seed
         self._checks = self._suspicions = 0
+        self._froze_at = -1
         self._cost = LEAST_SECONDS
         self._due = time.perf_counter() + self._interval(session.plan.workers)
 
     def is_due(self, step: int, now: float, froze_at: int) -> bool:
         """Whether it is time for a check: also after a step that froze or thawed parameters, which
         `froze_at` is the last of, since the next one may rely on that."""
-        if step == EARLY_STEP and self._worker_id == 0 and not self._checks:
-            return True
-        if froze_at == step - 1 >= 0 and self._suspicions < MOST_SUSPICIONS:
-            self._suspicions += 1
-            return True
-        return now >= self._due
+        froze = froze_at != self._froze_at and step > froze_at
+        early = step in EARLY_STEPS and self._worker_id == 0 and not self._checks
+        return now >= self._due or early or (froze and self._suspicions < MOST_SUSPICIONS)
 
     def _interval(self, workers: float) -> float:
         """Seconds to the next check: so many that all workers' keep to the fraction, and random."""
@@ -70,7 +68,7 @@ class PurityWatch:
         drawn = derive(self._seed, "purity", self._worker_id, self._checks) / 2**63
         return (0.5 + drawn) * workers * self._cost * (1 / self._fraction - 1)
 
-    def check(self, step: int, shards: Sequence[int], took: float) -> None:
+    def check(self, step: int, shards: Sequence[int], took: float, froze_at: int) -> None:
         """Have one of the shards that this worker has computed in a step computed again.
 
         `took`: how many seconds all of them took. Called before any worker goes on.
@@ -78,8 +76,10 @@ class PurityWatch:
         Raises:
             TaskError: the result is another.
         """
-        if not shards:
+        if not shards:  # others were quicker: it stays due
             return
+        self._suspicions += froze_at != self._froze_at
+        self._froze_at = froze_at
         begun = time.perf_counter()
         chosen = derive(self._seed, "purity shard", step, self._worker_id) % len(shards)
         shared = self._session.shared

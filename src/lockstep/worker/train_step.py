@@ -105,10 +105,9 @@ class TrainStep:
         begun = clock()
         self._compute_all(step, todo)
         computed = clock()
-        if self._watch is not None and self._watch.is_due(
-            step, computed, self._forward_backward.froze_at
-        ):
-            self._watch.check(step, self._computed(step), computed - begun)
+        froze_at = self._forward_backward.froze_at
+        if self._watch is not None and self._watch.is_due(step, computed, froze_at):
+            self._watch.check(step, self._computed(step), computed - begun, froze_at)
             computed = clock()
         fetching = self._forward_backward.pop_fetching_seconds()
         seconds[Stat.COMPUTE] += computed - begun - fetching
