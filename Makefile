@@ -8,9 +8,15 @@ VENV := .venv
 BIN  := $(VENV)/bin
 ARGS ?=
 
-# The stamp is written last: an installation cut short is done again. It names both files that
-# decide what is installed, so that a change in either brings the environment up to date.
+# A stamp is written last: an installation cut short is done again. It names both files that decide
+# what is installed, so that a change in either brings the environment up to date.
+# INSTALLED: what running needs. READY: what working on Lockstep needs as well.
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# torch's builds for CPUs: PyPI has the one for CUDA, of several gigabytes.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 # The first interpreter that is new enough. A version manager may offer a python3.11 that does
 # not start, so each candidate is run.
@@ -25,7 +31,7 @@ help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
 		$(MAKEFILE_LIST)
 
-run: $(READY) ## Train the MNIST CNN on two workers
+run: $(INSTALLED) ## Train the MNIST CNN on two workers
 	$(BIN)/lockstep data fetch mnist
 	$(BIN)/lockstep run mnist --model cnn --workers 2 $(ARGS)
 
@@ -86,12 +92,18 @@ clean: ## Remove caches and build output (keeps .venv and runs)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { \
 		echo "no Python 3.11 or newer found; install one, or run: make PYTHON=/path/to/python" >&2; \
 		exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@echo "installing into $(VENV) (a minute or two the first time)" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev]'
+	@echo "installing torch and what Lockstep needs into $(VENV)" >&2
+	@$(PIP) install --no-deps --retries 1 --timeout 20 --constraint constraints.txt \
+		--extra-index-url $(CPU_TORCH) torch || echo "no CPU build to be had: any other then" >&2
+	@$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+$(READY): $(INSTALLED)
+	@echo "installing what tests and checks need into $(VENV)" >&2
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -23,6 +23,7 @@ from benchmarks.models import CASES, WORLD
 from benchmarks.report import publish
 from benchmarks.tasks import Benchmark
 
+NEVER = 1e9
 BAR = 0.98
 """The rate with checkpoints has to be this share of the rate without."""
 
@@ -31,7 +32,7 @@ def train(name: str, steps: int, every: float | None, out: Path) -> float:
     """Seconds from the first committed step of a run to the last."""
     settings: dict[str, Any] = {
         "workers": WORLD, "shards": WORLD, "threads": 1, "evaluate": False, "quiet": True,
-        "batch_size": CASES[name].batch * WORLD, "checkpoint_seconds": every,
+        "batch_size": CASES[name].batch * WORLD, "checkpoint_seconds": every or NEVER,
     }  # fmt: skip
     lockstep.run(Benchmark(name), steps=steps, out=str(out), **settings)
     events = read_events(out)

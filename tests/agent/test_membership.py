@@ -17,6 +17,8 @@ from lockstep.agent.membership import (
     Command,
     DismissWorker,
     Event,
+    ForkFailed,
+    ForkRetried,
     FormGroup,
     GiveUp,
     GroupStarted,
@@ -74,6 +76,9 @@ class Shell:
                 }
             case WorkerDied(worker_id):
                 self.failed_starts += self.workers.pop(worker_id) == STARTING
+            case ForkFailed(worker_id):
+                assert self.workers.pop(worker_id) == STARTING
+                self.failed_starts += not self.workers
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -326,3 +331,35 @@ def test_random_events(max_workers: int, target: int, choices: list[int]) -> Non
         assert len(members.formed) == members.target
         assert shell.having(WORKING) == sorted(members.formed)
         assert dict(members.status) == dict.fromkeys(members.formed, Status.WORKING)
+
+
+# Workers that cannot be forked.
+
+
+def test_the_others_go_on_without_a_worker_that_cannot_be_forked() -> None:
+    shell = shell_of(3)
+    commands_of(shell, WorkerDied(1), WorkerRested(0))
+    assert commands_of(shell, WorkerRested(2)) == [FormGroup((0, 2)), SpawnWorker(1)]
+    assert commands_of(shell, ForkFailed(1)) == []
+    assert commands_of(shell, WorkerDied(0), WorkerRested(2)) == [RaiseEpoch(), FormGroup((2,))]
+    assert commands_of(shell, ForkRetried()) == [SpawnWorker(0), SpawnWorker(1)]
+    assert commands_of(shell, ForkFailed(0), ForkFailed(1), ForkRetried(), WorkerReady(0)) == [
+        SpawnWorker(0),
+        SpawnWorker(1),
+        RaiseEpoch(),
+    ]
+
+
+def test_a_run_begins_with_those_that_can_be_forked() -> None:
+    shell = Shell(2, 2)
+    assert commands_of(shell, GroupStarted()) == [SpawnWorker(0), SpawnWorker(1)]
+    assert commands_of(shell, ForkFailed(1)) == []
+    assert commands_of(shell, WorkerReady(0)) == [FormGroup((0,))]
+
+
+def test_with_nobody_it_is_tried_a_few_times() -> None:
+    shell = Shell(1, 1)
+    commands_of(shell, GroupStarted())
+    for _ in range(MAX_FAILED_STARTS - 1):
+        assert commands_of(shell, ForkFailed(0), ForkRetried()) == [SpawnWorker(0)]
+    assert commands_of(shell, ForkFailed(0)) == [GiveUp()]

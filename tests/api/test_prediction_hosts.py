@@ -106,6 +106,7 @@ def test_a_host_with_another_vocabulary_is_refused(site: Site, tmp_path: Path) -
     on.wait()
 
 
+@pytest.mark.long
 def test_a_host_joins_while_others_predict(site: Site, tmp_path: Path) -> None:
     trained = Trained(site, tmp_path)
     many = points(tmp_path / "many.jsonl", 8 * RECORDS)
@@ -134,7 +135,7 @@ def await_file(path: Path, seconds: float = 60.0) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ownership": "sharded"},
+        pytest.param({"ownership": "sharded"}, marks=pytest.mark.long),
         pytest.param({"compression": "topk", "groups": 3}, marks=pytest.mark.long),
         pytest.param({"local_steps": 2}, marks=pytest.mark.long),
     ],

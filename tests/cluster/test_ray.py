@@ -172,6 +172,7 @@ def test_three_nodes_give_the_bits_of_one(nodes: RayNodes, yard: Yard) -> None:
     nodes.await_end([])
 
 
+@pytest.mark.long
 def test_a_node_dies_and_an_actor_and_a_node_comes(nodes: RayNodes, yard: Yard) -> None:
     """Those that are lost are named; another agent takes the actor's place, though the node that
     has died was of the same placement group; the new node takes part."""
@@ -195,6 +196,7 @@ def test_a_node_dies_and_an_actor_and_a_node_comes(nodes: RayNodes, yard: Yard) 
     assert any("another one is started" in each for each in why), why
 
 
+@pytest.mark.long
 def test_the_master_is_killed_and_the_run_resumed(
     nodes: RayNodes, tmp_path: Path, yard: Yard
 ) -> None:

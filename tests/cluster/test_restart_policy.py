@@ -100,6 +100,7 @@ def agent_of(member: Daemon) -> int:
     return int(member.until(": agent ").partition(": agent ")[2].partition(",")[0])
 
 
+@pytest.mark.long
 def test_an_agent_that_is_killed_twice_comes_back_twice(
     cluster: Loopback, yard: Yard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -331,6 +331,7 @@ def test_a_host_dies_before_the_run_while_data_is_sent(
     ended_well(on, "b")
 
 
+@pytest.mark.long
 def test_a_host_dies_as_it_joins_while_data_is_sent(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

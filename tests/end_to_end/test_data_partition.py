@@ -148,6 +148,7 @@ def test_the_comparison_can_fail() -> None:
     assert whole.file() != wanted().file()
 
 
+@pytest.mark.long
 def test_a_host_is_lost_and_the_run_goes_on_when_it_is_back(site: Site) -> None:
     on = site.agents({"b": 1, "c": 1})
     fault = Fault(worker_id=-1, host="c", step=9, phase="forward", kind="host")

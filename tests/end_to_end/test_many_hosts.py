@@ -37,7 +37,7 @@ IN_STEP = tuple(phase for phase in (*PHASES, "exchange") if phase != "evaluate")
     [
         pytest.param("cnn", {"b": 2}, 2, marks=pytest.mark.long),
         ("mixture", {"b": 1, "c": 1}, 2),  # parameters without gradients in some steps
-        ("clip", {"b": 1, "c": 1, "d": 1}, 1),
+        pytest.param("clip", {"b": 1, "c": 1, "d": 1}, 1, marks=pytest.mark.long),
         pytest.param("bf16", {"b": 3, "c": 1}, 1, marks=pytest.mark.long),
         pytest.param("transformer", {"b": 2, "c": 1}, 1, marks=pytest.mark.long),
         pytest.param("muon", {"b": 2}, 1, marks=pytest.mark.long),
@@ -153,6 +153,7 @@ def test_flipped_bits_on_another_host_are_put_right(site: Site) -> None:
 # Joining, leaving, falling silent.
 
 
+@pytest.mark.long
 def test_hosts_join_and_are_killed_and_stop_answering(site: Site, slow: None) -> None:
     on = site.agents({"b": 1}, 1)
     changes = {"steps": 900, "host_seconds": 1.5}

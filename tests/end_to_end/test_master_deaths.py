@@ -293,6 +293,7 @@ def test_a_full_disk(master: Start, wanted: lockstep.Result, tmp_path: Path) -> 
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.long
 def test_a_read_only_folder(master: Start, wanted: lockstep.Result, tmp_path: Path) -> None:
     """Nothing can be written, and that is said at once; later the run goes on."""
     place = tmp_path / "disk"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from torch.utils.data import Dataset
 
 import lockstep
 from lockstep.data.sample_order import SampleOrder
-from lockstep.errors import LockstepError, NonFiniteError, PoisonError, RunFolderError, TaskError
+from lockstep.errors import (
+    IntegrityError,
+    LockstepError,
+    NonFiniteError,
+    PoisonError,
+    RunFolderError,
+    TaskError,
+)
 from lockstep.job.task import Parameters
 from lockstep.planning.sampling import Sampling
 from lockstep.results.checkpoint import list_checkpoints, open_checkpoint
@@ -109,16 +116,31 @@ def test_a_bad_sample(
 
 
 class BrokenMetric(Vectors):
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-        raise KeyError("accuracy")
+    """Its metrics cannot be had from some batches."""
+
+    def __init__(self, *, first: bool) -> None:
+        self.first = first
+
+    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
+        if self.first or 0 not in batch[-1]:
+            raise KeyError("accuracy")
+        return super().metrics(model, batch)
 
 
-def test_a_broken_metric(run_folder: str) -> None:
-    with pytest.raises(TaskError, match=r"Held-out batch \d; its samples") as caught:
-        lockstep.run(
-            BrokenMetric(), workers=2, shards=2, threads=1, batch_size=26, quiet=True,
-            out=run_folder,
-        )  # fmt: skip
+EVALUATED: dict[str, Any] = {**SETTINGS, "shards": 2, "evaluate": True, "eval_batch_size": 8}
+
+
+def test_a_broken_metric_is_found_before_the_first_step(run_folder: str) -> None:
+    with pytest.raises(TaskError, match="Held-out batch 0; its samples"):
+        lockstep.run(BrokenMetric(first=True), workers=2, out=run_folder, **EVALUATED)
+    lines = read_ledger(Path(run_folder, "ledger.jsonl"))
+    assert not [line for line in lines if "step" in line.content]
+    assert events(run_folder, "first_step") == []
+
+
+def test_a_metric_that_breaks_after_an_epoch(run_folder: str) -> None:
+    with pytest.raises(TaskError, match=r"Held-out batch [1-9]; its samples") as caught:
+        lockstep.run(BrokenMetric(first=False), workers=2, out=run_folder, **EVALUATED)
     step, _ = kept(run_folder)
     assert step == -(-SAMPLES // 26)
     assert f"goes on from step-{step:08d}" in caught.value.fix
@@ -126,6 +148,8 @@ def test_a_broken_metric(run_folder: str) -> None:
 
 class BreaksLate(torch.optim.SGD):
     """Raises instead of the update of a late step."""
+
+    lockstep_update = "elementwise"  # as SGD, so that the mended task goes on with its state
 
     def step(self, closure: Any = None) -> Any:
         if self.param_groups[0]["lr"] < 0.03:
@@ -154,6 +178,24 @@ def test_an_update_that_raises(run_folders: Callable[[], str]) -> None:
     sound = lockstep.run(LateOptimizer(breaks=False), workers=1, out=run_folders(), **settings)
     resumed = lockstep.resume(folder, task=LateOptimizer(breaks=False), quiet=True)
     assert resumed.fingerprint == sound.fingerprint
+
+
+class Adam(LateOptimizer):
+    def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, lr=0.1)
+
+
+def test_a_run_is_not_resumed_with_another_optimizer(run_folder: str) -> None:
+    """It is refused, and nothing of the run is lost."""
+    settings = {**SETTINGS, "shards": 2, "steps": 400, "data_epochs": None}
+    with pytest.raises(TaskError):
+        lockstep.run(LateOptimizer(breaks=True), workers=2, out=run_folder, **settings)
+    ledger, step = Path(run_folder, "ledger.jsonl").read_bytes(), kept(run_folder)[0]
+    with pytest.raises(IntegrityError, match="does not fit the task's model and optimizer"):
+        lockstep.resume(run_folder, task=Adam(breaks=False), quiet=True)
+    assert Path(run_folder, "ledger.jsonl").read_bytes() == ledger
+    assert kept(run_folder)[0] == step
+    lockstep.resume(run_folder, task=LateOptimizer(breaks=False), quiet=True)
 
 
 # The run folder.

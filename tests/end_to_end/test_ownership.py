@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "name",
     [
         "mixture",  # parameters without gradients in some steps
-        "clip",
+        pytest.param("clip", marks=pytest.mark.long),
         pytest.param("cnn", marks=pytest.mark.long),
         pytest.param("transformer", marks=pytest.mark.long),
         pytest.param("muon", marks=pytest.mark.long),
@@ -46,7 +46,7 @@ def test_same_bits(site: Site, kind: str, name: str) -> None:
     ended_well(on)
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ["sharded", pytest.param("servers", marks=pytest.mark.long)])
 def test_sparse_gradients(site: Site, kind: str) -> None:
     """Tables are updated on every host; only touched rows travel."""
     settings: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_sparse_gradients(site: Site, kind: str) -> None:
 # Deaths.
 
 
-@pytest.mark.parametrize("phase", ["exchange", "return"])
+@pytest.mark.parametrize("phase", [pytest.param("exchange", marks=pytest.mark.long), "return"])
 def test_a_host_dies_that_sums_for_all(site: Site, phase: str) -> None:
     on = site.agents({"b": 1, "c": 1, "d": 1}, 1)
     faults = (
@@ -81,7 +81,7 @@ def test_a_host_dies_that_sums_for_all(site: Site, phase: str) -> None:
     ended_well(on, "c")
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", [pytest.param("sharded", marks=pytest.mark.long), "servers"])
 def test_a_part_of_the_state_is_lost(site: Site, kind: str) -> None:
     """With its host, or in the middle of an update: all go back to the master's base."""
     on = site.agents({"b": 1, "c": 1, "d": 1}, 1)
@@ -99,7 +99,8 @@ def test_a_part_of_the_state_is_lost(site: Site, kind: str) -> None:
     ended_well(on, "c")
 
 
-@pytest.mark.parametrize("kind", ["sharded", pytest.param("servers", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_hosts_join_and_leave(site: Site, slow: None, kind: str) -> None:
     """The base is brought up to date before anybody is let in; a checkpoint has all parts."""
     check_joining_and_leaving(site, {"b": 1, "c": 1}, "d", "c", **SETTINGS[kind])

@@ -50,7 +50,9 @@ def in_every_phase(kinds: tuple[str, ...]) -> tuple[Fault, ...]:
         ("cnn", ("kill", "segfault", "exit")),
         pytest.param("transformer", ("segfault", "exit", "kill"), marks=pytest.mark.long),
         pytest.param("by-epoch", ("exit", "kill", "segfault"), marks=pytest.mark.long),
-        ("channels-last", ("kill", "segfault", "exit")),  # with clip_grad_norm
+        pytest.param(  # with clip_grad_norm
+            "channels-last", ("kill", "segfault", "exit"), marks=pytest.mark.long
+        ),
         ("wide-branches", ("kill", "exit", "segfault")),
     ],
 )

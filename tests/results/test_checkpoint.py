@@ -189,16 +189,20 @@ def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint: Written) -> None:
+    """And nothing of it is written: a run that begins without it has its own first state."""
     path, layout, state = checkpoint
-    first = layout.entries[0]
-    other = Entry(**{**vars(first), "shape": (3, 4, 5, 5)})
-    fitting = Layout(**{**vars(layout), "entries": (other, *layout.entries[1:])})
-    segment = Segment.create("state", len(state))
-    try:
-        with pytest.raises(IntegrityError, match=r"tensor (weight|tied)"):
-            open_checkpoint(path).load_into(fitting, segment)
-    finally:
-        segment.close()
+    last = layout.entries[-1]
+    other = Entry(**{**vars(last), "shape": (3, 4, 5, 5)})
+    more = Entry(**{**vars(last), "name": "weight/momentum"})
+    for entries in ((*layout.entries[:-1], other), (*layout.entries, more)):
+        segment = Segment.create("state", len(state))
+        fitting = Layout(**{**vars(layout), "entries": entries})
+        try:
+            with pytest.raises(IntegrityError, match="does not fit the task's model and optimizer"):
+                open_checkpoint(path).load_into(fitting, segment)
+            assert not any(bytes(segment.map))
+        finally:
+            segment.close()
 
 
 def test_a_full_disk_leaves_what_was_there(

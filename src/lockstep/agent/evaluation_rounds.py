@@ -63,6 +63,11 @@ class EvaluationRounds:
                 return {**combine(results), **scored}
             group.await_rest()
 
+    def evaluate_one(self) -> None:
+        """Evaluate the first held-out batch, for its errors alone. `Task.score` is not tried: it
+        may need all of the held-out set."""
+        self.divide("evaluate", range(1))
+
     def divide(self, what: Inferred, batches: Sequence[int]) -> list[Any]:
         """What the workers make of each batch, in order; each batch is done by one of them."""
         group = self._group

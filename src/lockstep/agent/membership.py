@@ -44,6 +44,8 @@ class WorkerMembership:
     held: bool = False
     """Whether the workers stay at rest until `ResumeRequested`: the hosts are being regrouped."""
     failed_starts: int = 0
+    blocked: bool = False
+    """Whether workers cannot be forked for now, for lack of processes, memory or descriptors."""
 
     def having(self, *wanted: Status) -> tuple[int, ...]:
         """The workers with one of these statuses, in order."""
@@ -104,6 +106,18 @@ class WorkerDied:
 
 
 @dataclass(frozen=True)
+class ForkFailed:
+    """The system does not let this worker be forked."""
+
+    worker_id: int
+
+
+@dataclass(frozen=True)
+class ForkRetried:
+    """Forking may be tried again."""
+
+
+@dataclass(frozen=True)
 class TargetChanged:
     """Another number of workers is wanted."""
 
@@ -138,6 +152,8 @@ Event = (
     | WorkerRested
     | WorkersResumed
     | WorkerDied
+    | ForkFailed
+    | ForkRetried
     | TargetChanged
     | WorkerCorrupted
     | PauseRequested
@@ -203,6 +219,10 @@ def decide(members: WorkerMembership, event: Event) -> Decision:
             return replace(members, status=working), (), "the lease was extended"
         case WorkerDied(worker_id):
             return _died(members, worker_id)
+        case ForkFailed(worker_id):
+            return _fork_failed(members, worker_id)
+        case ForkRetried():
+            return _fill(replace(members, blocked=False), "it is tried again")
         case TargetChanged(workers):
             return _target(members, workers)
         case WorkerCorrupted(worker_id):
@@ -250,6 +270,18 @@ def _died(members: WorkerMembership, worker_id: int) -> Decision:
     return _regroup(members, reason)
 
 
+def _fork_failed(members: WorkerMembership, worker_id: int) -> Decision:
+    """Go on with those that there are; with nobody, give up after some tries."""
+    members = replace(_with(members, worker_id, None), blocked=True)
+    reason = f"worker {worker_id} could not be forked"
+    if not members.status:
+        members = replace(members, failed_starts=members.failed_starts + 1)
+        if members.failed_starts >= MAX_FAILED_STARTS:
+            return members, (GiveUp(),), f"{reason}, and there is no other"
+        return members, (), reason
+    return _form_if_at_rest(members, reason)
+
+
 def _target(members: WorkerMembership, workers: int) -> Decision:
     workers = max(1, min(workers, members.max_workers))
     members = replace(members, target=workers)
@@ -294,7 +326,9 @@ def _what(members: WorkerMembership) -> str:
 
 
 def _fill(members: WorkerMembership, reason: str) -> Decision:
-    """Start as many workers as are missing, with free ids."""
+    """Start as many workers as are missing, with free ids, unless none can be started for now."""
+    if members.blocked:
+        return members, (), reason
     missing = members.target - members.staying
     free = [
         worker_id for worker_id in range(members.max_workers) if worker_id not in members.status

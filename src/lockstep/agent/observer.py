@@ -28,6 +28,9 @@ class RunObserver(Protocol):
     def busy(self) -> bool:
         """Whether the last checkpoint is still being written."""
 
+    def writing_seconds(self) -> float:
+        """Seconds of a core that writing the last checkpoint took."""
+
     def settle(self) -> None:
         """Wait until it is written: its copy of the state may be overwritten then."""
 
@@ -58,6 +61,9 @@ class NullObserver:
 
     def busy(self) -> bool:
         return False
+
+    def writing_seconds(self) -> float:
+        return 0.0
 
     def settle(self) -> None:
         pass

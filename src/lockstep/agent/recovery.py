@@ -19,7 +19,7 @@ class Resumption:
     """The first step to be run, again or for the first time."""
     back: int | None
     """None: the state is that before `step`. Else some blocks have been updated and others not: the
-    state is put back to the base, which is so many committed steps older."""
+    state is put back to the snapshot, which is so many committed steps older."""
     todo: tuple[tuple[int, ...], ...]
     """Per rank: the shards that are still to be computed."""
 

@@ -22,7 +22,7 @@ from lockstep.agent.membership import WorkerMembership
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
 from lockstep.agent.step_log import StepLog, Throughput
-from lockstep.errors import NumericsError, WorkerLostError
+from lockstep.errors import NumericsError, ResourceError, WorkerLostError
 from lockstep.planning.assignment import assign
 from lockstep.planning.host_role import HostRole
 from lockstep.planning.ownership import ownership_of
@@ -49,6 +49,8 @@ from lockstep.state.snapshot import steps_between
 from lockstep.system.unix_channel import Closed
 
 TICK = 0.05
+FORK_RETRY_SECONDS = 1.0
+"""After how long a fork that failed is tried again."""
 """Seconds between two looks at the ring buffer."""
 DISMISS_SECONDS = 10.0
 
@@ -98,6 +100,9 @@ class WorkerGroup:
         """What workers have said of held-out data, for whoever has asked."""
         self.idle: dict[int, int] = {}
         """By worker that rests at the lease's end, its step."""
+        self._retry_at: float | None = None
+        self._fork_error: ResourceError | None = None
+        """Why a worker could not be forked, the last time that it was tried."""
         self._lease = lease
         self._marked = step or 0
         """The last step at whose end the snapshot is, or will be, brought up to date."""
@@ -123,8 +128,7 @@ class WorkerGroup:
         for command in commands:
             match command:
                 case membership.SpawnWorker(worker_id):
-                    pid = self.host.spawn(worker_id).pid
-                    self.observer.event("spawned", worker=worker_id, pid=pid, reason=reason)
+                    self._spawn(worker_id, reason)
                 case membership.RaiseEpoch():
                     self.control.raise_epoch()
                     self.observer.event("regroup", epoch=self.control.epoch, reason=reason)
@@ -133,11 +137,25 @@ class WorkerGroup:
                     self.observer.event("dismissed", worker=worker_id, reason=reason)
                 case membership.FormGroup(worker_ids):
                     self._form(worker_ids, reason)
+                case membership.GiveUp() if self._fork_error is not None:
+                    raise self._fork_error
                 case membership.GiveUp():
                     raise WorkerLostError(
                         f"workers cannot be started: {reason}",
                         fix="look for the out-of-memory killer, or for native code that crashes",
                     )
+
+    def _spawn(self, worker_id: int, reason: str) -> None:
+        """Fork a worker. Where the system does not allow it, it is tried again after a while."""
+        try:
+            pid = self.host.spawn(worker_id).pid
+        except ResourceError as error:
+            self._retry_at = time.monotonic() + FORK_RETRY_SECONDS
+            self.observer.event("fork_failed", worker=worker_id, why=error.what)
+            self._fork_error = error
+            self.decide(membership.ForkFailed(worker_id))
+            return
+        self.observer.event("spawned", worker=worker_id, pid=pid, reason=reason)
 
     def _form(self, worker_ids: tuple[int, ...], reason: str) -> None:
         """Put the state in order and let the new members go on. Everybody rests."""
@@ -259,6 +277,9 @@ class WorkerGroup:
 
     def watch(self) -> None:
         """See that everybody who has something to do gets on with it."""
+        if self._retry_at is not None and time.monotonic() >= self._retry_at:
+            self._retry_at = self._fork_error = None
+            self.decide(membership.ForkRetried())
         self.failure_detector.kill_stalled(set(self.members.having(membership.Status.WORKING)))
         self.failure_detector.kill_absent(self.members.status)
 

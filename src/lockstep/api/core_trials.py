@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from lockstep.agent.local_host import LocalHost
 from lockstep.agent.observer import NullObserver
@@ -10,13 +11,14 @@ from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.open_hosts import ready_alone
 from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.job.job import Job
-from lockstep.planning.core_split import Division, Facts, choose, close, divisions
+from lockstep.planning.core_split import Division, Facts, choose, close
 from lockstep.planning.plan import Plan, decompose
 
 
-def decompose_by_trial(job: Job, facts: Facts, host: LocalHost) -> Plan:
+def decompose_by_trial(
+    job: Job, facts: Facts, candidates: Sequence[Division], host: LocalHost
+) -> Plan:
     """Stage 1. Candidates for the division of the cores are timed, each in a clone."""
-    candidates = divisions(job, facts)
     if len(candidates) == 1:
         return decompose(job, facts, candidates[0])
     rates = dict.fromkeys(candidates, 0.0)

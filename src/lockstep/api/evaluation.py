@@ -16,6 +16,7 @@ from lockstep.errors import RunFolderError, StoppedError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
 from lockstep.results.manifest import check_fitted, differences, recorded_source
+from lockstep.results.progress import announce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ def evaluate(
     args: Mapping[str, Any] | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
+    quiet: bool = True,
 ) -> Evaluated:
     """Evaluate a run's model on its task's held-out data.
 
@@ -48,6 +50,7 @@ def evaluate(
         args: arguments of the task to be changed, such as `{"data": path}` where it takes one.
         task: the task, where the run was given an object and not a name.
         on: what brings agents to other hosts; None: this host alone.
+        quiet: show no progress on stderr.
 
     Raises:
         RunFolderError: there is no model.
@@ -59,6 +62,7 @@ def evaluate(
     source = recorded_source(model.manifest, task, Path(run))
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
     heard, control = EvaluationObserver(), RunControl()
+    announce(f"loading torch and {source.label}", quiet=quiet)
     with control, open_hosts(request_of(source, settings), on) as hosts:
         facts = hosts.host.facts
         check_fitted(run, model.manifest, facts)
@@ -71,6 +75,9 @@ def evaluate(
                 expected="a data set from Task.eval_data",
                 fix="define it, and evaluate with the changed task",
             )
+        announce(
+            f"evaluating step {model.checkpoint.step:,}: {plan.eval_samples:,} samples", quiet=quiet
+        )
         try:
             model.coordinator(plan, hosts, heard, control, evaluate=True).run()
         except StoppedError as error:

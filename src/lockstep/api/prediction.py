@@ -31,7 +31,7 @@ from lockstep.job.task import Task
 from lockstep.planning.plan import Plan
 from lockstep.results.manifest import check_fitted, differences, recorded_source
 from lockstep.results.prediction_file import PredictionFile
-from lockstep.results.progress import Progress
+from lockstep.results.progress import Progress, announce
 
 AT_ONCE = 8
 """Batches per worker that are asked for together."""
@@ -92,6 +92,7 @@ def predict(
     model = newest_checkpoint(run)
     source = recorded_source(model.manifest, task, Path(run))
     heard, control = EvaluationObserver(), RunControl()
+    announce(f"loading torch and {source.label}", quiet=quiet)
     records = {"path": str(Path(data).absolute()), "keep": list(keep)}
     settings = {**model.manifest["job"], "data": "build"}  # the records take the place of its data
     with control, open_hosts(request_of(source, settings), on, records) as hosts:

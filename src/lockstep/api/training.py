@@ -18,11 +18,12 @@ from lockstep.errors import DataLostError, LockstepError, StoppedError
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest, Taskish
 from lockstep.job.task import Task
-from lockstep.planning.core_split import Facts
+from lockstep.planning.core_split import Facts, divisions
 from lockstep.planning.host_split import computing, decompose_over_hosts
 from lockstep.planning.plan import Plan
 from lockstep.results.checkpoint import list_checkpoints
 from lockstep.results.manifest import check_resumed, make_manifest, recorded_source
+from lockstep.results.progress import announce
 from lockstep.results.recorder import Recorder
 from lockstep.results.report import write_report
 from lockstep.results.restart import Restart, find_restart
@@ -58,8 +59,10 @@ def run(
     begun = time.time()
     request = RunRequest.of(task, args, settings)
     RunFolder.check_free(request.job.out)
+    announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, on) as hosts:
-        plan = _decompose(hosts)  # 1 decompose
+        plan = _decompose(hosts, quiet=quiet)  # 1 decompose
+        announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
         _check(ready, plan)
         with RunFolder.create(hosts.job.out, request.source.label) as folder:
@@ -105,6 +108,7 @@ def resume(
         manifest = folder.read_manifest()
         folder.check_unfinished()
         source = recorded_source(manifest, task, folder.path)
+        announce(f"loading torch and {source.label}", quiet=quiet)
         with open_hosts(RunRequest.recorded(source, manifest["job"]), on) as hosts:
             check_resumed(run, manifest, hosts.host.facts)
             plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
@@ -119,16 +123,25 @@ def resume(
                 return recorder.finish(coordinator.step, coordinator.throughput, begun, source)
 
 
-def plan(task: Taskish, *, args: Mapping[str, Any] | None = None, **settings: Any) -> Plan:
+def plan(
+    task: Taskish,
+    *,
+    args: Mapping[str, Any] | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> Plan:
     """What `run` would do with the same arguments, and why. Trains nothing.
 
-    Where the division of the cores is open, the candidates are timed for a moment.
+    Where the division of the cores is open, the candidates are timed for a moment. `quiet`: do not
+    say so on stderr.
     """
-    with open_hosts(RunRequest.of(task, args, settings), None) as hosts:
-        return _decompose(hosts)
+    request = RunRequest.of(task, args, settings)
+    announce(f"loading torch and {request.source.label}", quiet=quiet)
+    with open_hosts(request, None) as hosts:
+        return _decompose(hosts, quiet=quiet)
 
 
-def _decompose(hosts: OpenHosts) -> Plan:
+def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
     """Stage 1, over the hosts that there are."""
     loaded = hosts.host.facts
     facts = Facts(
@@ -138,7 +151,11 @@ def _decompose(hosts: OpenHosts) -> Plan:
     )
     if hosts.networked:
         return decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
-    return decompose_by_trial(hosts.job, facts, hosts.host)
+    candidates = divisions(hosts.job, facts)
+    if len(candidates) > 1:
+        counts = " and ".join(str(each.workers) for each in reversed(candidates))
+        announce(f"timing {counts} workers", quiet=quiet)
+    return decompose_by_trial(hosts.job, facts, candidates, hosts.host)
 
 
 def _check(ready: ReadyHosts, plan: Plan) -> None:
@@ -175,6 +192,7 @@ def _training(
         evaluate=plan.eval_samples > 0,
         checkpoint_steps=job.checkpoint_steps,
         checkpoint_seconds=job.checkpoint_seconds,
+        automatic=job.checkpoint_steps is None and job.checkpoint_seconds is None,
     )
     control = control or RunControl()
     try:

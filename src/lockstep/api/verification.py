@@ -25,6 +25,7 @@ from lockstep.results.checkpoint import (
 )
 from lockstep.results.ledger import Line, StepRecord, read_ledger
 from lockstep.results.manifest import check_manifest, differences, recorded_source
+from lockstep.results.progress import Progress, announce
 from lockstep.results.run_folder import RunFolder
 from lockstep.state.fingerprint import fingerprint, tensor_digests
 from lockstep.state.host_memory import HostMemory
@@ -55,7 +56,8 @@ class Mismatch(Exception):
 class Comparison(NullObserver):
     """A run observer that compares what the replay commits with the lines of a ledger."""
 
-    def __init__(self, lines: list[Line]) -> None:
+    def __init__(self, lines: list[Line], display: Progress) -> None:
+        self._display = display
         self._lines = {line.content["step"]: line for line in lines}
         self.first: StepRecord | None = None
         self.tensors: list[str] = []
@@ -71,6 +73,9 @@ class Comparison(NullObserver):
             self.tensors or record.step >= self.first.step + TENSOR_SEARCH_STEPS
         ):
             raise Mismatch
+
+    def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        self._display.update(step, loss, rate, workers)
 
     def error(self, notes: tuple[str, ...]) -> IntegrityError | None:
         """What differs, if anything does."""
@@ -92,6 +97,7 @@ def verify(
     steps: tuple[int | None, int | None] = (None, None),
     workers: int | None = None,
     task: Task | None = None,
+    quiet: bool = True,
 ) -> Verification:
     """Replay steps `[first, last)` of a run and compare them with its ledger.
 
@@ -100,6 +106,7 @@ def verify(
         steps: which steps; None: from the first, to the last recorded.
         workers: how many workers replay; default: as many as the run had.
         task: the task, where the run was given an object and not a name.
+        quiet: show no progress on stderr.
 
     Raises:
         IntegrityError: the ledger, a checkpoint or what the code computes is not what was
@@ -114,12 +121,17 @@ def verify(
     first, last = _span(steps, len(recorded))
     plan = Plan.from_message(manifest["plan"])
     plan = dataclasses.replace(plan.with_workers(workers or plan.workers), steps=last)
-    with LocalHost.start(recorded_source(manifest, task, Path(run)), {**manifest["job"]}) as host:
+    source = recorded_source(manifest, task, Path(run))
+    announce(f"loading torch and {source.label}", quiet=quiet)
+    with (
+        LocalHost.start(source, {**manifest["job"]}) as host,
+        Progress(enabled=not quiet, steps=last, name="verify") as display,
+    ):
         facts = host.loaded()
         notes = differences(manifest, facts)
         ready = ready_alone(host, plan)
         start = _restore(ready.memory, lines[0], checkpoints, first)
-        comparison = Comparison(recorded)
+        comparison = Comparison(recorded, display)
         schedule = StopSchedule(steps=last, steps_per_epoch=plan.steps_per_epoch)
         step = start.step if start is not None else 0
         coordinator = Coordinator(ready, schedule, comparison, step)

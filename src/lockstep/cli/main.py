@@ -87,7 +87,9 @@ def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
 
 
 def _show(result: Result, as_json: bool) -> None:
+    from lockstep.planning.core_split import Division
     from lockstep.results.manifest import scope_of
+    from lockstep.results.recoveries import summarise_recoveries
     from lockstep.results.run_folder import RunFolder
 
     if as_json:
@@ -96,6 +98,11 @@ def _show(result: Result, as_json: bool) -> None:
     print(f"fingerprint  {result.fingerprint}")
     print(f"holds for    {scope_of(RunFolder.open(result.folder).read_manifest())}")
     _show_metrics(result.metrics, result.baseline)
+    split = Division(workers=result.workers, threads=result.threads, shards=result.shards)
+    print(f"plan         {split}")
+    recovered = summarise_recoveries(result.recoveries)
+    if recovered:
+        print(f"recoveries   {recovered}")
     print(f"speed        {result.samples_per_second:,.0f} samples/s, {result.steps} steps")
     print(f"time         {result.wall_seconds:.1f} s, {result.startup_seconds:.1f} s to start")
     print(f"folder       {result.folder}")
@@ -118,13 +125,14 @@ def plan(
     ctx: typer.Context,
     job: JobArgument,
     *,
+    quiet: Quiet = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
     """Show the plan that `run` would make with the same options, with its reasons."""
     from lockstep.api.training import plan as plan_job
 
-    found = plan_job(*_job(job, ctx.args), **given(settings))
+    found = plan_job(*_job(job, ctx.args), quiet=quiet, **given(settings))
     message = found.to_message()
     if as_json:
         print(json.dumps(message))
@@ -180,13 +188,14 @@ def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     steps: Annotated[str, typer.Option(help="The steps to replay, A:B; default: all.")] = ":",
     workers: Workers = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Replay steps of a run, and compare them with its ledger."""
     from lockstep.api.verification import parse_steps, to_json
     from lockstep.api.verification import verify as verify_run
 
-    found = verify_run(run, steps=parse_steps(steps), workers=workers)
+    found = verify_run(run, steps=parse_steps(steps), workers=workers, quiet=quiet)
     if as_json:
         print(to_json(found))
         return
@@ -204,6 +213,7 @@ def evaluate(
     workers: Workers = None,
     on: On = None,
     state: commands.StateOption = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's model on held-out data. Other --options change the task's arguments."""
@@ -214,7 +224,7 @@ def evaluate(
     recorded = RunFolder.open(run).read_manifest()["source"]["name"]
     args = options_of(recorded).read(ctx.args)
     with _launcher(on, state) as launcher:
-        found = evaluate_run(run, workers=workers, args=args, on=launcher)
+        found = evaluate_run(run, workers=workers, args=args, on=launcher, quiet=quiet)
     _note(found.notes)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(found))))

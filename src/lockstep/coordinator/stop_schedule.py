@@ -14,6 +14,8 @@ class StopSchedule:
     evaluate: bool = False
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = None
+    automatic: bool = False
+    """Whether checkpoints are written without being asked for: see `checkpoint_timer`."""
     seconds: float | None = None
     """Stop for good when so many seconds of steps have been timed."""
     ahead_seconds: float = 0.5
@@ -28,6 +30,10 @@ class StopSchedule:
         """Whether a checkpoint is written after `step` committed steps."""
         every = self.checkpoint_steps
         return step == self.steps or (every is not None and step > 0 and step % every == 0)
+
+    def epoch_end(self, step: int) -> int:
+        """The first end of a data epoch that is not before `step`."""
+        return -(-step // self.steps_per_epoch) * self.steps_per_epoch
 
     def next_stop(self, step: int) -> int:
         """The first stop after `step`."""

@@ -21,6 +21,7 @@ from lockstep.data.loader_ipc import MemfdContext, TensorChannel
 from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import TaskError
 from lockstep.planning.sampling import Sampling
+from lockstep.system.process_title import set_title
 from lockstep.system.processes import die_with_parent, own_file_positions
 
 
@@ -316,4 +317,5 @@ def follow_worker(worker: int) -> None:
 def begin_loading(worker: int, handover: TensorChannel, loader: int) -> None:
     """Called first in a loader process: it is the worker's, by this number."""
     follow_worker(worker)
+    set_title(f"loader {loader} of pid {worker},")
     handover.begin(loader)

@@ -186,7 +186,11 @@ class Job:
     checkpoint_seconds: float | None = setting(
         None,
         help="Write a checkpoint when so many seconds have passed since the last.",
+        detail="Without it and `checkpoint_steps` there is one at the end of each data epoch, too; "
+        "more rarely where checkpoints would cost over 1 % of the time "
+        "([figures](checkpoints.md)).",
         least=0,
+        unset="60",
     )
     keep_checkpoints: int = setting(
         5, help="Number of checkpoints to keep, the newest.", least=1, options=None

@@ -56,6 +56,11 @@ class Plan:
     purity: float = 0.0
 
     @property
+    def division(self) -> Division:
+        """The division of the cores."""
+        return Division(workers=self.workers, threads=self.threads, shards=self.shards)
+
+    @property
     def sampling(self) -> Sampling:
         """The division of the training set into steps and shards."""
         return Sampling(

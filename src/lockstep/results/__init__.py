@@ -9,6 +9,7 @@ manifest         job, plan, numerics profile and identity of a run
 ledger           the hash-chained record of committed steps
 checkpoint       states as safetensors, checked by digests
 recorder         the observer that writes all of these while the run goes on
+recoveries       recoveries in words
 restart          the state from which a run is resumed
 result           the result as one object and one JSON document
 prediction_file  the rows of a prediction, in order and resumable

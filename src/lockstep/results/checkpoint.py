@@ -176,23 +176,14 @@ class Checkpoint:
         """Write the tensors into the state segment, before any worker runs.
 
         Raises:
-            IntegrityError: the state does not have the recorded fingerprint afterwards.
+            IntegrityError: they are not those of the task's model and optimizer, and nothing was
+                written; or the state does not have the recorded digests afterwards.
         """
-        by_name = {entry.name: entry for entry in layout.entries}
-        names = dict(layout.exported)
+        fitting = self._fitting(layout)
         view = memoryview(state.map)
-        for file in (MODEL, REST):
-            for key, tensor in _read_tensors(self.path / file):
-                entry = by_name.get(names.get(key, key) if file == MODEL else key)
-                if entry is None or list(entry.shape) != tensor["shape"]:
-                    raise IntegrityError(
-                        f"{self.path}: tensor {key} does not fit the task's model",
-                        expected=f"shape {list(entry.shape)}" if entry else "no such tensor",
-                        found=f"shape {tensor['shape']}",
-                        fix="use the code that wrote the checkpoint",
-                    )
-                array = entry_array(entry, view)
-                array[...] = np.frombuffer(tensor["data"], array.dtype).reshape(entry.shape)
+        for entry, tensor in fitting:
+            array = entry_array(entry, view)
+            array[...] = np.frombuffer(tensor["data"], array.dtype).reshape(entry.shape)
         found = tensor_digests(layout, state)
         wrong = [n for n, d in self.manifest["tensors"].items() if found.get(n) != d]
         if wrong:
@@ -201,6 +192,34 @@ class Checkpoint:
                 expected="the digests in its manifest",
                 found=f"others for {', '.join(wrong[:5])}",
             )
+
+    def _fitting(self, layout: Layout) -> list[tuple[Entry, dict[str, Any]]]:
+        """Each tensor with its entry; the tensors are those of the layout, no more and no fewer."""
+        by_name = {entry.name: entry for entry in layout.entries}
+        names = dict(layout.exported)
+        found = []
+        for file in (MODEL, REST):
+            for key, tensor in _read_tensors(self.path / file):
+                entry = by_name.get(names.get(key, key) if file == MODEL else key)
+                if entry is None or list(entry.shape) != tensor["shape"]:
+                    raise self._unfit(
+                        key,
+                        expected=f"shape {list(entry.shape)}" if entry else "no such tensor",
+                        found=f"shape {tensor['shape']}",
+                    )
+                found.append((entry, tensor))
+        missing = by_name.keys() - self.manifest["tensors"].keys()
+        if missing:
+            raise self._unfit(min(missing), expected="it among the tensors", found="no such tensor")
+        return found
+
+    def _unfit(self, key: str, *, expected: str, found: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self.path}: tensor {key} does not fit the task's model and optimizer",
+            expected=expected,
+            found=found,
+            fix="use the code that wrote the checkpoint",
+        )
 
 
 def _read_tensors(path: Path) -> list[tuple[str, dict[str, Any]]]:

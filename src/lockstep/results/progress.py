@@ -33,7 +33,15 @@ class Moment:
     loss: float
     samples_per_second: float
     workers: int
-    data_epoch: int
+    data_epoch: int | None
+
+
+def announce(phase: str, *, quiet: bool) -> None:
+    """Say what a command does before there is a run: loading, measuring, starting workers."""
+    stream = sys.stderr
+    if not quiet and stream is not None:
+        with suppress(OSError, ValueError):
+            _Plain(stream, "lockstep").line(_clean(phase))
 
 
 class Display(Protocol):
@@ -96,7 +104,12 @@ class Progress:
         self._display = None
 
     def update(
-        self, step: int, loss: float, samples_per_second: float, workers: int, data_epoch: int
+        self,
+        step: int,
+        loss: float,
+        samples_per_second: float,
+        workers: int,
+        data_epoch: int | None = None,
     ) -> None:
         """A step was committed. Cheap enough to call after every one."""
         if self._display is None:
@@ -226,8 +239,9 @@ def _describe(moment: Moment, steps: int, seconds_left: float | None) -> list[st
         f"loss {moment.loss:.4g}",
         f"{_rate(moment.samples_per_second)} samples/s",
         f"{moment.workers} worker" + "s" * (moment.workers != 1),
-        f"data epoch {moment.data_epoch}",
     ]
+    if moment.data_epoch is not None:
+        parts.append(f"data epoch {moment.data_epoch}")
     if seconds_left is not None and math.isfinite(seconds_left):
         parts.insert(3, f"{_duration(seconds_left)} left")
     return parts

@@ -21,6 +21,7 @@ from lockstep.results.checkpoint import (
 )
 from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
 from lockstep.results.progress import Progress
+from lockstep.results.recoveries import describe_recovery
 from lockstep.results.restart import Restart
 from lockstep.results.result import Result
 from lockstep.results.run_folder import Events, RunFolder
@@ -64,6 +65,7 @@ class Recorder:
         self._state: bytes | memoryview = b""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Any] | None = None
+        self._writing_seconds = 0.0
         self._looked = time.monotonic()
         """When the folder was last seen at its place."""
         self._first_step_at: float | None = None
@@ -124,6 +126,8 @@ class Recorder:
 
     def recovered(self, recoveries: list[dict[str, Any]]) -> None:
         self.recoveries += recoveries
+        for record in recoveries:
+            self.display.note(describe_recovery(record))
 
     def checkpoint(self, step: int, state: memoryview) -> None:
         """Write in the background, one at a time. A failure is reported, and training goes on."""
@@ -143,7 +147,7 @@ class Recorder:
         return next(itertools.islice(lines, step, None)).hash  # the first line is not a step
 
     def _write(self, step: int, state: memoryview, extra: dict[str, Any]) -> None:
-        begun = time.perf_counter()
+        begun, computed = time.perf_counter(), time.thread_time()
         try:
             self.ledger.sync()
             path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
@@ -151,6 +155,7 @@ class Recorder:
             self.events.add("checkpoint_failed", step=step, error=error.what)
             self.display.note(error.what)
             return
+        self._writing_seconds = time.thread_time() - computed
         seconds = round(time.perf_counter() - begun, 4)
         self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
         for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
@@ -158,6 +163,9 @@ class Recorder:
 
     def busy(self) -> bool:
         return self._writing is not None and not self._writing.done()
+
+    def writing_seconds(self) -> float:
+        return self._writing_seconds
 
     def settle(self) -> None:
         if self._writing is not None:

@@ -41,6 +41,9 @@ def find_restart(folder: RunFolder, memory: HostMemory, facts: Mapping[str, Any]
 
     The ledger is cut after the checkpoint's step: what was committed later is computed again, to
     the same bits. Checkpoints that are torn or altered are named in the notes.
+
+    Raises:
+        IntegrityError: a good checkpoint is not one of this task's; the run is left as it is.
     """
     with disk_errors("the run folder"):
         remove_partial(folder.checkpoints)
@@ -50,10 +53,10 @@ def find_restart(folder: RunFolder, memory: HostMemory, facts: Mapping[str, Any]
         try:
             checkpoint = open_checkpoint(path)
             line = _line_of(checkpoint, lines)
-            checkpoint.load_into(memory.layout, memory.state)
         except IntegrityError as error:
             notes.append(f"{error.what}: passed over")
             continue
+        checkpoint.load_into(memory.layout, memory.state)
         with disk_errors("the ledger"):
             os.truncate(folder.ledger_path, line.end)
         history, recoveries = _remembered(folder, checkpoint.step)

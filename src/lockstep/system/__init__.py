@@ -12,11 +12,12 @@ messages        typed messages: frozen structs, as MessagePack, strictly decoded
 numerics        the numerics profile: what, besides the job, the bits depend on
 object_graph    what can be reached from the user's objects, each with the path to it
 own_generators  random number generators that the user's objects hold, found and seeded
+process_title   what `ps` shows of each process
 processes       processes that die with their parent; signals that stop a run
 seeding         seeds as pure functions of their purpose
 shared_memory   segments: created, mapped, and checked against the memory that there is
 spelling        the known name that somebody probably meant
 torch_patches   everything of torch that is replaced, and why
 unix_channel    messages with file descriptors between processes of one host
-unix_socket     Unix sockets at paths of any length, and JSON lines on them
+unix_socket     Unix sockets at paths of any length, and typed messages on them
 """

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lockstep.errors import ResourceError
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
     CheckPurity,
@@ -48,9 +49,11 @@ from lockstep.planning.forkserver_messages import (
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
-from lockstep.system.processes import die_with_parent, own_file_positions
+from lockstep.system.process_title import set_title
+from lockstep.system.processes import die_with_parent
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
+from lockstep.worker.fork_setup import flush, ignore_signals, in_child, restore_signals
 
 if TYPE_CHECKING:
     from lockstep.worker.context import Session
@@ -140,6 +143,7 @@ class ForkServer:
             folder=os.fsdecode(request.code_folder),
             offered=request.offered,
         )
+        set_title("forkserver", source.label)
         self.loaded = load(source, request, sent)
         facts = json.dumps(self.loaded.facts)
         if self.loaded.ships:
@@ -174,14 +178,26 @@ class ForkServer:
     def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""
         assert self.session is not None
-        watched = self.session.plan.purity > 0.0
-        own_end, worker_end = Channel.pair()
-        channel = self._fork(WorkerForked)
+        ends: tuple[Channel, ...] = ()
+        try:
+            if self.session.plan.purity > 0.0:
+                ends = Channel.pair()
+            channel = self._fork(WorkerForked)
+        except OSError as error:
+            for end in ends:
+                end.close()
+            raise ResourceError(
+                f"a worker cannot be forked: {error}",
+                expected="a process, memory and file descriptors to be had",
+                fix="look at ulimit -u and -n, at the limits of the cgroup and at the free memory",
+            ) from error
         if channel is not None:
-            own_end.close()
-            self._be_worker(worker_id, channel, to_pristine(worker_end) if watched else None)
-        worker_end.close()
-        self.computing[own_end.fileno()] = to_computing(own_end)
+            for end in ends[:1]:
+                end.close()
+            self._be_worker(worker_id, channel, *map(to_pristine, ends[1:]))
+        for own_end, worker_end in [ends] if ends else []:
+            worker_end.close()
+            self.computing[own_end.fileno()] = to_computing(own_end)
 
     def clone(self, request: CloneServer, fds: list[int]) -> bool:
         """Fork a forkserver with what this one has loaded; true in the clone."""
@@ -221,22 +237,26 @@ class ForkServer:
             channel.close()
             return
         work = Work(step=request.step, shard=request.shard)
-        pid = self.fork_pristine([work], None, outcome_fd, request.explain)
-        self.children.add(pid)
-        self.computed_by[fd] = pid
-        pidfd = os.pidfd_open(pid)
+        try:
+            pid = self.fork_pristine([work], None, outcome_fd, request.explain)
+            self.children.add(pid)
+            self.computed_by[fd] = pid
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # no process can be had; the worker goes on without it
+            return
+        finally:
+            os.close(outcome_fd)
         with contextlib.suppress(Closed):
             channel.send(ShardForked(pid=pid), [pidfd])
-        for each in (outcome_fd, pidfd):
-            os.close(each)
+        os.close(pidfd)
 
     def fork_pristine(self, works: Sequence[Work], slot: int | None, fd: int, explain: bool) -> int:
         """Fork a process that computes shards, and leaves an outcome in a file; its process id."""
         parent = os.getpid()
-        _flush()
+        flush()
         pid = os.fork()
         if pid == 0:
-            _in_child(parent, self._channels())
+            in_child(parent, self._channels())
             self._be_pristine(works, slot, fd, explain)
         return pid
 
@@ -245,6 +265,7 @@ class ForkServer:
         from lockstep.worker.pristine import compute, write_outcome
 
         assert self.session is not None
+        set_title("purity check")
         try:
             nowhere = os.open(os.devnull, os.O_WRONLY)  # a worker prints the same
             for number in (1, 2):
@@ -255,17 +276,26 @@ class ForkServer:
             os._exit(0)
 
     def _fork(self, answer: type[WorkerForked | ServerCloned]) -> Channel | None:
-        """Fork, and tell the agent of the child; in the child, return its end of its channel."""
+        """Fork, and tell the agent of the child; in the child, return its end of its channel.
+
+        Raises:
+            OSError: there is no process, or no file descriptor, to be had; nothing is left.
+        """
         agent_end, child_end = Channel.pair()
         parent = os.getpid()
-        _flush()
-        pid = os.fork()
-        if pid == 0:
-            _in_child(parent, [*self._channels(), agent_end])
-            return child_end
+        flush()
+        try:
+            pid = os.fork()
+            if pid == 0:
+                in_child(parent, [*self._channels(), agent_end])
+                return child_end
+            self.children.add(pid)
+            pidfd = _open_pidfd(pid)
+        except OSError:
+            agent_end.close()
+            child_end.close()
+            raise
         child_end.close()
-        self.children.add(pid)
-        pidfd = os.pidfd_open(pid)
         try:
             self.channel.send(answer(pid=pid), [agent_end.fileno(), pidfd])
         finally:
@@ -278,12 +308,13 @@ class ForkServer:
         return [self.channel.channel, *(each.channel for each in self.computing.values())]
 
     def _be_worker(
-        self, worker_id: int, channel: Channel, to_forkserver: ToPristine | None
+        self, worker_id: int, channel: Channel, to_forkserver: ToPristine | None = None
     ) -> None:
         """Run a worker to its end; never returns."""
         from lockstep.worker.main import work
 
         assert self.session is not None
+        set_title(f"worker {worker_id}")
         code = 1
         try:
             code = work(self.session, worker_id, to_agent(channel), to_forkserver)
@@ -312,37 +343,13 @@ class ForkServer:
             os.waitpid(pid, 0)
 
 
-def _flush() -> None:
-    """Write what is buffered, so that a fork does not write it again."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-
-
-def _in_child(parent: int, inherited: list[Channel]) -> None:
-    """Make a forked child independent of the forkserver's own business."""
-    die_with_parent(parent)
-    _ignore_signals()
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for channel in inherited:
-        channel.close()
-    own_file_positions()
-
-
-def _leave_to_agent(number: int, frame: object) -> None:
-    pass
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _leave_to_agent)
-
-
-def _restore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == _leave_to_agent:
-            signal.signal(number, signal.SIG_DFL)
+def _open_pidfd(pid: int) -> int:
+    """The pidfd of a child; without one it is ended, and its end is told as any child's."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        raise
 
 
 def serve(forkserver: ForkServer) -> bool:
@@ -388,7 +395,7 @@ def _answer(forkserver: ForkServer, request: Request, fds: list[int]) -> bool:
 def _end_at_once(forkserver: int) -> None:
     """End without clearing torch's modules away one by one: half a second, and the agent waits."""
     if os.getpid() == forkserver:
-        _flush()
+        flush()
         os._exit(0)
 
 
@@ -401,8 +408,9 @@ def main() -> None:
     # once, and the process that started it, which has them too, stops with a checkpoint. What the
     # task itself starts can be terminated as ever: a handler does not outlive an exec, and a fork
     # puts the default back.
-    _ignore_signals()
-    os.register_at_fork(after_in_child=_restore_signals)
+    ignore_signals()
+    os.register_at_fork(after_in_child=restore_signals)
+    set_title("forkserver")
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     forkserver = ForkServer(to_client(Channel.from_fd(fd)))
     try:

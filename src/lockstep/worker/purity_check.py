@@ -7,6 +7,7 @@ show as a difference. What needs more history than that is left to `purity_watch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -63,8 +64,11 @@ class PurityCheck:
             Closed: the agent has gone.
         """
         alone, after = histories(self._session.plan)
-        if not alone or not has_room(self._session.shared):
-            return
+        if alone and has_room(self._session.shared):
+            with contextlib.suppress(OSError):  # no process, or no descriptor, can be had
+                self._compare(alone, after)
+
+    def _compare(self, alone: Sequence[Work], after: Sequence[Work]) -> None:
         one, other = self._outcomes([alone, after])
         if one is None or other is None or one.error is not None:
             return  # workers will meet the same, and tell of it

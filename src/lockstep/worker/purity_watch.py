@@ -110,13 +110,13 @@ class PurityWatch:
 
     def _computed(self, step: int, shard: int, seconds: float, *, explain: bool) -> Outcome | None:
         """What a pristine fork makes of a shard; None if it does not in time."""
-        fd = os.memfd_create("lockstep-outcome", os.MFD_CLOEXEC)
-        pidfd = -1
+        fd = pidfd = -1
         try:
+            fd = os.memfd_create("lockstep-outcome", os.MFD_CLOEXEC)
             self._channel.send(ComputeShard(step=step, shard=shard, explain=explain), [fd])
             _, (pidfd,) = self._channel.receive(seconds)
             return read_outcome(fd) if self._ends(pidfd, shard, seconds) else None
-        except (Closed, TimeoutError):
+        except (Closed, OSError):  # it took too long, or no process can be had
             return None
         finally:
             for each in (fd, pidfd):
