@@ -19,7 +19,7 @@ from lockstep.errors import JobError, LockstepError, TaskError
 from lockstep.job.code_digest import code_digest
 from lockstep.job.task import Task
 from tests.support import reference_loop as reference
-from tests.support.named_tasks import Blobs, blobs
+from tests.support.named_tasks import CLASSES, FEATURES, Blobs, blobs
 
 NUMBERS: dict[str, Any] = {"batch_size": 16, "steps": 9, "seed": 5, "eval_batch_size": 8}
 
@@ -163,3 +163,22 @@ def test_a_missing_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(JobError, match=rf"pip install 'lockstep-dlp\[{extra}\]'"):
         need(extra, extra)
+
+
+def frozen_backbone() -> nn.Module:
+    """A module whose first part is in eval mode."""
+    backbone = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8)).requires_grad_(False).eval()
+    return nn.Sequential(backbone, nn.Linear(8, CLASSES))
+
+
+@pytest.mark.parametrize("keep_modes", [True, False])
+def test_a_module_in_eval_mode(keep_modes: bool, run_folders: Callable[[], str]) -> None:
+    task = lockstep.from_module(
+        frozen_backbone, functools.partial(blobs, 40, seed=1), nn.CrossEntropyLoss(),
+        functools.partial(torch.optim.SGD, lr=0.1), keep_modes=keep_modes,
+    )  # fmt: skip
+    result = lockstep.run(
+        task, workers=1, shards=2, threads=1, batch_size=8, out=run_folders(), quiet=True
+    )
+    learned = result.model().state_dict()["0.1.running_mean"]
+    assert torch.equal(learned, torch.zeros(8)) == keep_modes

@@ -87,8 +87,34 @@ def test_buffers_combine_as_documented(counts: list[int], seed: int) -> None:
         if made.ndim and not torch.isinf(made.double()).any():
             slots = [slot[torch.randperm(len(slot), generator=generator)] for slot in slots]
         committed = torch.zeros_like(made)
-        combine_buffers(committed, slots, weights)
+        averaged = made.is_floating_point()
+        combine_buffers(committed, slots, weights, "mean" if averaged else "max")
         present = [slot if weight else None for slot, weight in zip(slots, weights, strict=True)]
         assert torch.equal(committed, reference.combined(present, weights))
         if made.ndim == 0 or torch.isinf(made.double()).any():
             assert torch.equal(committed, made)  # a constant stays what it is
+
+
+def test_buffers_by_their_rules() -> None:
+    slots = [torch.tensor([3, 1]), torch.tensor([9, 9]), torch.tensor([2, 6]), torch.tensor([5, 4])]
+    weights = (0.5, 0.0, 0.25, 0.25)  # the second has no samples
+    for rule, wanted in {
+        "sum": [2 + 1 + 0 + 3, 2 - 1 + 4 + 2], "max": [5, 6], "min": [2, 1], "last": [5, 4],
+        None: [2, 2],
+    }.items():  # fmt: skip
+        committed = torch.tensor([2, 2])
+        combine_buffers(committed, slots, weights, cast(Any, rule))
+        assert committed.tolist() == wanted, rule
+        combine_buffers(committed, slots, (0.0, 1.0, 0.0, 0.0), cast(Any, rule))
+        assert committed.tolist() == [9, 9], "what one shard alone leaves is the whole batch's"
+
+
+def test_changes_are_summed_along_the_tree() -> None:
+    generator = torch.Generator().manual_seed(3)
+    slots = [torch.randn(5, generator=generator) for _ in range(6)]
+    before = torch.randn(5, generator=generator)
+    committed = before.clone()
+    combine_buffers(committed, slots, (1 / 6,) * 6, "sum")
+    changes = reference.pairwise([slot - before for slot in slots])
+    assert changes is not None
+    assert torch.equal(committed, before + changes)

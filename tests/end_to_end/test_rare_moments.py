@@ -6,8 +6,10 @@ import contextlib
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from lockstep.job.faults import Fault
 from lockstep.job.task import Parameters
 from lockstep.planning.blocks import cut_blocks, own_blocks
 from lockstep.planning.worker_messages import to_worker
+from lockstep.system.processes import parent_of
 from lockstep.system.unix_channel import Channel
 from tests.support.harmed_runs import Yard, events, until, yard
 from tests.zoo import ZOO
@@ -115,6 +118,62 @@ def test_endless_in_an_evaluation(yard: Yard) -> None:
     assert "in _strike" in stalled["stack"]
     (died,) = events(result.folder, "died")
     assert died["phase"] == "evaluate"
+
+
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+
+@pytest.fixture
+def freezer() -> Iterator[Path]:
+    """A group of processes that can be frozen so that SIGKILL waits, as for a disk that hangs."""
+    group = FREEZER / f"lockstep-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no freezer of control groups: {error}")
+    yield group
+    (group / "freezer.state").write_text("THAWED")
+    until(lambda: not (group / "tasks").read_text(), WAIT, "the killed process to end")
+    group.rmdir()
+
+
+def test_a_worker_that_cannot_be_killed(
+    freezer: Path, endless: Start, run_folders: Callable[[], str]
+) -> None:
+    """It is replaced all the same, and nobody waits for it at the end."""
+    folder, settings = run_folders(), {"shards": 2, "workers": 2, "stall_seconds": 0.5}
+    run = endless(out=folder, **settings)
+    pid = next(event["pid"] for event in events(folder, "joined") if event["worker"] == 1)
+    (freezer / "tasks").write_text(str(pid))
+    (freezer / "freezer.state").write_text("FROZEN")
+    until(lambda: events(folder, "recovered"), WAIT, "the others to go on")
+    (died,) = events(folder, "died")
+    assert (died["pid"], "hangs in the kernel" in died["how"]) == (pid, True)
+    run.stop()
+    begun = time.monotonic()
+    with pytest.raises(StoppedError):
+        run.result(WAIT)
+    assert time.monotonic() - begun < 10
+    assert (freezer / "tasks").read_text().split() == [str(pid)]
+
+
+def test_forks_that_fail(endless: Start, run_folders: Callable[[], str]) -> None:
+    """The others go on without the worker, which is forked as soon as that is possible again."""
+    folder = run_folders()
+    run = endless(out=folder, shards=2, workers=2)
+    joined = events(folder, "joined")
+    forkserver = parent_of(joined[0]["pid"])
+    soft, hard = resource.prlimit(forkserver, resource.RLIMIT_NOFILE)
+    resource.prlimit(forkserver, resource.RLIMIT_NOFILE, (5, hard))
+    os.kill(joined[0]["pid"], signal.SIGKILL)
+    until(lambda: events(folder, "fork_failed"), WAIT, "a fork that fails")
+    until(lambda: events(folder, "recovered"), WAIT, "the others to go on")
+    assert "Too many open files" in events(folder, "fork_failed")[0]["why"]
+    resource.prlimit(forkserver, resource.RLIMIT_NOFILE, (soft, hard))
+    until(lambda: len(events(folder, "joined")) == 3, WAIT, "the worker to be replaced")
+    run.stop()
+    with pytest.raises(StoppedError):
+        run.result(WAIT)
 
 
 def test_a_worker_has_died_before_it_is_killed() -> None:

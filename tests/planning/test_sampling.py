@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +53,36 @@ def test_order_does_not_depend_on_what_was_asked_before(
     order = SampleOrder(sampling)
     for step in steps:
         assert order.indices(step, 0).tolist() == SampleOrder(sampling).indices(step, 0).tolist()
+
+
+@given(samplings, st.integers(0, 3))
+def test_without_shuffling_the_order_is_the_sets(sampling: Sampling, data_epoch: int) -> None:
+    plain = dataclasses.replace(sampling, shuffle=False)
+    order = SampleOrder(plain)
+    steps = range(data_epoch * plain.steps_per_epoch, (data_epoch + 1) * plain.steps_per_epoch)
+    seen = [i for s in steps for v in range(plain.shards) for i in order.indices(s, v).tolist()]
+    assert seen == list(range(sampling.samples))
+
+
+@given(samplings.filter(lambda each: each.samples >= each.batch_size), st.integers(0, 3))
+def test_drop_last_leaves_out_a_short_batch(sampling: Sampling, data_epoch: int) -> None:
+    full = dataclasses.replace(sampling, drop_last=True)
+    order = SampleOrder(full)
+    steps = range(data_epoch * full.steps_per_epoch, (data_epoch + 1) * full.steps_per_epoch)
+    assert {full.batch_samples(step) for step in steps} == {sampling.batch_size}
+    seen = [i for s in steps for v in range(full.shards) for i in order.indices(s, v).tolist()]
+    kept = sampling.samples - sampling.samples % sampling.batch_size
+    assert seen == reference.order(sampling.seed, data_epoch, sampling.samples)[:kept]
+
+
+@given(samplings)
+def test_a_lone_sample_is_known_beforehand(sampling: Sampling) -> None:
+    spans = [
+        sampling.shard_span(step, shard)
+        for step in range(sampling.steps_per_epoch)
+        for shard in range(sampling.shards)
+    ]
+    assert sampling.has_lone_sample(first_only=False) == any(b - a == 1 for a, b in spans)
 
 
 @given(st.integers(1, 64), st.data())

@@ -90,9 +90,9 @@ def test_an_odd_model_is_taken(make: Callable[[], nn.Module]) -> None:
 
 def test_a_buffer_of_a_type_without_sums_may_not_change() -> None:
     table = torch.tensor(3, dtype=torch.uint16)
-    combine_buffers(table, [table.clone(), table.clone()], (0.5, 0.5))
+    combine_buffers(table, [table.clone(), table.clone()], (0.5, 0.5), "max")
     with pytest.raises(TaskError, match=r"changed a buffer of torch\.uint16"):
-        combine_buffers(table, [table.clone(), torch.zeros_like(table)], (0.5, 0.5))
+        combine_buffers(table, [table.clone(), torch.zeros_like(table)], (0.5, 0.5), "max")
 
 
 def test_what_the_task_holds_is_known() -> None:

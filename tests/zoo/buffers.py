@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ class Counted(nn.Module):
     largest: torch.Tensor
     mask: torch.Tensor
     mean: torch.Tensor
+    buffer_rules: ClassVar = {
+        "seen": "max", "classes_seen": "max", "largest": "mean", "mean": "mean",
+    }  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +96,7 @@ class Viewed(nn.Module):
     both: torch.Tensor
     again: torch.Tensor
     part: torch.Tensor
+    buffer_rules: ClassVar = {"*": "mean"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +138,9 @@ class Rebinding(nn.Module):
 class ReboundBuffer(Vectors):
     def model(self) -> nn.Module:
         return Rebinding()
+
+    def buffer_rules(self) -> Mapping[str, str]:
+        return {"me*": "mean"}
 
 
 class Parametrized(By):

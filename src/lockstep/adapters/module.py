@@ -33,6 +33,7 @@ def from_module(
     collate: Callable[[list[Any]], Any] | None = None,
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
     predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
+    keep_modes: bool = False,
 ) -> Task:
     """Task of a plain PyTorch loop: `loss(model(inputs), targets).backward()` and a step.
 
@@ -54,6 +55,8 @@ def from_module(
         from_record: from a record of a file to predict from: the sample for `collate`. With
             `default_collate` the inputs alone are enough.
         predict: from `(model, batch)`, a mapping for each sample.
+        keep_modes: leave modules that are in eval mode in it, such as a frozen backbone;
+            by default `model.train()` is called, as plain loops do.
 
     Raises:
         JobError: an argument is of the wrong kind.
@@ -66,7 +69,7 @@ def from_module(
     for name, metric in (metrics or {}).items():
         check_callable(f"the metric {name!r}", metric, "a function of (outputs, targets)")
     task = ModuleTask(model, dataset, loss, optimizer, eval_dataset, scheduler, metrics or {})
-    task.scheduler_interval = scheduler_interval
+    task.scheduler_interval, task.keep_modes = scheduler_interval, keep_modes
     if collate is not None:
         task.collate = collate  # type: ignore[method-assign, assignment]
     answer_by(task, from_record, predict)

@@ -41,6 +41,8 @@ from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed
 
 STACK_SECONDS = 0.5
+HANG_SECONDS = 5.0
+"""After how long a killed worker that has not ended counts as dead."""
 KILL_SECONDS = 10.0
 """How long killed workers may take to end."""
 
@@ -54,18 +56,42 @@ class WorkerHandle:
     channel: ToWorker
     pidfd: int
     alive: bool = True
+    killed_at: float | None = None
+    """When it was first killed, if it was."""
     stack_fd: int = -1
     """Where the worker writes its Python stack when it is asked to."""
 
     def kill(self) -> None:
         """Kill the process; its end shows on the pidfd."""
+        if self.killed_at is None:
+            self.killed_at = time.monotonic()
         self._send(signal.SIGKILL)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it was killed long ago, and the kernel has not ended it.
+
+        It is as good as dead: with SIGKILL pending no thread of it returns to its own code, but the
+        kernel may hold it for as long as a disk or a network file system does not answer.
+        """
+        killed = self.killed_at
+        return self.alive and killed is not None and time.monotonic() - killed > HANG_SECONDS
 
     def _send(self, number: signal.Signals) -> None:
         """Send a signal to the process, which may have ended without our having heard of it."""
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the process ends within so many seconds."""
+        ended, _, _ = select.select([self.pidfd], [], [], max(seconds, 0))
+        return bool(ended)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended."""
+        return self.ends_within(0)
 
     def process_state(self) -> str:
         """What the kernel says of the process: running, sleeping, stopped."""
@@ -268,6 +294,10 @@ class LocalHost:
             yield from self._heard(worker)
             worker.alive = False
             yield Event(worker=worker, message=None)
+        for worker in list(self.workers.values()):
+            if worker.hangs:
+                worker.alive = False
+                yield Event(worker=worker, message=None)
 
     def _heard(self, worker: WorkerHandle) -> Iterator[Event]:
         try:
@@ -286,13 +316,13 @@ class LocalHost:
             worker.kill()
         for worker in self.workers.values():
             if worker.alive:
-                left = max(deadline - time.monotonic(), 0)
-                ended, _, _ = select.select([worker.pidfd], [], [], left)
-                worker.alive = not ended
+                worker.alive = not worker.ends_within(deadline - time.monotonic())
         return not any(worker.alive for worker in self.workers.values())
 
     def how_it_ended(self, worker: WorkerHandle) -> str:
         """Why a dead worker died, in words."""
+        if not worker.has_ended:
+            return f"was killed, and hangs in the kernel ({worker.process_state()})"
         code = self._forkserver.exit_code(worker.pid, 1.0)
         return "ended" if code is None else describe_exit(code)
 

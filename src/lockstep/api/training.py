@@ -148,6 +148,7 @@ def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
         train_samples=loaded["train_samples"],
         eval_samples=loaded["eval_samples"],
         cores=machine.cores(),
+        loader_settings=loaded["loader_settings"],
     )
     if hosts.networked:
         return decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from lockstep.cli.job_options import Workers, given, takes_settings
 from lockstep.cli.rank_command import rank, read_job
 from lockstep.cli.task_help import CommandOfTask
 from lockstep.cli.task_options import options_of
-from lockstep.errors import JobError, LockstepError, RunInterrupted
+from lockstep.errors import JobError, LockstepError, ResourceError, RunInterrupted
 
 if TYPE_CHECKING:
     from lockstep.coordinator.launcher import Launcher
@@ -87,6 +88,23 @@ def _launcher(on: str | None, state: Path | None) -> Iterator[Launcher | None]:
 
 
 def _show(result: Result, as_json: bool) -> None:
+    """Print a result. The run has it whatever happens to stdout.
+
+    Raises:
+        ResourceError: stdout cannot be written to.
+    """
+    try:
+        _print_result(result, as_json)
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # or Python tries to write the rest when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ResourceError(
+            f"the result cannot be printed: {error}", fix=f"it is in {result.folder}/result.json"
+        ) from error
+
+
+def _print_result(result: Result, as_json: bool) -> None:
     from lockstep.planning.core_split import Division
     from lockstep.results.manifest import scope_of
     from lockstep.results.recoveries import summarise_recoveries

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from lockstep.errors import TaskError
 from lockstep.planning.reduction_tree import Node, depth, tree
+from lockstep.state.buffer_rules import BufferRule, same_bytes
 from lockstep.state.shared_state import SharedState
 from lockstep.system.dtypes import CONSTANT
 
@@ -61,13 +63,16 @@ class Reducer:
 
 
 def combine_buffers(
-    committed: torch.Tensor, slots: Sequence[torch.Tensor], weights: Sequence[float]
+    committed: torch.Tensor,
+    slots: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    rule: BufferRule | None,
 ) -> None:
     """Merge what the shards left in one buffer, in tree order, into the committed one.
 
     `weights` are the shards' shares n/N of the step's samples; shards without samples are left
-    out. Floating-point buffers take the weighted mean, except where all shards agree: constants
-    stay as they are. Integer and boolean buffers take the maximum.
+    out. What one shard alone has left is taken as it is. Without a rule a buffer stays as it was
+    (see `state.buffer_rules`, which refuses others where there are several shards).
 
     Raises:
         TaskError: a buffer has changed whose type cannot be computed with.
@@ -76,28 +81,37 @@ def combine_buffers(
     values = [slot for slot, _ in used]
     if len(values) == 1:
         committed.copy_(values[0])
+    elif rule is None:
+        return
+    elif rule == "last":
+        committed.copy_(values[-1])
     elif committed.dtype in CONSTANT:
-        before = committed.flatten().view(torch.uint8)
-        if not all(torch.equal(value.flatten().view(torch.uint8), before) for value in values):
+        if not all(same_bytes(value, committed) for value in values):
             raise TaskError(
                 f"the forward pass changed a buffer of {committed.dtype}",
                 expected="a buffer of a type whose mean or maximum can be taken",
                 found=f"shape {tuple(committed.shape)} {committed.dtype}",
                 fix="use int64 or float32 for what changes",
             )
-    elif committed.is_floating_point() or committed.is_complex():
+    elif rule == "mean":
         scaled = [slot * weight for slot, weight in used]
-        present = tuple(bool(weight) for weight in weights)
-        values_left = iter(scaled)
-        leaves = [next(values_left).flatten() if has else committed.flatten() for has in present]
-        node = tree(present)
-        assert node is not None
-        spare = [torch.empty_like(leaves[0]) for _ in range(depth(node))]
-        mean = tree_sum(node, leaves, torch.empty_like(leaves[0]), spare).view(committed.shape)
+        mean = _sum_of(scaled, weights).view(committed.shape)
+        # Where all shards agree, constants stay as they are.
         same = torch.stack([value == values[0] for value in values]).all(0)
         committed.copy_(torch.where(same, values[0], mean))
+    elif rule == "sum":
+        changes = [value - committed for value in values]
+        committed.add_(_sum_of(changes, weights).view(committed.shape))
     else:
-        highest = values[0]
-        for value in values[1:]:
-            highest = torch.maximum(highest, value)
-        committed.copy_(highest)
+        pick = torch.maximum if rule == "max" else torch.minimum
+        committed.copy_(functools.reduce(pick, values))
+
+
+def _sum_of(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The sum of what the shards with samples have, along their tree, as one run."""
+    node = tree(tuple(bool(weight) for weight in weights))
+    assert node is not None
+    left = iter(values)
+    leaves = [next(left).flatten() if weight else values[0].flatten() for weight in weights]
+    spare = [torch.empty_like(leaves[0]) for _ in range(depth(node))]
+    return tree_sum(node, leaves, torch.empty_like(leaves[0]), spare)

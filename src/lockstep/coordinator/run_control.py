@@ -151,7 +151,7 @@ class RunControl:
         while self._listener is not None:
             try:
                 caller, _ = self._listener.accept()
-            except BlockingIOError:
+            except OSError:  # nobody calls, or there is no descriptor for it: at the next tick
                 return
             with caller, contextlib.suppress(OSError):
                 caller.settimeout(CALLER_SECONDS)

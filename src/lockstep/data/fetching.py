@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from lockstep.data.sample_order import Indices
+from lockstep.errors import DataError
 from lockstep.job.task import Task
+from lockstep.planning.sampling import describe_samples
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive
 
@@ -19,8 +22,45 @@ Fetch = Callable[[int, Sequence[int] | Indices], Any]
 """`(data_epoch, indices) -> batch`."""
 
 
-def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
-    """How batches of this data set are made.
+@dataclass
+class AbsentSamples:
+    """The samples of a batch that are None, which the task's `collate` is to leave out.
+
+    A mean over what is left has fewer samples than the batch was to have. Where a batch is divided
+    into shards, each would need to know of all others', so they are refused there.
+    """
+
+    allowed: bool
+    count: int = 0
+    """How many of the batch that was fetched last."""
+
+    def look(self, samples: Sequence[Any], indices: Sequence[int]) -> None:
+        """Count them.
+
+        Raises:
+            DataError: there are some, and none is allowed.
+        """
+        absent = [i for i, sample in zip(indices, samples, strict=True) if _is_absent(sample)]
+        self.count = len(absent)
+        if absent and not self.allowed:
+            raise DataError(
+                "samples are None: what collate leaves out would count in the weights of shards",
+                expected="a sample for every index",
+                found=f"None, of the data set's samples {describe_samples(absent)}",
+                fix="leave them out of the data set, for instance by torch.utils.data.Subset(data, "
+                "good); or set shards to 1, which does not divide the batch",
+            )
+
+
+def _is_absent(sample: Any) -> bool:
+    several = isinstance(sample, tuple | list) and len(sample) > 0
+    return all(part is None for part in sample) if several else sample is None
+
+
+def make_fetch(
+    task: Task, dataset: Dataset[Any], seed: int, absent: AbsentSamples | None = None
+) -> Fetch:
+    """How batches of this data set are made. `absent` looks at their samples.
 
     A `TensorDataset` is indexed whole, unless the task collates itself; anything else is asked for
     its samples, each under its own seed, so that augmentation does not depend on who loads what.
@@ -38,7 +78,11 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
 
         def fetch_all(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
             generators.seed_all(derive(seed, "sample", data_epoch, int(indices[0])))
-            return task.collate(get_all(_as_list(indices)))
+            wanted = _as_list(indices)
+            samples = get_all(wanted)
+            if absent is not None:
+                absent.look(samples, wanted)
+            return task.collate(samples)
 
         return fetch_all
 
@@ -51,6 +95,8 @@ def make_fetch(task: Task, dataset: Dataset[Any], seed: int) -> Fetch:
             except BaseException as error:  # the user's code may call sys.exit()
                 error.add_note(f"It was raised for sample {index} of the data set.")
                 raise
+        if absent is not None:
+            absent.look(samples, _as_list(indices))
         return task.collate(samples)
 
     return fetch_each

@@ -15,9 +15,11 @@ import os
 import queue
 import socket
 import threading
+import traceback
 import weakref
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -130,6 +132,19 @@ class MemfdContext(ForkContext):
 
     def Event(self) -> Flag:  # type: ignore[override]
         return Flag()
+
+    def Queue(self, maxsize: int = 0) -> Queue[Any]:
+        return _Queue(maxsize, ctx=self)
+
+
+class _Queue(Queue):  # type: ignore[type-arg]  # not to be subscripted when run
+    """A queue that loses nothing: a process that cannot send what it has put there ends, and is
+    missed. Without this whoever waits for it would do so for ever."""
+
+    @staticmethod
+    def _on_queue_feeder_error(error: Exception, obj: object) -> None:
+        traceback.print_exc()
+        os._exit(1)
 
 
 class Lock:

@@ -13,7 +13,8 @@ from lockstep.system.seeding import derive
 class SampleOrder:
     """The training set's order in each data epoch: `torch.randperm` under the epoch's seed.
 
-    Where the set lies in parts, each has an order of its own.
+    Without shuffling it is that of the set. Where the set lies in parts, each has an order of
+    its own.
     """
 
     def __init__(self, sampling: Sampling, part: int = 0) -> None:
@@ -32,6 +33,8 @@ class SampleOrder:
         return self._order[start:stop]
 
     def _draw(self, epoch: int) -> Indices:
+        if not self.sampling.shuffle:
+            return np.arange(self.sampling.samples) - self._first
         drawn, before = [], -self._first
         for part, (samples, _) in enumerate(self.sampling.all_parts):
             which = (epoch, part) if self.sampling.parts else (epoch,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -82,9 +82,13 @@ def _check_samples(dataset: Any, name: str) -> None:
     """Check that it is not what merely looks like a sequence of samples: a path, or `(X, y)`."""
     if isinstance(dataset, str | bytes):
         found, fix = f"the text {dataset!r:.60}", "read the file, and return its samples"
-    elif isinstance(dataset, tuple) and all(map(_is_array, dataset)) and _are_columns(dataset):
+    elif type(dataset).__name__ in ("DataFrame", "Series") and hasattr(dataset, "to_numpy"):
+        found = f"a {type(dataset).__name__}, whose items are columns or rows by label"
+        fix = "make it TensorDataset(torch.as_tensor(frame[[...]].to_numpy()), ...)"
+    elif isinstance(dataset, tuple | list) and _are_columns(dataset):
         shapes = ", ".join(str(tuple(each.shape)) for each in dataset)
-        found = f"a tuple of {len(dataset)} arrays, of the shapes {shapes}"
+        kind = type(dataset).__name__
+        found = f"a {kind} of {len(dataset)} arrays, of the shapes {shapes}"
         fix = "make it TensorDataset(torch.as_tensor(X), torch.as_tensor(y))"
     else:
         return
@@ -97,10 +101,18 @@ def _check_samples(dataset: Any, name: str) -> None:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype") and len(value.shape) > 0
+    return hasattr(value, "shape") and len(value.shape) > 0
 
 
-def _are_columns(arrays: tuple[Any, ...]) -> bool:
-    """Whether arrays are of one length, and otherwise unlike, as samples are not."""
+def _are_columns(arrays: Sequence[Any]) -> bool:
+    """Whether these are a few arrays of one length that are otherwise unlike, as samples are
+    not."""
+    if len(arrays) > MOST_COLUMNS or not all(map(_is_array, arrays)):
+        return False
     lengths = {each.shape[0] for each in arrays}
-    return len(lengths) == 1 and len({(tuple(each.shape), each.dtype) for each in arrays}) > 1
+    kinds = {(tuple(each.shape), str(getattr(each, "dtype", ""))) for each in arrays}
+    return len(lengths) == 1 and len(kinds) > 1
+
+
+MOST_COLUMNS = 16
+"""More in a tuple or list are samples."""

@@ -6,6 +6,9 @@ name with arguments, or the pickled task. A *position* says where in a run a cal
 
 task             the class that users subclass
 task_source      a task's name and arguments, or the pickled task
+script_state     what a script has set in modules, for the forkserver, which imports them anew
+plain_values     numbers, texts and containers of them, in a form that can be compared and sent
+tensor_pickling  a task's pickle with its tensors as they share memory, and no more of it
 task_resolution  from a task source to the task
 task_checks      what every task must have
 offered_names    checks of a task name that another host has sent

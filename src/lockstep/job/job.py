@@ -39,6 +39,20 @@ class Job:
     batch_size: int | None = setting(
         None, help="Samples per step, over all workers.", least=1, unset="64", changes_numbers=True
     )
+    shuffle: bool = setting(
+        True,
+        help="Draw a new order of the training data for each data epoch.",
+        detail="Without it, the order is that of the data set.",
+        options=("--shuffle/--no-shuffle",),
+        changes_numbers=True,
+    )
+    drop_last: bool = setting(
+        False,
+        help="Leave out the last batch of a data epoch where it is short.",
+        detail="As the `drop_last` of PyTorch's `DataLoader`.",
+        options=("--drop-last",),
+        changes_numbers=True,
+    )
     data_epochs: float | None = setting(
         None,
         help="Passes over the training data; a fraction is allowed.",

@@ -9,6 +9,7 @@ from typing import Any
 from lockstep.errors import JobError
 from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
+from lockstep.job.task_resolution import check_not_resolving
 from lockstep.job.task_source import TaskSource, source_of
 
 Taskish = Task | str | Job
@@ -30,8 +31,10 @@ class RunRequest:
         """The request for a task with settings.
 
         Raises:
-            JobError: a setting is unknown or out of range, or the job describes a cluster.
+            JobError: a setting is unknown or out of range, or the job describes a cluster, or the
+                caller is imported by another run.
         """
+        check_not_resolving()
         job = task if isinstance(task, Job) else Job(task=task, args=dict(args or {}))
         job = job.replace(**settings)
         if job.cluster is not None:
@@ -52,6 +55,7 @@ class RunRequest:
     @staticmethod
     def recorded(source: TaskSource, settings: Mapping[str, Any]) -> RunRequest:
         """The request of a run that has a manifest with these settings."""
+        check_not_resolving()
         return RunRequest(job=Job(task="", **settings), given=dict(settings), source=source)
 
     def completed(self, recipe: Mapping[str, Any]) -> Job:

@@ -25,6 +25,9 @@ class Task:
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
     """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
+    keep_modes: bool = False
+    """Whether modules that `model` returns in eval mode stay so. By default `model.train()` is
+    called, as plain training loops do."""
     planned_batch_size: int | None = None
     """Samples per optimizer update in this run. Set by Lockstep before it calls `scheduler`."""
 
@@ -39,6 +42,11 @@ class Task:
         A `TensorDataset` is indexed without touching single samples.
         """
         raise NotImplementedError
+
+    def loader_settings(self) -> Mapping[str, Any]:
+        """Settings that the task's own data loaders have, such as `batch_size`: they count where
+        the job has none. Called after `train_data` and `eval_data`. Default: nothing."""
+        return {}
 
     def eval_data(self) -> Dataset[Any] | None:
         """The held-out set, or None. It is evaluated after every data epoch, each sample once."""
@@ -65,6 +73,17 @@ class Task:
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         """A learning-rate schedule for `optimizer`, or None."""
         return None
+
+    def buffer_rules(self) -> Mapping[str, str]:
+        """How what the shards of a step left in a buffer of the model becomes one value.
+
+        By the buffer's name, or a pattern such as `*.queue`: `mean` (weighted by the shards'
+        samples), `sum` (of the shards' changes), `max`, `min`, or `last` (what the last shard
+        left). A module's class may declare the same for its own buffers, in an attribute
+        `buffer_rules`. Known for torch's modules; any other buffer has to stay as it is in
+        training, unless `shards` is 1. Default: nothing.
+        """
+        return {}
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
         """Held-out metrics of one batch, called without gradients and in eval mode.

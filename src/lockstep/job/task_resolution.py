@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
+import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +18,7 @@ from lockstep.errors import JobError
 from lockstep.job.code_digest import parts_made_from
 from lockstep.job.job import Job
 from lockstep.job.offered_names import check_defined, check_shipped
+from lockstep.job.script_state import apply_switches, apply_values
 from lockstep.job.task import Task
 from lockstep.job.task_checks import check_complete
 from lockstep.job.task_source import TaskSource
@@ -29,11 +34,43 @@ def resolve(source: TaskSource) -> tuple[Task, Job | None]:
         JobError: there is no such name, or it does not lead to a task.
         TaskError: the task lacks a method that every task needs.
     """
+    with _resolving():
+        return _resolved(source)
+
+
+_under_way = False
+
+
+@contextlib.contextmanager
+def _resolving() -> Iterator[None]:
+    """Know, while it lasts, that code that is imported is looked through for a task."""
+    global _under_way
+    _under_way = True
+    try:
+        yield
+    finally:
+        _under_way = False
+
+
+def check_not_resolving() -> None:
+    """Refuse to start a run from code that another run imports.
+
+    Raises:
+        JobError: a task is being looked for.
+    """
+    if _under_way:
+        raise JobError(
+            "a run is started by code that is imported in order to find a task in it",
+            expected="a module or file that defines the task, and starts nothing when imported",
+            found="a call that starts a run, or that makes use of one",
+            fix='put it under: if __name__ == "__main__":',
+        )
+
+
+def _resolved(source: TaskSource) -> tuple[Task, Job | None]:
     found: Any
     if source.payload is not None:
-        import cloudpickle
-
-        found = cloudpickle.loads(source.payload)
+        found = _unpickled(source.payload)
     else:
         maker = _named(source)
         found = _call(maker, source)
@@ -53,6 +90,16 @@ def resolve(source: TaskSource) -> tuple[Task, Job | None]:
         expected="a Task class or instance, or a function that returns a Job",
         found=repr(type(found)),
     )
+
+
+def _unpickled(payload: bytes) -> Any:
+    """The task that a script has handed over, with what the script has set in modules."""
+    with io.BytesIO(payload) as file:
+        state = pickle.load(file)
+        apply_switches(state)
+        found = pickle.load(file)
+    apply_values(state)
+    return found
 
 
 def _call(found: Any, source: TaskSource) -> Any:

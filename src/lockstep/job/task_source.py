@@ -9,6 +9,7 @@ is the one place where anything is unpickled, and nobody else can write to it.
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class TaskSource:
     """The name to resolve; of a pickled task, `module:Class` for messages."""
     args: Mapping[str, Any] = field(default_factory=dict)
     payload: bytes | None = None
-    """The pickled task; None: it is found by its name."""
+    """The pickled `ScriptState`, and behind it the pickled task; None: it is found by its name."""
     code: str = ""
     """The code digest of a pickled task, made in the process that has the code."""
     folder: str = ""
@@ -70,10 +71,12 @@ def source_of(job: Job) -> TaskSource:
 
 
 def _pickled(task: Task) -> bytes:
-    import cloudpickle
+    from lockstep.job.script_state import collect
+    from lockstep.job.tensor_pickling import dumps
 
+    state = pickle.dumps(collect())
     try:
-        pickled: bytes = cloudpickle.dumps(task)
+        return dumps(task, state)
     except Exception as error:  # whatever an object's own __reduce__ may raise
         held = ", ".join(f"self.{name}" for name in vars(task) if not _can_pickle(task, name))
         raise TaskError(
@@ -82,7 +85,6 @@ def _pickled(task: Task) -> bytes:
             found=held or "something that its methods or its module refer to",
             fix="open files, locks and connections in train_data() or model(), which run there",
         ) from error
-    return pickled
 
 
 def _can_pickle(task: Task, name: str) -> bool:

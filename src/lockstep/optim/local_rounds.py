@@ -129,9 +129,7 @@ class LocalRounds:
             check_known(self._optimizer, state, [key for key, _ in local_state[index]])
             for key, stored in local_state[index]:
                 store_value(stored, state[key.name])
-        for (_, own), (_, moved) in zip(
-            self.shared.model.named_buffers(), self._model.named_buffers(), strict=True
-        ):
+        for (_, own), moved in zip(self.shared.buffers, self._buffers.values(), strict=True):
             own.copy_(moved)
 
     def _local_state(self, slot: GradientSlot) -> tuple[torch.Tensor, LocalState]:

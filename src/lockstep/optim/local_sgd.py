@@ -39,6 +39,7 @@ class LocalSGD(Task):
 
     def __init__(self, task: Task, steps: int) -> None:
         self.task, self.steps = task, steps
+        self.keep_modes = task.keep_modes
         self.made_from = (task,)
 
     def model(self) -> nn.Module:
@@ -64,6 +65,9 @@ class LocalSGD(Task):
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         """What is exchanged is subtracted as it is: that leaves the average of the copies."""
         return torch.optim.SGD(params, lr=1.0)
+
+    def buffer_rules(self) -> Mapping[str, str]:
+        return self.task.buffer_rules()
 
     # What is done without learning is done as the task does it.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from lockstep.errors import JobError
 from lockstep.job.job import Job
@@ -18,6 +19,8 @@ class Facts:
     train_samples: int
     eval_samples: int
     cores: int
+    loader_settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the task's own DataLoaders are set to: it counts where the job does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from lockstep.job.job import Job
 from lockstep.job.position import Position
 from lockstep.planning.core_split import DEFAULT_BATCH_SIZE, Division, Facts
 from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
-from lockstep.planning.sampling import Sampling
+from lockstep.planning.sampling import Sampling, steps_in_epoch
 from lockstep.planning.step_phases import MAX_STEPS
 
 
@@ -51,6 +51,8 @@ class Plan:
     """Who has which part of the data, where it stays there."""
     part: int = 0
     """Which of the holdings is this host's own."""
+    shuffle: bool = True
+    drop_last: bool = False
     planned_steps: int = 0
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
     purity: float = 0.0
@@ -69,6 +71,8 @@ class Plan:
             shards=self.shards,
             seed=self.seed,
             parts=parts(self.holdings),
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
         )
 
     @property
@@ -93,7 +97,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.train_samples / self.batch_size)
+        return self.sampling.steps_per_epoch
 
     @property
     def position(self) -> Position:
@@ -163,6 +167,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
     reasons.append(f"the results are the same for 1 to {division.shards} workers")
     if job.batch_size is None:
         reasons.append(f"batch_size {DEFAULT_BATCH_SIZE}: the default")
+    reasons += _loader_reasons(job, facts)
     if job.local_steps > 1:
         reasons.append(f"a step is a round of {job.local_steps} batches, {batch_size} samples")
     if facts.train_samples < batch_size:
@@ -187,7 +192,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
             found=f"{division.shards} shards, {groups} groups",
             fix="choose other numbers of shards and groups",
         )
-    per_epoch = math.ceil(facts.train_samples / batch_size)
+    per_epoch = steps_in_epoch(facts.train_samples, batch_size, drop_last=job.drop_last)
     if job.steps is not None:
         steps = job.steps
         reasons.append(f"{steps} steps, as asked: {steps / per_epoch:.2f} data epochs")
@@ -199,7 +204,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         raise JobError("too many steps", expected=f"at most {MAX_STEPS:,}", found=f"{steps:,}")
     left = facts.train_samples % batch_size
     if left:
-        reasons.append(f"the last step of a data epoch has {left} samples; none is dropped")
+        dropped = "are left out" if job.drop_last else "make a short last step"
+        reasons.append(f"{left} samples of a data epoch {dropped}; drop_last is {job.drop_last}")
     return Plan(
         workers=division.workers,
         shards=division.shards,
@@ -207,6 +213,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         max_workers=max(division.workers, job.max_workers or division.shards),
         steps=steps,
         planned_steps=steps,
+        shuffle=job.shuffle,
+        drop_last=job.drop_last,
         batch_size=batch_size,
         eval_batch_size=job.eval_batch_size or job.batch_size or DEFAULT_BATCH_SIZE,
         train_samples=facts.train_samples,
@@ -227,6 +235,18 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )
+
+
+def _loader_reasons(job: Job, facts: Facts) -> list[str]:
+    """What of the settings of the task's DataLoaders counts."""
+    found = []
+    for name, value in facts.loader_settings.items():
+        used = getattr(job, name)
+        if used == value:
+            found.append(f"{name} {value}: that of the task's DataLoader")
+        else:
+            found.append(f"{name} {used}, as asked; the task's DataLoader has {value}")
+    return found
 
 
 def _division_reason(job: Job, facts: Facts, division: Division) -> str:

@@ -18,9 +18,10 @@ Part = tuple[int, int]
 class Sampling:
     """The division of a training set into data epochs, steps and shards.
 
-    The last step of a data epoch holds what is left over: it may be short, and then its shards
-    differ by at most one sample, and some may be empty. Where the set lies in parts that stay
-    apart, each step takes from every part in proportion, and may have a few samples more or fewer.
+    The last step of a data epoch holds what is left over, unless `drop_last` leaves that out: it
+    may be short, and then its shards differ by at most one sample, and some may be empty. Where
+    the set lies in parts that stay apart, each step takes from every part in proportion, and may
+    have a few samples more or fewer.
     """
 
     samples: int
@@ -29,6 +30,10 @@ class Sampling:
     seed: int
     parts: tuple[Part, ...] = ()
     """The set's parts, one after the other; none: it is one."""
+    shuffle: bool = True
+    """Whether each data epoch has an order of its own, drawn from the seed."""
+    drop_last: bool = False
+    """Whether a short last batch is left out."""
 
     @cached_property
     def all_parts(self) -> tuple[Part, ...]:
@@ -37,7 +42,7 @@ class Sampling:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.samples / self.batch_size)
+        return steps_in_epoch(self.samples, self.batch_size, drop_last=self.drop_last)
 
     def data_epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -69,6 +74,16 @@ class Sampling:
 
     def _spans(self, step: int) -> Spans:
         return _spans(self.all_parts, self.samples, *self.batch_span(step))
+
+    def has_lone_sample(self, *, first_only: bool) -> bool:
+        """Whether a shard has one sample alone: in the first batch, or else in the last one too."""
+        steps = (0,) if first_only else (0, self.steps_per_epoch - 1)
+        return any(stop - start == 1 for step in steps for start, stop in self._spans(step))
+
+
+def steps_in_epoch(samples: int, batch_size: int, *, drop_last: bool) -> int:
+    """The steps of a data epoch."""
+    return samples // batch_size if drop_last else math.ceil(samples / batch_size)
 
 
 Spans = tuple[tuple[int, int], ...]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ class Actor(nn.Module):
 
     old: torch.Tensor
     clock: torch.Tensor
+    buffer_rules: ClassVar = {"old": "last", "clock": "last"}
+    """All shards write the same values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +76,6 @@ class Actor(nn.Module):
         self.value = nn.Sequential(
             nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
         )
-        # All shards write the same values to these two buffers.
         self.register_buffer("old", self.flat())
         self.register_buffer("clock", torch.tensor(0))
 

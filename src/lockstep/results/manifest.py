@@ -17,13 +17,16 @@ from lockstep.job.task import Task
 from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.plan import Plan
 
+LATER = {"shuffle": True, "drop_last": False}
+"""Fields that earlier manifests lack, with what held then: they are in an identity where they
+differ, so that the identities of other runs stay as they are."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}
 IDENTITY = (
     *(
         name
         for name, setting in SETTINGS.items()
         # The plan turns `data_epochs` into `steps`, and `data` into `holdings`.
-        if setting.declared.changes_numbers and name in _PLANNED
+        if setting.declared.changes_numbers and name in _PLANNED and name not in LATER
     ),
     "train_samples",
     "eval_samples",
@@ -44,6 +47,7 @@ def make_manifest(
         "args": dict(source.args),
         "code": facts["code"],
         **{name: message[name] for name in IDENTITY},
+        **{name: message[name] for name in LATER if message[name] != LATER[name]},
         **({"holdings": message["holdings"]} if plan.holdings else {}),
     }
     return {
@@ -82,7 +86,8 @@ def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
         IntegrityError: it is not the run's manifest; known differences are named.
     """
     identity, plan = manifest["identity"], manifest["plan"]
-    wrong = [name for name in IDENTITY if identity[name] != plan[name]]
+    had, planned = {**LATER, **identity}, {**LATER, **plan}
+    wrong = [name for name in (*IDENTITY, *LATER) if had[name] != planned[name]]
     if wrong or manifest["digest"] != recorded or _digest(identity) != recorded:
         raise IntegrityError(
             f"{path} is not the manifest that the run began with",

@@ -13,6 +13,7 @@ from torch import nn
 from lockstep.planning.blocks import Block
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.memory_layout import Allocator, Entry, Kind, Layout
+from lockstep.state.buffer_rules import BufferRule
 from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
 from lockstep.state.optimizer_state import StateKey
@@ -35,6 +36,7 @@ class StateContents:
     model: nn.Module
     trainable: list[tuple[str, nn.Parameter]]
     buffers: list[tuple[str, torch.Tensor]]
+    buffer_rules: list[BufferRule | None]
     blocks: list[Block]
     keys: list[list[StateKey]]
     """Per block: its optimizer's state."""

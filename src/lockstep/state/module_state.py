@@ -7,11 +7,23 @@ same modes: what one leaves behind must not reach the next that this worker happ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lockstep.errors import TaskError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Buffer:
+    name: str
+    module: nn.Module
+    leaf: str
+    own: torch.Tensor
+    """The module's, as it was when the model was built."""
+    form: tuple[torch.Size, torch.dtype]
+    """That of then: a forward pass may change `own` itself."""
 
 
 class PrivateBuffers:
@@ -22,10 +34,13 @@ class PrivateBuffers:
     """
 
     def __init__(self, model: nn.Module, buffers: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._buffers: list[_Buffer] = []
         for name, own in buffers:
             path, _, leaf = name.rpartition(".")
-            self._buffers.append((model.get_submodule(path), leaf, own))
+            module = model.get_submodule(path)
+            form = (own.shape, own.dtype)
+            buffer = _Buffer(name=name, module=module, leaf=leaf, own=own, form=form)
+            self._buffers.append(buffer)
         self._empty = [
             (module, leaf)
             for module in model.modules()
@@ -34,12 +49,19 @@ class PrivateBuffers:
         ]
 
     def restore(self, committed: Sequence[torch.Tensor]) -> None:
-        """Set every buffer to its committed value."""
-        for (module, leaf, own), value in zip(self._buffers, committed, strict=True):
-            module._buffers[leaf] = own.copy_(value)
+        """Set every buffer to its committed value.
 
-    def save(self, targets: Sequence[torch.Tensor]) -> None:
-        """Copy what the forward pass has left into a slot.
+        Raises:
+            TaskError: one has another shape or type than it had at the start.
+        """
+        for buffer, value in zip(self._buffers, committed, strict=True):
+            own = buffer.own
+            if (own.shape, own.dtype) != buffer.form:  # as `resize_` leaves it
+                raise _changed(buffer, own)
+            buffer.module._buffers[buffer.leaf] = own.copy_(value)
+
+    def values(self) -> list[torch.Tensor]:
+        """What the forward pass has left.
 
         Raises:
             TaskError: a buffer has another shape or type than it had at the start, or was None.
@@ -53,16 +75,28 @@ class PrivateBuffers:
                     found=f"{tuple(value.shape)} {value.dtype}",
                     fix="register it with its final shape when the model is built",
                 )
-        for (module, leaf, own), target in zip(self._buffers, targets, strict=True):
-            value = module._buffers[leaf]
-            if value is None or value.shape != own.shape or value.dtype != own.dtype:
-                raise TaskError(
-                    f"the forward pass changed the shape or type of buffer {leaf}",
-                    expected=f"{tuple(own.shape)} {own.dtype}",
-                    found="None" if value is None else f"{tuple(value.shape)} {value.dtype}",
-                    fix="give it its final shape when the model is built",
-                )
+        found: list[torch.Tensor] = []
+        for buffer in self._buffers:
+            value = buffer.module._buffers[buffer.leaf]
+            if value is None or (value.shape, value.dtype) != buffer.form:
+                raise _changed(buffer, value)
+            found.append(value)
+        return found
+
+    def save(self, targets: Sequence[torch.Tensor]) -> None:
+        """Copy what the forward pass has left into a slot."""
+        for value, target in zip(self.values(), targets, strict=True):
             target.copy_(value)
+
+
+def _changed(buffer: _Buffer, value: torch.Tensor | None) -> TaskError:
+    shape, dtype = buffer.form
+    return TaskError(
+        f"the forward pass changed the shape or type of buffer {buffer.name}",
+        expected=f"{tuple(shape)} {dtype}",
+        found="None" if value is None else f"{tuple(value.shape)} {value.dtype}",
+        fix="give it its final shape when the model is built",
+    )
 
 
 class Modes:

@@ -17,6 +17,7 @@ from lockstep.planning.blocks import Block
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.planning.slot_map import SlotMap
+from lockstep.state.buffer_rules import BufferRule
 from lockstep.state.control_segment import ControlSegment
 from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
@@ -75,6 +76,8 @@ class SharedState:
     """Name and the module's own (private) buffer."""
     committed: list[torch.Tensor]
     """The committed buffers, in the state segment, in the order of `buffers`."""
+    buffer_rules: list[BufferRule | None]
+    """How what shards leave in them becomes one value."""
 
     # Slots.
     slots: list[GradientSlot]

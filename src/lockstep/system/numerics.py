@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PORTABLE = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -53,6 +56,13 @@ def profile(numerics: str, threads: int) -> dict[str, Any]:
     }
 
 
+def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Random numbers that do not depend on the default dtype, which a script may set."""
+    import torch
+
+    return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+
 def probe() -> str:
     """A digest of what a few kernels compute here: two workers agree on it, or on nothing.
 
@@ -65,10 +75,10 @@ def probe() -> str:
     generator = torch.Generator().manual_seed(7)
     digest = blake3()
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(33, 65, generator=generator).to(dtype)
-        w = torch.randn(65, 47, generator=generator).to(dtype)
-        image = torch.randn(2, 3, 17, 17, generator=generator).to(dtype)
-        kernel = torch.randn(5, 3, 3, 3, generator=generator).to(dtype)
+        x = _normal(generator, 33, 65).to(dtype)
+        w = _normal(generator, 65, 47).to(dtype)
+        image = _normal(generator, 2, 3, 17, 17).to(dtype)
+        kernel = _normal(generator, 5, 3, 3, 3).to(dtype)
         results = [
             x @ w,
             torch.softmax(x, 1),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import mmap
 import os
 from collections.abc import MutableMapping
 
+from lockstep.errors import ResourceError
 from lockstep.system.machine import available_bytes, check_available, not_enough_memory
 
 ALLOCATOR = {
@@ -51,6 +53,12 @@ class Segment:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
             os.close(fd)
+            if error.errno == errno.EFBIG:
+                raise ResourceError(
+                    f"{what} is larger than a file may be here; the limit is for memory, too",
+                    expected=f"room for {size:,} bytes",
+                    fix="raise the limit, as with ulimit -f unlimited",
+                ) from error
             raise not_enough_memory(what, size, available_bytes()) from error
         return cls(fd, nbytes)
 

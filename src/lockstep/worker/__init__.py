@@ -13,6 +13,7 @@ main               a worker process: messages from its agent, steps between them
 context            what a worker process keeps while memberships change
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 forward_backward   loss and gradient of one shard, into its slot
+lone_samples       a shard of one sample, on which BatchNorm cannot train: told at the first step
 gradient_hooks     gradients on their way from autograd into the slot
 sparse_autograd    large embeddings in sparse form, with a fallback to dense
 pristine           computes shards in a fork in which nothing has been computed before

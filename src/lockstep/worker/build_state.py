@@ -26,6 +26,7 @@ from lockstep.planning.blocks import Block, cut_blocks
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.reduction_tree import most_subtrees
 from lockstep.state.allocation import Allocation, StateContents, allocate
+from lockstep.state.buffer_rules import rules_of
 from lockstep.state.control_segment import ControlSegment, ControlShape
 from lockstep.state.embedding_tables import Table, find_tables
 from lockstep.state.gradient_codecs import CODECS
@@ -99,6 +100,7 @@ def build(
         model=model,
         trainable=trainable,
         buffers=list(model.named_buffers()),
+        buffer_rules=rules_of(task, model),
         blocks=blocks,
         keys=keys,
         undivided=undivided,
@@ -291,6 +293,7 @@ def _allocate(
         local_keys=contents.local_keys,
         buffers=contents.buffers,
         committed=committed,
+        buffer_rules=contents.buffer_rules,
         slots=slots[: counts.shards],
         sums=slots[counts.shards : totals_at],
         total=slots[totals_at] if counts.totals else None,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.collectives.grad_norm import GradNormClipper
-from lockstep.data.fetching import Fetch, make_fetch
+from lockstep.data.fetching import AbsentSamples, Fetch, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -62,9 +62,11 @@ class Session:
         Raises:
             LockstepError: the task cannot be trained.
         """
-        fetch = make_fetch(task, train, plan.seed)
+        absent = AbsentSamples(allowed=plan.shards == 1)
+        fetch = make_fetch(task, train, plan.seed, absent)
         generators = OwnGenerators({"task": task, "model": model})
-        model.train()
+        if not task.keep_modes:
+            model.train()
         task.set_position(plan.position)
         shared = build(
             task,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
 
-from lockstep.errors import LockstepError, TaskError
+from lockstep.errors import LockstepError, ResourceError, TaskError
 from lockstep.system.messages import ErrorMessage
 
 
@@ -26,6 +27,12 @@ def user_traceback(error: BaseException) -> str:
 
 def describe_error(error: BaseException, doing: str) -> ErrorMessage:
     """An error as a message: Lockstep's own as it is, the user's with its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        error = ResourceError(
+            f"there is no file descriptor left: {error}",
+            expected="room for the run's own, and for those of the task",
+            fix="allow more, with ulimit -n",
+        )
     if not isinstance(error, LockstepError):
         text = user_traceback(error)
         error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")

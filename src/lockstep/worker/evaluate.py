@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.data.fetching import Fetch
+from lockstep.data.fetching import AbsentSamples, Fetch
 from lockstep.errors import LockstepError, TaskError
 from lockstep.job.position import Position
 from lockstep.job.task import Task
@@ -75,25 +75,27 @@ class Inference:
 def evaluate_batches(
     inference: Inference,
     fetch: Fetch,
+    absent: AbsentSamples,
     batches: Iterable[int],
     *,
     samples: int,
     batch_size: int,
 ) -> Iterator[BatchSums]:
-    """The sums and outputs of the given batches."""
+    """The sums and outputs of the given batches, over the samples that are there."""
     task, model = inference.task, inference.model
     for index in batches:
         rows = batch_range(index, samples, batch_size)
         with _named(index, rows):
             batch = fetch(-1, rows)
-            inference.reset("eval", index, len(rows))
-            sums = _sums(task.metrics(model, batch), len(rows))
-            inference.reset("outputs", index, len(rows))
+            left = len(rows) - absent.count
+            inference.reset("eval", index, left)
+            sums = _sums(task.metrics(model, batch), left)
+            inference.reset("outputs", index, left)
             outputs = {
-                name: _listed(name, value, len(rows))
+                name: _listed(name, value, left)
                 for name, value in task.outputs(model, batch).items()
             }
-        yield {"batch": index, "samples": len(rows), "sums": sums, "outputs": outputs}
+        yield {"batch": index, "samples": left, "sums": sums, "outputs": outputs}
 
 
 @contextlib.contextmanager

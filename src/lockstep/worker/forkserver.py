@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     from lockstep.worker.load_task import Loaded
     from lockstep.worker.pristine import Work
 
+END_SECONDS = 2.0
+"""How long killed children are waited for; less than the agent waits for this process."""
 NEEDED = ("torch", "torch._dynamo", "lockstep.worker.main")
 """What every run imports: an optimizer's first step needs the compiler to say that it is not meant.
 """
@@ -336,11 +339,16 @@ class ForkServer:
             self.channel.send(ChildExited(pid=pid, code=code))
 
     def end(self) -> None:
-        """Kill and reap every child."""
+        """Kill and reap every child. One that hangs in the kernel is left to it."""
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
-        for pid in self.children:
-            os.waitpid(pid, 0)
+        limit = time.monotonic() + END_SECONDS
+        with contextlib.suppress(OSError):  # no descriptors: they end all the same
+            for pid in self.children:
+                pidfd = os.pidfd_open(pid)
+                if select.select([pidfd], [], [], max(limit - time.monotonic(), 0))[0]:
+                    os.waitpid(pid, 0)
+                os.close(pidfd)
 
 
 def _open_pidfd(pid: int) -> int:

@@ -17,6 +17,7 @@ from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.planning.sampling import Sampling, describe_samples
+from lockstep.state.buffer_rules import BufferWatch
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import Modes, PrivateBuffers
@@ -24,6 +25,7 @@ from lockstep.state.shared_state import SharedState
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.gradient_hooks import GradientHooks
+from lockstep.worker.lone_samples import LoneSamples
 from lockstep.worker.model_checks import held_tensors
 from lockstep.worker.sparse_autograd import Redo
 
@@ -59,12 +61,16 @@ class ForwardBackward:
         self._fetching = 0.0
         self._writer = GradientHooks(shared)
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
+        self._watch = BufferWatch(
+            shared.model, shared.committed, shared.buffer_rules, len(shared.slots)
+        )
         self._modes = Modes(shared.model)
         self._generators = generators
         self._frozen = [
             (name, p) for name, p in shared.model.named_parameters() if not p.requires_grad
         ]
         self._trainable = [True] * len(shared.params)
+        self._lone_samples = LoneSamples(shared.model, sampling, start.steps)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
 
@@ -120,7 +126,9 @@ class ForwardBackward:
         self._fault("forward", step, shard)
         with self._precision():
             if self._rounds is None:
-                loss = self.task.loss(self.shared.model, batch)
+                first, last = self.sampling.shard_span(step, shard)
+                with self._lone_samples.watching(last - first):
+                    loss = self.task.loss(self.shared.model, batch)
             else:
                 loss = self._rounds.loss(step, shard, slot, batch)
         value = check_loss(loss, step, shard, self.sampling)
@@ -129,6 +137,7 @@ class ForwardBackward:
         loss.backward(self._weight(weight, loss))
         self._writer.finish()
         self._buffers.save(slot.buffers)
+        self._watch.check(slot.buffers, step)
         if versions != [tensor._version for _, tensor in self._kept]:
             raise self._changed(versions)
         for name, parameter in self._frozen:

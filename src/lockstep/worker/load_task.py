@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,10 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
     ships = request.networked and data == "ship" and not request.data_bytes
     train, held_out = _sets(own, task, request, sent, alone=ships)
     samples = length_of(train, "train_data")
+    loaders = _loader_settings(own, {**recipe, **settings})
     facts = {
-        "settings": recipe,
+        "settings": {**loaders, **recipe},
+        "loader_settings": loaders,
         "task": type(task).__name__,
         "code": code_digest(task) if source.payload is None else source.code,
         "fitted": text_digest(task.fitted()),
@@ -80,6 +83,15 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         local = data == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
     return Loaded(task=task, model=model, train=train, held_out=held_out, facts=facts, ships=ships)
+
+
+def _loader_settings(own: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the task's loaders are set to. Held-out batches are as large as others where that is
+    what the job says."""
+    found = dict(own.loader_settings())
+    if settings.get("batch_size") is not None:
+        found.pop("eval_batch_size", None)
+    return found
 
 
 def _sets(own: Task, task: Task, request: LoadTask, sent: int, *, alone: bool) -> Sets:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
-from lockstep.data.fetching import make_fetch
+from lockstep.data.fetching import AbsentSamples, make_fetch
 from lockstep.data.records import RecordDataset
 from lockstep.optim.block_owner import BlockOwner
 from lockstep.planning.assignment import Assignment, share_of
@@ -152,7 +152,8 @@ class Worker:
     def _infer(self, request: InferBatches) -> None:
         context, plan = self.context, self.context.plan
         assert context.held_out is not None
-        fetch = make_fetch(context.task, context.held_out, plan.seed)
+        absent = AbsentSamples(allowed=True)
+        fetch = make_fetch(context.task, context.held_out, plan.seed, absent)
         samples, before = plan.own_held_out
         size = {"samples": samples, "batch_size": plan.eval_batch_size}
         with self._inference(autocast=plan.precision == "bf16") as inference:
@@ -163,7 +164,7 @@ class Worker:
                     indices = batch_range(batch, **size)
                     self._answer(request, batch, context.held_out.beside(indices, rows))
             else:
-                for sums in evaluate_batches(inference, fetch, batches, **size):
+                for sums in evaluate_batches(inference, fetch, absent, batches, **size):
                     batch = sums["batch"] + before
                     self._answer(request, batch, {**sums, "batch": batch})
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from lockstep.data.fetching import make_fetch
+from lockstep.data.fetching import AbsentSamples, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.optim.local_rounds import LocalRounds
@@ -117,13 +117,14 @@ def _of_held_out(session: Session) -> dict[str, bytes]:
     if not samples or session.held_out is None:
         return {}
     position = plan.position.at_batch(0, 0, plan.position.samples)
-    fetch = make_fetch(session.task, session.held_out, plan.seed)
+    absent = AbsentSamples(allowed=True)
+    fetch = make_fetch(session.task, session.held_out, plan.seed, absent)
     with Inference(
         session.task, session.shared, session.generators, position, plan.seed,
         autocast=plan.precision == "bf16",
     ) as inference:  # fmt: skip
         size = {"samples": samples, "batch_size": plan.eval_batch_size}
-        (found,) = evaluate_batches(inference, fetch, [0], **size)
+        (found,) = evaluate_batches(inference, fetch, absent, [0], **size)
     return {"the metrics of a held-out batch": _digest(repr(found).encode())}
 
 

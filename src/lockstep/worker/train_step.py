@@ -279,10 +279,10 @@ class TrainStep:
     def _combine_buffers(self, step: int) -> None:
         """Merge this worker's share of the buffers."""
         weights = self._sampling.weights(step)
-        committed = self.shared.committed
+        committed, rules = self.shared.committed, self.shared.buffer_rules
         for index in range(self._rank, len(committed), self._workers):
             left = [slot.buffers[index] for slot in self.shared.slots]
-            combine_buffers(committed[index], left, weights)
+            combine_buffers(committed[index], left, weights, rules[index])
 
     def _await_parameters(self, step: int, presence: GradientPresence) -> None:
         """Return when what other hosts have updated is there."""

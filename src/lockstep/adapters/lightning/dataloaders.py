@@ -1,4 +1,4 @@
-"""Dataloaders: the data set and the collate_fn of the one DataLoader; its batches are not used."""
+"""Dataloaders: the data set, the collate_fn and the settings of the one DataLoader."""
 
 from __future__ import annotations
 
@@ -35,6 +35,32 @@ def one_loader(loader: Any, name: str) -> Any:
             fix="leave out sampler and batch_sampler; the order follows from the job's seed",
         )
     return loader
+
+
+def settings_of(loader: Any, batch_size: str) -> dict[str, Any]:
+    """The job's settings that a loader of training data has."""
+    from torch.utils.data import RandomSampler
+
+    found: dict[str, Any] = {"shuffle": type(loader.sampler) is RandomSampler}
+    if loader.batch_size is not None:
+        found |= {batch_size: loader.batch_size, "drop_last": loader.drop_last}
+    return found
+
+
+def held_out_settings_of(loader: Any, name: str) -> dict[str, Any]:
+    """The job's settings that a loader of held-out data has.
+
+    Raises:
+        TaskError: it leaves samples out.
+    """
+    if loader.drop_last:
+        raise TaskError(
+            f"{name} has drop_last=True",
+            expected="drop_last=False: every held-out sample counts once",
+            found="drop_last=True",
+            fix="leave it out; a short last batch is weighted by its samples",
+        )
+    return {} if loader.batch_size is None else {"eval_batch_size": loader.batch_size}
 
 
 def alike(one: Any, other: Any) -> bool:

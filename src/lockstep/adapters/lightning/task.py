@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lockstep.adapters.common import answer_by, need
-from lockstep.adapters.lightning.dataloaders import alike, one_loader
+from lockstep.adapters.lightning.dataloaders import (
+    alike,
+    held_out_settings_of,
+    one_loader,
+    settings_of,
+)
 from lockstep.adapters.lightning.hooks import check_data, check_module, check_skipped
 from lockstep.adapters.lightning.logs import Logged, logging_to
 from lockstep.adapters.lightning.optimizers import Configured, Following, bind
@@ -37,13 +42,14 @@ def from_lightning(
     """Task of a LightningModule: its training_step, configure_optimizers and validation_step.
 
     Options of the Trainer are settings of the job: `clip_grad_norm` for gradient_clip_val,
-    `batch_size` (times accumulate_grad_batches) for that of the loaders, `data_epochs` for
-    max_epochs, `precision`. `self.trainer` is a stub that knows the numbers of the run.
+    `data_epochs` for max_epochs, `precision`, a larger `batch_size` for accumulate_grad_batches.
+    `self.trainer` is a stub that knows the numbers of the run. Modules in eval mode stay so.
 
     Args:
         module: a LightningModule, sent to the workers with its weights.
         datamodule: a LightningDataModule; without it, the module has the loaders. Their data sets
-            and collate_fn are used; batches and their order are the job's.
+            and collate_fn are used, and where the job does not say otherwise also batch_size,
+            shuffle and drop_last.
         skip: names of hooks not to call, such as those that only print, log or save.
         test: evaluate with test_step on test_dataloader, for `lockstep.evaluate(run, task=...)`.
         from_record: from a record of a file to predict from with predict_step: the sample, for
@@ -95,6 +101,8 @@ def _package(kind: type) -> str:
 class LightningTask(Task):
     """Task made by `from_lightning`."""
 
+    keep_modes = True  # as Lightning's Trainer since 2.2
+
     def __init__(
         self, module: Any, datamodule: Any, package: str, skip: Sequence[str], *, test: bool
     ) -> None:
@@ -106,6 +114,7 @@ class LightningTask(Task):
         self._ready = False
         self._collate: Any = None
         self._left: list[dict[str, Any]] = []
+        self._loader_settings: dict[str, Any] = {}
         self.made_from = (module,) if datamodule is None else (module, datamodule)
 
     def set_position(self, position: Position) -> None:
@@ -135,13 +144,14 @@ class LightningTask(Task):
                 self._hook(module, hook)
         separate_metrics(module)
         self._kept = Kept(module)
-        built: nn.Module = module.train()
+        built: nn.Module = module
         return built
 
     def train_data(self) -> Dataset[Any]:
         from torch.utils.data import default_collate
 
         loader = one_loader(self._prepared().train_dataloader(), "train_dataloader")
+        self._loader_settings = settings_of(loader, "batch_size")
         self._collate = loader.collate_fn
         if self._collate is not default_collate:
             self.collate = self._collate  # type: ignore[method-assign]
@@ -162,8 +172,12 @@ class LightningTask(Task):
                 found=f"{self._collate!r} and {loader.collate_fn!r}",
                 fix="give both loaders the same collate_fn",
             )
+        self._loader_settings |= held_out_settings_of(loader, name)
         dataset: Dataset[Any] = loader.dataset
         return dataset
+
+    def loader_settings(self) -> Mapping[str, Any]:
+        return self._loader_settings
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         with self._running(model, "fit", "training_step", None):

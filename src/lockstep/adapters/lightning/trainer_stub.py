@@ -21,7 +21,7 @@ class NoTrainer:
     world_size = num_devices = num_nodes = accumulate_grad_batches = 1
     global_rank = local_rank = node_rank = 0
     is_global_zero = True
-    sanity_checking = fast_dev_run = False
+    sanity_checking = fast_dev_run = should_stop = False
     progress_bar_callback = None
     """Lightning's `self.print` prints where there is no progress bar."""
 
@@ -94,6 +94,27 @@ class NoTrainer:
             )
         return self.position
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep what is the stub's own; anything else would be asked of a Trainer.
+
+        Raises:
+            TaskError: it would have no effect here.
+        """
+        own = name in OWN or name.startswith("_")
+        if own or (name == "should_stop" and value is False):
+            super().__setattr__(name, value)
+            return
+        raise (
+            _stopping(value)
+            if name == "should_stop"
+            else TaskError(
+                f"the module sets self.trainer.{name}, and there is no Trainer",
+                expected="self.trainer to be asked, not told",
+                found=f"self.trainer.{name} = {value!r}"[:200],
+                fix="leave it out, or make it a setting of the job",
+            )
+        )
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -107,5 +128,18 @@ class NoTrainer:
         )
 
 
+def _stopping(value: object) -> TaskError:
+    return TaskError(
+        "the module sets self.trainer.should_stop, and there is no Trainer that could be stopped",
+        expected="a run of as many steps as were planned: other shards of the step, and other "
+        "hosts, do not see that one asks for an end",
+        found=f"self.trainer.should_stop = {value!r}",
+        fix="set steps or data_epochs; or stop the run from outside, by the handle of "
+        "lockstep.start or by `lockstep stop`",
+    )
+
+
+OWN = ("model", "lightning_module", "datamodule", "callbacks", "stage", "position")
+"""Attributes that this package assigns."""
 _OPTIMIZERS = ": self.optimizers(), self.lr_schedulers() and self.all_gather() need it"
 ASKED_BY = dict.fromkeys(("strategy", "optimizers", "lr_scheduler_configs"), _OPTIMIZERS)
