@@ -25,7 +25,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format docs-tree bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos clean
+.PHONY: help run test test-long fuzz check format docs-tree bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos chaos-hosts clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -87,6 +87,9 @@ bench-recipes: $(READY) ## Measure the recipes compared with DistributedDataPara
 
 chaos: $(READY) ## Disturb runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+chaos-hosts: $(READY) ## The same over four hosts, network namespaces, some of them harmful (needs root)
+	$(BIN)/python -m benchmarks.chaos_hosts $(ARGS)
 
 clean: ## Remove caches and build output (keeps .venv and runs)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

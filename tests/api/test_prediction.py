@@ -144,7 +144,6 @@ def test_evaluating_gives_the_run_s_own_numbers(run_folders: Callable[[], str]) 
     [
         ('{"point": [1]}\n[1]\n', "line 2 cannot be used"),
         ('{"point": [1]}\n\n{"point": \n', "line 3 cannot be used"),
-        ("\n\n", "has no records"),
     ],
 )
 def test_records_that_cannot_be_used(lines: str, says: str, tmp_path: Path) -> None:
@@ -216,9 +215,45 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_records_that_are_packed(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}'))
-    with pytest.raises(DataError, match="unpack it first"):
-        open_records(tmp_path / "mine.jsonl.gz")
+    for name, content in {"a.jsonl.gz": b'{"a": "1"}', "b.csv.gz": b"a\r\n1\r\n"}.items():
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        records = open_records(tmp_path / name)
+        assert [records[index] for index in range(len(records))] == [{"a": "1"}]
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}')[:-4])
+    with pytest.raises(DataError, match="cannot be read"):
+        open_records(tmp_path / "c.jsonl.gz")
+
+
+def test_records_from_csv(tmp_path: Path) -> None:
+    path = tmp_path / "records.csv"
+    path.write_text('\ufeffname,x\r\n"Ann, B",1\r\n\r\n"two\r\nlines",2\r\n3\r\n')
+    records = open_records(path)
+    assert [records[0], records[1]] == [
+        {"name": "Ann, B", "x": "1"},
+        {"name": "two\r\nlines", "x": "2"},
+    ]
+    with pytest.raises(DataError, match=r"records\.csv, line 6 cannot be used\n.*2 values"):
+        records[2]
+
+
+def test_csv_out(tmp_path: Path) -> None:
+    with PredictionFile(tmp_path / "out.csv", {}) as rows:
+        rows.add([{"id": 1, "text": 'a "b", c'}, {"id": 2, "scores": [0.5, None]}])
+        rows.finish()
+    assert (tmp_path / "out.csv").read_bytes().decode() == (
+        'id,text,scores\r\n1,"a ""b"", c",\r\n2,,"[0.5, null]"\r\n'
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.csv"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet"])
+def test_no_records_give_no_rows(name: str, run_folder: str, tmp_path: Path) -> None:
+    run = trained(Predicts(), run_folder)
+    (tmp_path / "none.jsonl").write_text("\n")
+    out = tmp_path / name
+    found = lockstep.predict(run.folder, tmp_path / "none.jsonl", out=out, task=Predicts())
+    assert (found.records, found.out) == (0, out)
+    assert out.exists()
 
 
 def write_all(out: Path, rows: list[dict[str, Any]]) -> None:

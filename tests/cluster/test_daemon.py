@@ -93,6 +93,10 @@ def test_files_are_private(cluster: Loopback) -> None:
     names = {path.name for path, _ in made}
     assert names >= {"up.sock", "up.json", "cluster.json", "node.key", "authority.key", "lock"}
     assert (cluster.folder / "t-2").stat().st_mode & 0o777 == 0o600
+    asked = lockstep("token", "--state", "a", "--token-file", "t-3", cwd=cluster.folder)
+    assert (asked.returncode, asked.stdout) == (0, "")
+    assert (cluster.folder / "t-3").stat().st_mode & 0o777 == 0o600
+    assert (cluster.folder / "t-3").read_text().startswith("lockstep1-")
     again = lockstep("up", "--state", "a", cwd=cluster.folder)
     assert again.returncode == 1
     assert "is in use" in again.stderr

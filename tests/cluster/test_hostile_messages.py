@@ -7,6 +7,7 @@ import math
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from lockstep.net.transport import ignore
 from lockstep.system.messages import encode
 from lockstep.system.unix_socket import LENGTH, MAX_BYTES
 from tests.support.message_values import body, fields_of, nested
+from tests.support.no_descriptors import no_descriptors
 
 LIMIT = 20.0
 OFFER = OpenJob(offer=JobOffer(job="j", master="b", address=("127.0.0.1", 9), task="mnist"))
@@ -192,6 +194,25 @@ def test_a_member_obeys_its_up_alone(up: Up) -> None:
         with contextlib.suppress(LockstepError):
             other.tell("b", JobOffered(offer=OFFER.offer))
         assert line.hear() is None
+    up.check()
+
+
+def test_callers_without_threads_or_descriptors(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name.startswith("lockstep @"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(LockstepError):
+            up.check()
+    up.check()
+    with socket.socket(socket.AF_UNIX) as sock, no_descriptors():
+        sock.connect(str(up.folder / SOCKET))
+        time.sleep(0.2)
     up.check()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from lockstep.agent.job_offer import JobOffer
-from lockstep.cluster.daemon.admission import Allowed, refusal
+from lockstep.agent.job_offer import OFFER, JobOffer
+from lockstep.cluster.daemon.admission import Allowed, may_call, names_files, refusal
 from lockstep.cluster.daemon.agent_processes import why
 from lockstep.cluster.daemon.cluster_messages import FROM_HOSTS
 from lockstep.cluster.daemon.reconnecting_line import LONGEST_PAUSE, pause
@@ -26,6 +28,7 @@ from lockstep.errors import (
     JobError,
     ProtocolError,
 )
+from lockstep.net.blob_transfer import BlobInfo
 from lockstep.system.messages import ErrorMessage, encode
 
 NOWHERE = ("127.0.0.1", 9)
@@ -113,6 +116,83 @@ def test_which_tasks_a_host_takes(task: str, allow: tuple[str, ...], found: str 
         assert isinstance(error, JobError)
         assert "host b" in error.what
         assert found in error.found
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "..:Task", "tests/../os:system", "tests..support:Task", "tests.support:os system", ":Task",
+        "tests.support.named_tasks:Blobs()", "tests.*:Task", "mni/st", "../mnist", "a:b:c", "",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("code", [BlobInfo(digest="ab" * 32, nbytes=10), None])
+def test_names_that_are_no_names_of_python(task: str, code: BlobInfo | None) -> None:
+    offer = msgspec.structs.replace(an_offer(task), code=code)
+    rules = Allowed(modules=("tests", task), code=("ab" * 32,))
+    error = refusal(offer, rules, "b")
+    assert error is not None
+    assert error.found == "something else in its name"
+
+
+def test_a_path_is_not_in_the_code_that_was_allowed() -> None:
+    code = BlobInfo(digest="ab" * 32, nbytes=10)
+    offer = msgspec.structs.replace(an_offer("digits.py:Digits"), code=code)
+    error = refusal(offer, Allowed(code=(code.digest,)), "b")
+    assert error is not None
+    assert "the path of a file" in error.found
+
+
+@pytest.mark.parametrize(
+    ("args", "taken"),
+    [
+        ({"label": "income", "epochs": 2.0, "width": 8, "data": None}, True),
+        ({"data": "{below}/table.csv"}, True),
+        ({"data": "{below}"}, True),
+        ({"data": "/etc/passwd"}, False),
+        ({"data": "{below}/../secret.csv"}, False),
+        ({"data": "{below}/link"}, False),
+        ({"data": "table.csv"}, False),
+        ({"data": ["/etc/passwd"]}, False),
+        ({"data": "a\0b"}, False),
+        ({"others": "/etc/passwd"}, False),
+    ],
+)
+def test_files_that_recipes_may_read(args: dict[str, object], taken: bool, tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    (below / "link").symlink_to("/etc")
+    placed = {
+        name: value.format(below=below) if isinstance(value, str) else value
+        for name, value in args.items()
+    }
+    offer = msgspec.structs.replace(an_offer("clicks"), args=placed)
+    error = refusal(offer, Allowed(data=(str(below),)), "b")
+    assert (error is None) == taken
+    if error is not None:
+        assert "--data" in error.fix
+    if args.get("data") is not None:
+        assert refusal(offer, Allowed(), "b") is not None
+        assert names_files(offer), "errors about them stay here"
+
+
+def test_what_may_be_called() -> None:
+    of_package = Allowed(modules=("tests",))
+    by_name = Allowed(modules=("tests.support.named_tasks:small_blobs",))
+    offer = an_offer("tests.support.named_tasks:small_blobs")
+    assert refusal(offer, of_package, "b") is None, (
+        "it may be a Task: that is seen once it is there"
+    )
+    assert not may_call(offer, of_package)
+    assert may_call(offer, by_name)
+    assert not may_call(an_offer("tests.support.named_tasks:blobs"), by_name)
+    assert may_call(an_offer("mnist"), Allowed())
+
+
+def test_records_that_are_not_sent() -> None:
+    fields = {**msgspec.to_builtins(an_offer()), "records": {"path": "/etc/passwd", "keep": []}}
+    fields["records"]["op"], fields["op"] = "RecordsRequest", "JobOffer"
+    with pytest.raises(ProtocolError):
+        OFFER.decode(msgspec.msgpack.encode(fields))
 
 
 def test_pauses_between_attempts_are_bounded() -> None:

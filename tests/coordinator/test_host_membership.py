@@ -135,6 +135,86 @@ def test_two_that_cannot_reach_each_other_part() -> None:
         )
 
 
+def failing(name: str, generation: int, peer: str, *awaited: str) -> host_membership.Event:
+    return host_membership.ExchangeFailed(name, generation, peer, "?", frozenset(awaited))
+
+
+def of_four() -> HostMembership:
+    """Four hosts that have been told to go on, in generation 4."""
+    names = "mbcd"
+    state, _ = run(
+        *(host_membership.HostReady(name, 1) for name in names),
+        *(host_membership.HostPaused(name, 4, host_status(3)) for name in names),
+    )
+    assert (state.generation, state.began) == (4, 4)
+    return state
+
+
+def lost(state: HostMembership, events: Sequence[host_membership.Event]) -> list[str]:
+    """The hosts that are given up for these events; all rest again after each of them."""
+    gone = []
+    for event in events:
+        state, commands, _ = decide(state, event)
+        gone += [each.name for each in commands if isinstance(each, host_membership.AbandonHost)]
+        for name in [*state.members] if commands else ():
+            paused = host_membership.HostPaused(name, state.generation, host_status(3))
+            state, _, _ = decide(state, paused)
+    return gone
+
+
+@pytest.mark.parametrize(
+    ("events", "gone"),
+    [
+        # d has bad links, and complains of all others; they do as well, or not.
+        ([failing("d", 4, "b"), failing("d", 5, "c")], ["d"]),
+        ([failing("d", 4, "m"), failing("d", 5, "b")], ["d"]),
+        ([failing("d", 4, "b"), failing("d", 5, "b")], ["d"]),
+        ([failing("d", 4, "b"), failing("c", 5, "d")], ["d"]),
+        # b is mute: others complain of it, and the master waits for it, too.
+        ([failing("c", 4, "b", "b"), failing("d", 5, "b", "b")], ["b"]),
+        ([failing("c", 4, "b", "b"), failing("c", 5, "b", "b")], ["b"]),
+        ([failing("m", 4, "b"), failing("m", 5, "b")], ["b"]),
+        ([failing("b", 4, "m"), failing("b", 5, "m")], ["b"]),
+        # Its own exchange fails again and again; it names nobody, or nobody that there is.
+        ([failing("b", 4, ""), failing("b", 5, "nobody")], ["b"]),
+        # Once is not too often; nor are two pairs that have nothing in common.
+        ([failing("d", 4, "b")], []),
+        ([failing("d", 4, "b"), failing("c", 5, "m")], []),
+        ([failing("d", 4, "b"), host_membership.StepsCommitted(), failing("d", 5, "b")], []),
+    ],
+)
+def test_who_is_in_most_pairs_is_given_up(
+    events: Sequence[host_membership.Event], gone: list[str]
+) -> None:
+    assert lost(of_four(), events) == gone
+
+
+def test_what_others_say_of_the_same_generation_counts() -> None:
+    """They were called to rest by the first complaint, which names the wrong host."""
+    state = of_four()
+    for event in (failing("d", 4, "b"), failing("c", 4, "d"), failing("m", 4, "d")):
+        state, _, _ = decide(state, event)
+    assert state.generation == 5, "all of it is one regrouping"
+    for name in "mbcd":
+        state, _, _ = decide(state, host_membership.HostPaused(name, 5, host_status(3)))
+    assert lost(state, [failing("d", 5, "b")]) == ["d"]
+
+
+def test_nobody_gets_a_second_chance_when_the_run_is_to_stop() -> None:
+    state, _, _ = decide(of_four(), host_membership.StopWanted())
+    assert lost(state, [failing("m", 4, "b")]) == ["b"]
+
+
+def test_a_master_that_cannot_exchange_ends_the_run() -> None:
+    state = of_four()
+    for generation in range(4, 9):
+        state, commands, _ = decide(state, failing("m", generation, ""))
+        for name in "mbcd":
+            paused = host_membership.HostPaused(name, state.generation, host_status(3))
+            state, _, _ = decide(state, paused)
+    assert commands == (host_membership.GiveUp("?"),)
+
+
 EVENTS = st.one_of(
     st.builds(host_membership.HostReady, st.sampled_from("bcd"), st.integers(1, 3)),
     st.builds(
@@ -156,6 +236,7 @@ EVENTS = st.one_of(
         st.just("trouble"),
     ),
     st.just(host_membership.StepsCommitted()),
+    st.just(host_membership.StopWanted()),
 )
 
 

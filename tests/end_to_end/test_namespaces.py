@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from benchmarks import delays, namespaces
+from benchmarks.chaos_hosts import chaos
 from benchmarks.namespaces import Network
 from lockstep.results.result import Result
 from tests.support.harmed_runs import Event, Yard, await_event, ledger, yard
@@ -256,3 +257,11 @@ def test_a_host_beyond_the_timeout_is_dropped(start: Start, yard: Yard) -> None:
         network.delay(2, 1.5, 1.5)
         assert run.await_loss()["host"] == "c"
         assert_same_as(run, yard.undisturbed(TASK, **SETTINGS, steps=steps))
+
+
+@pytest.mark.long
+def test_hosts_harmed_at_random() -> None:
+    """`make chaos-hosts` goes on for as long as one likes."""
+    done, problems = chaos(seed=1, faults=12, seconds=60.0)
+    assert problems == []
+    assert done.total() >= 12

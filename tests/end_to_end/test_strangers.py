@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.net import counted_report
 from lockstep.net.frames import HEADER, MAGIC, VERSION, Kind, message_frame
 from lockstep.net.handshake import Hello
 from lockstep.net.sockets import handshake, wrap
@@ -97,6 +98,7 @@ def test_strangers_at_every_port_of_a_job(
 ) -> None:
     gate = tmp_path / "gate"
     gate.touch()
+    monkeypatch.setattr(counted_report, "LISTED", 10**6)
     monkeypatch.setenv(GATE, str(gate))
     own = ports_of(os.getpid())
     on = site.agents({"b": 1, "c": 1}, 1)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,50 @@ def test_names_of_a_module(here: Path) -> None:
         TaskSource(name="tests.support.named_tasks:Blobs", args={"lr": 0.5}, offered=True)
     )
     assert task.lr == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["small_blobs", "blobs", "look_up"])
+def test_functions_of_a_package_that_was_allowed(name: str) -> None:
+    """Only a Task is called, unless the function itself was named."""
+    named = f"tests.support.named_tasks:{name}"
+    with pytest.raises(JobError, match="does not lead to a Task"):
+        resolve(TaskSource(name=named, offered=True, functions=False))
+    task, _ = resolve(
+        TaskSource(name="tests.support.named_tasks:Blobs", offered=True, functions=False)
+    )
+    assert type(task).__name__ == "Blobs"
+    if name == "small_blobs":
+        assert resolve(TaskSource(name=named, offered=True))[1] is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["digits.py:Digits", "..digits:Digits", "code/../digits:Digits", "digits.*:Digits"]
+)
+def test_paths_that_lead_out_of_the_code(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is another file of this name where `join` was started."""
+    ran = tmp_path / "ran"
+    (tmp_path / "digits.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Digits: pass\n")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "digits.py").write_text("class Digits: pass\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JobError, match="is not in the code that was shipped"):
+        resolve(TaskSource(name=name, folder=str(tmp_path / "code"), offered=True))
+    assert not ran.exists()
+
+
+def test_a_module_that_was_loaded_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, other = tmp_path / "code", tmp_path / "other"
+    for folder in (code, other):
+        folder.mkdir()
+        (folder / "twice_there.py").write_text("class Digits: pass\n")
+    monkeypatch.setattr(sys, "path", [str(other), *sys.path])
+    with pytest.raises(JobError, match="is not in the code that was shipped"):
+        resolve(TaskSource(name="twice_there:Digits", folder=str(code), offered=True))
+    sys.modules.pop("twice_there", None)
 
 
 @pytest.mark.parametrize("name", ["os:system", "torch:load", "elsewhere:Task"])

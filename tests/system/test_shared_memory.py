@@ -54,3 +54,18 @@ def test_a_shortage_at_allocation_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "posix_fallocate", none_left)
     with pytest.raises(ResourceError, match="state segment"):
         Segment.create("state", 4096)
+
+
+def test_nothing_is_allocated_at_somebody_elses_word() -> None:
+    """What another host has announced takes memory as it comes."""
+    size, piece = 1 << 29, 4 << 20
+    segment = Segment.create("data", size, at_once=False)
+    try:
+        assert len(segment) == size
+        assert os.fstat(segment.fd).st_blocks == 0
+        segment.reserve(piece, piece)
+        assert os.fstat(segment.fd).st_blocks * 512 == piece
+        segment.map[piece : piece + 3] = b"abc"
+        assert segment.map[piece : piece + 4] == b"abc\0"
+    finally:
+        segment.close()

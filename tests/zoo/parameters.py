@@ -141,6 +141,8 @@ class Lookahead(torch.optim.Optimizer):
     After Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back" (2019).
     """
 
+    lockstep_update = "elementwise"
+
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
 

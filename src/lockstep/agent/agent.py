@@ -23,7 +23,7 @@ from lockstep.agent.host_messages import (
     JobEnded,
     PlanAssigned,
 )
-from lockstep.agent.job_offer import JobOffer
+from lockstep.agent.job_offer import JobOffer, without_contents
 from lockstep.agent.local_host import LocalHost
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import (
@@ -60,6 +60,8 @@ def serve(
     report: Report,
     folder: Path | None = None,
     moved: Callable[[], object] = lambda: None,
+    functions: bool = True,
+    discreet: bool = False,
 ) -> None:
     """Take part in a job until it ends.
 
@@ -72,6 +74,8 @@ def serve(
         folder: a private and empty folder, the caller's to remove afterwards, for code that the
             master sends. The caller has seen that its digest is allowed. None: no code is taken.
         moved: called once, when this host has taken part in a step.
+        functions: whether the task's name may lead to a function that is called.
+        discreet: whether the master is told nothing of files that are read here.
 
     Raises:
         RefusedError: this host differs from the master's; says in what.
@@ -100,6 +104,7 @@ def serve(
                 args=dict(offer.args),
                 folder=_fetch_code(link, offer, folder, silence),
                 offered=True,
+                functions=functions,
             )
             settings = dict(offer.settings)
             records = None if offer.records is None else offer.records.as_request()
@@ -108,7 +113,11 @@ def serve(
                     source, settings, records, networked=True, data=data, name=identity.node
                 )
             stack.enter_context(local)
-            mesh = HostMesh(identity, host, offer.job, report, link.wake, silence)
+            patience = offer.settings.get("exchange_seconds")
+            mesh = HostMesh(
+                identity, host, offer.job, report, link.wake, silence,
+                None if patience is None else float(patience),
+            )  # fmt: skip
             stack.callback(mesh.close)
             agent = Agent(local, link, mesh, offer.master, silence, moved)
             agent.run(workers)
@@ -116,7 +125,10 @@ def serve(
             raise
         except LockstepError as error:
             step = 0 if agent is None else agent.step
-            link.tell(offer.master, AgentFailed(error=ErrorMessage.of(error), step=step))
+            said = without_contents(error) if discreet else error
+            if discreet:
+                report(identity.node, str(error))
+            link.tell(offer.master, AgentFailed(error=ErrorMessage.of(said), step=step))
             _await_end(link)
             raise
 
@@ -144,9 +156,9 @@ def _fetched_data(link: ControlLink, offer: JobOffer, silence: float) -> Iterato
     if offer.data is None:
         yield None
         return
-    with contextlib.closing(Segment.create("data", offer.data.nbytes)) as segment:
+    with contextlib.closing(Segment.create("data", offer.data.nbytes, at_once=False)) as segment:
         with memoryview(segment.map)[: segment.nbytes] as content:
-            fetch(link, offer.master, "data", offer.data, content, silence)
+            fetch(link, offer.master, "data", offer.data, content, silence, segment.reserve)
         yield segment
 
 

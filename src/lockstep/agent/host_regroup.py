@@ -15,6 +15,9 @@ from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import NetworkError
 
+FIRST_STEPS = 3
+"""Steps in which a host that has joined may take its time."""
+
 
 class HostRegroup:
     """Pauses and resumes a worker group, and moves state between hosts while it rests."""
@@ -24,6 +27,10 @@ class HostRegroup:
         self._address: tuple[str, int] = ("", 0)
         self._said = True
         """Whether the status of this generation has been given."""
+        self._first = True
+        """Whether a host has joined with this generation."""
+        self._begun_at = 0
+        """The step with which it began."""
 
     def pause(self, generation: int) -> None:
         """Come to rest and stay there: the hosts are being regrouped."""
@@ -44,6 +51,13 @@ class HostRegroup:
             base=group.control.snapshot_step if has_snapshot else None,
             address=self._address,
         )
+
+    def exchange_limit(self) -> float:
+        """How many seconds one may wait for another host."""
+        patience, mesh = self.group.step_log.patience, self.mesh
+        first = self._first and self.group.step < self._begun_at + FIRST_STEPS
+        limit = mesh.exchange_seconds or patience.exchange_limit(first=first)
+        return min(limit, patience.hurried()) if mesh.hurried() else limit
 
     def report_corruption(self) -> None:
         """Have the hosts regrouped if the state has been found corrupted since the last call."""
@@ -78,7 +92,10 @@ class HostRegroup:
             mesh.trouble(mesh.generation, peer or _named(error, order.workers), error)
             return
         self._settle(order.step, action)
-        mesh.start(memory, group.role, order.step, lambda: group.step_log.worker_ids)
+        self._first, self._begun_at = bool(order.copying), order.step
+        mesh.start(
+            memory, group.role, order.step, lambda: group.step_log.worker_ids, self.exchange_limit
+        )
         group.decide(membership.ResumeRequested())
 
     def _send_state(self, order: RegroupOrder) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from lockstep.errors import LockstepError, NetworkError, WorkerLostError
 from lockstep.net.blob_transfer import BlobInfo
 from lockstep.system.messages import Codec, Label, Message, Port, Text, check_plain
 
@@ -34,7 +35,8 @@ class JobOffer(Message):
     address: Address
     """Where the master listens for agents."""
     task: Label
-    """A name that every host can resolve: a recipe, `module:Task`, or `file.py:Task`."""
+    """A name that every host can resolve: a recipe, `module:Task`; among the ranks of a job, which
+    were all started with the task, `file.py:Task`."""
     args: dict[str, Any] = msgspec.field(default_factory=dict)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
     """The explicit settings of the job, as `LocalHost.start` takes them."""
@@ -46,6 +48,21 @@ class JobOffer(Message):
 
     def __post_init__(self) -> None:
         check_plain([self.args, self.settings])
+        if self.records is not None and self.data is None:
+            raise ValueError("records that are not sent along")
 
 
 OFFER: Codec[JobOffer] = Codec(JobOffer, "an offer breaks the protocol")
+
+
+def without_contents(error: LockstepError) -> LockstepError:
+    """An error without what it says of files of this host, where they were named by another one:
+    whoever named them does not see through it what is in them."""
+    if isinstance(error, NetworkError | WorkerLostError):
+        return error  # they speak of hosts and of processes
+    return type(error)(
+        "the task cannot be loaded or run on this host",
+        expected="files as the task takes them",
+        found="an error that is told there alone, since it may show what is in a file",
+        fix="look at what `lockstep join` prints there",
+    )

@@ -193,6 +193,7 @@ class LocalHost:
             code=source.code,
             code_folder=os.fsencode(source.folder),
             offered=source.offered,
+            functions=source.functions,
             has_payload=source.payload is not None,
             settings=json.dumps(settings),
             records=json.dumps(None if records is None else dict(records)),

@@ -44,7 +44,7 @@ class StallTimeout:
 
     FIRST = 300.0
     """Seconds, for what is done for the first time: kernels are prepared, caches are cold."""
-    STOPPED, LEAST = 1.0, 30.0
+    STOPPED, LEAST, HURRIED = 1.0, 30.0, 5.0
     MARGIN, MARGIN_OF_SILENCE = 10.0, 3.0
 
     def step_took(self, seconds: float) -> None:
@@ -56,6 +56,18 @@ class StallTimeout:
     def silence_ended(self, seconds: float) -> None:
         """Learn from a worker that was silent for so long and went on."""
         self.silence = max(self.silence, seconds)
+
+    def exchange_limit(self, *, first: bool = False) -> float:
+        """Seconds that a host may take for its part of an exchange: as long as it takes to replace
+        a worker that has stalled there, and more. `first`: some host has just joined."""
+        setting = self.setting or 0.0
+        if first or self.steps < 3:
+            return 2.0 * max(self.FIRST, setting)
+        return 2.0 * max(self.LEAST, setting, self.MARGIN * self.longest)
+
+    def hurried(self) -> float:
+        """The same when the run is to stop."""
+        return max(self.HURRIED if self.steps >= 3 else self.LEAST, 3.0 * self.longest)
 
     def limit(self, *, stopped: bool = False, first: bool = False) -> float:
         """Seconds; `first`: nothing of the kind has been done before."""

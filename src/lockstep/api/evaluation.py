@@ -39,6 +39,7 @@ def evaluate(
     args: Mapping[str, Any] | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
+    trust: bool = False,
     quiet: bool = True,
 ) -> Evaluated:
     """Evaluate a run's model on its task's held-out data.
@@ -49,6 +50,8 @@ def evaluate(
             numbers do not depend on it.
         args: arguments of the task to be changed, such as `{"data": path}` where it takes one.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
         on: what brings agents to other hosts; None: this host alone.
         quiet: show no progress on stderr.
 
@@ -59,7 +62,7 @@ def evaluate(
     Job(task="", workers=workers)  # refuses what is out of range
     model = newest_checkpoint(run)
     settings = model.manifest["job"]
-    source = recorded_source(model.manifest, task, Path(run))
+    source = recorded_source(model.manifest, task, Path(run), trust=trust)
     source = dataclasses.replace(source, args={**source.args, **(args or {})})
     heard, control = EvaluationObserver(), RunControl()
     announce(f"loading torch and {source.label}", quiet=quiet)

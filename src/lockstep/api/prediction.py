@@ -25,6 +25,7 @@ from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import open_hosts
 from lockstep.coordinator.run_control import RunControl
+from lockstep.data.records import open_records
 from lockstep.errors import StoppedError
 from lockstep.job.job import Job
 from lockstep.job.task import Task
@@ -66,12 +67,14 @@ def predict(
     task: Task | None = None,
     quiet: bool = True,
     on: Launcher | None = None,
+    trust: bool = False,
 ) -> Predicted:
     """Predict from a file of records with a run's model, into a file of rows in the same order.
 
     Args:
         run: the run folder. Its task has to define `from_record` and `predict`.
-        data: a file of JSON lines, or a Parquet file (`*.parquet`).
+        data: a file of JSON lines, or one named `*.csv`, `*.tsv` or `*.parquet`; gzip may have
+            packed it. Without records `out` is a file without rows.
         out: the file to be made, JSON lines or Parquet by its name. Where an earlier attempt with
             the same model, data and settings was cut short, its rows are kept and it is gone on.
         keep: columns of the records that go into the rows, before the predictions.
@@ -79,6 +82,8 @@ def predict(
             rows do not depend on it.
         batch_size: records at a time; default: the run's `eval_batch_size`.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
         quiet: no progress on stderr.
         on: what brings agents to other hosts, which are sent the records; None: this host alone.
 
@@ -90,7 +95,9 @@ def predict(
     begun = time.monotonic()
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
     model = newest_checkpoint(run)
-    source = recorded_source(model.manifest, task, Path(run))
+    if not len(open_records(data)):
+        return _nothing(model, Path(out), time.monotonic() - begun)
+    source = recorded_source(model.manifest, task, Path(run), trust=trust)
     heard, control = EvaluationObserver(), RunControl()
     announce(f"loading torch and {source.label}", quiet=quiet)
     records = {"path": str(Path(data).absolute()), "keep": list(keep)}
@@ -137,6 +144,16 @@ def predict(
             *differences(model.manifest, {**facts, **_of_run(model)}),
         ),
     )
+
+
+def _nothing(model: StoredModel, out: Path, seconds: float) -> Predicted:
+    """Make a file without rows."""
+    with PredictionFile(out, {"model": model.checkpoint.manifest["fingerprint"]}) as rows:
+        rows.finish()
+    return Predicted(
+        out=out, records=0, resumed_at=0, step=model.checkpoint.step, workers=0, deaths=0,
+        seconds=seconds, notes=model.notes,
+    )  # fmt: skip
 
 
 def _of_run(model: StoredModel) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def resume(
     on: Launcher | None = None,
     control: RunControl | None = None,
     quiet: bool = False,
+    trust: bool = False,
 ) -> Result:
     """Go on with a run from its newest good checkpoint, to the same result.
 
@@ -95,6 +96,8 @@ def resume(
         run: the run folder.
         workers: how many workers go on; default: as many as before.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
         on: what brings agents to other hosts; None: this host alone goes on.
         control: where requests to the running job are left; see `start`.
         quiet: show no progress on stderr.
@@ -107,7 +110,7 @@ def resume(
     with RunFolder.open(run) as folder:
         manifest = folder.read_manifest()
         folder.check_unfinished()
-        source = recorded_source(manifest, task, folder.path)
+        source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
         with open_hosts(RunRequest.recorded(source, manifest["job"]), on) as hosts:
             check_resumed(run, manifest, hosts.host.facts)

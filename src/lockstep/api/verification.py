@@ -97,6 +97,7 @@ def verify(
     steps: tuple[int | None, int | None] = (None, None),
     workers: int | None = None,
     task: Task | None = None,
+    trust: bool = False,
     quiet: bool = True,
 ) -> Verification:
     """Replay steps `[first, last)` of a run and compare them with its ledger.
@@ -106,6 +107,8 @@ def verify(
         steps: which steps; None: from the first, to the last recorded.
         workers: how many workers replay; default: as many as the run had.
         task: the task, where the run was given an object and not a name.
+        trust: whether the code that the run folder names may be run though somebody else has made
+            the folder.
         quiet: show no progress on stderr.
 
     Raises:
@@ -121,7 +124,7 @@ def verify(
     first, last = _span(steps, len(recorded))
     plan = Plan.from_message(manifest["plan"])
     plan = dataclasses.replace(plan.with_workers(workers or plan.workers), steps=last)
-    source = recorded_source(manifest, task, Path(run))
+    source = recorded_source(manifest, task, Path(run), trust=trust)
     announce(f"loading torch and {source.label}", quiet=quiet)
     with (
         LocalHost.start(source, {**manifest["job"]}) as host,

@@ -86,12 +86,22 @@ def _invite(here: Head, file: Path | None) -> None:
     report(here.identity.node, f"{where}: lockstep join -{options}, and paste a token, one a host")
 
 
-def token(state: StateOption = None, valid: Valid = 900.0) -> None:
+def token(
+    state: StateOption = None,
+    valid: Valid = 900.0,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Write the token to FILE, which nobody else can read.")
+    ] = None,
+) -> None:
     """Print another join token of the `lockstep up` on this machine. Keep it like a password."""
     from lockstep.cluster.daemon.cluster_messages import AskToken, TokenAnswer
     from lockstep.cluster.daemon.control_socket import ask
 
-    print(ask(_state(state), AskToken(seconds=valid), TokenAnswer).token)
+    made = ask(_state(state), AskToken(seconds=valid), TokenAnswer).token
+    if token_file is None:
+        print(made)
+    else:
+        write_tokens(token_file, [made])
 
 
 def hosts(
@@ -109,7 +119,10 @@ def hosts(
         print(json.dumps(members))
         return
     if not rows:
-        print("no host has joined; to invite one: lockstep token, then there: lockstep join -")
+        print(
+            "no host has joined; to invite one: lockstep token --token-file FILE, "
+            "then there: lockstep join FILE"
+        )
     for row in rows:
         jobs = ", ".join(f"{job} {status}" for job, status in row.jobs.items())
         print(printable(f"{row.name:<24} {row.workers:>3} workers  {jobs}".rstrip()))
@@ -129,11 +142,20 @@ def join(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="A module whose tasks may run here, besides recipes. May be repeated."),
+        typer.Option(
+            help="A module whose Tasks may run here, besides recipes, or the full name of a Task "
+            "or a function, MODULE:NAME. May be repeated."
+        ),
     ] = None,
     allow_code: Annotated[
         list[str] | None,
         typer.Option(help="The digest of code that may be sent and run here. May be repeated."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder whose files recipes may read, given by their path. May be repeated."
+        ),
     ] = None,
 ) -> None:
     """Make this machine a host of a cluster. The first time takes a token. Runs until stopped."""
@@ -148,7 +170,11 @@ def join(
         name=name or host_name(),
         host=host,
         workers=workers or machine.cores(),
-        allowed=Allowed(modules=tuple(allow or ()), code=tuple(map(_digest, allow_code or ()))),
+        allowed=Allowed(
+            modules=tuple(allow or ()),
+            code=tuple(map(_digest, allow_code or ())),
+            data=tuple(data or ()),
+        ),
         report=report,
     )
 

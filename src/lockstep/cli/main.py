@@ -48,6 +48,10 @@ On = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the code that the folder names, though it is not your run."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
@@ -170,6 +174,7 @@ def resume(
     workers: Workers = None,
     on: On = None,
     state: commands.StateOption = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -177,7 +182,7 @@ def resume(
     from lockstep.api.training import resume as resume_run
 
     with _launcher(on, state) as launcher:
-        result = resume_run(run, workers=workers, quiet=quiet, on=launcher)
+        result = resume_run(run, workers=workers, quiet=quiet, on=launcher, trust=trust)
     _show(result, as_json)
 
 
@@ -206,6 +211,7 @@ def verify(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     steps: Annotated[str, typer.Option(help="The steps to replay, A:B; default: all.")] = ":",
     workers: Workers = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -213,7 +219,7 @@ def verify(
     from lockstep.api.verification import parse_steps, to_json
     from lockstep.api.verification import verify as verify_run
 
-    found = verify_run(run, steps=parse_steps(steps), workers=workers, quiet=quiet)
+    found = verify_run(run, steps=parse_steps(steps), workers=workers, quiet=quiet, trust=trust)
     if as_json:
         print(to_json(found))
         return
@@ -231,18 +237,22 @@ def evaluate(
     workers: Workers = None,
     on: On = None,
     state: commands.StateOption = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's model on held-out data. Other --options change the task's arguments."""
     from lockstep.api.evaluation import evaluate as evaluate_run
+    from lockstep.results.manifest import check_trusted
     from lockstep.results.run_folder import RunFolder
     from lockstep.system.json_files import plain
 
-    recorded = RunFolder.open(run).read_manifest()["source"]["name"]
-    args = options_of(recorded).read(ctx.args)
+    manifest = RunFolder.open(run).read_manifest()
+    if not trust:
+        check_trusted(manifest, run)  # to look for its options is to import the packages around it
+    args = options_of(manifest["source"]["name"]).read(ctx.args)
     with _launcher(on, state) as launcher:
-        found = evaluate_run(run, workers=workers, args=args, on=launcher, quiet=quiet)
+        found = evaluate_run(run, workers=workers, args=args, on=launcher, quiet=quiet, trust=trust)
     _note(found.notes)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(found))))
@@ -254,7 +264,7 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    data: Annotated[Path, typer.Argument(help="The records: a file of JSON lines, or *.parquet.")],
+    data: Annotated[Path, typer.Argument(help="JSON lines, *.csv, *.tsv or *.parquet.")],
     out: Annotated[Path, typer.Option(help="The file to write, in the order of the records.")],
     keep: Annotated[
         list[str] | None, typer.Option(help="Columns to copy, such as id,text. May be repeated.")
@@ -263,6 +273,7 @@ def predict(
     batch_size: Annotated[int | None, typer.Option(help="Records per batch.")] = None,
     on: On = None,
     state: commands.StateOption = None,
+    trust: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -279,7 +290,7 @@ def predict(
     with _launcher(on, state) as launcher:
         found = predict_run(
             run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet,
-            on=launcher,
+            on=launcher, trust=trust,
         )  # fmt: skip
     _note(found.notes)
     if as_json:

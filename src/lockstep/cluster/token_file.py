@@ -33,7 +33,7 @@ def read_token(source: str) -> Token:
             "a join token was given on the command line, where other users can see it",
             expected="the name of a file that holds it, or - for stdin",
             found="a token",
-            fix="make a new one with: lockstep token > FILE; then: lockstep join FILE, "
+            fix="make a new one with: lockstep token --token-file FILE; then: lockstep join FILE, "
             "or: lockstep join - and paste it",
         )
     if source == "-":
@@ -48,7 +48,7 @@ def read_token(source: str) -> Token:
             f"the token file {source} cannot be read",
             expected="a file with one join token, or - for stdin",
             found=getattr(error, "strerror", None) or "it is not text",
-            fix="where `lockstep up` runs: lockstep token > FILE",
+            fix="where `lockstep up` runs: lockstep token --token-file FILE",
         ) from None
 
 

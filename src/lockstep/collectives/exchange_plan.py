@@ -12,6 +12,9 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from lockstep.errors import ProtocolError
 from lockstep.planning.byte_ranges import ByteRange, overlap
 from lockstep.planning.digest_sample import plan_digest_sample
 from lockstep.planning.memory_layout import Layout
@@ -153,15 +156,53 @@ class ExchangePlan:
                 yield from self._rows(tree, table)
 
     def _rows(self, tree: range, table: TableMap) -> Iterator[memoryview]:
-        (count,) = struct.unpack(
-            "=q", self._leaf(tree, ByteRange(offset=table.row_indices.offset, nbytes=8))
-        )
-        rows = table.rows
+        count, rows = self._count(tree, table), table.rows
         if count >= 0:
             rows = ByteRange(offset=rows.offset, nbytes=count * table.row_bytes)
             numbers = ByteRange(offset=table.row_indices.offset + 8, nbytes=8 * count)
             yield from (self._leaf(tree, piece) for piece in cut(numbers))
         yield from (self._leaf(tree, piece) for piece in cut(rows))
+
+    # What has come, before anybody takes it for true.
+
+    def check(self, sender: HostShards) -> None:
+        """Check the flags and counts that a host has sent: what follows lies where they say.
+
+        Raises:
+            ProtocolError: they cannot be.
+        """
+        flags = self.control.has_grad[sender.shards.start : sender.shards.stop]
+        if flags.size and int(flags.max()) > AGAIN:
+            raise _untrue(sender, "a flag", f"at most {AGAIN}", str(int(flags.max())))
+        for tree in sender.subtrees:
+            for table in self.places.tables:
+                count, most = self._count(tree, table), table.rows.nbytes // table.row_bytes
+                if not -1 <= count <= most:
+                    found = f"{count:,}"
+                    raise _untrue(sender, "a number of rows", f"-1 to {most:,}", found)
+
+    def check_rows(self, sender: HostShards) -> None:
+        """Check the indices of the rows that a host has sent: owners look for them in order.
+
+        Raises:
+            ProtocolError: they do not ascend, or are no rows of the table.
+        """
+        for tree in sender.subtrees:
+            for table in self.places.tables:
+                count, most = self._count(tree, table), table.rows.nbytes // table.row_bytes
+                if count <= 0:
+                    continue
+                start = table.row_indices.offset + 8
+                numbers = self._leaf(tree, ByteRange(offset=start, nbytes=8 * count))
+                indices = np.frombuffer(numbers, np.int64)
+                ascend = bool((indices[1:] > indices[:-1]).all())
+                if not ascend or indices[0] < 0 or indices[-1] >= most:
+                    found = "others" if ascend else "indices that do not ascend"
+                    raise _untrue(sender, "indices of rows", f"ascending, below {most:,}", found)
+
+    def _count(self, tree: range, table: TableMap) -> int:
+        where = ByteRange(offset=table.row_indices.offset, nbytes=8)
+        return int(struct.unpack("=q", self._leaf(tree, where))[0])
 
     # What an owner returns.
 
@@ -204,3 +245,8 @@ class ExchangePlan:
     def _view(self, slot: int, item: ByteRange) -> memoryview:
         start = slot * self.places.nbytes + item.offset
         return self._slots[start : start + item.nbytes]
+
+
+def _untrue(sender: HostShards, what: str, expected: str, found: str) -> ProtocolError:
+    return ProtocolError(f"host {sender.name} sends {what} that cannot be", expected=expected,
+                         found=found)  # fmt: skip

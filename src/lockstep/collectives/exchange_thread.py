@@ -25,7 +25,14 @@ from lockstep.system import futex
 
 LOOK_SECONDS = 0.1
 """Between two looks at whether the exchange is called off."""
+LONGEST_LOOK = 0.5
+"""Seconds: no more than this counts between two looks: who was stopped itself cannot tell that
+others have sent nothing."""
 NAP = 0.02
+
+
+PATIENCE_WITH_OWNERS = 1.5
+"""An owner may itself wait for somebody's gradients, and is to complain first."""
 
 
 class Early:
@@ -68,15 +75,20 @@ class ExchangeThread:
         *,
         clip: bool,
         spare: bool,
+        limit: Callable[[], float],
     ) -> None:
         """`worker_ids` are the host's workers at any time; `clip`: the norm of the gradients is
-        limited; `spare`: the host has cores besides its workers'."""
+        limited; `spare`: the host has cores besides its workers'; `limit`: how many seconds one may
+        wait for another host."""
         self.exchange_plan, self.transport, self.control = (
             exchange_plan,
             transport,
             exchange_plan.control,
         )
         self._worker_ids, self._failed, self._clip = worker_ids, failed, clip
+        self._limit = limit
+        self.awaited = frozenset[str]()
+        """The other hosts that are waited for now."""
         self.mine = exchange_plan.mine.name
         self._early = Early(sum(self._sizes()), spare=spare)
         self._stop = threading.Event()
@@ -111,6 +123,9 @@ class ExchangeThread:
             pass
         except NetworkError as error:
             self._failed(error)
+        except Exception as error:  # such as no memory: the hosts are regrouped, and it is said why
+            what = f"the exchange has failed on host {self.exchange_plan.mine.name}: {error!r}"
+            self._failed(NetworkError(what))
 
     def _exchange(self, step: int) -> None:
         control, returns = self.control, self.exchange_plan.duties.returns
@@ -149,12 +164,16 @@ class ExchangeThread:
         self._await_all(coming)
         if not early:
             self._early.took(time.monotonic() - begun)
+        for other in exchange_plan.others:
+            exchange_plan.check(other)
         more = [
             slip
             for other in exchange_plan.others
             for slip in self._expect(step, exchange_plan.told(other, self.mine), other.name)
         ]
         self._await_all([*more, *going])
+        for other in exchange_plan.others:
+            exchange_plan.check_rows(other)
         self.control.set_exchanged(step, Stage.GATHERED)
 
     def _swap(self, step: int, items: Callable[[str], Iterable[Item]]) -> None:
@@ -162,7 +181,7 @@ class ExchangeThread:
         others = [other.name for other in self.exchange_plan.others]
         coming = [slip for other in others for slip in self._expect(step, items(other), other)]
         going = [slip for other in others for slip in self._send(step, items(self.mine), other)]
-        self._await_all([*coming, *going])
+        self._await_all([*coming, *going], PATIENCE_WITH_OWNERS)
 
     def _digest(self, step: int) -> None:
         """Digest what of the step's sample of the state only this host has."""
@@ -246,15 +265,33 @@ class ExchangeThread:
                     return
             futex.wait(control.notification_address, bell, NAP)
 
-    def _await_all(self, slips: Sequence[Pending]) -> None:
-        """Wait for what peers send and take. Who says nothing for too long is the master's to
-        judge, which regroups the hosts without it."""
-        for slip in slips:
-            while not slip.done():
-                if self._stop.is_set():
-                    raise CalledOff
-                try:
-                    slip.wait(LOOK_SECONDS)
-                except PeerTimeoutError:
-                    if slip.ended:  # not this wait's time is up, but the connection's
-                        raise
+    def _await_all(self, slips: Sequence[Pending], patience: float = 1.0) -> None:
+        """Wait for what peers send and take; `patience` times as long as ever, where they may wait
+        for others themselves.
+
+        Raises:
+            PeerTimeoutError: one has done nothing for too long, though its heart may beat.
+        """
+        try:
+            for place, slip in enumerate(slips):
+                waited, looked = 0.0, time.monotonic()
+                while not slip.done():
+                    if self._stop.is_set():
+                        raise CalledOff
+                    try:
+                        slip.wait(LOOK_SECONDS)
+                    except PeerTimeoutError:
+                        if slip.ended:  # not this wait's time is up, but the connection's
+                            raise
+                        late = slips[place:]
+                        self.awaited = frozenset(each.peer for each in late if not each.ended)
+                    now = time.monotonic()
+                    waited, looked = waited + min(now - looked, LONGEST_LOOK), now
+                    if waited > (limit := patience * self._limit()) and not slip.done():
+                        raise PeerTimeoutError(
+                            f"host {slip.peer} exchanges nothing",
+                            expected=f"{slip.what} within {limit:.1f} s",
+                            found=f"none for {waited:.1f} s",
+                        )
+        finally:
+            self.awaited = frozenset()

@@ -44,10 +44,14 @@ class HostMesh:
         report: Report,
         wake: Callable[[], None],
         silence: float,
+        exchange_seconds: float | None = None,
     ) -> None:
         """`wake` is called, from any thread, when there is a trouble to be looked at. `silence`:
-        after so many seconds without a word a machine is lost."""
-        self._silence = silence
+        after so many seconds without a word a machine is lost. `exchange_seconds`: after so many a
+        host that exchanges nothing is; None: as the stall policy says."""
+        self._silence, self.exchange_seconds = silence, exchange_seconds
+        self.hurried: Callable[[], bool] = lambda: False
+        """Whether the run is to stop, so that nobody is waited for as long as ever."""
         self.identity, self.address, self.job = identity, address, job
         self._report, self._wake = report, wake
         self.generation = 0
@@ -90,8 +94,10 @@ class HostMesh:
         role: HostRole,
         step: int,
         worker_ids: Callable[[], Sequence[int]],
+        limit: Callable[[], float],
     ) -> None:
-        """Exchange from this step on. Called when everybody rests."""
+        """Exchange from this step on. Called when everybody rests. `limit`: how many seconds one
+        may wait for another host."""
         if not role.several:
             return
         assert self._mesh is not None
@@ -120,8 +126,15 @@ class HostMesh:
             failed,
             clip=plan.sum_limit is not None,
             spare=machine.cores() > plan.workers * plan.threads,
+            limit=limit,
         )
         self._exchange_thread.start(step)
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The other hosts that the exchange waits for now."""
+        thread = self._exchange_thread
+        return frozenset() if thread is None else thread.awaited
 
     def trouble(self, generation: int, peer: str, error: NetworkError) -> None:
         """Take note of why this host cannot go on. May be called from any thread."""
@@ -146,4 +159,4 @@ class HostMesh:
     def transfer(self, memory: HostMemory) -> StateTransfer:
         """What moves state between the hosts of this generation."""
         assert self._mesh is not None
-        return StateTransfer(transport=self._mesh, memory=memory)
+        return StateTransfer(transport=self._mesh, memory=memory, hurried=self.hurried)

@@ -6,6 +6,7 @@ Called when everybody rests on both hosts. Each piece is digested while the next
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,11 @@ from lockstep.planning.slot_map import cut
 from lockstep.state.control_segment import RING
 from lockstep.state.host_memory import HostMemory
 
-STATE_SECONDS = 600.0
-"""The longest that a copy of the state may take."""
+STATE_SECONDS, STATE_RATE = 600.0, 1e6
+"""The longest that a copy of the state may take; longer, if it has come at this rate, in bytes per
+second."""
+PIECE_SECONDS, HURRIED_SECONDS = 60.0, 5.0
+"""The longest that one piece of it may take, and when the run is to stop."""
 DIGEST_BYTES = 32
 PIECE_BYTES = 4 << 20
 LOSSES, NORM, DIGEST = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
@@ -33,6 +37,8 @@ class StateTransfer:
 
     transport: Transport
     memory: HostMemory
+    hurried: Callable[[], bool] = lambda: False
+    """Whether the run is to stop."""
 
     def send(
         self, step: int, peers: Sequence[str], part: Sequence[ByteRange] | None = None
@@ -49,8 +55,9 @@ class StateTransfer:
             send(tag, view)
             digest.update(view)  # while it is sent
         send(DIGEST, memoryview(digest.digest(DIGEST_BYTES)))
+        limit = self._limit()
         for transfer in transfers:
-            transfer.wait(STATE_SECONDS)
+            self._await(transfer, limit, lambda: True)
 
     def receive(
         self,
@@ -73,11 +80,11 @@ class StateTransfer:
             self.transport.expect(donor, Key(Kind.STATE, step, tag), view)
             for tag, view in [*items, (DIGEST, memoryview(sent))]
         ]
-        digest = blake3()
+        digest, limit = blake3(), self._limit()
         for transfer, (_, view) in zip(transfers, items, strict=False):
-            await_transfer(transfer, STATE_SECONDS, wanted)
+            self._await(transfer, limit, wanted)
             digest.update(view)  # while more comes
-        await_transfer(transfers[-1], STATE_SECONDS, wanted)
+        self._await(transfers[-1], limit, wanted)
         found = digest.digest(DIGEST_BYTES)
         if found != sent:
             raise IntegrityError(
@@ -86,6 +93,24 @@ class StateTransfer:
                 found=f"digest {found.hex()[:16]}…",
                 fix="look for faulty memory on both hosts",
             )
+
+    def _limit(self) -> float:
+        """When a copy that begins now has taken too long."""
+        return time.monotonic() + max(STATE_SECONDS, self.memory.state.nbytes / STATE_RATE)
+
+    def _await(self, transfer: Pending, limit: float, wanted: Callable[[], bool]) -> None:
+        """Wait for a piece. Who is alive and moves none is not waited for until the limit.
+
+        Raises:
+            NetworkError: the other host is lost, or too slow.
+        """
+        begun = time.monotonic()
+
+        def goes_on() -> bool:
+            most = HURRIED_SECONDS if self.hurried() else PIECE_SECONDS
+            return wanted() and time.monotonic() < min(begun + most, limit)
+
+        await_transfer(transfer, STATE_SECONDS, goes_on)
 
     def _pieces(
         self, step: int, part: Sequence[ByteRange] | None

@@ -7,6 +7,7 @@ coordinator evaluates, copies the state or ends the run.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -56,7 +57,7 @@ class Coordinator:
         self.hosts = ready.lead(self.group)
         self.rounds = EvaluationRounds(self.group, self.hosts.share)
         self.schedule, self.observer = schedule, observer
-        self._requests = requests
+        self._requests, self._thread = requests, threading.current_thread()
         self._start = step
         self._tries_evaluation = schedule.evaluate and step == 0
         self._stop = step if self._tries_evaluation else schedule.next_stop(step)
@@ -66,6 +67,7 @@ class Coordinator:
             state_bytes=ready.memory.state.nbytes,
         )
         self._checkpoint_asked = self._stop_asked = self._paused = False
+        self.hosts.stop_wanted(self._stop_wanted)
 
     @property
     def step(self) -> int:
@@ -224,6 +226,12 @@ class Coordinator:
         return limit is not None and self.group.throughput.seconds >= limit
 
     # Requests.
+
+    def _stop_wanted(self) -> bool:
+        """Whether somebody has asked to stop, by now."""
+        if threading.current_thread() is self._thread:
+            self._take_requests()
+        return self._stop_asked
 
     def _take_requests(self) -> None:
         for request in self._requests():

@@ -5,6 +5,7 @@ There are two: `SingleHostGroup` has one host and nothing to do, `NetworkHostGro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from lockstep.agent.evaluation_rounds import EvaluationShare
@@ -30,6 +31,10 @@ class HostGroup(Protocol):
     @property
     def parts(self) -> StateParts:
         """The parts of the state that single hosts alone have."""
+
+    def stop_wanted(self, wanted: Callable[[], bool]) -> None:
+        """From now on `wanted` says whether the run is to stop, so that nobody is waited for as
+        long as ever. It is asked while others are waited for."""
 
     def begin(self) -> None:
         """The worker group of the master's own host has started: let all hosts begin."""

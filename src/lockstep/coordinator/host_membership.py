@@ -16,7 +16,10 @@ from dataclasses import dataclass, field, replace
 from lockstep.agent.regroup_messages import Action, HostStatus
 
 MOST_TROUBLES = 2
-"""How often two hosts may lose each other, without a step in between, before one has to go."""
+"""In how many generations, without a step in between, hosts may have trouble before one has to go.
+"""
+MOST_OF_MASTER = 5
+"""The same of what the master's own host alone has; then the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,13 @@ class HostMembership:
     and the master's snapshot is the one state that is whole."""
     resumed: frozenset[str] = frozenset()
     """The hosts that were told to go on, last."""
-    troubles: Mapping[frozenset[str], int] = field(default_factory=dict)
-    """How often two hosts have lost each other since the last step."""
+    troubles: Mapping[frozenset[str], frozenset[int]] = field(default_factory=dict)
+    """In which generations since the last step two hosts have lost each other, or one host had a
+    trouble of its own."""
+    began: int = 0
+    """The generation that was told to go on, last: what is said of it still counts."""
+    hurried: bool = False
+    """Whether the run is to stop: nobody gets a second chance."""
 
 
 # Events.
@@ -78,12 +86,19 @@ class HostLost:
 
 @dataclass(frozen=True)
 class ExchangeFailed:
-    """A host cannot go on: its state is corrupted (no `peer`), or it has lost another host."""
+    """A host cannot go on: by a trouble of its own (no `peer`), or it has lost another host."""
 
     name: str
     generation: int
     peer: str
     why: str
+    awaited: frozenset[str] = frozenset()
+    """Whom the master's own exchange waits for at this time, as a second opinion."""
+
+
+@dataclass(frozen=True)
+class StopWanted:
+    """The run is to stop soon."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class StepsCommitted:
     """A step was committed."""
 
 
-Event = HostReady | HostPaused | HostLost | ExchangeFailed | StepsCommitted
+Event = HostReady | HostPaused | HostLost | ExchangeFailed | StopWanted | StepsCommitted
 
 
 # Commands.
@@ -127,7 +142,14 @@ class AbandonHost:
     """Whether it may be connected still."""
 
 
-Command = PauseHosts | ResumeHosts | AbandonHost
+@dataclass(frozen=True)
+class GiveUp:
+    """End the run: the master's own host cannot exchange anything."""
+
+    why: str
+
+
+Command = PauseHosts | ResumeHosts | AbandonHost | GiveUp
 Decision = tuple[HostMembership, tuple[Command, ...], str]
 
 
@@ -145,10 +167,13 @@ def decide(hosts: HostMembership, event: Event) -> Decision:
             return _resume_if_all_rest(hosts, f"host {name} rests")
         case HostLost(name, why, closed):
             return _lost(hosts, name, why, drop=not closed)
-        case ExchangeFailed(name, generation, peer, why):
-            if generation != hosts.generation or name not in hosts.members:
+        case ExchangeFailed(name, generation):
+            known = generation in {hosts.generation, hosts.began or hosts.generation}
+            if not known or name not in hosts.members:
                 return hosts, (), f"host {name} speaks of another generation"
-            return _exchange_failed(hosts, name, peer, why)
+            return _exchange_failed(hosts, event)
+        case StopWanted():
+            return replace(hosts, hurried=True), (), "the run is to stop"
         case StepsCommitted():
             return (
                 replace(hosts, troubles={}) if hosts.troubles else hosts,
@@ -167,20 +192,57 @@ def _lost(hosts: HostMembership, name: str, why: str, *, drop: bool = True) -> D
     if name not in hosts.members:
         return hosts, (), f"host {name} was given up before"
     members = {other: member for other, member in hosts.members.items() if other != name}
-    hosts, commands, reason = _pause(replace(hosts, members=members), f"host {name} is lost: {why}")
+    troubles = {pair: each for pair, each in hosts.troubles.items() if name not in pair}
+    hosts = replace(hosts, members=members, troubles=troubles)
+    hosts, commands, reason = _pause(hosts, f"host {name} is lost: {why}")
     return hosts, (AbandonHost(name, why, drop), *commands), reason
 
 
-def _exchange_failed(hosts: HostMembership, name: str, peer: str, why: str) -> Decision:
+def _exchange_failed(hosts: HostMembership, event: ExchangeFailed) -> Decision:
+    """Regroup the hosts, without the one that is most likely to blame if it goes on and on."""
+    name, peer, why = event.name, event.peer, event.why
+    late = event.generation < hosts.generation
     if peer not in hosts.members:
-        return _pause(hosts, f"host {name}: {why}")
-    pair = frozenset((name, peer))
-    count = hosts.troubles.get(pair, 0) + 1
-    if count >= MOST_TROUBLES:
-        gone = name if peer == hosts.master else peer
-        return _lost(hosts, gone, f"hosts {name} and {peer} cannot reach each other: {why}")
-    hosts = replace(hosts, troubles={**hosts.troubles, pair: count})
-    return _pause(hosts, f"host {name} has lost host {peer}: {why}")
+        if peer and late:
+            return hosts, (), f"host {name} speaks of host {peer}, which is lost"
+        peer = ""
+    pair = frozenset((name, peer or name))
+    generations = hosts.troubles.get(pair, frozenset()) | {event.generation}
+    hosts = replace(hosts, troubles={**hosts.troubles, pair: generations})
+    gone = _to_blame(hosts, event)
+    if gone == hosts.master:
+        return hosts, (GiveUp(why),), f"host {name} cannot exchange anything: {why}"
+    if gone:
+        both = f"hosts {name} and {peer} cannot reach each other: " if peer else ""
+        return _lost(hosts, gone, both + why)
+    reason = f"host {name} has lost host {peer}: {why}" if peer else f"host {name}: {why}"
+    return (hosts, (), reason) if late else _pause(hosts, reason)
+
+
+def _to_blame(hosts: HostMembership, event: ExchangeFailed) -> str:
+    """Who has to go for the troubles there are, if somebody has: of those who had some in too many
+    generations the one that is in most pairs; of several, whom the master waits for itself, and
+    else who says so alone of another. Never the master, but for troubles of its own."""
+    pairs: dict[str, list[frozenset[int]]] = {}
+    for pair, generations in hosts.troubles.items():
+        for name in pair:
+            pairs.setdefault(name, []).append(generations)
+    most = 1 if hosts.hurried else MOST_TROUBLES
+    own = hosts.troubles.get(frozenset((hosts.master,)), ())
+    if len(own) >= MOST_OF_MASTER:
+        return hosts.master
+    often = {
+        name: (len(found), sum(map(len, found)))
+        for name, found in pairs.items()
+        if name != hosts.master and len(frozenset().union(*found)) >= most
+    }
+    worst = [name for name, rank in often.items() if rank == max(often.values())]
+    if len(worst) < 2:
+        return "".join(worst)
+    awaited = [name for name in worst if name in event.awaited]
+    if event.peer in awaited or (hosts.master in (event.name, event.peer)):
+        return event.peer if event.peer in worst else worst[0]
+    return awaited[0] if awaited else event.name if event.name in worst else worst[0]
 
 
 def _resume_if_all_rest(hosts: HostMembership, reason: str) -> Decision:
@@ -200,7 +262,7 @@ def _resume_if_all_rest(hosts: HostMembership, reason: str) -> Decision:
         actions=actions,
         source=source,
     )
-    hosts = replace(hosts, regrouping=False, resumed=frozenset(names))
+    hosts = replace(hosts, regrouping=False, resumed=frozenset(names), began=hosts.generation)
     return hosts, (command,), f"{reason}, as all do"
 
 

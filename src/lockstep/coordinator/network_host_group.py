@@ -7,7 +7,7 @@ like the master's own worker group.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from lockstep.agent.host_messages import (
     AgentFailed,
@@ -27,17 +27,21 @@ from lockstep.agent.host_regroup import HostRegroup
 from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
 from lockstep.coordinator import host_membership
 from lockstep.coordinator.divergence_check import DivergenceCheck
-from lockstep.coordinator.host_inbox import HostInbox
+from lockstep.coordinator.host_inbox import HostInbox, Overdue
 from lockstep.coordinator.host_membership import HostMembership
 from lockstep.coordinator.network_evaluation_share import NetworkEvaluationShare
 from lockstep.coordinator.parts_collector import PartsCollector
 from lockstep.coordinator.rendezvous import Rendezvous, about
-from lockstep.errors import ProtocolError, RefusedError
+from lockstep.errors import NetworkError, ProtocolError, RefusedError, WorkerLostError
 from lockstep.net.control_link import ControlLink
+from lockstep.net.counted_report import CountedReport
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard
 from lockstep.planning.data_partition import check_whole
 from lockstep.system.messages import Message, printable
+
+MAX_REFUSALS = 20
+"""Of one host, in a minute, that are told of one by one."""
 
 
 class NetworkHostGroup:
@@ -64,7 +68,15 @@ class NetworkHostGroup:
         self._regroup, self._group, self._rendezvous = regroup, group, rendezvous
         self._link, self._transport, self._master = link, transport, group.host.name
         self._inbox = HostInbox(link, silent_seconds)
+        self._resting = Overdue()
+        """For how long other hosts have not come to rest, while the master's own rests."""
         self._membership = HostMembership(master=self._master, whole=group.role.ownership.whole)
+        self._connections = CountedReport(
+            lambda who, why: group.observer.event("connection", peer=who, why=why)
+        )
+        self._refusals = CountedReport(
+            lambda who, why: group.observer.event("refused", host=who, why=why), MAX_REFUSALS
+        )
         self._statuses: dict[str, HostStatus] = {}
         self._newcomers: dict[str, int] = {}
         """Hosts that wait to be let in, with their workers: where none has the whole state, they
@@ -83,10 +95,15 @@ class NetworkHostGroup:
             workers=lambda: {name: each.workers for name, each in self._membership.members.items()},
             observe=self._observe,
             check_ended=self._check_ended,
+            lost=lambda name, why: self._decide([host_membership.HostLost(name, why)]),
+            limit=regroup.exchange_limit,
         )
         self.parts = PartsCollector(
             regroup, self._inbox, link, lambda: bool(self._newcomers), self._observe
         )
+
+    def stop_wanted(self, wanted: Callable[[], bool]) -> None:
+        self._regroup.mesh.hurried = wanted
 
     def begin(self) -> None:
         self._group.host.also_wake = self._link.fileno()
@@ -94,13 +111,18 @@ class NetworkHostGroup:
         self._decide([host_membership.HostReady(*host) for host in present.items()])
 
     def look(self) -> None:
-        group, events = self._group, []
+        group, events = self._group, list[host_membership.Event]()
+        if self._regroup.mesh.hurried() and not self._membership.hurried:
+            events.append(host_membership.StopWanted())
         for who, why in self._rendezvous.reported():
-            group.observer.event("connection", peer=who, why=why)
+            self._connections(who, why)
+        self._connections.flush()
+        self._refusals.flush()
         for heard in self._inbox.take():
             events += self._heard(heard)
         events += self._silences(self._membership.members)
         events += self._own_news()
+        events += self._restless()
         self._divergence.check(self._master, group.step_log)
         self._note_stall()
         if self._membership.troubles and group.step > self._troubled_at:
@@ -119,6 +141,8 @@ class NetworkHostGroup:
         self._decide([host_membership.HostReady(*host) for host in waiting.items()])
 
     def end(self) -> None:
+        self._connections.flush(at_once=True)
+        self._refusals.flush(at_once=True)
         for name in self._transport.peers:
             self._link.tell(name, JobEnded())
 
@@ -156,6 +180,18 @@ class NetworkHostGroup:
             if name != self._master and self._inbox.is_silent(name)
         ]
 
+    def _restless(self) -> list[host_membership.Event]:
+        """The losses of those that have been told to come to rest, and do not for too long."""
+        members, master = self._membership.members, self._master
+        waits = self._membership.regrouping and members[master].status is not None
+        awaited = [name for name in members if name != master and members[name].status is None]
+        limit = self._regroup.exchange_limit()
+        return [
+            host_membership.HostLost(name, f"it has not come to rest for {seconds:.1f} s")
+            for name, seconds in self._resting.look(awaited if waits else ()).items()
+            if seconds > limit
+        ]
+
     def _note_stall(self) -> None:
         """Record how long a regrouping has held up the job, once it goes on."""
         committed = self._group.step_log.committed_at
@@ -191,10 +227,12 @@ class NetworkHostGroup:
         match message:
             case HostPaused(generation=generation, status=status) if member:
                 for step in (status.whole, status.base):
-                    self._check_step(name, step or 0)
+                    self._check_step(name, step or 0, self._furthest_state())
                 return [host_membership.HostPaused(name, generation, status)]
             case ExchangeTrouble(generation=generation, other=peer, why=why) if member:
-                return [host_membership.ExchangeFailed(name, generation, peer, printable(why))]
+                awaited = self._regroup.mesh.awaited
+                why = printable(why)
+                return [host_membership.ExchangeFailed(name, generation, peer, why, awaited)]
             case StepRecorded(step=step, digest=digest) if member:
                 self._check_step(name, step)
                 self._divergence.told(name, step, digest)
@@ -203,14 +241,17 @@ class NetworkHostGroup:
             case Recovered(recoveries=recoveries) if self._rendezvous.knows(name):
                 observer.recovered([{**each, "host": name} for each in recoveries])
             case AgentFailed() if not member:  # it was to join; all go on
-                observer.event("refused", host=name, why=str(about(name, message)))
+                self._refusals(name, str(about(name, message)))
+            case AgentFailed() if self._has_lost_processes(message):
+                self._transport.drop(name, "its processes have ended")
+                return [host_membership.HostLost(name, message.error.error().what)]
             case AgentFailed(step=step):
                 raise self._group.failure_log.raised(about(name, message), step)
             case HostPresent():
                 try:
                     self._rendezvous.present(name, message, running=True)
                 except RefusedError as refused:
-                    observer.event("refused", host=name, why=refused.found)
+                    self._refusals(name, refused.found)
             case HostReady() if self._rendezvous.knows(name):
                 workers = self._rendezvous.is_ready(name, message)
                 if self._membership.whole:
@@ -218,15 +259,29 @@ class NetworkHostGroup:
                 self._newcomers[name] = workers
         return []
 
-    def _check_step(self, name: str, step: int) -> None:
-        """Check that a host can have come so far.
+    def _has_lost_processes(self, message: AgentFailed) -> bool:
+        """Whether a host cannot go on since its processes are gone, as if it had been killed."""
+        return isinstance(message.error.error(), WorkerLostError)
+
+    def _check_step(self, name: str, step: int, furthest: int | None = None) -> None:
+        """Check that a host can have come so far; by default, as far as a lease went.
 
         Raises:
-            ProtocolError: no lease went so far.
+            ProtocolError: it cannot.
         """
-        furthest = max(self._furthest, self._group.control.lease, self._group.step)
+        if furthest is None:
+            furthest = max(self._furthest, self._group.control.lease, self._group.step)
         if step > furthest:
-            raise ProtocolError(f"host {name} claims step {step}, and the lease is {furthest}")
+            raise ProtocolError(f"host {name} claims step {step}, and {furthest} is the furthest")
+
+    def _furthest_state(self) -> int | None:
+        """After how many steps another host's state can be: it needs the master's gradients for
+        each. None: the master has no part in that, or no state of its own."""
+        group = self._group
+        if not group.has_state or not group.role.several or not group.role.shards:
+            return None
+        step, _ = group.in_flight_words()
+        return max(step, group.step) + max(1, group.plan.local_steps)
 
     # While all rest: what can be dealt with at once, and what cannot.
 
@@ -264,6 +319,11 @@ class NetworkHostGroup:
                 if isinstance(command, host_membership.AbandonHost):
                     self._abandon(command)
                     continue
+                if isinstance(command, host_membership.GiveUp):
+                    raise NetworkError(
+                        f"the hosts of the job cannot exchange anything: {command.why}",
+                        fix="look at the memory of the master's host; then resume the run",
+                    )
                 last = command
                 going_on = isinstance(last, host_membership.ResumeHosts)
                 self._group.observer.event(

@@ -173,8 +173,9 @@ class NetworkHosts:
         )
         launcher.report = report
         self._mesh = HostMesh(
-            launcher.identity, launcher.host, self._name, report, self._link.wake, job.host_seconds
-        )
+            launcher.identity, launcher.host, self._name, report, self._link.wake,
+            job.host_seconds, job.exchange_seconds,
+        )  # fmt: skip
 
     def __enter__(self) -> NetworkHosts:
         return self
@@ -223,7 +224,11 @@ class NetworkHosts:
                 address=self._transport.address,
                 task=self._task,
                 args=self._args,
-                settings={**settings, "host_seconds": self.job.host_seconds},
+                settings={
+                    **settings,
+                    "host_seconds": self.job.host_seconds,
+                    "exchange_seconds": self.job.exchange_seconds,
+                },
                 code=None if code is None else BlobInfo.of(code.data),
                 data=None if data is None else BlobInfo.of(data),
                 records=None if records is None else RecordsRequest(**records),

@@ -42,6 +42,8 @@ from lockstep.system.messages import ErrorMessage, Message
 
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
+MAX_REPORTS = 10_000
+"""That wait to be looked at."""
 
 
 class Rendezvous:
@@ -64,7 +66,7 @@ class Rendezvous:
         self._samples = {self.master: samples}
         self.ready: dict[str, int] = {}
         """By host that has been set up, how many workers it runs."""
-        self.reports: deque[tuple[str, str]] = deque()
+        self.reports: deque[tuple[str, str]] = deque(maxlen=MAX_REPORTS)
         """Connections that were closed or refused: who, and why."""
         self._plan: Plan | None = None
         self._expected: tuple[str, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lockstep.agent.evaluation_rounds import OwnShare
 
 
@@ -21,6 +23,9 @@ class SingleHostGroup:
     def __init__(self) -> None:
         self.share = OwnShare()
         self.parts = WholeState()
+
+    def stop_wanted(self, wanted: Callable[[], bool]) -> None:
+        pass
 
     def begin(self) -> None:
         pass

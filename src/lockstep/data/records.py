@@ -1,17 +1,23 @@
-"""Records: the rows of a JSONL or Parquet file, by number, as predictions take them."""
+"""Records: the rows of a JSON lines, CSV or Parquet file, by number, as predictions take them."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
+import shutil
+import tempfile
 import weakref
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lockstep.data.user_files import GZIP
+from lockstep.data.user_files import GZIP, text_of
 from lockstep.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 PARQUET = (".parquet", ".pq")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Records(Protocol):
@@ -100,27 +107,72 @@ class ParquetRows:
         return f"{self.path}, row {index + 1}"
 
 
+class CsvRows:
+    """A CSV or TSV file's rows, by the names in its first line. Every value is text."""
+
+    def __init__(self, path: Path, content: Path | None = None) -> None:
+        self.path = path
+        text = text_of((content or path).read_bytes(), path)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix])
+        self._names = next(reader, [])
+        self._lines: list[int] = []
+        self._rows: list[list[str]] = []
+        for row in reader:
+            if row:
+                self._rows.append(row)
+                self._lines.append(reader.line_num)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._rows[index]
+        if len(row) != len(self._names):
+            raise DataError(
+                f"{self.where(index)} cannot be used",
+                expected=f"{len(self._names)} values, for {', '.join(self._names)}",
+                found=f"{len(row)} values",
+                fix="mend the line, or leave it out",
+            )
+        return dict(zip(self._names, row, strict=True))
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, line {self._lines[index]}"
+
+
 def open_records(path: str | Path, content: Path | None = None) -> Records:
-    """The records of a file, by its name's ending. `content`: where its bytes are, if elsewhere.
+    """The records of a file, by its name's ending; gzip may have packed it. There may be none.
+
+    `content`: where its bytes are, if elsewhere.
 
     Raises:
-        DataError: it cannot be read, or has no rows.
+        DataError: it cannot be read.
     """
     path = Path(path)
     try:
         with (content or path).open("rb") as file:
-            if file.read(2) == GZIP:
-                raise ValueError("a file packed by gzip: unpack it first")
-        records = (ParquetRows if path.suffix in PARQUET else JsonLines)(path, content)
-    except (OSError, ValueError) as error:  # what pyarrow raises is one of these
+            packed = file.read(2) == GZIP
+        if not packed:
+            return _rows(path, content)
+        name = path.with_suffix("") if path.suffix == ".gz" else path
+        with tempfile.TemporaryFile() as unpacked:
+            with gzip.open(content or path) as file:
+                shutil.copyfileobj(file, unpacked)
+            unpacked.flush()
+            return _rows(name, Path(f"/proc/self/fd/{unpacked.fileno()}"))
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # also what pyarrow raises
         raise DataError(
             f"{path} cannot be read",
-            expected="a file of JSON lines, or a Parquet file named *.parquet",
+            expected="a file of JSON lines, or one named *.csv, *.tsv or *.parquet",
             found=str(error),
         ) from None
-    if not len(records):
-        raise DataError(f"{path} has no records", expected="at least one")
-    return records
+
+
+def _rows(path: Path, content: Path | None) -> Records:
+    """The rows of a file that is not packed; they keep open what they need of it."""
+    if path.suffix in PARQUET:
+        return ParquetRows(path, content)
+    return (CsvRows if path.suffix in DELIMITERS else JsonLines)(path, content)
 
 
 def samples_of(task: Task, request: Mapping[str, Any], fd: int = -1) -> RecordDataset:

@@ -236,6 +236,13 @@ class Job:
         help="Timeout in seconds after which a host without a heartbeat counts as lost.",
         least=0.5,
     )
+    exchange_seconds: float | None = setting(
+        None,
+        help="Timeout in seconds after which a host that exchanges nothing counts as lost.",
+        detail="Hosts are regrouped first; it is lost if it goes on. Its heartbeat does not count.",
+        least=0.5,
+        unset="twenty times the longest step, at least 60; 600 while a host begins",
+    )
     out: str | os.PathLike[str] | None = setting(
         None,
         help="The run folder; it must not exist.",

@@ -17,7 +17,7 @@ from typing import Any
 from lockstep.errors import JobError
 from lockstep.job.code_digest import parts_made_from
 from lockstep.job.job import Job
-from lockstep.job.offered_names import check_defined, check_shipped
+from lockstep.job.offered_names import check_defined, check_loaded, check_shipped
 from lockstep.job.script_state import apply_switches, apply_values
 from lockstep.job.task import Task
 from lockstep.job.task_checks import check_complete
@@ -132,6 +132,8 @@ def _find(source: TaskSource) -> Any:
     if source.folder:
         check_shipped(where, source.folder)
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    if source.folder:
+        check_loaded(module, source.folder)
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
@@ -146,7 +148,7 @@ def _find(source: TaskSource) -> Any:
             fix=f"name a task of {where}",
         )
     if source.offered:
-        check_defined(found, module)
+        check_defined(found, module, functions=source.functions)
     return found
 
 

@@ -39,6 +39,8 @@ class TaskSource:
     """The folder that the task's module has to come from, where another host has sent the code."""
     offered: bool = False
     """Whether another host has sent the name; see `lockstep.job.offered_names`."""
+    functions: bool = True
+    """Whether that name may lead to a function, and not to a Task alone."""
 
     @property
     def label(self) -> str:

@@ -23,5 +23,6 @@ certificate_authority  the cluster's CA: makes keys, signs certificates
 join_tokens            an invitation that can be pasted: address, CA fingerprint, one-time secret
 shared_secret          the same without tokens, where all hosts have a secret file
 arrivals               connections whose other side has not said who it is yet
+counted_report         what strangers do: the first of it in a minute told, the rest counted
 enrolment              a newcomer shows a secret and gets a certificate
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import deque
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -80,8 +81,10 @@ def fetch(
     blob: BlobInfo,
     into: memoryview,
     silent_seconds: float,
+    reserve: Callable[[int, int], None] = lambda start, nbytes: None,
 ) -> None:
-    """Fetch bytes from the master into memory of their number, and compare the digest.
+    """Fetch bytes from the master into memory of their number, and compare the digest. `reserve`
+    is called with the place and the size of each piece before it is asked for.
 
     Raises:
         NetworkError: the master is lost, or has been silent for so many seconds.
@@ -92,6 +95,7 @@ def fetch(
     for number, piece in enumerate(pieces):
         for ahead in range(number + len(asked), min(number + AHEAD, len(pieces))):
             key = _key(name, ahead)
+            reserve(ahead * PIECE_BYTES, len(pieces[ahead]))
             asked.append(link.transport.expect(master, key, pieces[ahead]))
             link.transport.tell(master, FetchPiece(blob=name, piece=ahead))
         await_transfer(

@@ -200,8 +200,10 @@ class JoinServer:
         while not self._closing.is_set():
             try:
                 sock, address = self._listener.accept()
-            except OSError:
-                self._closing.wait(0.05)  # perhaps out of descriptors for a while
+            except OSError as error:
+                if not self._closing.is_set():
+                    self._report("this host", f"a connection was not accepted: {error}")
+                    self._closing.wait(0.05)  # perhaps out of descriptors for a while
                 continue
             who, why = f"{address[0]}:{address[1]}", "it tries to join too often"
             if self._limiter.admits(address[0], time.monotonic()):

@@ -38,6 +38,7 @@ class LoadTask(Message):
     code: str
     code_folder: OsText
     offered: bool
+    functions: bool
     has_payload: bool
     settings: JsonText
     """What was set for the job; the rest is the task's recipe's to say."""

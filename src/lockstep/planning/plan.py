@@ -199,6 +199,13 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
     else:
         epochs = 1 if job.data_epochs is None else job.data_epochs
         steps = round(epochs * per_epoch)
+        if epochs and not steps:
+            raise JobError(
+                "so small a part of a data epoch is no step",
+                expected=f"at least {1 / per_epoch:.3g} data epochs: one of {per_epoch} steps",
+                found=f"data_epochs = {epochs:g}",
+                fix="set data_epochs to more, or steps",
+            )
         reasons.append(f"{steps} steps: {epochs:g} data epochs of {per_epoch}")
     if steps > MAX_STEPS:
         raise JobError("too many steps", expected=f"at most {MAX_STEPS:,}", found=f"{steps:,}")

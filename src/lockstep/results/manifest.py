@@ -16,6 +16,8 @@ from lockstep.job.job import SETTINGS, Job
 from lockstep.job.task import Task
 from lockstep.job.task_source import TaskSource, source_of
 from lockstep.planning.plan import Plan
+from lockstep.results.origin_mark import is_own, mark_of
+from lockstep.system.json_files import plain
 
 LATER = {"shuffle": True, "drop_last": False}
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
@@ -50,14 +52,16 @@ def make_manifest(
         **{name: message[name] for name in LATER if message[name] != LATER[name]},
         **({"holdings": message["holdings"]} if plan.holdings else {}),
     }
+    recorded = {
+        "name": source.name,
+        "args": dict(source.args),
+        "importable": source.payload is None,
+    }
     return {
         "format": 1,
         "name": source.label,
-        "source": {
-            "name": source.name,
-            "args": dict(source.args),
-            "importable": source.payload is None,
-        },
+        "source": recorded,
+        "origin": mark_of(plain(recorded)),
         "job": {name: getattr(job, name) for name in SETTINGS},
         "plan": message,
         "profile": profile,
@@ -102,11 +106,32 @@ def _digest(identity: dict[str, Any]) -> str:
     return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> TaskSource:
+def check_trusted(manifest: Mapping[str, Any], run: str | Path) -> None:
+    """Check that the task that a manifest names may be imported and called: it is a recipe, or this
+    user has made the run.
+
+    Raises:
+        JobError: the run folder comes from somewhere else.
+    """
+    recorded = manifest["source"]
+    if ":" not in str(recorded["name"]) or is_own(manifest.get("origin"), recorded):
+        return
+    raise JobError(
+        f"the code that {run} names is not run: the run was not made here by you",
+        expected="a run of yours, or one of a recipe",
+        found=f"the task {ascii(recorded['name'])[:200]}, and no mark of yours in manifest.json",
+        fix="if you trust that code, and what it is called with: --trust, or trust=True",
+    )
+
+
+def recorded_source(
+    manifest: dict[str, Any], task: Task | None, run: Path, *, trust: bool
+) -> TaskSource:
     """The source of a recorded run's task: `task` if given, else by its name.
 
     Raises:
-        JobError: the task was a live object, which has to be given again.
+        JobError: the task was a live object, which has to be given again; or its code is not to be
+            trusted, see `check_trusted`.
     """
     if task is not None:
         return source_of(Job(task=task))
@@ -117,6 +142,8 @@ def recorded_source(manifest: dict[str, Any], task: Task | None, run: Path) -> T
             expected="the object again",
             fix=f"from Python, pass it: task={recorded['name'].rpartition(':')[2]}(...)",
         )
+    if not trust:
+        check_trusted(manifest, run)
     return TaskSource(name=recorded["name"], args=recorded["args"])
 
 

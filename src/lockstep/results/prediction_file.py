@@ -2,12 +2,13 @@
 
 Rows are written as JSON lines to `NAME.part`. The journal `NAME.part.json` records how many are
 on disk, and the identity of the prediction. When all rows are there, the file is renamed to `NAME`,
-or converted to Parquet.
+or converted to what the name's ending says: CSV or Parquet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lockstep.data.records import PARQUET, JsonLines, pyarrow
+from lockstep.data.records import DELIMITERS, PARQUET, JsonLines, pyarrow
 from lockstep.errors import DataError, RunFolderError, disk_errors
 from lockstep.system.json_files import plain, write_json
 
@@ -98,9 +99,10 @@ class PredictionFile:
         self._write_journal()
         self._file.close()
         with disk_errors("the predictions", AGAIN):
-            if self.path.suffix in PARQUET:
+            convert = write_parquet if self.path.suffix in PARQUET else write_csv
+            if self.path.suffix in (*PARQUET, *DELIMITERS):
                 made = self._part.with_suffix(".made")
-                write_parquet(self._part, made)
+                convert(self._part, made)
                 made.rename(self.path)
                 self._part.unlink()
             else:
@@ -148,6 +150,24 @@ class PredictionFile:
         self._journalled = time.monotonic()
 
 
+def write_csv(lines: Path, path: Path) -> None:
+    """JSON lines as a CSV file, or as a TSV file by the lines' name (`NAME.tsv.part`).
+
+    The columns are those of all rows, as they come; what is no text or number is JSON.
+    """
+    rows = JsonLines(lines)
+    names = dict.fromkeys(name for index in range(len(rows)) for name in rows[index])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, delimiter=DELIMITERS[lines.with_suffix("").suffix])
+        writer.writeheader()
+        for index in range(len(rows)):
+            writer.writerow({name: _cell(value) for name, value in rows[index].items()})
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | None) else json.dumps(value)
+
+
 def write_parquet(lines: Path, path: Path) -> None:
     """JSON lines as a Parquet file; a column's type is one that all of its values have.
 
@@ -160,7 +180,7 @@ def write_parquet(lines: Path, path: Path) -> None:
         for table in _tables(lines, None):
             schemas = [table.schema] if schema is None else [schema, table.schema]
             schema = arrow.unify_schemas(schemas, promote_options="permissive")
-        with parquet.ParquetWriter(path, schema) as writer:
+        with parquet.ParquetWriter(path, schema or arrow.schema([])) as writer:
             for table in _tables(lines, schema):
                 writer.write_table(table)
     except arrow.ArrowException as error:

@@ -40,7 +40,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: str | os.PathLike[str] | None, label: str) -> RunFolder:
-        """Make a new run folder: `out`, or the next free `runs/LABEL-NUMBER`.
+        """Make a new run folder: `out`, or the next free `runs/LABEL-NUMBER`. It is for its owner
+        alone.
 
         Raises:
             RunFolderError: `out` exists already, or cannot be made.
@@ -48,13 +49,13 @@ class RunFolder:
         path = Path(out or "runs")
         try:
             if out is not None:
-                path.mkdir(parents=True)
+                path.mkdir(mode=0o700, parents=True)
                 return cls(path)
             number = 1
             while True:
                 path = Path("runs") / f"{label}-{number}"
                 try:
-                    path.mkdir(parents=True)
+                    path.mkdir(mode=0o700, parents=True)
                     return cls(path)
                 except FileExistsError:
                     number += 1

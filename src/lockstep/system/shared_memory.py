@@ -39,8 +39,9 @@ class Segment:
         self.map = mmap.mmap(fd, max(nbytes, mmap.PAGESIZE))
 
     @classmethod
-    def create(cls, name: str, nbytes: int) -> Segment:
-        """Allocate `nbytes` of zeros, at once: a shortage shows here and not as a SIGBUS later.
+    def create(cls, name: str, nbytes: int, *, at_once: bool = True) -> Segment:
+        """Allocate `nbytes` of zeros, at once: a shortage shows here and not as a SIGBUS later; or
+        as they are `reserve`d.
 
         Raises:
             ResourceError: there is not that much memory.
@@ -50,7 +51,10 @@ class Segment:
         check_available(what, size)
         fd = os.memfd_create(f"lockstep-{name}", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(fd, 0, size)
+            if at_once:
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.ftruncate(fd, size)
         except OSError as error:
             os.close(fd)
             if error.errno == errno.EFBIG:
@@ -61,6 +65,17 @@ class Segment:
                 ) from error
             raise not_enough_memory(what, size, available_bytes()) from error
         return cls(fd, nbytes)
+
+    def reserve(self, start: int, nbytes: int) -> None:
+        """Allocate a part of it, before it is written to.
+
+        Raises:
+            ResourceError: there is not that much memory.
+        """
+        try:
+            os.posix_fallocate(self.fd, start, nbytes)
+        except OSError as error:
+            raise not_enough_memory("a segment", nbytes, available_bytes()) from error
 
     def close(self) -> None:
         """Unmap (once no view is left) and close the descriptor."""

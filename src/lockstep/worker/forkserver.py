@@ -145,6 +145,7 @@ class ForkServer:
             code=request.code,
             folder=os.fsdecode(request.code_folder),
             offered=request.offered,
+            functions=request.functions,
         )
         set_title("forkserver", source.label)
         self.loaded = load(source, request, sent)

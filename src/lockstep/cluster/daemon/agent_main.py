@@ -42,15 +42,18 @@ def main() -> int:
 def _serve(order: AgentOrder, moved: Callable[[], object]) -> None:
     identity = Identity.load(Path(os.fsdecode(order.identity)))
     from lockstep.agent.agent import serve
+    from lockstep.net.counted_report import CountedReport
 
     serve(
         identity,
         order.offer,
         workers=order.workers,
         host=order.host,
-        report=report,
+        report=CountedReport(report),
         folder=Path(os.fsdecode(order.folder)) if order.folder else None,
         moved=moved,
+        functions=order.functions,
+        discreet=order.discreet,
     )
 
 

@@ -36,6 +36,10 @@ class AgentOrder(Message):
     folder: bytes
     """The path of a folder for code that the master sends; empty: none is taken."""
     offer: JobOffer
+    functions: bool
+    """Whether the task's name may lead to a function."""
+    discreet: bool
+    """Whether errors that go to the master say nothing of files."""
 
 
 ORDER: Codec[AgentOrder] = Codec(AgentOrder)
@@ -74,11 +78,20 @@ class Agents:
         return self._children[job].pid
 
     def start(
-        self, offer: JobOffer, *, identity: str, workers: int, host: str, folder: Path | None
+        self,
+        offer: JobOffer,
+        *,
+        identity: str,
+        workers: int,
+        host: str,
+        folder: Path | None,
+        functions: bool = True,
+        discreet: bool = False,
     ) -> None:
         """Start an agent. It takes the place of the one of the same job, which must have ended.
 
-        `folder` is for code that the master sends.
+        `folder` is for code that the master sends; `functions`: whether the task's name may lead
+        to a function; `discreet`: whether errors that go to the master say nothing of files.
         """
         child = subprocess.Popen(
             [sys.executable, "-m", "lockstep.cluster.daemon.agent_main"],
@@ -93,6 +106,8 @@ class Agents:
             host=host,
             folder=b"" if folder is None else os.fsencode(folder),
             offer=offer,
+            functions=functions,
+            discreet=discreet,
         )
         self._children[offer.job] = child
         thread = threading.Thread(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,7 @@ SOCKET = "up.sock"
 MAX_CALLERS = 64
 ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 0.5
+RETRY_SECONDS = 0.05
 _SECOND = struct.pack("ll", 1, 0)
 """A `struct timeval`."""
 A = TypeVar("A", bound=Message)
@@ -85,7 +87,11 @@ class ControlSocket:
             try:
                 sock, _ = self._listener.accept()
             except OSError:
-                return
+                with self._lock:
+                    if self._closing:
+                        return
+                time.sleep(RETRY_SECONDS)  # perhaps out of descriptors for a while
+                continue
             number += 1
             with self._lock:
                 if self._closing or len(self._callers) >= MAX_CALLERS:
@@ -97,7 +103,16 @@ class ControlSocket:
                     target=self._serve, args=(caller, sock), name=f"lockstep {caller}", daemon=True
                 )
                 self._threads.add(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # there are too many threads: others may end
+                self._forget(caller, thread)
+                sock.close()
+
+    def _forget(self, caller: str, thread: threading.Thread) -> None:
+        with self._lock:
+            del self._callers[caller]
+            self._threads.discard(thread)
 
     def _serve(self, caller: str, sock: socket.socket) -> None:
         # Reading waits for as long as the caller lives; writing does not.
@@ -110,9 +125,7 @@ class ControlSocket:
             self.tell(caller, RequestFailed(error=ErrorMessage.of(error)))
         except OSError:
             pass  # it is gone
-        with self._lock:
-            del self._callers[caller]
-            self._threads.discard(threading.current_thread())
+        self._forget(caller, threading.current_thread())
         sock.close()
         self._put(caller, None)
 

@@ -41,6 +41,7 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
 )
+from lockstep.net.counted_report import CountedReport
 from lockstep.net.enrolment import TOKEN_SECONDS, JoinServer
 from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
@@ -74,6 +75,7 @@ class Head:
             ResourceError: an extra is missing.
         """
         self._report = report
+        counted = CountedReport(report)
         self._events: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(MAX_EVENTS)
         """For further events. Not for signals: their handlers must not wait."""
@@ -94,7 +96,7 @@ class Head:
                             host=host,
                             port=ports[0],
                             answer=True,
-                            report=report,
+                            report=counted,
                         )
                     )
                 )
@@ -106,7 +108,7 @@ class Head:
                             host=host,
                             port=ports[1],
                             greeting=encode(ClusterAddress(address=self._transport.address)),
-                            report=report,
+                            report=counted,
                         )
                     )
                 )

@@ -132,7 +132,8 @@ class ClusterLauncher:
             self._show(
                 "cluster",
                 "no host has joined: the job begins on this machine alone, and takes hosts that "
-                "join\n  to invite one: lockstep token, then on that machine: lockstep join -",
+                "join\n  to invite one: lockstep token --token-file FILE, then on that machine: "
+                "lockstep join FILE",
             )
         return taking
 

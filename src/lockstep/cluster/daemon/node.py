@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from lockstep.agent.job_offer import JobOffer
-from lockstep.cluster.daemon.admission import Allowed, refusal
+from lockstep.agent.job_offer import JobOffer, without_contents
+from lockstep.cluster.daemon.admission import Allowed, may_call, names_files, refusal
 from lockstep.cluster.daemon.agent_processes import END_SECONDS, Agents, Ended
 from lockstep.cluster.daemon.cluster_messages import (
     GREETING,
@@ -113,7 +113,8 @@ def home_of(state: State) -> Home:
         raise IdentityError(
             "this host has joined no cluster yet",
             expected=f"an identity in {state.path}",
-            fix="where `lockstep up` runs: lockstep token > FILE; here: lockstep join FILE",
+            fix="where `lockstep up` runs: lockstep token --token-file FILE; "
+            "here: lockstep join FILE",
         )
     return Home.from_message(known)
 
@@ -242,6 +243,8 @@ class Node:
             workers=self.workers,
             host=self.host,
             folder=running.folder,
+            functions=may_call(offer, self.allowed),
+            discreet=names_files(offer),
         )
         pid = self._agents.pid(offer.job)
         self.report(f"job {offer.job!a}", f"{offer.task!a}: agent {pid}, {self.workers} workers")
@@ -281,9 +284,13 @@ class Node:
             del self._running[job]
         else:
             running.starts_at = time.monotonic() + running.run.wait
-        why = f"{error}\n  {follows}" if error and running.run.offered else ""
-        self.report(f"job {job!a}", why or "its agent has ended")
-        self._say(job, "failed" if why else "ended", why)
+        if error is None or not running.run.offered:
+            self.report(f"job {job!a}", "its agent has ended")
+            self._say(job, "ended", "")
+            return
+        self.report(f"job {job!a}", f"{error}\n  {follows}")
+        said = without_contents(error) if names_files(running.offer) else error
+        self._say(job, "failed", f"{said}\n  {follows}")
 
     def _say(self, job: str, state: JobState, why: str) -> None:
         self._tell(report_of(job, state, why))
