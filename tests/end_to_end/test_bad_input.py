@@ -403,7 +403,7 @@ def test_a_misspelt_option_is_named(tmp_path: Path) -> None:
 
 def test_what_workers_raise_is_shown_once(tmp_path: Path) -> None:
     """With the user's frames and none of Lockstep's, though three workers raise at once."""
-    three = ["--workers=3", "--shards=3", "--threads=1", f"--batch-size={BATCH}"]
+    three = ["--workers=3", "--shards=3", "--threads=1", f"--batch-size={BATCH}", "--purity=0"]
     ended = command.lockstep(
         "run", f"{TASKS}:RaisesEverywhere", *three, "--quiet", "--out=run", cwd=tmp_path
     )

@@ -24,8 +24,10 @@ from lockstep.agent.forkserver_client import (
 from lockstep.agent.preload import environment_for, new_forkserver
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
+    CheckPurity,
     ForkWorker,
     LoadTask,
+    PurityChecked,
     SetUp,
     StateReady,
     TaskLoaded,
@@ -237,6 +239,15 @@ class LocalHost:
         ready, fds = self._forkserver.ask(request, StateReady, LOAD_SECONDS)
         self._memory = HostMemory.of(plan, ready, fds)
         return self._memory
+
+    def check_purity(self) -> None:
+        """Check, before the first step, that what a shard gives depends on nothing that its process
+        has computed before.
+
+        Raises:
+            TaskError: it does.
+        """
+        self._forkserver.ask(CheckPurity(), PurityChecked, LOAD_SECONDS)
 
     def spawn(self, worker_id: int) -> WorkerHandle:
         """Fork a worker."""

@@ -64,6 +64,7 @@ def run(
         plan = _decompose(hosts, quiet=quiet)  # 1 decompose
         announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
+        _check(ready, plan)
         with RunFolder.create(hosts.job.out, request.source.label) as folder:
             folder.write_manifest(
                 make_manifest(
@@ -115,6 +116,7 @@ def resume(
             check_resumed(run, manifest, hosts.host.facts)
             plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
             ready = hosts.initialise(plan)
+            _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)
             with _training(hosts.job, plan, ready, folder, start, control, quiet) as (
                 coordinator,
@@ -158,6 +160,12 @@ def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
         counts = " and ".join(str(each.workers) for each in reversed(candidates))
         announce(f"timing {counts} workers", quiet=quiet)
     return decompose_by_trial(hosts.job, facts, candidates, hosts.host)
+
+
+def _check(ready: ReadyHosts, plan: Plan) -> None:
+    """Refuse a task that remembers, before anything is written."""
+    if plan.purity > 0.0:
+        ready.host.check_purity()
 
 
 def _resized(plan: Plan, workers: int | None, hosts: OpenHosts) -> Plan:

@@ -15,7 +15,8 @@ from lockstep.data.sample_order import Indices
 from lockstep.errors import DataError
 from lockstep.job.task import Task
 from lockstep.planning.sampling import describe_samples
-from lockstep.system.seeding import derive, seed_everything
+from lockstep.system.own_generators import OwnGenerators
+from lockstep.system.seeding import derive
 
 Fetch = Callable[[int, Sequence[int] | Indices], Any]
 """`(data_epoch, indices) -> batch`."""
@@ -63,15 +64,20 @@ def make_fetch(
 
     A `TensorDataset` is indexed whole, unless the task collates itself; anything else is asked for
     its samples, each under its own seed, so that augmentation does not depend on who loads what.
+    Generators that data set and task own are seeded like the global ones.
+
+    Raises:
+        TaskError: one of these cannot be seeded.
     """
     plain = getattr(task.collate, "__func__", None) is Task.collate
     if type(dataset) is TensorDataset and plain:
         return TensorRows(dataset.tensors)
+    generators = OwnGenerators({"data": dataset, "task": task})
     get_all = getattr(dataset, "__getitems__", None)
     if get_all is not None:
 
         def fetch_all(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
-            seed_everything(derive(seed, "sample", data_epoch, int(indices[0])))
+            generators.seed_all(derive(seed, "sample", data_epoch, int(indices[0])))
             wanted = _as_list(indices)
             samples = get_all(wanted)
             if absent is not None:
@@ -83,7 +89,7 @@ def make_fetch(
     def fetch_each(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
         samples = []
         for index in _as_list(indices):
-            seed_everything(derive(seed, "sample", data_epoch, index))
+            generators.seed_all(derive(seed, "sample", data_epoch, index))
             try:
                 samples.append(dataset[index])
             except BaseException as error:  # the user's code may call sys.exit()

@@ -216,6 +216,15 @@ class Job:
         least=0,
         most=1,
     )
+    purity: float = setting(
+        0.01,
+        help="Fraction of the time in which shards are computed again in fresh processes; 0: none.",
+        detail="What a task, a data set or a module remembers from shard to shard is found by it, "
+        "before the first step and then at random times. See "
+        "[guarantees.md](guarantees.md#what-remembers-is-refused).",
+        least=0,
+        most=1,
+    )
     stall_seconds: float | None = setting(
         None,
         help="Timeout in seconds after which a worker without a heartbeat is replaced.",

@@ -6,7 +6,10 @@
     CloneServer    a copy with what this one has     ServerCloned    its channel, its pidfd
     SetUp          the segments, by the plan         StateReady      state, snapshot, control, slots
     ForkWorker     a worker                          WorkerForked    its channel, its pidfd
+    CheckPurity    a trial of the first step         PurityChecked
+    ComputeShard   a worker's shard once more        ShardForked     its pidfd
 
+The last is a worker's own request, on a channel that it has from its fork.
 Instead of an answer there may be `RequestFailed`. When a child ends, `ChildExited` comes unasked.
 """
 
@@ -74,7 +77,21 @@ class ForkWorker(Message):
     worker_id: int
 
 
-Request = Preload | LoadTask | CloneServer | SetUp | ForkWorker
+class CheckPurity(Message):
+    """Find out whether a shard's gradient depends on what its process has computed before."""
+
+
+class ComputeShard(Message):
+    """Compute a shard in a fork in which nothing has been computed. It writes a `pristine.Outcome`
+    to the descriptor that comes along."""
+
+    step: int
+    shard: int
+    explain: bool
+    """Whether what the task's objects hold is to be digested, too."""
+
+
+Request = Preload | LoadTask | CloneServer | SetUp | ForkWorker | CheckPurity
 
 # Answers.
 
@@ -115,8 +132,18 @@ class WorkerForked(Message):
     pid: int
 
 
+class PurityChecked(Message):
+    """It does not, or that cannot be told."""
+
+
+class ShardForked(Message):
+    """A shard is being computed."""
+
+    pid: int
+
+
 class ChildExited(Message):
-    """A worker or a clone has ended."""
+    """A worker, a clone or a pristine fork has ended."""
 
     pid: int
     code: int
@@ -130,13 +157,24 @@ class RequestFailed(Message):
 
 
 Answer = (
-    Preloaded | TaskLoaded | ServerCloned | StateReady | WorkerForked | ChildExited | RequestFailed
+    Preloaded
+    | TaskLoaded
+    | ServerCloned
+    | StateReady
+    | WorkerForked
+    | PurityChecked
+    | ChildExited
+    | RequestFailed
 )
 
 REQUESTS: Codec[Request] = Codec(Request)
 ANSWERS: Codec[Answer] = Codec(Answer)
+COMPUTE_SHARD: Codec[ComputeShard] = Codec(ComputeShard)
+SHARD_FORKED: Codec[ShardForked] = Codec(ShardForked)
 ToForkServer = MessageChannel[Request, Answer]
 ToClient = MessageChannel[Answer, Request]
+ToPristine = MessageChannel[ComputeShard, ShardForked]
+ToComputing = MessageChannel[ShardForked, ComputeShard]
 
 
 def to_forkserver(channel: Channel) -> ToForkServer:
@@ -147,3 +185,13 @@ def to_forkserver(channel: Channel) -> ToForkServer:
 def to_client(channel: Channel) -> ToClient:
     """The forkserver's end."""
     return MessageChannel(channel, ANSWERS, REQUESTS)
+
+
+def to_pristine(channel: Channel) -> ToPristine:
+    """A worker's end of its channel to the forkserver."""
+    return MessageChannel(channel, COMPUTE_SHARD, SHARD_FORKED)
+
+
+def to_computing(channel: Channel) -> ToComputing:
+    """The forkserver's end."""
+    return MessageChannel(channel, SHARD_FORKED, COMPUTE_SHARD)

@@ -55,6 +55,7 @@ class Plan:
     drop_last: bool = False
     planned_steps: int = 0
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
+    purity: float = 0.0
 
     @property
     def division(self) -> Division:
@@ -237,6 +238,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         loaders=job.loaders,
         stall_seconds=job.stall_seconds,
         audit=job.audit,
+        purity=job.purity,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

@@ -10,6 +10,8 @@ json_files      JSON files: atomic writes, NaN to null and back, digests of file
 machine         the cores and the memory that this process may use (affinity, cgroups)
 messages        typed messages: frozen structs, as MessagePack, strictly decoded
 numerics        the numerics profile: what, besides the job, the bits depend on
+object_graph    what can be reached from the user's objects, each with the path to it
+own_generators  random number generators that the user's objects hold, found and seeded
 process_title   what `ps` shows of each process
 processes       processes that die with their parent; signals that stop a run
 seeding         seeds as pure functions of their purpose

@@ -17,12 +17,17 @@ PORTABLE = {
 }
 """Variables that hold ATen, oneDNN and MKL to AVX2, so that hosts with newer processors agree."""
 
+HASH_SEED = "0"
+"""PYTHONHASHSEED of every process that loads a task: a set of texts is iterated in one order, in
+all hosts, runs and commands. What the user's environment says is not asked: it would differ."""
+
 
 def set_environment(numerics: str, environment: MutableMapping[str, str]) -> None:
-    """Prepare the environment of a process that will import torch."""
+    """Prepare the environment of a process that will import torch and load a task."""
     if numerics == "portable":
         environment.update(PORTABLE)
     environment.setdefault("OMP_DYNAMIC", "FALSE")
+    environment["PYTHONHASHSEED"] = HASH_SEED
 
 
 def configure(threads: int) -> None:
@@ -47,6 +52,7 @@ def profile(numerics: str, threads: int) -> dict[str, Any]:
         "numerics": numerics,
         "threads": threads,
         "deterministic": True,
+        "hash_seed": HASH_SEED,
     }
 
 

@@ -7,6 +7,8 @@ loop can repeat any draw of a run; the purposes are
     shard   (step, shard)         dropout and whatever else the loss draws
     sample  (data_epoch, index)   data augmentation of one sample
     eval    (batch)               whatever a metric draws
+
+A generator that the user's objects own gets `derive(that seed, its path)` (see `own_generators`).
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 The *forkserver* is the process that has loaded torch and the task; each *worker* is a fork of it.
 A *claim* is a worker's right to compute a shard that others have not begun. An *audit* computes a
-sample of the shards again, and compares.
+sample of the shards again, and compares. A *pristine* fork is one in which nothing has been
+computed: what it makes of a shard shows whether others' results depend on what they did before.
 
 forkserver         the forkserver: preloads torch and the task, then forks workers in milliseconds
+fork_setup         what a fork of it does before it is a worker, a clone or a check
 load_task          what it loads: the task, its model and data sets, and the facts for the plan
 build_state        builds the shared state, once a host
 main               a worker process: messages from its agent, steps between them
@@ -14,6 +16,9 @@ forward_backward   loss and gradient of one shard, into its slot
 lone_samples       a shard of one sample, on which BatchNorm cannot train: told at the first step
 gradient_hooks     gradients on their way from autograd into the slot
 sparse_autograd    large embeddings in sparse form, with a fallback to dense
+pristine           computes shards in a fork in which nothing has been computed before
+purity_check       before the first step: a shard is computed after two histories, and compared
+purity_watch       while a job runs: shards are computed again by pristine forks, and compared
 shard_claims       which worker computes which shard, when there are more shards than workers
 evaluate           held-out batches and predictions, computed without learning
 audit              recomputes shards and digests blocks, to find silent corruption

@@ -51,7 +51,7 @@ class GradientAudit:
     ) -> None:
         self.shared, self.compute, self.report = shared, compute, report
         self.seed, self.fraction = seed, fraction
-        self._spares = [_private_copy(shared.slots[0]) for _ in range(2)]
+        self._spares = [private_copy(shared.slots[0]) for _ in range(2)]
         self._flags = [np.zeros_like(shared.control.has_grad[0]) for _ in range(2)]
 
     def check(
@@ -129,7 +129,8 @@ class StateGuard:
         return digest.digest(16)
 
 
-def _private_copy(slot: GradientSlot) -> GradientSlot:
+def private_copy(slot: GradientSlot) -> GradientSlot:
+    """Memory of this process for what a slot holds."""
     return GradientSlot(
         grads=[torch.empty_like(gradient) for gradient in slot.grads],
         buffers=[torch.empty_like(buffer) for buffer in slot.buffers],

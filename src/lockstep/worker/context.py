@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.collectives.grad_norm import GradNormClipper
-from lockstep.data.fetching import AbsentSamples, make_fetch
+from lockstep.data.fetching import AbsentSamples, Fetch, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -25,6 +25,7 @@ from lockstep.planning.sampling import Sampling
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine
+from lockstep.system.own_generators import OwnGenerators
 from lockstep.worker.audit import GradientAudit, Report
 from lockstep.worker.build_state import build
 from lockstep.worker.forward_backward import ForwardBackward
@@ -36,7 +37,11 @@ class Session:
 
     task: Task
     train: Dataset[Any]
+    fetch: Fetch
+    """From the training set."""
     held_out: Dataset[Any] | None
+    generators: OwnGenerators
+    """Those of task and model."""
     shared: SharedState
     schedule: LrSchedule
     """As it is before the first step."""
@@ -52,7 +57,14 @@ class Session:
         *,
         networked: bool,
     ) -> Session:
-        """Move the model to shared memory. Called once, in the forkserver."""
+        """Move the model to shared memory. Called once, in the forkserver.
+
+        Raises:
+            LockstepError: the task cannot be trained.
+        """
+        absent = AbsentSamples(allowed=plan.shards == 1)
+        fetch = make_fetch(task, train, plan.seed, absent)
+        generators = OwnGenerators({"task": task, "model": model})
         if not task.keep_modes:
             model.train()
         task.set_position(plan.position)
@@ -69,7 +81,14 @@ class Session:
         )
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(
-            task=task, train=train, held_out=held_out, shared=shared, schedule=schedule, plan=plan
+            task=task,
+            train=train,
+            fetch=fetch,
+            held_out=held_out,
+            generators=generators,
+            shared=shared,
+            schedule=schedule,
+            plan=plan,
         )
 
 
@@ -80,6 +99,7 @@ class WorkerContext:
     worker_id: int
     task: Task
     held_out: Dataset[Any] | None
+    generators: OwnGenerators
     plan: Plan
     shared: SharedState
     sampling: Sampling
@@ -101,7 +121,7 @@ class WorkerContext:
         plan, task, shared = session.plan, session.task, session.shared
         sampling = plan.sampling
         loader = Loader(
-            make_fetch(task, session.train, plan.seed, AbsentSamples(allowed=plan.shards == 1)),
+            session.fetch,
             sampling,
             loaders=plan.loaders,
             spare_cores=machine.cores() - plan.workers * plan.threads,
@@ -116,7 +136,7 @@ class WorkerContext:
         elif plan.clip_grad_norm is not None:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
-            task, shared, sampling, loader, rounds,
+            task, shared, sampling, loader, rounds, session.generators,
             start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
@@ -128,6 +148,7 @@ class WorkerContext:
             worker_id=worker_id,
             task=task,
             held_out=session.held_out,
+            generators=session.generators,
             plan=plan,
             shared=shared,
             sampling=sampling,

@@ -22,6 +22,7 @@ from lockstep.planning.eval_batches import BatchSums, Outputs, batch_range
 from lockstep.planning.sampling import describe_samples
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
+from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
 
 
@@ -32,11 +33,19 @@ class Inference:
     """
 
     def __init__(
-        self, task: Task, shared: SharedState, position: Position, seed: int, *, autocast: bool
+        self,
+        task: Task,
+        shared: SharedState,
+        generators: OwnGenerators,
+        position: Position,
+        seed: int,
+        *,
+        autocast: bool,
     ) -> None:
         """`position`: after how many steps the state is."""
         self.task, self.model, self.position, self.seed = task, shared.model, position, seed
         self._committed = shared.committed
+        self._generators = generators
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._contexts = contextlib.ExitStack()
         self._autocast = autocast
@@ -55,8 +64,10 @@ class Inference:
 
     def reset(self, purpose: str, batch: int, samples: int) -> None:
         """Be as before the first batch: what computes one may change buffers and modes."""
+        seed = derive(self.seed, purpose, batch)
+        self._generators.seed(seed)  # first: set_position may seed them itself
         self.task.set_position(self.position.at_batch(self.position.step, batch, samples))
-        seed_everything(derive(self.seed, purpose, batch))
+        seed_everything(seed)
         self._buffers.restore(self._committed)
         self._modes.restore()
 

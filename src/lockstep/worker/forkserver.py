@@ -19,37 +19,47 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lockstep.errors import ResourceError
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
+    CheckPurity,
     ChildExited,
     CloneServer,
     ForkWorker,
     LoadTask,
     Preload,
     Preloaded,
+    PurityChecked,
     Request,
     RequestFailed,
     ServerCloned,
     SetUp,
+    ShardForked,
     StateReady,
     TaskLoaded,
     ToClient,
+    ToComputing,
+    ToPristine,
     WorkerForked,
     to_client,
+    to_computing,
+    to_pristine,
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
 from lockstep.system.process_title import set_title
-from lockstep.system.processes import die_with_parent, own_file_positions
+from lockstep.system.processes import die_with_parent
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
+from lockstep.worker.fork_setup import flush, ignore_signals, in_child, restore_signals
 
 if TYPE_CHECKING:
     from lockstep.worker.context import Session
     from lockstep.worker.load_task import Loaded
+    from lockstep.worker.pristine import Work
 
 END_SECONDS = 2.0
 """How long killed children are waited for; less than the agent waits for this process."""
@@ -79,7 +89,11 @@ class ForkServer:
     def __init__(self, channel: ToClient) -> None:
         self.channel = channel
         self.children: set[int] = set()
-        """Process ids of workers and clones."""
+        """Process ids of workers, clones and pristine forks."""
+        self.computing: dict[int, ToComputing] = {}
+        """By descriptor: workers that may ask for shards to be computed once more."""
+        self.computed_by: dict[int, int] = {}
+        """By the same: the fork that did so last."""
         self.loaded: Loaded
         """By `load`."""
         self.session: Session | None = None
@@ -95,6 +109,8 @@ class ForkServer:
                 self.set_up(request)
             case ForkWorker():
                 self.fork_worker(request.worker_id)
+            case CheckPurity():
+                self.check_purity()
             case CloneServer():
                 return self.clone(request, fds)
         return False
@@ -166,22 +182,33 @@ class ForkServer:
     def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""
         assert self.session is not None
+        ends: tuple[Channel, ...] = ()
         try:
+            if self.session.plan.purity > 0.0:
+                ends = Channel.pair()
             channel = self._fork(WorkerForked)
         except OSError as error:
+            for end in ends:
+                end.close()
             raise ResourceError(
                 f"a worker cannot be forked: {error}",
                 expected="a process, memory and file descriptors to be had",
                 fix="look at ulimit -u and -n, at the limits of the cgroup and at the free memory",
             ) from error
         if channel is not None:
-            self._be_worker(worker_id, channel)
+            for end in ends[:1]:
+                end.close()
+            self._be_worker(worker_id, channel, *map(to_pristine, ends[1:]))
+        for own_end, worker_end in [ends] if ends else []:
+            worker_end.close()
+            self.computing[own_end.fileno()] = to_computing(own_end)
 
     def clone(self, request: CloneServer, fds: list[int]) -> bool:
         """Fork a forkserver with what this one has loaded; true in the clone."""
         channel = self._fork(ServerCloned)
         if channel is not None:
             self.channel, self.children = to_client(channel), set()
+            self.computing, self.computed_by = {}, {}
             for number in (1, 2) if fds else ():
                 os.dup2(fds[0], number)
             if request.environment is not None:
@@ -191,6 +218,67 @@ class ForkServer:
             os.close(fd)
         return channel is not None
 
+    def check_purity(self) -> None:
+        """Compute a shard in two pristine forks, and compare."""
+        from lockstep.worker.purity_check import PurityCheck
+
+        assert self.session is not None
+        PurityCheck(self.session, self.fork_pristine, self.channel.fileno()).run()
+        self.channel.send(PurityChecked())
+
+    def compute_again(self, fd: int) -> None:
+        """Fork a process that computes what a worker asks for, or let go of one that has ended."""
+        from lockstep.worker.pristine import Work
+
+        channel = self.computing[fd]
+        last = self.computed_by.pop(fd, 0)
+        if last in self.children:
+            os.kill(last, signal.SIGKILL)  # nobody waits for it any more
+        try:
+            request, (outcome_fd,) = channel.receive()
+        except Closed:
+            del self.computing[fd]
+            channel.close()
+            return
+        work = Work(step=request.step, shard=request.shard)
+        try:
+            pid = self.fork_pristine([work], None, outcome_fd, request.explain)
+            self.children.add(pid)
+            self.computed_by[fd] = pid
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # no process can be had; the worker goes on without it
+            return
+        finally:
+            os.close(outcome_fd)
+        with contextlib.suppress(Closed):
+            channel.send(ShardForked(pid=pid), [pidfd])
+        os.close(pidfd)
+
+    def fork_pristine(self, works: Sequence[Work], slot: int | None, fd: int, explain: bool) -> int:
+        """Fork a process that computes shards, and leaves an outcome in a file; its process id."""
+        parent = os.getpid()
+        flush()
+        pid = os.fork()
+        if pid == 0:
+            in_child(parent, self._channels())
+            self._be_pristine(works, slot, fd, explain)
+        return pid
+
+    def _be_pristine(self, works: Sequence[Work], slot: int | None, fd: int, explain: bool) -> None:
+        """Compute shards unseen; never returns."""
+        from lockstep.worker.pristine import compute, write_outcome
+
+        assert self.session is not None
+        set_title("purity check")
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # a worker prints the same
+            for number in (1, 2):
+                os.dup2(nowhere, number)
+            room = None if slot is None else self.session.shared.slots[slot]
+            write_outcome(fd, compute(self.session, works, room, explain=explain))
+        finally:
+            os._exit(0)
+
     def _fork(self, answer: type[WorkerForked | ServerCloned]) -> Channel | None:
         """Fork, and tell the agent of the child; in the child, return its end of its channel.
 
@@ -199,11 +287,11 @@ class ForkServer:
         """
         agent_end, child_end = Channel.pair()
         parent = os.getpid()
-        _flush()
+        flush()
         try:
             pid = os.fork()
             if pid == 0:
-                _in_child(parent, [self.channel.channel, agent_end])
+                in_child(parent, [*self._channels(), agent_end])
                 return child_end
             self.children.add(pid)
             pidfd = _open_pidfd(pid)
@@ -219,7 +307,13 @@ class ForkServer:
             agent_end.close()
         return None
 
-    def _be_worker(self, worker_id: int, channel: Channel) -> None:
+    def _channels(self) -> list[Channel]:
+        """What is not for children to hold."""
+        return [self.channel.channel, *(each.channel for each in self.computing.values())]
+
+    def _be_worker(
+        self, worker_id: int, channel: Channel, to_forkserver: ToPristine | None = None
+    ) -> None:
         """Run a worker to its end; never returns."""
         from lockstep.worker.main import work
 
@@ -227,7 +321,7 @@ class ForkServer:
         set_title(f"worker {worker_id}")
         code = 1
         try:
-            code = work(self.session, worker_id, to_agent(channel))
+            code = work(self.session, worker_id, to_agent(channel), to_forkserver)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -267,49 +361,16 @@ def _open_pidfd(pid: int) -> int:
         raise
 
 
-def _flush() -> None:
-    """Write what is buffered, so that a fork does not write it again."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-
-
-def _in_child(parent: int, inherited: list[Channel]) -> None:
-    """Make a forked child independent of the forkserver's own business."""
-    die_with_parent(parent)
-    _ignore_signals()
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for channel in inherited:
-        channel.close()
-    own_file_positions()
-
-
-def _leave_to_agent(number: int, frame: object) -> None:
-    pass
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _leave_to_agent)
-
-
-def _restore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == _leave_to_agent:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def serve(forkserver: ForkServer) -> bool:
     """Answer requests until the agent closes the channel; true in a clone: serve its own agent."""
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    poll = select.poll()
-    poll.register(forkserver.channel, select.POLLIN)
-    poll.register(wake_read, select.POLLIN)
     try:
         while True:
+            poll = select.poll()
+            for fd in (forkserver.channel.fileno(), wake_read, *forkserver.computing):
+                poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll()}
             if wake_read in ready:
                 os.read(wake_read, 4096)
@@ -318,6 +379,8 @@ def serve(forkserver: ForkServer) -> bool:
                 request, fds = forkserver.channel.receive()
                 if _answer(forkserver, request, fds):
                     return True
+            for fd in ready & forkserver.computing.keys():
+                forkserver.compute_again(fd)
     except Closed:
         forkserver.end()
         return False
@@ -341,7 +404,7 @@ def _answer(forkserver: ForkServer, request: Request, fds: list[int]) -> bool:
 def _end_at_once(forkserver: int) -> None:
     """End without clearing torch's modules away one by one: half a second, and the agent waits."""
     if os.getpid() == forkserver:
-        _flush()
+        flush()
         os._exit(0)
 
 
@@ -354,8 +417,8 @@ def main() -> None:
     # once, and the process that started it, which has them too, stops with a checkpoint. What the
     # task itself starts can be terminated as ever: a handler does not outlive an exec, and a fork
     # puts the default back.
-    _ignore_signals()
-    os.register_at_fork(after_in_child=_restore_signals)
+    ignore_signals()
+    os.register_at_fork(after_in_child=restore_signals)
     set_title("forkserver")
     os.dup2(2, 1)  # what the user's code prints is not the run's output
     forkserver = ForkServer(to_client(Channel.from_fd(fd)))

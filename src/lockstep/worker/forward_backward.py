@@ -22,6 +22,7 @@ from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
+from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.lone_samples import LoneSamples
@@ -34,6 +35,8 @@ class ForwardBackward:
 
     early = False
     """Whether other hosts get gradients of this worker's own slots as they come."""
+    froze_at = -1
+    """The last step that has changed which parameters require gradients."""
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class ForwardBackward:
         sampling: Sampling,
         loader: Loader,
         rounds: LocalRounds | None,
+        generators: OwnGenerators,
         *,
         start: Position,
         seed: int,
@@ -61,6 +65,11 @@ class ForwardBackward:
             shared.model, shared.committed, shared.buffer_rules, len(shared.slots)
         )
         self._modes = Modes(shared.model)
+        self._generators = generators
+        self._frozen = [
+            (name, p) for name, p in shared.model.named_parameters() if not p.requires_grad
+        ]
+        self._trainable = [True] * len(shared.params)
         self._lone_samples = LoneSamples(shared.model, sampling, start.steps)
         self._kept = [*shared.model.named_parameters(), *held_tensors(task, shared.model)]
         self._roots: dict[tuple[float, torch.dtype, torch.Size], torch.Tensor] = {}
@@ -103,10 +112,12 @@ class ForwardBackward:
         self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> float:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
+        seed = derive(self.seed, "shard", step, shard)
+        self._generators.seed(seed)  # first: set_position may seed them itself
         if self._start is not None:
             start, stop = self.sampling.shard_span(step, shard)
             self.task.set_position(self._start.at_step(step, stop - start))
-        seed_everything(derive(self.seed, "shard", step, shard))
+        seed_everything(seed)
         self._buffers.restore(self.shared.committed)
         self._modes.restore()
         versions = [tensor._version for _, tensor in self._kept]
@@ -129,6 +140,12 @@ class ForwardBackward:
         self._watch.check(slot.buffers, step)
         if versions != [tensor._version for _, tensor in self._kept]:
             raise self._changed(versions)
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise _unfrozen(name, step)
+        trainable = [parameter.requires_grad for parameter in self.shared.params]
+        if trainable != self._trainable:
+            self._trainable, self.froze_at = trainable, step
         return value
 
     def _changed(self, versions: list[int]) -> TaskError:
@@ -167,6 +184,17 @@ class ForwardBackward:
         """Let a scripted fault strike here."""
         if self.faults is not None:
             self.faults.at(phase, step, shard)
+
+
+def _unfrozen(name: str, step: int) -> TaskError:
+    return TaskError(
+        f"parameter {name} was frozen when the run began, and is not any more: it would never be "
+        "trained",
+        expected="every parameter that is ever to be trained to require gradients at the start",
+        found=f"requires_grad=True at step {step}",
+        fix="leave it trainable in Task.model(), and in each call of loss set requires_grad from "
+        "the step that set_position was told: layer.requires_grad_(self.step >= 100)",
+    )
 
 
 def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float:

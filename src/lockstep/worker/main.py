@@ -18,6 +18,7 @@ from lockstep.data.records import RecordDataset
 from lockstep.optim.block_owner import BlockOwner
 from lockstep.planning.assignment import Assignment, share_of
 from lockstep.planning.eval_batches import batch_range
+from lockstep.planning.forkserver_messages import ToPristine
 from lockstep.planning.step_phases import describe_progress
 from lockstep.planning.worker_messages import (
     BatchDone,
@@ -37,6 +38,7 @@ from lockstep.planning.worker_messages import (
 )
 from lockstep.state.control_segment import Stat
 from lockstep.system import numerics
+from lockstep.system.seeding import derive
 from lockstep.system.unix_channel import Closed
 from lockstep.worker.context import Session, WorkerContext
 from lockstep.worker.error_report import describe_error
@@ -47,16 +49,26 @@ from lockstep.worker.evaluate import (
     predict_batches,
     score,
 )
+from lockstep.worker.purity_watch import PurityWatch
 from lockstep.worker.train_step import TrainStep
 
 
 class Worker:
     """The worker's loop: messages from the agent, steps between them."""
 
-    def __init__(self, session: Session, worker_id: int, channel: ToAgent) -> None:
+    def __init__(
+        self,
+        session: Session,
+        worker_id: int,
+        channel: ToAgent,
+        to_forkserver: ToPristine | None = None,
+    ) -> None:
         self.context = WorkerContext.of(session, worker_id, channel.send)
         self.worker_id, self.channel = worker_id, channel
         self.control, self.loader = session.shared.control, self.context.loader
+        self.watch: PurityWatch | None = None
+        if to_forkserver is not None:
+            self.watch = PurityWatch(session, worker_id, to_forkserver)
         self.step = 0
         self.doing = "starting"
 
@@ -103,7 +115,7 @@ class Worker:
             dense=dense_leaves(shared, assignment.subtrees, summed=assignment.returns == "sums"),
             scheduled=context.schedule.changed,
         )
-        train_step = TrainStep(context, assignment, share, barrier, owner)
+        train_step = TrainStep(context, assignment, share, barrier, owner, self.watch)
         context.schedule.go_to(self.step)
         if assignment.refresh:
             train_step.refresh_snapshot(self.step)
@@ -159,7 +171,9 @@ class Worker:
     def _inference(self, *, autocast: bool) -> Inference:
         context, plan = self.context, self.context.plan
         position = plan.position.at_batch(self.step, 0, plan.position.samples)
-        return Inference(context.task, context.shared, position, plan.seed, autocast=autocast)
+        return Inference(
+            context.task, context.shared, context.generators, position, plan.seed, autocast=autocast
+        )
 
     def _one_by_one(self, batches: Sequence[int]) -> Iterator[int]:
         for batch in batches:
@@ -178,17 +192,23 @@ class Worker:
         with self._inference(autocast=False) as inference:
             inference.reset("score", 0, self.context.plan.eval_samples)
             metrics = score(task, outputs, seed) if outputs else {}
+        self.context.generators.seed(derive(seed, "baseline"))
         beside = baseline(task, seed) if request.baseline else {}
         self.control.seconds[self.worker_id][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send(Scored(round=request.round, metrics=metrics, baseline=beside))
 
 
-def work(session: Session, worker_id: int, channel: ToAgent) -> int:
-    """Be a worker until the agent says stop; returns the exit code."""
+def work(
+    session: Session, worker_id: int, channel: ToAgent, to_forkserver: ToPristine | None = None
+) -> int:
+    """Be a worker until the agent says stop; returns the exit code.
+
+    `to_forkserver`: where shards can be had computed again, to find what remembers.
+    """
     worker: Worker | None = None
     try:
         numerics.configure(session.plan.threads)
-        worker = Worker(session, worker_id, channel)
+        worker = Worker(session, worker_id, channel, to_forkserver)
         worker.serve()
         return 0
     except Closed:

@@ -29,6 +29,7 @@ from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
 from lockstep.state.snapshot import SnapshotPart
 from lockstep.worker.audit import StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.context import WorkerContext
+from lockstep.worker.purity_watch import PurityWatch
 from lockstep.worker.shard_claims import ShardClaims
 
 
@@ -42,10 +43,11 @@ class TrainStep:
         share: WorkerShare,
         barrier: Barrier,
         owner: BlockOwner,
+        watch: PurityWatch | None,
     ) -> None:
         shared = context.shared
         self.context, self.shared, self.control = context, shared, shared.control
-        self.barrier, self.owner = barrier, owner
+        self.barrier, self.owner, self._watch = barrier, owner, watch
         self.shards = assignment.shards
         """Those of this worker."""
         self._sampling, self._loader = context.sampling, context.loader
@@ -103,6 +105,10 @@ class TrainStep:
         begun = clock()
         self._compute_all(step, todo)
         computed = clock()
+        froze_at = self._forward_backward.froze_at
+        if self._watch is not None and self._watch.is_due(step, computed, froze_at):
+            self._watch.check(step, self._computed(step), computed - begun, froze_at)
+            computed = clock()
         fetching = self._forward_backward.pop_fetching_seconds()
         seconds[Stat.COMPUTE] += computed - begun - fetching
         self._loader.consider(seconds[Stat.COMPUTE])
@@ -183,6 +189,17 @@ class TrainStep:
         control.losses[step % RING, shard] = loss
         control.shard_by[shard] = self._worker_id
         control.shard_done[shard] = step
+
+    def _computed(self, step: int) -> list[int]:
+        """The shards of a step that this worker has computed."""
+        control = self.control
+        return [
+            shard
+            for shard in self._sampling.active(step)
+            if shard in self._host_shards
+            and control.shard_done[shard] == step
+            and control.shard_by[shard] == self._worker_id
+        ]
 
     # Reduce.
 
