@@ -79,7 +79,8 @@ SAID: list[tuple[Codec[Any], Message]] = [
         OFFER,
         JobOffer(
             job="job", master="a", address=("127.0.0.1", 9), task="mnist", args={"x": 1.5},
-            code=BlobInfo(digest="ab" * 32, nbytes=9), records=RecordsRequest(path="p", keep=["x"]),
+            code=BlobInfo(digest="ab" * 32, nbytes=9), data=BlobInfo(digest="cd" * 32, nbytes=9),
+            records=RecordsRequest(path="p", keep=["x"]),
         ),
     ),
 ]  # fmt: skip

@@ -260,6 +260,9 @@ class SparseGradients(Blobs):
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         return functional.cross_entropy(model(batch[1]), batch[1])
 
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"accuracy": model(batch[1]).argmax(1) == batch[1]}
+
 
 class WantsAClosure(Blobs):
     def optimizer(self, params: lockstep.Parameters) -> torch.optim.Optimizer:
