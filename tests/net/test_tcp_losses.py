@@ -82,6 +82,36 @@ def test_a_server_connects_back(cluster: Cluster) -> None:
             assert log.empty(), "they have said goodbye"
 
 
+def test_a_machine_with_two_addresses(cluster: Cluster) -> None:
+    """It listens at one, and connects from the other."""
+    server = TcpTransport(cluster.identity("a"), job="job", facts=FACTS, codec=SAID, answer=True)
+    newcomer = TcpTransport(
+        cluster.identity("b"), job="job", facts=FACTS, codec=SAID, host="127.0.0.2"
+    )
+    with contextlib.closing(server), contextlib.closing(newcomer):
+        newcomer.connect({"a": server.address}, LIMIT)
+        newcomer.tell("a", Said(text="here"))
+        assert server.hear(LIMIT).message == Said(text="here")
+        server.tell("b", Said(text="there"))
+        assert newcomer.hear(LIMIT).message == Said(text="there")
+
+
+@pytest.mark.parametrize(
+    ("named", "source", "reached"),
+    [
+        ("", "10.0.0.1", "10.0.0.1"),
+        ("10.1.0.2", "10.0.0.1", "10.1.0.2"),
+        ("0.0.0.0", "10.0.0.1", "10.0.0.1"),
+        ("127.0.0.1", "10.0.0.1", "10.0.0.1"),  # its own, not this machine's
+        ("127.0.0.2", "127.0.0.1", "127.0.0.2"),
+        ("1.2.3", "10.0.0.1", "10.0.0.1"),
+    ],
+)
+def test_where_a_host_is_reached(named: str, source: str, reached: str) -> None:
+    hello = hellos.Hello(job="j", node="b", host=named, port=7)
+    assert hellos.peer_address(hello, source) == (reached, 7)
+
+
 def test_who_cannot_be_connected_back_is_dropped(cluster: Cluster) -> None:
     log = Log()
     server = TcpTransport(

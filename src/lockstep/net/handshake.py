@@ -6,6 +6,8 @@ few kernels compute. Hosts that differ in one would compute other bits; they are
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +25,7 @@ MAX_FACTS, MAX_TEXT = 256, 256
 Ascii = Annotated[str, msgspec.Meta(max_length=MAX_TEXT, pattern=r"\A[ -~]*\Z")]
 """A text that may go into a log."""
 FactsMap = Annotated[dict[Ascii, Ascii], msgspec.Meta(max_length=MAX_FACTS)]
+IpText = Annotated[str, msgspec.Meta(max_length=45, pattern=r"\A[0-9A-Fa-f:.]*\Z")]
 PACKAGES = ("torch", "numpy", "lockstep-dlp")
 
 
@@ -35,7 +38,10 @@ class Hello(Message):
     facts: FactsMap = msgspec.field(default_factory=dict)
     protocol: Annotated[int, msgspec.Meta(ge=0, le=255)] = VERSION
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
-    """Where it listens, at the address that it connects from; 0 if it does not say."""
+    """Where it listens; 0 if it does not say."""
+    host: IpText = ""
+    """The address at which it listens, if that is one and not all of them: on a machine with two
+    networks it may connect from another."""
     stream: Literal["", "data", "control"] = ""
     """What the connection is to carry; empty where that is not for the sender to say."""
 
@@ -47,8 +53,21 @@ class Hello(Message):
             facts=self.facts,
             protocol=self.protocol,
             port=self.port,
+            host=self.host,
             stream=stream,
         )
+
+
+def peer_address(hello: Hello, source: str) -> tuple[str, int]:
+    """Where a host can be reached that connects from the address `source`.
+
+    Loopback is another machine's own: that counts only from there.
+    """
+    with contextlib.suppress(ValueError):
+        named, seen = ipaddress.ip_address(hello.host), ipaddress.ip_address(source)
+        if not named.is_unspecified and (not named.is_loopback or seen.is_loopback):
+            return str(named), hello.port
+    return source, hello.port
 
 
 HELLO: Codec[Hello] = Codec(Hello, "a hello breaks the protocol")

@@ -24,7 +24,15 @@ from lockstep.errors import (
 from lockstep.net.arrivals import Arrivals
 from lockstep.net.connections import Incoming, Item, Outgoing, Stream
 from lockstep.net.frames import Kind, head, message_frame
-from lockstep.net.handshake import HELLO, REFUSAL, Facts, Hello, Refusal, check_hello
+from lockstep.net.handshake import (
+    HELLO,
+    REFUSAL,
+    Facts,
+    Hello,
+    Refusal,
+    check_hello,
+    peer_address,
+)
 from lockstep.net.identity import Identity, peer_name
 from lockstep.net.peer import Peer
 from lockstep.net.pending import Inbox, PendingTransfer, as_bytes, sending
@@ -77,8 +85,9 @@ class TcpTransport:
         `codec` decodes the messages that peers may send; without it they may send tensors alone.
 
         With `answer`, this host connects back to each that connects to it, at the address that
-        it comes from and the port that its hello names. A host that cannot be reached there
-        within ten seconds is dropped. Who shall `connect` whom otherwise is for the hosts to know.
+        its hello names, or the one it comes from if that names none. A host that cannot be reached
+        there within ten seconds is dropped. Who shall `connect` whom otherwise is for the hosts to
+        know.
 
         A machine that has acknowledged nothing for `silence` seconds is lost. With
         `reports_ends` false, connections that merely end are not reported: that they have is told
@@ -102,7 +111,10 @@ class TcpTransport:
         self._listener = listen(host, port)
         self.address: Address = address_of(self._listener)
         self._codec = codec
-        self._hello = Hello(job=job, node=identity.node, facts=dict(facts), port=self.address[1])
+        self._hello = Hello(
+            job=job, node=identity.node, facts=dict(facts),
+            host=self.address[0], port=self.address[1],
+        )  # fmt: skip
         self._accepting = threading.Thread(
             target=self._accept, name="lockstep-net accept", daemon=True
         )
@@ -274,7 +286,7 @@ class TcpTransport:
                 self._arrivals.secured(sock)
                 handshake(secured, limit)
                 who = peer_name(secured)
-                peer, stream, port = self._admit(secured, who, limit)
+                peer, stream, hello = self._admit(secured, who, limit)
         except Exception as error:  # such as no memory: others are received all the same
             sock.close()
             self._report(who, str(error) if isinstance(error, NetworkError) else repr(error))
@@ -283,13 +295,13 @@ class TcpTransport:
             self._arrivals.done()
         self._reap_lost()
         if self._answers and stream is Stream.CONTROL:  # before a message of it is heard
-            self._connect_back(peer, (address[0], port))
+            self._connect_back(peer, peer_address(hello, address[0]))
         peer.receive(stream)
 
-    def _admit(self, sock: TlsStream, name: str, limit: Deadline) -> tuple[Peer, Stream, int]:
+    def _admit(self, sock: TlsStream, name: str, limit: Deadline) -> tuple[Peer, Stream, Hello]:
         """Welcome a connection, or tell the other side why not and raise.
 
-        Returns whose it is, what it carries, and the port on which its host listens.
+        Returns whose it is, what it carries, and the hello of its host.
         """
         try:
             _, hello = receive_message(sock, {Kind.HELLO: HELLO}, limit)
@@ -316,7 +328,7 @@ class TcpTransport:
             with contextlib.suppress(OSError):
                 send_message(sock, Kind.REFUSED, answer, limit)
             raise
-        return peer, stream, hello.port
+        return peer, stream, hello
 
     def _connect_back(self, peer: Peer, address: Address) -> None:
         """Connect to a host that has just connected to this one; lose it if that fails."""
