@@ -25,7 +25,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format docs-tree bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos chaos-hosts clean
+.PHONY: help run test test-long fuzz check format docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes chaos chaos-hosts clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -56,6 +56,9 @@ format: $(READY) ## Format, and fix what the linter can
 
 docs-tree: $(READY) ## Write the file tree in docs/architecture.md anew
 	$(BIN)/python -m tests.support.file_tree
+
+docs-reference: $(READY) ## Write docs/reference.md anew, from the public docstrings
+	$(BIN)/python -m tests.support.api_reference
 
 bench: $(READY) ## Measure Lockstep against its alternatives (half an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.run $(ARGS)

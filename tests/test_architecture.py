@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lockstep
-from tests.support import command, file_tree
+from tests.support import api_reference, command, file_tree
 from tests.support.file_tree import ROOT, SOURCE
 
 MAX_LINES = 450
@@ -82,6 +82,12 @@ def test_a_package_lists_its_files(package: Path) -> None:
     }
     assert not missing, f"{name_of(package)}/__init__.py does not list them"
     assert not listed - files - inner, "listed, but not there"
+
+
+def test_the_reference_is_current_and_whole() -> None:
+    assert api_reference.PAGE.read_text() == api_reference.write(), "run: make docs-reference"
+    listed = {name for names in api_reference.PARTS.values() for name in names}
+    assert listed - {"Position"} == set(lockstep.__all__)
 
 
 def test_the_file_tree_in_the_documents_is_current() -> None:

@@ -19,8 +19,10 @@ class Task:
     """Task: the user's code. `model`, `train_data`, `loss` and `optimizer` are required.
 
     One instance is made per run and forked into every worker. Methods that draw random numbers
-    may use torch's, Python's and NumPy's global generators: they are seeded before each call
-    (see `lockstep.system.seeding`), so the draws do not depend on the number of workers.
+    may use torch's, Python's and NumPy's global generators, or generators of the task's or the data
+    set's own: all are seeded before each call, by the job's seed and the shard or the sample, so
+    the draws do not depend on the number of workers. Nothing else may be remembered from one call
+    to another that changes a result: that is refused.
     """
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
@@ -136,7 +138,8 @@ class Task:
     def from_record(self, record: Mapping[str, Any]) -> Any:
         """The sample of a record, for `collate`.
 
-        A record is a row of a JSONL or Parquet file to predict from, its columns by name.
+        A record is a row of a file to predict from, its columns by name. Those of a CSV file are
+        texts.
         """
         raise TaskError(
             f"{type(self).__name__} does not say what a record is",
