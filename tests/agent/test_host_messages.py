@@ -52,7 +52,9 @@ ORDER = RegroupOrder(
 AGENTS: tuple[Message, ...] = (
     HostPresent(workers=2, facts={"torch": "2"}, train_samples=100, eval_samples=0),
     HostReady(workers=2),
-    HostPaused(generation=1, status=HostStatus(whole=3, base=None, address=("127.0.0.1", 4000))),
+    HostPaused(
+        generation=1, status=HostStatus(whole=3, snapshot=None, address=("127.0.0.1", 4000))
+    ),
     ExchangeTrouble(generation=1, other="b", why="it closed the connection"),
     StepRecorded(step=4, digest="0f"),
     EventForwarded(name="died", fields={"worker": 1, "how": "was killed"}),
@@ -120,8 +122,12 @@ def test_unknown_fields_operations_and_nests(codec: Codec[Any], message: Message
         (FROM_AGENTS, "HostPresent", {"facts": ["torch"]}),
         (FROM_AGENTS, "HostPresent", {"facts": {"torch": "\x1b[2J"}}),
         (FROM_AGENTS, "HostPresent", {"facts": {str(n): "" for n in range(300)}}),
-        (FROM_AGENTS, "HostPaused", {"status": {"op": "HostStatus", "whole": "7", "base": 1}}),
-        (FROM_AGENTS, "HostPaused", {"status": {"op": "HostStatus", "whole": 2**62, "base": 1}}),
+        (FROM_AGENTS, "HostPaused", {"status": {"op": "HostStatus", "whole": "7", "snapshot": 1}}),
+        (
+            FROM_AGENTS,
+            "HostPaused",
+            {"status": {"op": "HostStatus", "whole": 2**62, "snapshot": 1}},
+        ),
         (FROM_AGENTS, "HostPaused", {"generation": -1}),
         (FROM_AGENTS, "ExchangeTrouble", {"why": "x" * 100_000}),
         (FROM_AGENTS, "StepRecorded", {"step": 1.5}),

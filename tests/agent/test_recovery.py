@@ -55,7 +55,7 @@ def test_a_torn_state_goes_back_to_the_base() -> None:
     assert found == Resumption(step=5, back=2, todo=((0,), (1, 2)))
 
 
-def test_gradients_are_kept_where_the_base_is_of_the_same_step() -> None:
+def test_gradients_are_kept_where_the_snapshot_is_of_the_same_step() -> None:
     found = resume(words((7, C), (7, C)), [6, 7], [7, 7], snapshot_step=7, workers=1)
     assert found == Resumption(step=7, back=0, todo=((),))
 

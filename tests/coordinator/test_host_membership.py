@@ -20,8 +20,8 @@ from lockstep.coordinator.host_membership import (
 )
 
 
-def host_status(whole: int | None, base: int | None = None) -> HostStatus:
-    return HostStatus(whole=whole, base=base)
+def host_status(whole: int | None, snapshot: int | None = None) -> HostStatus:
+    return HostStatus(whole=whole, snapshot=snapshot)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ EVENTS = st.one_of(
         st.builds(
             HostStatus,
             whole=st.one_of(st.none(), st.integers(4, 5)),
-            base=st.one_of(st.none(), st.integers(1, 4)),
+            snapshot=st.one_of(st.none(), st.integers(1, 4)),
         ),
     ),
     st.builds(host_membership.HostLost, st.sampled_from("bcd"), st.just("gone")),

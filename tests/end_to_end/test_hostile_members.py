@@ -67,8 +67,8 @@ HostRegroup.status = lambda self: None if self.group.step >= 30 else status(self
 CLAIM = """
 from lockstep.agent import host_regroup
 from lockstep.agent.regroup_messages import HostStatus
-def status(whole, base, address):
-    return HostStatus(whole={whole}, base=base, address=address)
+def status(whole, snapshot, address):
+    return HostStatus(whole={whole}, snapshot=snapshot, address=address)
 host_regroup.HostStatus = status
 """
 
@@ -161,7 +161,7 @@ NOBODY: list[Message | bytes] = [
     EventForwarded(name="failed", fields={"step": 3}),
     body({"op": "EventForwarded", "name": "died", "fields": {"time": "1970"}}),
     Recovered(recoveries=[{"step": 1}]),
-    HostPaused(generation=2, status=HostStatus(whole=9, base=None)),
+    HostPaused(generation=2, status=HostStatus(whole=9, snapshot=None)),
     AgentFailed(error=ErrorMessage.of(TaskError("over")), step=1),
     *[AgentFailed(error=ErrorMessage.of(TaskError("again and again")), step=1)] * 200,
 ]

@@ -2,8 +2,8 @@
 any two writes.
 
 The control segment, `membership` and `recovery` are the real ones; the workers' program is
-`step.Stepper`'s and `base.BasePart`'s, with numbers in place of tensors: a block holds how many
-steps have updated it, a slot which step it was computed for and from what.
+`worker.train_step`'s and `state.snapshot`'s, with numbers in place of tensors: a block holds how
+many steps have updated it, a slot which step it was computed for and from what.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Process:
 class Simulation:
     """A job of `steps` steps with `shards` shards and blocks of the given sizes (elements).
 
-    The base is brought up to date after every `every` steps.
+    The snapshot is brought up to date after every `every` steps.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Simulation:
         self.state = np.zeros((count + 1, 2), np.int64)
         """A block is two words, which an update writes one after the other: between, it is torn.
         The last are the committed buffers, which rank 0 writes from the slots."""
-        self.base = self.state.copy()
+        self.snapshot = self.state.copy()
         self.control.snapshot_step = 0
         self.written: Any = None
-        """The base at the beginning of the checkpoint that is being written from it."""
+        """The snapshot at the beginning of the checkpoint that is being written from it."""
         self.control.shard_done[:] = -1
         for worker_id in range(max_workers):
             self.control.set_updating(worker_id, -1)
@@ -207,7 +207,7 @@ class Simulation:
         self._record_to(min(words))
         if found.back is not None:
             self.times_back += 1
-            self.state[:] = self.base
+            self.state[:] = self.snapshot
             self.control.snapshot_due[:] = 0
         elif self.recorded < found.step:
             self._record_to(progress_of(found.step - 1, Phase.STARTED))
@@ -256,14 +256,14 @@ class Simulation:
         if resting and self.recorded == self.control.lease and self.written is None:
             self.stopping = False
             self.check_committed(self.recorded)
-            self.base[:] = self.state
+            self.snapshot[:] = self.state
             self.control.snapshot_step = self.recorded
-            self.written = self.base.copy()
+            self.written = self.snapshot.copy()
 
     def end_checkpoint(self) -> None:
         self.stopping = False
         if self.written is not None:
-            assert self.base.tolist() == self.written.tolist(), "written to while being read"
+            assert self.snapshot.tolist() == self.written.tolist(), "written to while being read"
             self.written = None
 
     def _record_to(self, reached: int) -> None:
@@ -376,11 +376,11 @@ class _Worker:
     def refresh_snapshot(self, committed: int) -> Life:
         """As `Stepper.refresh_snapshot`."""
         world = self.world
-        assert world.written is None, "a checkpoint is being written from the base"
+        assert world.written is None, "a checkpoint is being written from the snapshot"
         for number in self.parts:
             for word in (0, 1):
                 assert world.state[number, word] == committed
-                world.base[number, word] = committed
+                world.snapshot[number, word] = committed
                 yield True
         if self.rank == 0:
             self.control.snapshot_step = committed

@@ -48,7 +48,7 @@ class HostRegroup:
         has_snapshot = updating or not group.role.ownership.whole
         return HostStatus(
             whole=step if group.has_state and not updating else None,
-            base=group.control.snapshot_step if has_snapshot else None,
+            snapshot=group.control.snapshot_step if has_snapshot else None,
             address=self._address,
         )
 

@@ -47,8 +47,9 @@ def resume(
         words: the progress words of the membership that was in force.
         updating: for each of its members, the last step whose update it has begun.
         shard_done: per shard, the last step that it was computed for.
-        base_step: after how many steps the base was taken. It is whole once anybody has begun to
-            update: everybody had come to the step's first meeting, and copied its part before.
+        snapshot_step: after how many steps the snapshot was taken. It is whole once anybody has
+            begun to update: everybody had come to the step's first barrier, and copied its part
+            before.
         workers: how many there will be.
         mine: the shards that are theirs to compute; None: all.
     """

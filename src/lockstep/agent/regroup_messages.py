@@ -20,7 +20,7 @@ class HostStatus(Message):
 
     whole: Step | None
     """After how many steps its state is; None: it is corrupted, or not there yet."""
-    base: Step | None
+    snapshot: Step | None
     """The same of its snapshot; None: it has none."""
     address: Address = ("", 0)
     """Where it listens to other hosts in this generation."""

@@ -275,21 +275,21 @@ def settle(statuses: Mapping[str, HostStatus], master: str) -> tuple[int, str, d
     """Where all hosts go on: from the newest state that somebody has whole.
 
     Whole states are at most a step apart, since nobody updates before everybody has computed. A
-    base counts only where no whole state is as new: then every host was torn in the same step.
+    snapshot counts only where no whole state is as new: then every host was torn in the same step.
 
     Returns the step, the host that has that state, and what each host does to get it.
     """
     step = max(
         value
         for status in statuses.values()
-        for value in (status.whole, status.base)
+        for value in (status.whole, status.snapshot)
         if value is not None
     )
     actions: dict[str, Action] = {}
     for name, status in statuses.items():
         if status.whole == step:
             actions[name] = "keep"
-        elif status.base == step:
+        elif status.snapshot == step:
             actions[name] = "back"
         else:
             actions[name] = "copy"
@@ -303,7 +303,7 @@ def settle_parts(
     statuses: Mapping[str, HostStatus], master: str, resumed: frozenset[str]
 ) -> tuple[int, str, dict[str, Action]]:
     """Where all hosts go on, where each has a part of the state: as they are, if they are the same
-    as before and nobody is torn or a step behind; else from the master's base, which is whole.
+    as before and nobody is torn or a step behind; else from the master's snapshot, which is whole.
 
     Returns the step, the master, and what each host does.
     """
@@ -312,6 +312,6 @@ def settle_parts(
         (step,) = steps
         assert step is not None
         return step, master, dict.fromkeys(statuses, "keep")
-    base = statuses[master].base
-    assert base is not None
-    return base, master, {name: "back" if name == master else "copy" for name in statuses}
+    snapshot = statuses[master].snapshot
+    assert snapshot is not None
+    return snapshot, master, {name: "back" if name == master else "copy" for name in statuses}

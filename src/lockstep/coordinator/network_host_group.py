@@ -226,7 +226,7 @@ class NetworkHostGroup:
         observer, member = self._group.observer, name in self._membership.members
         match message:
             case HostPaused(generation=generation, status=status) if member:
-                for step in (status.whole, status.base):
+                for step in (status.whole, status.snapshot):
                     self._check_step(name, step or 0, self._furthest_state())
                 return [host_membership.HostPaused(name, generation, status)]
             case ExchangeTrouble(generation=generation, other=peer, why=why) if member:

@@ -1,8 +1,8 @@
 """Stage 2, initialise: one shared copy of parameters and optimizer state on each host.
 
-It is in four segments that all workers map: *state* (parameters, buffers, optimizer state), *base*
-(the *snapshot*: an earlier committed state to roll back to), *slots* (one gradient slot per shard)
-and *control* (progress words, the lease, the ring buffer of step records).
+It is in four segments that all workers map: *state* (parameters, buffers, optimizer state),
+*snapshot* (an earlier committed state to roll back to), *slots* (one gradient slot per shard) and
+*control* (progress words, the lease, the ring buffer of step records).
 
 shared_state        SharedState: parameters, buffers and optimizer state, one copy a host
 host_memory         HostMemory: the mapped segments of a host that is set up
