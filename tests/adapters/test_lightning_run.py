@@ -77,6 +77,7 @@ def weights_of(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
+@pytest.mark.long
 def test_the_numbers_of_the_run(run_folders: Callable[[], str]) -> None:
     """Steps, data epochs and batches are the run's own, whoever computes them, a replay's too."""
     _, data_class = lightning_classes()
@@ -190,6 +191,7 @@ def in_one_process(net: Any, data: Any, batch_size: int, task: Any) -> dict[str,
     return found
 
 
+@pytest.mark.long
 def test_metrics_and_lists_of_validation(run_folders: Callable[[], str]) -> None:
     """Exactly what one process makes of the same batches, for any number of workers."""
     _, data_class = lightning_classes()

@@ -74,6 +74,7 @@ def continuing(fails_at: int = -1) -> Task:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_model_that_generates(run_folder: str, tmp_path: Path) -> None:
     """Two workers begin the file and one goes on with it: they are the texts of transformers alone,
     with prompts padded on the left, where here the tokenizer pads on the right, and with the

@@ -183,6 +183,7 @@ def test_columns_that_cannot_be_used(row: dict[str, Any], says: str) -> None:
         task.collate([row])
 
 
+@pytest.mark.long
 def test_gradient_checkpointing(run_folders: Callable[[], str]) -> None:
     """What is computed twice, with dropout in it, is computed as if it were computed once."""
 

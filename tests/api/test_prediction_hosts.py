@@ -79,7 +79,7 @@ def test_the_same_rows_on_several_hosts(site: Site, tmp_path: Path) -> None:
         ended_well(on)
 
 
-@pytest.mark.parametrize("victims", [("b",), ("b", "c")])
+@pytest.mark.parametrize("victims", [("b",), pytest.param(("b", "c"), marks=pytest.mark.long)])
 def test_hosts_die_while_they_predict(site: Site, tmp_path: Path, victims: tuple[str, ...]) -> None:
     """The others do what they had to do, and go on."""
     trained = Trained(site, tmp_path)
@@ -157,6 +157,7 @@ def test_runs_of_every_kind(site: Site, tmp_path: Path, changes: dict[str, Any])
     ended_well(again)
 
 
+@pytest.mark.long
 def test_evaluating_where_the_data_is(site: Site) -> None:
     """With `data: local` the hosts that have it have to be there; to predict, nobody has to."""
     on = site.agents({"b": 1, "c": 1})

@@ -299,6 +299,7 @@ def test_two_ranks_run_a_job(tmp_path: Path, alone: str) -> None:
     assert json.loads(out)["fingerprint"] == alone
 
 
+@pytest.mark.long
 def test_a_cluster_of_workers_and_parameter_servers(tmp_path: Path, alone: str) -> None:
     """Described in the job file; each process is told which entry it is."""
     shutil.copy(TASKS, tmp_path / "blobs.py")

@@ -235,6 +235,7 @@ def test_the_master_is_killed_and_the_run_resumed(
     assert_same(found, yard.undisturbed(TASK, **SETTINGS))
 
 
+@pytest.mark.long
 def test_a_wrong_token_is_refused(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)

@@ -167,6 +167,7 @@ NOBODY: list[Message | bytes] = [
 ]
 
 
+@pytest.mark.long
 def test_who_is_no_part_of_a_run_cannot_speak_in_it(site: Site, slow: None) -> None:
     on = site.agents({"b": 1}, 1)
     live = Live(site, on, steps=200)

@@ -44,13 +44,6 @@ def run(folder: Path, before: str, *options: str, to: str = "/dev/null") -> tupl
     return done.returncode, done.stderr
 
 
-def test_a_loader_that_cannot_hand_over_a_batch_ends(folder: Path) -> None:
-    """So its worker does not wait for the batch; after some tries workers do without loaders."""
-    code, said = run(folder, "ulimit -n 32;", "--loaders", "1")
-    assert code == 0, said
-    assert '"lost_loader"' in (folder / "run" / "events.jsonl").read_text()
-
-
 def test_the_limit_of_a_file_is_named(folder: Path) -> None:
     code, said = run(folder, "ulimit -f 1;")
     assert code != 0

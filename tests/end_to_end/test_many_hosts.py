@@ -245,6 +245,7 @@ def test_hosts_that_drift_apart_are_found(site: Site) -> None:
 # The master.
 
 
+@pytest.mark.long
 def test_the_master_dies_and_the_run_is_resumed_on_other_hosts(site: Site, slow: None) -> None:
     """A run that stopped on two hosts goes on on three."""
     changes = {"steps": 400, "checkpoint_steps": 20}

@@ -202,6 +202,7 @@ def test_delays_are_real() -> None:
         assert round_trip(network, 0, 1) < 0.2
 
 
+@pytest.mark.long
 @delayed
 @pytest.mark.parametrize(
     ("sending", "receiving"),

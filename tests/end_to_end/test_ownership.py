@@ -81,6 +81,7 @@ def test_a_host_dies_that_sums_for_all(site: Site, phase: str) -> None:
     ended_well(on, "c")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [pytest.param("sharded", marks=pytest.mark.long), "servers"])
 def test_a_part_of_the_state_is_lost(site: Site, kind: str) -> None:
     """With its host, or in the middle of an update: all go back to the master's base."""

@@ -92,6 +92,7 @@ def call(port: int, context: ssl.SSLContext | None, said: bytes) -> None:
             sock.close()
 
 
+@pytest.mark.long
 @pytest.mark.fuzz
 def test_strangers_at_every_port_of_a_job(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
