@@ -169,8 +169,10 @@ def disk_errors(what: str, then: str = "resume the run") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        short = "Too many open files" in str(error)
+        remedy = "allow more open files, with ulimit -n" if short else "free disk space"
         raise ResourceError(
-            f"{what} cannot be written: {error}", fix=f"free disk space, then {then}"
+            f"{what} cannot be written: {error}", fix=f"{remedy}, then {then}"
         ) from error
 
 

@@ -125,3 +125,14 @@ def test_memory_stays_as_aligned_as_it_was() -> None:
     for start in (0, 1, 3, 17, 500):
         found = again(whole[start : start + 9])
         assert found.data_ptr() % ALIGN == whole[start:].data_ptr() % ALIGN
+
+
+def test_tensors_that_are_made_for_the_pickle_alone() -> None:
+    """A generator's state is one: it is another tensor each time it is asked for."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
+    tensors = [torch.arange(631.0 * size) for size in range(1, 20)]
+    found, kept = again([generators, tensors])
+    for one, other in zip(generators, found, strict=True):
+        assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=other))
+    for tensor, same in zip(tensors, kept, strict=True):
+        assert torch.equal(tensor, same)

@@ -14,8 +14,8 @@ import mmap
 import os
 import queue
 import socket
+import sys
 import threading
-import traceback
 import weakref
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext
@@ -143,7 +143,7 @@ class _Queue(Queue):  # type: ignore[type-arg]  # not to be subscripted when run
 
     @staticmethod
     def _on_queue_feeder_error(error: Exception, obj: object) -> None:
-        traceback.print_exc()
+        print(f"lockstep: a loader cannot hand over a batch: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

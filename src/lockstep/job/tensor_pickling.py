@@ -65,6 +65,9 @@ class _Looks:
     def __init__(self) -> None:
         self.ranges: dict[int, list[tuple[int, int]]] = {}
         """By the storage's address."""
+        self._seen: list[torch.UntypedStorage] = []
+        """Kept, so that an address means one storage: some are made for the pickle alone, such as a
+        generator's state."""
 
     def see(self, obj: Any) -> Any:
         """Note a tensor or storage; what a pickle has of it beside its memory."""
@@ -81,6 +84,7 @@ class _Looks:
 
     def _note(self, storage: torch.UntypedStorage, start: int, stop: int) -> None:
         if stop > start:
+            self._seen.append(storage)
             self.ranges.setdefault(storage.data_ptr(), []).append((start, stop))
 
 
@@ -88,6 +92,7 @@ class _Pieces:
     """The pieces that the bytes looked at are made into, each pickled once."""
 
     def __init__(self, looks: _Looks) -> None:
+        self._looks = looks
         self._spans = {address: _merged(ranges) for address, ranges in looks.ranges.items()}
         self._made: dict[tuple[int, int, int], _Piece] = {}
 
@@ -97,8 +102,8 @@ class _Pieces:
 
         if not isinstance(obj, torch.Tensor):
             storage = _untyped(obj)
-            if not storage.nbytes():
-                return None
+            if storage.data_ptr() not in self._spans:
+                return None  # empty, or made for this pickle alone
             piece, _ = self._piece(storage, 0)
             dtype = obj.dtype if isinstance(obj, torch.storage.TypedStorage) else None
             return _storage_of, (piece, dtype)
@@ -106,6 +111,8 @@ class _Pieces:
         if reduced is None or not obj.numel():
             return None
         _, (typed, *_), remade = reduced
+        if _untyped(typed).data_ptr() not in self._spans:
+            return None
         start, _ = _span(obj)
         piece, begin = self._piece(_untyped(typed), start)
         offset = obj.storage_offset() - begin // obj.dtype.itemsize
