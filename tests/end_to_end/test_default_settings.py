@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.recipes.datasets import find
 from tests.support import command
 
 RECIPES = {
     "mnist": (), "mnist-cnn": ("--model", "cnn"), "vision": (), "recommend": (), "clicks": (),
     "translate": (), "summarise": (), "game": (), "cartpole": (),
 }  # fmt: skip
+
+
+DATA = {
+    "vision": "fashion-mnist", "recommend": "movielens-100k", "clicks": "adult",
+    "translate": "descriptions", "summarise": "descriptions",
+}  # fmt: skip
+"""The data sets of recipes; where they are not, the recipe is not tried."""
 
 
 def fingerprints(folder: Path, *job: str, steps: int) -> set[str]:
@@ -42,4 +50,6 @@ def test_a_bare_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe(recipe: str, tmp_path: Path) -> None:
     name = recipe.partition("-")[0]
+    if name in DATA and find(DATA[name]).where() == "not here":
+        pytest.skip(f"needs the data set {DATA[name]}: {find(DATA[name]).command}")
     assert len(fingerprints(tmp_path, name, *RECIPES[recipe], steps=3)) == 1
