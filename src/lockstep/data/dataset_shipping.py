@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import random
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset, TensorDataset
 from lockstep.data.sample_codec import Tree, pack_sample, pack_tensor, unpack_sample, unpack_tensor
 from lockstep.errors import DataError
 from lockstep.system.machine import check_available
+from lockstep.system.seeding import generator_states
 from lockstep.system.shared_memory import Segment
 
 ALIGN = 64
@@ -165,22 +165,16 @@ def _samples(dataset: Any, name: str, *, together: bool) -> Iterator[Any]:
     """
     for first in range(0, len(dataset), CHUNK):
         indices = list(range(first, min(first + CHUNK, len(dataset))))
-        before = _generators()
+        before = generator_states()
         samples = dataset.__getitems__(indices) if together else map(dataset.__getitem__, indices)
         yield from samples
-        if _generators() != before:
+        if generator_states() != before:
             raise DataError(
                 f"the {name} set draws random numbers, so it cannot be sent once for all",
                 expected="the same samples in every data epoch",
                 found=f"draws for samples {first} to {indices[-1]}",
                 fix="draw them in Task.collate, which every host calls, or set data to build",
             )
-
-
-def _generators() -> tuple[Any, ...]:
-    """The state of the generators that are seeded before each sample, to be compared."""
-    _, keys, *rest = np.random.get_state(legacy=True)
-    return torch.get_rng_state().tolist(), random.getstate(), np.asarray(keys).tolist(), rest
 
 
 def _unfit(what: str, error: DataError) -> DataError:

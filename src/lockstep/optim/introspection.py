@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from lockstep.errors import OptimizerError
 from lockstep.optim.chained import Together
+from lockstep.optim.remembered import check_not_drawn
 from lockstep.planning.blocks import Block
 from lockstep.state.optimizer_state import NUMBER_TYPES, StateKey
+from lockstep.system.seeding import generator_states
 
 
 def param_groups_of(
@@ -104,20 +104,14 @@ def discover_state(
     with borrowed(optimizer, {group: [stand_in]}):
         if start:
             optimizer.state[stand_in] = start
-        remembered, drawn = _remembered(optimizer), _generators()
+        remembered, drawn = _remembered(optimizer), generator_states()
         first: dict[str, Any] = {}
         for _ in range(2):
             zeros = torch.zeros_like(stand_in)
             stand_in.grad = zeros.to_sparse(1) if sparse else zeros
             first = dict(optimizer.state.get(stand_in, {}))
             try_step(optimizer)
-        if drawn != _generators():
-            raise OptimizerError(
-                f"{kind} draws random numbers in step()",
-                expected="updates that depend on the gradients alone",
-                found="the state of a global generator, changed by step()",
-                fix="add the noise to the loss, which is seeded for each shard",
-            )
+        check_not_drawn(kind, drawn)
         now = _remembered(optimizer)
         changed = [key for key in now if key not in remembered or remembered[key] != now[key]]
         changed += [f"state[{key!r}]" for key in optimizer.state if key is not stand_in]
@@ -194,12 +188,6 @@ def _remembered(optimizer: torch.optim.Optimizer) -> dict[str, object]:
         if isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
     }
     return {**options, **attributes}
-
-
-def _generators() -> tuple[object, ...]:
-    """The states of the global generators."""
-    kind, keys, *rest = np.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), kind, list(keys), rest
 
 
 def _describe(

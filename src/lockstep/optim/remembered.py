@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from lockstep.errors import OptimizerError
 from lockstep.optim.chained import Together
 from lockstep.state.state_form import Place
+from lockstep.system.seeding import generator_states
 
 APART = ("state", "param_groups")
 
@@ -93,11 +95,20 @@ def _look(value: Any, params: Container[int], seen: set[int]) -> Any:
     return type(value).__name__, _look(vars(value), params, seen)
 
 
-def random_states() -> tuple[object, ...]:
-    """The states of the global generators."""
-    kind, keys, *rest = np.random.get_state()
-    torch_state = bytes(torch.get_rng_state().numpy())
-    return torch_state, random.getstate(), kind, np.asarray(keys).tobytes(), tuple(rest)
+def check_not_drawn(name: str, before: tuple[object, ...]) -> None:
+    """Refuse an optimizer of this name that has drawn random numbers since the global generators
+    had these states.
+
+    Raises:
+        OptimizerError: it has.
+    """
+    if before != generator_states():
+        raise OptimizerError(
+            f"{name} draws random numbers in step()",
+            expected="updates that depend on the gradients alone",
+            found="the state of a global generator, changed by step()",
+            fix="add the noise to the loss, which is seeded for each shard",
+        )
 
 
 def place_name(place: Place) -> str:

@@ -15,8 +15,9 @@ from torch import nn
 from lockstep.errors import OptimizerError
 from lockstep.optim.introspection import try_step
 from lockstep.optim.known_optimizers import name_of
-from lockstep.optim.remembered import key_name, place_name, random_states, values_of
+from lockstep.optim.remembered import check_not_drawn, key_name, place_name, values_of
 from lockstep.state.state_form import FormError, UndividedState, form_of
+from lockstep.system.seeding import generator_states
 
 FIX = (
     "keep what step() remembers as tensors and numbers of a fixed form, in state[parameter], in "
@@ -40,7 +41,7 @@ def try_undivided(
     twin, memo = _copy(optimizer)
     own = {id(memo.get(id(parameter))): name for name, parameter in trainable}
     versions = [parameter._version for _, parameter in trainable]
-    generator, drawn = torch.Generator().manual_seed(0), random_states()
+    generator, drawn = torch.Generator().manual_seed(0), generator_states()
     for _ in range(2):
         for group in twin.param_groups:
             for parameter in group["params"]:
@@ -53,7 +54,7 @@ def try_undivided(
                     name = own.get(id(parameter))
                     parameter.grad = gradient.to_sparse(1) if name in sparse else gradient
         try_step(twin)
-    check_not_drawn(optimizer, drawn)
+    check_not_drawn(name_of(optimizer), drawn)
     if versions != [parameter._version for _, parameter in trainable]:
         raise OptimizerError(
             f"{name_of(optimizer)} cannot be tried before the run",
@@ -105,21 +106,6 @@ def try_undivided(
         initial=initial,
         initial_values={p: copy.deepcopy(values[p]) for p in remembered if p in values},
     )
-
-
-def check_not_drawn(optimizer: torch.optim.Optimizer, before: tuple[object, ...]) -> None:
-    """Refuse an optimizer that has drawn random numbers since the states were these.
-
-    Raises:
-        OptimizerError: it has.
-    """
-    if before != random_states():
-        raise OptimizerError(
-            f"{name_of(optimizer)} draws random numbers in step()",
-            expected="updates that depend on the gradients alone",
-            found="the state of a global generator, changed by step()",
-            fix="add the noise to the loss, which is seeded for each shard",
-        )
 
 
 def _check_aliases(

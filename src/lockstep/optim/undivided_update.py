@@ -16,14 +16,14 @@ import torch
 from lockstep.errors import OptimizerError
 from lockstep.optim.known_optimizers import name_of
 from lockstep.optim.remembered import (
+    check_not_drawn,
     key_name,
     look_at,
     place_name,
-    random_states,
     set_value,
     values_of,
 )
-from lockstep.optim.undivided_trial import FIX, check_not_drawn
+from lockstep.optim.undivided_trial import FIX
 from lockstep.state.optimizer_state import load_value, store_value
 from lockstep.state.shared_state import CHANGED, PRESENT, SharedState, remembered_name
 from lockstep.state.state_form import (
@@ -33,6 +33,7 @@ from lockstep.state.state_form import (
     leaves,
     rebuild,
 )
+from lockstep.system.seeding import generator_states
 
 
 class UndividedUpdate:
@@ -75,9 +76,9 @@ class UndividedUpdate:
             if self._changed[index]:
                 set_value(optimizer, place, self._value(place))
         held = values_of(optimizer)  # so that no new object has an old one's identity
-        before, drawn = look_at(optimizer, self._params), random_states()
+        before, drawn = look_at(optimizer, self._params), generator_states()
         optimizer.step()
-        check_not_drawn(optimizer, drawn)
+        check_not_drawn(name_of(optimizer), drawn)
         for parameter in self.shared.model.parameters():
             parameter.grad = None
         after = look_at(optimizer, self._params)

@@ -33,3 +33,10 @@ def seed_everything(value: int) -> None:
     torch.default_generator.manual_seed(value)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
+
+
+def generator_states() -> tuple[object, ...]:
+    """The states of these generators, to be compared: have random numbers been drawn meanwhile?"""
+    kind, keys, *rest = np.random.get_state()
+    torch_state = bytes(torch.get_rng_state().numpy())
+    return torch_state, random.getstate(), kind, np.asarray(keys).tobytes(), tuple(rest)
