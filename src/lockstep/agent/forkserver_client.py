@@ -7,7 +7,6 @@ One is cloned where there is one that has loaded a task, for a trial, or torch a
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from lockstep.planning.forkserver_messages import (
     ToForkServer,
     to_forkserver,
 )
+from lockstep.system.processes import ends_within
 from lockstep.system.unix_channel import Channel, Closed
 
 LOAD_SECONDS = 600.0
@@ -159,15 +159,9 @@ class ForkServerClient:
         if isinstance(message, ChildExited):
             self._codes[message.pid] = message.code
 
-    def _ends(self, seconds: float) -> bool:
-        """Whether the process ends within `seconds`."""
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-
     def _lost(self) -> WorkerLostError:
         code = None
-        if self._child is not None and self._ends(END_SECONDS):
+        if self._child is not None and ends_within(self._pidfd, END_SECONDS):
             code = self._child.wait()
         elif self._parent is not None:
             with self._parent._cloning:
@@ -183,9 +177,9 @@ class ForkServerClient:
     def close(self) -> None:
         """End it, with its workers and clones."""
         self.channel.close()
-        if not self._ends(END_SECONDS):
+        if not ends_within(self._pidfd, END_SECONDS):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            self._ends(END_SECONDS)
+            ends_within(self._pidfd, END_SECONDS)
         if self._child is not None:
             self._child.wait()
         os.close(self._pidfd)

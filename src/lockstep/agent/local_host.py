@@ -37,6 +37,7 @@ from lockstep.planning.plan import Plan
 from lockstep.planning.worker_messages import ToWorker, WorkerMessage, to_worker
 from lockstep.state.host_memory import HostMemory
 from lockstep.system.folders import working_folder
+from lockstep.system.processes import ends_within
 from lockstep.system.shared_memory import Segment
 from lockstep.system.unix_channel import Channel, Closed
 
@@ -82,16 +83,6 @@ class WorkerHandle:
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
-
-    def ends_within(self, seconds: float) -> bool:
-        """Whether the process ends within so many seconds."""
-        ended, _, _ = select.select([self.pidfd], [], [], max(seconds, 0))
-        return bool(ended)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the process has ended."""
-        return self.ends_within(0)
 
     def process_state(self) -> str:
         """What the kernel says of the process: running, sleeping, stopped."""
@@ -317,12 +308,12 @@ class LocalHost:
             worker.kill()
         for worker in self.workers.values():
             if worker.alive:
-                worker.alive = not worker.ends_within(deadline - time.monotonic())
+                worker.alive = not ends_within(worker.pidfd, deadline - time.monotonic())
         return not any(worker.alive for worker in self.workers.values())
 
     def how_it_ended(self, worker: WorkerHandle) -> str:
         """Why a dead worker died, in words."""
-        if not worker.has_ended:
+        if not ends_within(worker.pidfd, 0.0):
             return f"was killed, and hangs in the kernel ({worker.process_state()})"
         code = self._forkserver.exit_code(worker.pid, 1.0)
         return "ended" if code is None else describe_exit(code)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import select
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -31,6 +32,13 @@ def parent_of(pid: int) -> int:
     """The process id of a process's parent."""
     with open(f"/proc/{pid}/stat") as file:
         return int(file.read().rpartition(")")[2].split()[1])
+
+
+def ends_within(pidfd: int, seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    poll = select.poll()  # select() takes no descriptors from 1024 on
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(seconds, 0.0) * 1000))
 
 
 def own_file_positions() -> None:

@@ -51,7 +51,7 @@ from lockstep.planning.forkserver_messages import (
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
 from lockstep.system.process_title import set_title
-from lockstep.system.processes import die_with_parent
+from lockstep.system.processes import die_with_parent, ends_within
 from lockstep.system.unix_channel import Channel, Closed
 from lockstep.worker.error_report import describe_error
 from lockstep.worker.fork_setup import flush, ignore_signals, in_child, restore_signals
@@ -347,7 +347,7 @@ class ForkServer:
         with contextlib.suppress(OSError):  # no descriptors: they end all the same
             for pid in self.children:
                 pidfd = os.pidfd_open(pid)
-                if select.select([pidfd], [], [], max(limit - time.monotonic(), 0))[0]:
+                if ends_within(pidfd, limit - time.monotonic()):
                     os.waitpid(pid, 0)
                 os.close(pidfd)
 

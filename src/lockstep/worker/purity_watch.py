@@ -8,7 +8,6 @@ the time alone, and changes no number.
 from __future__ import annotations
 
 import os
-import select
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from lockstep.planning.forkserver_messages import ComputeShard, ToPristine
 from lockstep.state.control_segment import RING
 from lockstep.state.shared_state import SharedState
+from lockstep.system.processes import ends_within
 from lockstep.system.seeding import derive
 from lockstep.system.unix_channel import Closed
 from lockstep.worker.context import Session
@@ -125,9 +125,8 @@ class PurityWatch:
 
     def _ends(self, pidfd: int, shard: int, seconds: float) -> bool:
         """Whether a process ends in time. Waiting for it is no stall."""
-        deadline, poll = time.monotonic() + seconds, select.poll()
-        poll.register(pidfd, select.POLLIN)
-        while not poll.poll(LOOK_SECONDS * 1000):
+        deadline = time.monotonic() + seconds
+        while not ends_within(pidfd, LOOK_SECONDS):
             self._session.shared.control.beat(self._worker_id, shard)
             if time.monotonic() > deadline:
                 return False
