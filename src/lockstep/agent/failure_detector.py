@@ -6,7 +6,6 @@ looked at, and when.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 from lockstep.agent.failure_log import FailureLog
@@ -15,11 +14,10 @@ from lockstep.agent.membership import Status
 from lockstep.agent.stall_policy import StallTimeout, stalled
 from lockstep.agent.step_log import StepLog
 from lockstep.state.control_segment import ControlSegment
+from lockstep.system.look_clock import LookClock
 
 ABSENT_SECONDS = 60.0
 """How long a worker may take to start, or to leave."""
-LONGEST_LOOK = 0.5
-"""Seconds: no more than this is counted as silence between two looks at the workers."""
 
 
 class FailureDetector:
@@ -34,7 +32,7 @@ class FailureDetector:
         """By worker: a member's last heartbeat, and for how long there has been no other."""
         self._absence: dict[int, tuple[object, float]] = {}
         """The same of those who start or leave."""
-        self._watched = time.monotonic()
+        self._clock = LookClock()
         self._passed = 0.0
 
     def regrouped(self) -> None:
@@ -103,10 +101,8 @@ class FailureDetector:
             self._kill(self.host.workers[number], Status.RESTING, silent, reason)
 
     def _time_passed(self) -> float:
-        """Seconds since the last look, as far as they count: who was stopped itself, with the
-        whole job or by a slow disk, cannot tell that others were silent."""
-        now = time.monotonic()
-        self._passed, self._watched = min(now - self._watched, LONGEST_LOOK), now
+        """Seconds since the last look, as far as they count."""
+        self._passed = self._clock.passed()
         return self._passed
 
     def _is_stopped(self, worker_id: int, silent: float) -> bool:

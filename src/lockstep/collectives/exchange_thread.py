@@ -22,12 +22,10 @@ from lockstep.net.transport import Key, Pending, Transport
 from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
 from lockstep.state.control_segment import DIGEST_BYTES
 from lockstep.system import futex
+from lockstep.system.look_clock import LookClock
 
 LOOK_SECONDS = 0.1
 """Between two looks at whether the exchange is called off."""
-LONGEST_LOOK = 0.5
-"""Seconds: no more than this counts between two looks: who was stopped itself cannot tell that
-others have sent nothing."""
 NAP = 0.02
 
 
@@ -274,7 +272,7 @@ class ExchangeThread:
         """
         try:
             for place, slip in enumerate(slips):
-                waited, looked = 0.0, time.monotonic()
+                waited, clock = 0.0, LookClock()
                 while not slip.done():
                     if self._stop.is_set():
                         raise CalledOff
@@ -285,8 +283,7 @@ class ExchangeThread:
                             raise
                         late = slips[place:]
                         self.awaited = frozenset(each.peer for each in late if not each.ended)
-                    now = time.monotonic()
-                    waited, looked = waited + min(now - looked, LONGEST_LOOK), now
+                    waited += clock.passed()
                     if waited > (limit := patience * self._limit()) and not slip.done():
                         raise PeerTimeoutError(
                             f"host {slip.peer} exchanges nothing",

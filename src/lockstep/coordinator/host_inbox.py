@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import select
-import time
 from collections.abc import Callable, Iterable
 
 from lockstep.net.control_link import ControlLink
 from lockstep.net.transport import Heard
-
-LONGEST_LOOK = 0.5
-"""Seconds: no more than this counts between two looks: who was stopped itself cannot tell that
-others have done nothing."""
+from lockstep.system.look_clock import LookClock
 
 
 class Overdue:
@@ -19,13 +15,11 @@ class Overdue:
 
     def __init__(self) -> None:
         self._waited: dict[str, float] = {}
-        self._looked = time.monotonic()
+        self._clock = LookClock()
 
     def look(self, awaited: Iterable[str]) -> dict[str, float]:
         """By host that is waited for, the seconds since that began; others are forgotten."""
-        now = time.monotonic()
-        passed, self._looked = min(now - self._looked, LONGEST_LOOK), now
-        known = self._waited
+        passed, known = self._clock.passed(), self._waited
         self._waited = {name: known[name] + passed if name in known else 0.0 for name in awaited}
         return dict(self._waited)
 

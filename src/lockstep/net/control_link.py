@@ -12,13 +12,11 @@ from typing import Literal
 
 from lockstep.errors import NetworkError, PeerTimeoutError
 from lockstep.net.transport import Heard, Transport
+from lockstep.system.look_clock import LookClock
 from lockstep.system.messages import Count, Message
 
 HEARTBEAT_SECONDS = 0.25
 """Between two heartbeats."""
-LONGEST_LOOK = 0.5
-"""Seconds: no more than this counts as silence between two looks: who was stopped itself cannot
-tell that others were silent."""
 
 MAX_WAITING, MAX_WAITING_BYTES = 1 << 16, 1 << 29
 """Messages of one peer, and bytes of them, that wait to be taken: a host's predictions of a whole
@@ -97,13 +95,12 @@ class ControlLink:
         os.close(self._event)
 
     def _run(self) -> None:
-        looked, told = time.monotonic(), 0.0
+        clock, told = LookClock(), 0.0
         while not self._closing.is_set():
             heard: Heard | None = None
             with contextlib.suppress(PeerTimeoutError):
                 heard = self.transport.hear(HEARTBEAT_SECONDS / 2)
-            now = time.monotonic()
-            passed, looked = min(now - looked, LONGEST_LOOK), now
+            now, passed = time.monotonic(), clock.passed()
             for peer in self.transport.peers:
                 self._silent[peer] = self._silent.get(peer, 0.0) + passed
             if heard is not None:

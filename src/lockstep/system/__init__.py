@@ -7,6 +7,7 @@ dtypes          tables of dtypes: which can be stored, and which stay constant i
 folders         the working folder, and temporary folders that are removed with their owner
 futex           waiting on a 32-bit word in shared memory, in the kernel
 json_files      JSON files: atomic writes, NaN to null and back, digests of files
+look_clock      the time between two looks at others, as far as it counts as silence
 machine         the cores and the memory that this process may use (affinity, cgroups)
 messages        typed messages: frozen structs, as MessagePack, strictly decoded
 numerics        the numerics profile: what, besides the job, the bits depend on
