@@ -148,3 +148,12 @@ def test_same_bytes() -> None:
     assert same_bytes(torch.zeros(0), torch.zeros(0))
     assert same_bytes(torch.eye(3).t(), torch.eye(3))
     assert not same_bytes(torch.zeros(()), -torch.zeros(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64, torch.complex128])
+def test_same_bytes_of_every_size(dtype: torch.dtype) -> None:
+    one = torch.ones(3, 2, dtype=dtype)
+    assert same_bytes(one, one.clone())
+    other = one.clone()
+    other[2, 1] = 0
+    assert not same_bytes(one, other)

@@ -194,7 +194,8 @@ def _listed(changed: Sequence[_Watched]) -> str:
     return f"buffer{'s' * (len(names) > 1)} {', '.join(names[:6])}{more}"
 
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+"""By the bytes of an element: whole numbers that an element is one or two of."""
 
 
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
