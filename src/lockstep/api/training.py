@@ -228,7 +228,7 @@ def _training(
 
 def _how_to_go_on(fix: str, folder: RunFolder) -> str:
     """What is to be done about an error, and how the run then goes on from what was kept."""
-    newest = next((path.name for path in list_checkpoints(folder.checkpoints)), "")
+    newest = _newest(folder)
     if not newest:
         return fix
     resumed = f"lockstep resume {folder.path}"
@@ -241,9 +241,14 @@ def _how_to_go_on(fix: str, folder: RunFolder) -> str:
     return f"{before}: {resumed}; it goes on from {newest}"
 
 
+def _newest(folder: RunFolder) -> str:
+    """The name of the newest checkpoint; empty if there is none."""
+    return next((path.name for path in list_checkpoints(folder.checkpoints)), "")
+
+
 def _with_checkpoint(error: DataLostError, folder: RunFolder) -> DataLostError:
     """The error, with where the run goes on when the host is there again."""
-    newest = next((path.name for path in list_checkpoints(folder.checkpoints)), "")
+    newest = _newest(folder)
     since = f"from checkpoint {newest}" if newest else "from the beginning: there is no checkpoint"
     fix = f"start it again, then: lockstep resume {folder.path} --on ...; it goes on {since}"
     return DataLostError(error.what, expected=error.expected, found=error.found, fix=fix)

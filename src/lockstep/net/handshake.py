@@ -47,15 +47,7 @@ class Hello(Message):
 
     def with_stream(self, stream: Literal["data", "control"]) -> Hello:
         """The same, for a connection that carries this."""
-        return Hello(
-            job=self.job,
-            node=self.node,
-            facts=self.facts,
-            protocol=self.protocol,
-            port=self.port,
-            host=self.host,
-            stream=stream,
-        )
+        return msgspec.structs.replace(self, stream=stream)
 
 
 def peer_address(hello: Hello, source: str) -> tuple[str, int]:
