@@ -133,16 +133,17 @@ class ForkServerClient:
             self._note(message)
 
     def hear(self) -> None:
-        """Take a message that has come unasked.
+        """Take what has come unasked, if `ask` has not met it while it waited for an answer.
 
         Raises:
             WorkerLostError: it has ended.
         """
         try:
-            message, _ = self.channel.receive(0)
-        except (Closed, TimeoutError):
+            while self.channel.ready():
+                message, _ = self.channel.receive()
+                self._note(message)
+        except Closed:
             raise self._lost() from None
-        self._note(message)
 
     def exit_code(self, pid: int, seconds: float) -> int | None:
         """How a child of the forkserver has ended; None if it does not say so within `seconds`."""
