@@ -29,6 +29,8 @@ TORCHS: dict[str, Vectors] = {
         "Rprop", "SGD", "Adafactor",
     )
 }  # fmt: skip
+TORCHS["AdamW fused"] = By("AdamW", lr=0.01, fused=True, amsgrad=True)
+TORCHS["SGD fused"] = Scheduled("SGD", lr=0.01, momentum=0.9, nesterov=True, fused=True)
 TORCHS["Muon"] = Matrices("Muon", lr=0.01)
 OTHERS: dict[str, Vectors] = {
     "clips": own.WithOwn(own.Clips, lr=0.1),
