@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 import lockstep
 from lockstep.errors import TaskError
 from lockstep.job.faults import Fault
+from lockstep.system.folders import user_cache
 from tests.support.harmed_runs import assert_struck, events
 from tests.zoo import ZOO
 from tests.zoo.vectors import CLASSES, FEATURES, Vectors, normal, whole
@@ -85,6 +86,22 @@ def test_one_fingerprint_for_any_number_of_workers(
 
 
 @pytest.mark.long
+def test_a_run_that_is_killed_while_it_compiles(kernels: None, tmp_path: Path) -> None:
+    """What it has left of its machine code is not taken for whole."""
+    folder = user_cache() / "kernels"
+    lockstep.run(Net(), workers=1, out=str(tmp_path / "first"), **COMPILED)
+    kept = {path.name: path for path in folder.iterdir()}
+    assert kept
+    for name, path in kept.items():
+        assert "." not in name
+        path.rename(folder / f"{name}.killed")
+        for code in (folder / f"{name}.killed").rglob("*.so"):
+            code.write_bytes(b"")
+    lockstep.run(Net(), workers=1, out=str(tmp_path / "second"), **COMPILED)
+    assert kept.keys() <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.long
 def test_it_is_recorded(kernels: None, tmp_path: Path) -> None:
     result = lockstep.run(Net(), workers=1, out=str(tmp_path / "run"), **COMPILED)
     manifest = Path(result.folder, "manifest.json").read_text()
@@ -133,6 +150,6 @@ def test_without_a_compiler(
     kernels: None, monkeypatch: pytest.MonkeyPatch, run_folder: str
 ) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/g++")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", run_folder + "-kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", run_folder + "-cache")
     with pytest.raises(TaskError, match="the loss cannot be compiled"):
         lockstep.run(Net(), workers=1, out=run_folder, **COMPILED)

@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,8 +26,8 @@ from lockstep.job.task import Task
 from lockstep.planning.plan import Plan
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
-from lockstep.system.folders import user_cache
 from lockstep.system.messages import Codec, Message
+from lockstep.worker.kernel_cache import kernels_in
 from lockstep.worker.loss_capture import CapturedLoss, UntraceableError, capture, first_line
 from lockstep.worker.shard_tracer import constants_of, has_hooks, obstacle, tensors_of
 from lockstep.worker.traced_shard import Joint, draws, simplify
@@ -111,9 +113,11 @@ class CompiledShard:
                 torch.func.functionalize(traced, remove="mutations_and_views"),
                 decomposition_table=select_decomp_table(),
             )(*inputs)
+        sizes = [(str(each.dtype), tuple(each.shape), each.stride()) for each in inputs]
+        key = blake3(repr((pure.code, sizes, _options(portable), versions())).encode())
         with (
             V.set_fake_mode(fake), tracing(TracingContext(fake)), torch.no_grad(),
-            config.patch(_options(portable)),
+            config.patch(_options(portable)), kernels_in(key.hexdigest()[:32]),
         ):  # fmt: skip
             self._run: Callable[[list[torch.Tensor]], Any] = compile_fx_inner(pure, inputs)
         self._fixed = [each.detach() for each in joint.inputs]
@@ -135,8 +139,11 @@ class CompiledShard:
 
 
 def _options(portable: bool) -> dict[str, Any]:
-    """The compiler's: no processes or threads of its own, and nothing that is chosen by timing."""
-    options = {"compile_threads": 1, "cpp.threads": 1, "max_autotune": False}
+    """The compiler's: no processes or threads of its own, nothing that is chosen by timing, and no
+    pickled files."""
+    options = {
+        "compile_threads": 1, "cpp.threads": 1, "max_autotune": False, "fx_graph_cache": False,
+    }  # fmt: skip
     return options | ({"cpp.simdlen": 256} if portable else {})
 
 
@@ -170,9 +177,7 @@ FIX = "leave compile out: the loss is computed operation by operation then"
 def compile_passes(task: Task, shared: SharedState, plan: Plan, fetch: Fetch) -> CompiledPasses:
     """Compile the loss for every size that a shard may have. Called in the forkserver.
 
-    One batch of each size is fetched in a fork, so that the data set stays as it is here. What is
-    compiled is kept in the user's cache: by default the compiler would use a folder that others
-    may write to, and load machine code from it.
+    One batch of each size is fetched in a fork, so that the data set stays as it is here.
 
     Raises:
         TaskError: it cannot be compiled.
@@ -182,9 +187,6 @@ def compile_passes(task: Task, shared: SharedState, plan: Plan, fetch: Fetch) ->
         reason = "there is more than one thread per worker"
     if reason or has_hooks(shared.model):
         raise _refused(reason or "parameters or modules have hooks")
-    kernels = user_cache() / "kernels"
-    kernels.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     forms = _fetch_forms(plan, fetch)
     return CompiledPasses(task, shared.model, [_compile(task, shared, plan, f) for f in forms])
 
@@ -207,14 +209,19 @@ def _compile(task: Task, shared: SharedState, plan: Plan, form: BatchForm) -> Co
             own.copy_(value)
 
 
-def compiler() -> dict[str, str]:
+@lru_cache
+def versions() -> dict[str, str]:
     """What compiled kernels are made by: other bits elsewhere. For the numerics profile."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     command = get_cpp_compiler()
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    return {"compiler": version.stdout.splitlines()[0], "vectors": str(pick_vec_isa())}
+    return {
+        "torch": torch.__version__,
+        "compiler": version.stdout.splitlines()[0],
+        "vectors": str(pick_vec_isa()),
+    }
 
 
 def _refused(reason: str) -> TaskError:

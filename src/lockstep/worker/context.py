@@ -29,7 +29,7 @@ from lockstep.system import machine, numerics
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.worker.audit import GradientAudit
 from lockstep.worker.build_state import build
-from lockstep.worker.compiled_shard import CompiledPasses, compile_passes, compiler
+from lockstep.worker.compiled_shard import CompiledPasses, compile_passes, versions
 from lockstep.worker.forward_backward import ForwardBackward
 from lockstep.worker.shard_tracer import ShardTracer
 
@@ -100,7 +100,7 @@ class Session:
     def profile(self) -> dict[str, Any]:
         """The numerics profile."""
         profile = numerics.profile(self.plan.numerics, self.plan.threads)
-        return profile | compiler() if self.compiled is not None else profile
+        return profile | versions() if self.compiled is not None else profile
 
     def tracer(self, report: Report) -> ShardTracer | CompiledPasses:
         """What finds other ways to compute a shard than the plain one, for a worker."""
