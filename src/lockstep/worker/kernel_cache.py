@@ -11,11 +11,14 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.system.folders import user_cache
 
+ABANDONED_SECONDS = 24 * 3600.0
+"""So old is a folder whose process was killed while it was filled."""
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Where the compiler is told its folder."""
 
@@ -28,6 +31,7 @@ def kernels_in(key: str) -> Iterator[Path]:
     """
     root = user_cache() / "kernels"
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _remove_abandoned(root)
     whole = root / key
     if whole.is_dir():
         os.environ[VARIABLE] = str(whole)
@@ -39,5 +43,13 @@ def kernels_in(key: str) -> Iterator[Path]:
         yield partial
         with contextlib.suppress(OSError):  # another run was quicker
             os.rename(partial, whole)
+        os.environ[VARIABLE] = str(whole)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    for partial in root.glob("*.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
