@@ -90,7 +90,7 @@ class ClusterLauncher:
             LockstepError: as `net.enrolment.join`.
         """
         guest = State(state).guest(token.fingerprint)
-        if guest.has_identity:
+        if guest.may_return:
             home = home_of(guest)
         else:
             home = enrol(guest, token, f"{host_name()}-{secrets.token_hex(3)}")
