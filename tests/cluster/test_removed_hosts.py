@@ -197,6 +197,22 @@ def test_a_host_that_was_away_for_too_long(tmp_path: Path) -> None:
         assert (tmp_path / "b/node/node.key").read_bytes() == key
 
 
+def test_up_was_away_for_too_long(tmp_path: Path) -> None:
+    """Its hosts try until it is there, and are then told what to type."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.closing(Up(tmp_path, certificate_seconds=2.0)) as up:
+            member = stack.enter_context(joined(up, "b"))
+            member.until("waits for jobs")
+        ended = end_of(up, "b")
+        member.until("it is tried again until it is there")
+        time.sleep(max(0.0, ended + 0.1 - time.time()))
+        assert member.process.poll() is None
+        stack.enter_context(contextlib.closing(Up(tmp_path)))
+        assert member.wait()[0] == 1
+        assert "cannot be used any more" in member.log
+        assert "lockstep token --token-file FILE" in member.log
+
+
 def test_a_host_that_asks_for_anothers_certificate(brief: Up) -> None:
     with brief.host("b") as host:
         host.tell("a", AskCertificate(request=renewal_request(brief.identity("c").folder)))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from lockstep.errors import IdentityError, RefusedError
 from lockstep.net import certificate_authority
@@ -70,6 +71,14 @@ def test_a_host_cannot_enrol_others(cluster: Cluster, tmp_path: Path) -> None:
         pytest.raises(RefusedError, match="host b may not act as head"),
     ):
         join(server.token(), tmp_path / "c", "c", timeout=LIMIT)
+
+
+def test_a_role_is_given_not_asked_for(cluster: Cluster, tmp_path: Path) -> None:
+    key = certificate_authority._load_key(cluster.identity("b").folder / "node.key")
+    subject = certificate_authority._name("b", Role.HEAD)
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    signed = cluster.authority.sign(certificate_authority._signed(builder, key), renews="b")
+    assert host_certificate(signed).role is Role.HOST
 
 
 def test_certificates_of_older_versions(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lockstep.cluster.daemon.cluster_messages import (
     FROM_HOSTS,
+    MAX_REVOKED,
     AskCertificate,
     AskCluster,
     AskHosts,
@@ -253,7 +254,8 @@ class Head:
         it is written."""
         serials = self._certificates.revoked
         if serials and not who.startswith("@"):
-            self._tell(who, CertificatesRevoked(serials=dict(serials)))
+            latest = sorted(serials.items(), key=lambda each: each[1])[-MAX_REVOKED:]
+            self._tell(who, CertificatesRevoked(serials=dict(latest)))
 
     def _name_of(self, who: str) -> str:
         return self.identity.node if who.startswith("@") else who
