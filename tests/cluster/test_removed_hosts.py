@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,22 @@ import pytest
 from lockstep.cluster.daemon.cluster_messages import (
     AskCertificate,
     CertificateIssued,
+    CertificatesRevoked,
     HostRemoved,
+    JobOffered,
+    JobWithdrawn,
     RemoveHost,
+    TakeJobs,
+    report_of,
 )
 from lockstep.cluster.daemon.control_socket import ask
+from lockstep.cluster.daemon.launcher import ClusterLauncher
 from lockstep.errors import JobError, RefusedError
 from lockstep.net.certificate_authority import renewal_request
 from lockstep.net.identity import Identity
+from lockstep.net.join_tokens import parse_token
 from lockstep.net.revocation_list import REVOKED
+from tests.cluster.test_registry_admission_ranks import an_offer
 from tests.support import paced_task
 from tests.support.command import lockstep, python
 from tests.support.daemons import LIMIT, Daemon
@@ -103,7 +113,7 @@ def test_a_host_is_removed(cluster: Loopback) -> None:
     again = cluster.start("join", "-", "--state", "new", "--name", "gpu-one", said=cluster.token())
     again.until("waits for jobs")
     assert json.loads(remove(cluster, "gpu-one", "--json").stdout) == {
-        "removed": "gpu-one", "connected": True, "jobs": [],
+        "removed": "gpu-one", "connected": True, "jobs": [], "offers": [],
     }  # fmt: skip
 
 
@@ -121,6 +131,28 @@ def test_names_that_cannot_be_removed(tmp_path: Path) -> None:
         assert not removed.connected
         with pytest.raises(RefusedError, match="host b was removed from the cluster"), up.host("b"):
             pass
+
+
+def test_a_master_that_is_removed(tmp_path: Path) -> None:
+    """Its jobs are withdrawn; the host that coordinates them is told why."""
+    reports: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with contextlib.closing(Up(tmp_path)) as up, up.host("b") as member:
+        member.tell("a", TakeJobs(workers=1))
+        up.until("takes jobs")
+        token = parse_token(up.head.token())
+        guest = ClusterLauncher.of_token(token, tmp_path / "g", lambda _, why: reports.put(why))
+        offer = an_offer(master=guest.identity.node)
+        with guest, ThreadPoolExecutor(1) as pool:
+            offering = pool.submit(guest.offer, offer)
+            assert isinstance(member.hear(LIMIT).message, JobOffered)
+            member.tell("a", report_of(offer.job, "taken", ""))
+            assert offering.result() == ("b",)
+            removed = ask(up.folder, RemoveHost(name=guest.identity.node), HostRemoved)
+            assert (removed.connected, removed.offers) == (True, [offer.job])
+            assert member.hear(LIMIT).message == JobWithdrawn(job=offer.job)
+            assert isinstance(member.hear(LIMIT).message, CertificatesRevoked)
+            while "was removed from the cluster" not in reports.get(timeout=LIMIT):
+                pass
 
 
 @pytest.mark.long

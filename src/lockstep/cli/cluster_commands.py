@@ -144,12 +144,15 @@ def _remove(state: Path, name: str, *, as_json: bool) -> None:
 
     done = ask(state, RemoveHost(name=name), HostRemoved)
     if as_json:
-        print(json.dumps({"removed": done.name, "connected": done.connected, "jobs": done.jobs}))
+        told = {"connected": done.connected, "jobs": done.jobs, "offers": done.offers}
+        print(json.dumps({"removed": done.name, **told}))
         return
     line = "its connections are ended" if done.connected else "it was not connected"
     print(f"{done.name} is removed: {line}, and its certificate is refused from now on")
     if done.jobs:
         print(printable(f"jobs that go on without it: {', '.join(done.jobs)}"))
+    if done.offers:
+        print(printable(f"jobs of it, which other hosts leave: {', '.join(done.offers)}"))
     print(
         f"the name {done.name} is free; to let that host join again: lockstep token --token-file "
         "FILE, then there: lockstep join FILE --state FOLDER, with a new folder"

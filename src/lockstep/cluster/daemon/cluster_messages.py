@@ -151,11 +151,13 @@ class TokenAnswer(Message):
 
 
 class HostRemoved(Message):
-    """A host was removed; whether it was connected, and the jobs that it took part in."""
+    """A host was removed; whether it was connected, the jobs that it took part in, and those of
+    which it was the master, which are offered no more."""
 
     name: Label
     connected: bool
     jobs: Annotated[list[Label], msgspec.Meta(max_length=MAX_HOSTS)]
+    offers: Annotated[list[Label], msgspec.Meta(max_length=MAX_HOSTS)]
 
 
 class CertificateIssued(Message):

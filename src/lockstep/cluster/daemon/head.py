@@ -241,13 +241,14 @@ class Head:
         """Lose a host for good. Raises `JobError` if there is none of that name."""
         connected, member = name in self._transport.peers, self._registry.members.get(name)
         jobs = [] if member is None else [j for j, said in member.jobs.items() if said == "taken"]
+        offers = [job for job, each in self._registry.open_jobs.items() if each.asker == name]
         self._certificates.remove(name)
         self._transport.lose_revoked()
         self._report(name, "is removed from the cluster")
         self._apply(ConnectionLost(name, "the host was removed from the cluster"))
         for other in self._transport.peers:
             self._tell_revoked(other)
-        return HostRemoved(name=name, connected=connected, jobs=jobs)
+        return HostRemoved(name=name, connected=connected, jobs=jobs, offers=offers)
 
     def _tell_revoked(self, who: str) -> None:
         """Tell a host which certificates are revoked; the masters of this machine read it where
