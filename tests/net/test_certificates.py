@@ -94,6 +94,9 @@ def test_certificates_of_older_versions(cluster: Cluster, monkeypatch: pytest.Mo
         b.connect({"a": a.address}, LIMIT)
     renew(old.folder, cluster.authority.sign(renewal_request(old.folder)))
     assert old.certificate().role is Role.HOST
+    # `up` replaces its own, whatever it is.
+    assert cluster.authority.enrol(old.folder, "old", role=Role.HEAD) == old
+    assert old.certificate().role is Role.HEAD
 
 
 def test_what_is_renewed(cluster: Cluster, tmp_path: Path) -> None:
