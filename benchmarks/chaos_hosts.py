@@ -35,6 +35,7 @@ from benchmarks.host_harmer import DELAYED, MASTERS_DISK, NAMES, ChaosAgents, Ha
 from benchmarks.namespaces import Network
 from benchmarks.process import ROOT
 from lockstep.errors import ResourceError
+from tests.support.harmed_runs import events
 from tests.support.tls_hosts import Cluster
 
 RUN_SECONDS = 240.0
@@ -59,6 +60,8 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     runs: int = 0
     resumed: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    """Of the runs, as their folders record them."""
     skipped: list[str] = field(default_factory=list)
     """Kinds of harm that this machine cannot do, and why."""
 
@@ -143,6 +146,7 @@ def disturb(network: Network, place: Path, wanted: lockstep.Result, seed: int, t
     if any("TypeError" in (place / f"{name}.log").read_text() for name in NAMES):
         return f"seed {seed}: a harmful host could not do what it should (benchmarks.harmful_hosts)"
     found = lockstep.Result.open(out)
+    tally.events += Counter(event["event"] for event in events(out))
     same = found.fingerprint == wanted.fingerprint and _ledger(found) == _ledger(wanted)
     return "" if same else f"DIFFERENCE: seed {seed}"
 
@@ -198,6 +202,8 @@ def page(tally: Tally, seed: int, faults: int) -> str:
             "",
             f"**{tally.runs} runs, {tally.done.total()} faults, {len(tally.problems)} problems.** "
             f"{tally.resumed} runs ended because the master's disk was full, and were resumed.",
+            f"{tally.events['host_lost']} times a host was lost; {tally.events['regrouped']} times "
+            "the hosts were regrouped, because one was lost or came.",
             "",
             *skipped,
             *problems,
