@@ -125,12 +125,12 @@ def test_what_is_renewed(cluster: Cluster, tmp_path: Path) -> None:
 def test_connections_outlive_their_certificates(cluster: Cluster) -> None:
     """New ones are by the renewed one, without a restart of anybody."""
     born = time.time()
-    short = [cluster.identity(name, seconds=1.0, now=born) for name in ("a", "b")]
+    short = [cluster.identity(name, seconds=4.0, now=born) for name in ("a", "b")]
     a, b = (transport(identity) for identity in short)
     c = transport(cluster.identity("c"))
     with contextlib.closing(a), contextlib.closing(b), contextlib.closing(c):
         connect([a, b])
-        time.sleep(max(0.0, born + 1.2 - time.time()))
+        time.sleep(max(0.0, born + 4.2 - time.time()))
         b.tell("a", Said(number=1))
         assert a.hear(LIMIT).message == Said(number=1)
         with pytest.raises(RefusedError, match="certificate"):
