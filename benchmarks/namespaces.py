@@ -38,12 +38,19 @@ def missing() -> str:
 class Network:
     """So many hosts, at 10.77.0.1 and following. Use it as a context manager."""
 
-    def __init__(self, hosts: int, name: str = "", delay: float | None = None) -> None:
+    def __init__(
+        self,
+        hosts: int,
+        name: str = "",
+        delay: float | None = None,
+        control: int | None = None,
+    ) -> None:
         """`name`: that of a network which another process has made, to run commands on it.
         `delay`: packets take so many seconds from each host to the bridge, and back; of such
-        networks (0.0 will do) it can be changed. See `benchmarks.delays.missing`."""
+        networks (0.0 will do) it can be changed. See `benchmarks.delays.missing`. `control`: the
+        descriptor by which another process's network is told of delays; it is not waited for."""
         self.hosts, self.name = hosts, name or f"{PREFIX}-{os.getpid()}"
-        self._delay = delay
+        self._delay, self._control = delay, control
         self._wires: subprocess.Popen[bytes] | None = None
         self._bridge = self._name("bridge")
 
@@ -134,10 +141,19 @@ class Network:
 
     def delay(self, host: int, sending: float, receiving: float) -> None:
         """Let what a host sends take so many seconds from now on, and what it receives."""
-        assert self._wires is not None, "the network was not made with a delay"
+        control = self.control
+        assert control is not None, "the network was not made with a delay"
+        os.write(control, f"{host} {sending} {receiving}\n".encode())
+        if self._wires is not None:
+            self._await_wires()
+
+    @property
+    def control(self) -> int | None:
+        """The descriptor that takes changes of delays; None: there are none."""
+        if self._wires is None:
+            return self._control
         assert self._wires.stdin is not None
-        os.write(self._wires.stdin.fileno(), f"{host} {sending} {receiving}\n".encode())
-        self._await_wires()
+        return self._wires.stdin.fileno()
 
     def cut(self, host: int) -> None:
         """Take a host off the network."""
@@ -150,6 +166,10 @@ class Network:
     def drop(self, host: int, peer: int) -> None:
         """Let nothing that a host sends reach a peer; what the peer sends does reach it."""
         _ip("-n", self._name(host), "route", "add", "blackhole", f"{self.address(peer)}/32")
+
+    def let_through(self, host: int, peer: int) -> None:
+        """Undo `drop`."""
+        _ip("-n", self._name(host), "route", "del", "blackhole", f"{self.address(peer)}/32")
 
     def kill(self, host: int) -> None:
         """Kill everything that runs on a host."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import queue
 import socket
 import threading
 import time
@@ -16,9 +15,7 @@ import pytest
 
 from lockstep.agent.job_offer import JobOffer
 from lockstep.cluster.daemon.cluster_messages import (
-    FROM_UP,
     AskHosts,
-    AskToken,
     HostsAnswer,
     JobOffered,
     JobWithdrawn,
@@ -27,67 +24,20 @@ from lockstep.cluster.daemon.cluster_messages import (
     TokenAnswer,
 )
 from lockstep.cluster.daemon.control_socket import SOCKET, ask
-from lockstep.cluster.daemon.head import Head
-from lockstep.cluster.daemon.reconnecting_line import JOB, HostConnection, facts
-from lockstep.cluster.state_folder import AUTHORITY, Home, State
+from lockstep.cluster.daemon.reconnecting_line import HostConnection
+from lockstep.cluster.state_folder import Home
 from lockstep.errors import LockstepError, ProtocolError
-from lockstep.net.certificate_authority import Authority
 from lockstep.net.connections import Item, Stream
 from lockstep.net.frames import Kind, head
-from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import ignore
 from lockstep.system.messages import encode
 from lockstep.system.unix_socket import LENGTH, MAX_BYTES
 from tests.support.message_values import body, fields_of, nested
 from tests.support.no_descriptors import no_descriptors
+from tests.support.up_here import LIMIT, Up
 
-LIMIT = 20.0
 OFFER = OpenJob(offer=JobOffer(job="j", master="b", address=("127.0.0.1", 9), task="mnist"))
-
-
-class Up:
-    """An `up` in this process, and what it says."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "a"
-        self.said: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self.head = Head(
-            State(self.folder), name="a", host="127.0.0.1", port=0,
-            report=lambda who, why: self.said.put((who, why)),
-        )  # fmt: skip
-        self.authority = Authority.open(self.folder / AUTHORITY)
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (heard := self.head._events.get()) is not None:
-            self.head._room.release()
-            self.head._handle(heard)
-
-    def identity(self, name: str) -> Identity:
-        return self.authority.enrol(self.folder.parent / name, name)
-
-    @contextlib.contextmanager
-    def host(self, name: str) -> Iterator[TcpTransport]:
-        transport = TcpTransport(self.identity(name), job=JOB, facts=facts(), codec=FROM_UP)
-        with contextlib.closing(transport):
-            transport.connect({"a": self.head.address}, LIMIT)
-            yield transport
-
-    def until(self, text: str) -> str:
-        while text not in (why := self.said.get(timeout=LIMIT)[1]):
-            pass
-        return why
-
-    def check(self) -> None:
-        """It still answers."""
-        assert ask(self.folder, AskToken(seconds=1.0), TokenAnswer).token
-
-    def close(self) -> None:
-        self.head._events.put(None)
-        self._thread.join()
-        self.head.close()
 
 
 @pytest.fixture

@@ -59,6 +59,16 @@ def fail(self, step):
     exchange(self, step)
 e.ExchangeThread._exchange = fail
 """
+SHORT = """
+from lockstep.agent.followed_part import FollowedPart
+from lockstep.errors import ResourceError
+_report = FollowedPart._report
+def short(self):
+    if self.group.step >= 30:
+        raise ResourceError("there is no file descriptor left")
+    _report(self)
+FollowedPart._report = short
+"""
 RESTLESS = """
 from lockstep.agent.host_regroup import HostRegroup
 status = HostRegroup.status
@@ -99,6 +109,7 @@ def check(site: Site, live: Live, **changes: Any) -> None:
     [
         pytest.param(MUTE, "exchanges nothing", id="mute", marks=LONG),
         pytest.param(NO_MEMORY.format(times=9), "MemoryError", id="no memory", marks=LONG),
+        pytest.param(SHORT, "no file descriptor left", id="no descriptors", marks=LONG),
         pytest.param(RESTLESS, "has not come to rest", id="restless", marks=LONG),
         pytest.param(CLAIM.format(whole=10**6), "claims step 1000000", id="far ahead"),
         pytest.param(CLAIM.format(whole=10**30), "", id="no step", marks=LONG),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.net.certificates import Role
 from lockstep.net.enrolment import ANSWERS, SHOWN, EnrolmentRequest, JoinServer, Limiter
 from lockstep.net.frames import Kind, message_frame
 from lockstep.net.handshake import Refusal
@@ -33,7 +34,7 @@ class Joinable:
         self, *, limiter: Limiter | None = None, seconds: float = LIMIT, proof: str = ""
     ) -> JoinServer:
         return JoinServer(
-            self.cluster.identity("a"),
+            self.cluster.identity("a", role=Role.HEAD),
             self.cluster.authority.sign,
             greeting=encode(Said(number=7)),
             proof=proof,

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from lockstep.net.certificate_authority import Authority, make_request, store
+from lockstep.net.certificates import Role
 from lockstep.net.identity import Identity
 from lockstep.net.simulated_transport import Network
 from lockstep.net.tcp_transport import TcpTransport
@@ -40,12 +41,19 @@ class Cluster:
         self.folder = folder
         self.authority = Authority.open(folder / "authority")
 
-    def identity(self, name: str, *, seconds: float = 3600.0, now: float | None = None) -> Identity:
+    def identity(
+        self,
+        name: str,
+        *,
+        role: Role = Role.HOST,
+        seconds: float = 3600.0,
+        now: float | None = None,
+    ) -> Identity:
         """The identity of this name; made at the first call."""
         folder = self.folder / name
         if not folder.exists():
             request = make_request(folder, name)
-            signed = self.authority.sign(request, seconds=seconds, now=now)
+            signed = self.authority.sign(request, role=role, seconds=seconds, now=now)
             store(folder, signed, self.authority.certificate)
         return Identity.load(folder)
 

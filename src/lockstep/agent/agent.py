@@ -33,6 +33,7 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
     RefusedError,
+    disk_errors,
 )
 from lockstep.job.code_archive import unpack
 from lockstep.job.task_source import TaskSource
@@ -146,7 +147,8 @@ def _fetch_code(link: ControlLink, offer: JobOffer, folder: Path | None, silence
         )
     data = bytearray(offer.code.nbytes)
     fetch(link, offer.master, "code", offer.code, memoryview(data), silence)
-    unpack(bytes(data), folder)
+    with disk_errors("the code that the master sends", "let this host take the job again"):
+        unpack(bytes(data), folder)
     return str(folder)
 
 

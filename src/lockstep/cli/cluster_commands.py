@@ -107,8 +107,17 @@ def token(
 def hosts(
     state: StateOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Instead: end this host's connections, and refuse its certificate."
+        ),
+    ] = None,
 ) -> None:
     """List the hosts that have joined the `lockstep up` on this machine, and their jobs."""
+    if remove is not None:
+        _remove(_state(state), remove, as_json=as_json)
+        return
     from lockstep.cluster.daemon.cluster_messages import AskHosts, HostsAnswer
     from lockstep.cluster.daemon.control_socket import ask
     from lockstep.system.messages import printable
@@ -126,6 +135,28 @@ def hosts(
     for row in rows:
         jobs = ", ".join(f"{job} {status}" for job, status in row.jobs.items())
         print(printable(f"{row.name:<24} {row.workers:>3} workers  {jobs}".rstrip()))
+
+
+def _remove(state: Path, name: str, *, as_json: bool) -> None:
+    from lockstep.cluster.daemon.cluster_messages import HostRemoved, RemoveHost
+    from lockstep.cluster.daemon.control_socket import ask
+    from lockstep.system.messages import printable
+
+    done = ask(state, RemoveHost(name=name), HostRemoved)
+    if as_json:
+        told = {"connected": done.connected, "jobs": done.jobs, "offers": done.offers}
+        print(json.dumps({"removed": done.name, **told}))
+        return
+    line = "its connections are ended" if done.connected else "it was not connected"
+    print(f"{done.name} is removed: {line}, and its certificate is refused from now on")
+    if done.jobs:
+        print(printable(f"jobs that go on without it: {', '.join(done.jobs)}"))
+    if done.offers:
+        print(printable(f"jobs of it, which other hosts leave: {', '.join(done.offers)}"))
+    print(
+        f"the name {done.name} is free; to let that host join again: lockstep token --token-file "
+        "FILE, then there: lockstep join FILE --state FOLDER, with a new folder"
+    )
 
 
 def join(

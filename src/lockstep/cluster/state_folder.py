@@ -22,12 +22,15 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import IdentityError
+from lockstep.net.certificates import fingerprint
 from lockstep.net.identity import Identity, private_folder, write_private
 
 Address = tuple[str, int]
@@ -158,6 +161,20 @@ class State:
         """Whether this host has a name and a certificate."""
         return (self.path / NODE / "node.pem").exists()
 
+    @property
+    def may_return(self) -> bool:
+        """Whether it has a certificate that is valid now.
+
+        Raises:
+            IdentityError: its files are unusable.
+        """
+        return self.has_identity and not _trouble(self.identity())
+
+    @property
+    def cluster_fingerprint(self) -> bytes:
+        """Of the CA of the cluster that it has joined."""
+        return fingerprint((self.path / NODE / "authority.pem").read_text())
+
     def identity(self) -> Identity:
         """Who this host is.
 
@@ -213,3 +230,28 @@ class State:
         fresh.unlink(missing_ok=True)
         write_private(fresh, json.dumps(content).encode())
         os.replace(fresh, self.path / name)
+
+
+def check_certificate(identity: Identity) -> None:
+    """Check that a host's certificate can be used now.
+
+    Raises:
+        IdentityError: it has expired, or is of an older version of Lockstep.
+    """
+    if trouble := _trouble(identity):
+        raise IdentityError(
+            "the certificate of this host cannot be used any more",
+            expected="one with a role, which was renewed while this host was connected",
+            found=trouble,
+            fix="where `lockstep up` runs: lockstep token --token-file FILE; here, with the same "
+            "--state: lockstep join FILE",
+        )
+
+
+def _trouble(identity: Identity) -> str:
+    """Why a certificate cannot be used; "" if it can."""
+    found = identity.certificate()
+    if found.role is None:
+        return "one without a role, of an older version of Lockstep"
+    until = datetime.fromtimestamp(found.until, UTC)
+    return "" if time.time() < found.until else f"it was valid until {until:%F %T} UTC"

@@ -32,7 +32,13 @@ from lockstep.coordinator.host_membership import HostMembership
 from lockstep.coordinator.network_evaluation_share import NetworkEvaluationShare
 from lockstep.coordinator.parts_collector import PartsCollector
 from lockstep.coordinator.rendezvous import Rendezvous, about
-from lockstep.errors import NetworkError, ProtocolError, RefusedError, WorkerLostError
+from lockstep.errors import (
+    NetworkError,
+    ProtocolError,
+    RefusedError,
+    ResourceError,
+    WorkerLostError,
+)
 from lockstep.net.control_link import ControlLink
 from lockstep.net.counted_report import CountedReport
 from lockstep.net.tcp_transport import TcpTransport
@@ -242,8 +248,8 @@ class NetworkHostGroup:
                 observer.recovered([{**each, "host": name} for each in recoveries])
             case AgentFailed() if not member:  # it was to join; all go on
                 self._refusals(name, str(about(name, message)))
-            case AgentFailed() if self._has_lost_processes(message):
-                self._transport.drop(name, "its processes have ended")
+            case AgentFailed() if self._lacks_something(message):
+                self._transport.drop(name, "it cannot go on")
                 return [host_membership.HostLost(name, message.error.error().what)]
             case AgentFailed(step=step):
                 raise self._group.failure_log.raised(about(name, message), step)
@@ -259,9 +265,10 @@ class NetworkHostGroup:
                 self._newcomers[name] = workers
         return []
 
-    def _has_lost_processes(self, message: AgentFailed) -> bool:
-        """Whether a host cannot go on since its processes are gone, as if it had been killed."""
-        return isinstance(message.error.error(), WorkerLostError)
+    def _lacks_something(self, message: AgentFailed) -> bool:
+        """Whether a host cannot go on, as if it had been killed, and others can: its processes are
+        gone, or it lacks memory, descriptors or space."""
+        return isinstance(message.error.error(), WorkerLostError | ResourceError)
 
     def _check_step(self, name: str, step: int, furthest: int | None = None) -> None:
         """Check that a host can have come so far; by default, as far as a lease went.

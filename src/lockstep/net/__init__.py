@@ -18,8 +18,10 @@ blob_transfer          code and data that hosts fetch from their master
 sockets                a message on a socket before a deadline; errors of sockets in our words
 tls_stream             a socket under TLS that moves much at once, with an absolute deadline
 identity               who a host is: its key, its certificate, the TLS contexts made of them
-certificates           what is read in certificates: names, fingerprints
-certificate_authority  the cluster's CA: makes keys, signs certificates
+certificates           what is read in certificates: names, roles, fingerprints
+certificate_authority  the cluster's CA: makes keys, signs, renews and revokes certificates
+issued_certificates    the CA's book: which name has which key, and which certificates
+revocation_list        the certificates of hosts that were removed
 join_tokens            an invitation that can be pasted: address, CA fingerprint, one-time secret
 shared_secret          the same without tokens, where all hosts have a secret file
 arrivals               connections whose other side has not said who it is yet

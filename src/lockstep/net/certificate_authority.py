@@ -2,7 +2,7 @@
 
     STATE/authority/authority.key  the CA's private key                      mode 0600
     STATE/authority/authority.pem  its certificate
-    STATE/authority/issued/NAME    a mark for each name that has a certificate
+    STATE/authority/issued/NAME    what each name has been given (see `issued_certificates`)
 
 It lives on the host that hands out tokens. Keys are on the curve P-256. This is what needs
 the package `cryptography`, and so the extra `net`.
@@ -11,14 +11,20 @@ the package `cryptography`, and so the extra `net`.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import secrets
 import shutil
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 from lockstep.errors import IdentityError, RefusedError
 from lockstep.net.certificates import (
+    NODE_SECONDS,
+    SKEW_SECONDS,
+    Role,
     check_name,
     common_name,
     load_certificate,
@@ -31,8 +37,11 @@ from lockstep.net.identity import (
     Identity,
     check_private,
     private_folder,
+    replace_private,
     write_private,
 )
+from lockstep.net.issued_certificates import IssuedCertificates
+from lockstep.net.revocation_list import RevocationList
 
 try:
     from cryptography import x509
@@ -45,10 +54,7 @@ except ImportError as error:
 
 AUTHORITY_KEY = "authority.key"
 AUTHORITY_SECONDS = 10 * 365 * 86400.0
-NODE_SECONDS = 90 * 86400.0
-"""For how long certificates are valid."""
-SKEW_SECONDS = 300.0
-"""Certificates are valid from so long ago, for hosts whose clocks are behind."""
+"""For how long the CA's certificate is valid."""
 
 
 class Authority:
@@ -74,6 +80,8 @@ class Authority:
         """In PEM."""
         self._key = _load_key(folder / AUTHORITY_KEY)
         self._certificate = load_certificate(self.certificate.encode())
+        self._issued = IssuedCertificates(folder / "issued")
+        self._lock = threading.Lock()
 
     @staticmethod
     def open(folder: Path) -> Authority:
@@ -95,42 +103,78 @@ class Authority:
         return Authority(folder)
 
     def sign(
-        self, request: bytes, *, seconds: float = NODE_SECONDS, now: float | None = None
+        self,
+        request: bytes,
+        *,
+        role: Role = Role.HOST,
+        seconds: float = NODE_SECONDS,
+        now: float | None = None,
+        renews: str | None = None,
     ) -> bytes:
         """A certificate (PEM) for a request (PEM), valid for so long from `now` (s since 1970).
 
+        `renews`: the name of the host that wants it, as its certificate has it. It gets one of
+        that name only, for the key that it has shown at first.
+
         Raises:
-            RefusedError: the request is unusable, or its name has a certificate already.
+            RefusedError: the request is unusable, or its name is another host's.
         """
         asked = _load_request(request)
-        name = common_name(asked.subject)
-        try:
-            descriptor = os.open(
-                private_folder(self.folder / "issued") / name, os.O_CREAT | os.O_EXCL, 0o600
-            )
-        except FileExistsError:
-            raise RefusedError(
-                f"the name {name} has a certificate already",
-                expected="a name that no host of the cluster has had",
-                found=name,
-                fix="join under another name",
-            ) from None
-        os.close(descriptor)
-        start = _moment(now) - datetime.timedelta(seconds=SKEW_SECONDS)
-        end = _moment(now) + datetime.timedelta(seconds=seconds)
-        builder = _node_certificate(asked, self._certificate, self._key.public_key())
-        return _signed(builder.not_valid_before(start).not_valid_after(end), self._key)
+        name, key = common_name(asked.subject), _key_fingerprint(asked.public_key())
+        now = time.time() if now is None else now
+        serial = x509.random_serial_number()
+        builder = _node_certificate(asked, self._certificate, self._key.public_key(), role, serial)
+        signed = _signed(
+            builder.not_valid_before(_moment(now - SKEW_SECONDS)).not_valid_after(
+                _moment(now + seconds)
+            ),
+            self._key,
+        )
+        with self._lock:
+            entry = self._issued.entry(name)
+            if renews is not None and (name != renews or entry is None or entry.key != key):
+                raise RefusedError(
+                    "a certificate is renewed for the same name and key alone",
+                    expected=f"a request of host {renews}, for the key that it has",
+                    found=f"one for {name}",
+                )
+            self._issued.check(name, key)
+            self._issued.record(name, key, f"{serial:x}", now + seconds, now)
+        return signed
 
-    def enrol(self, folder: Path, name: str, *, seconds: float = NODE_SECONDS) -> Identity:
-        """The identity in `folder`, for this host itself; made if there is none.
+    def enrol(
+        self, folder: Path, name: str, *, role: Role = Role.HOST, seconds: float = NODE_SECONDS
+    ) -> Identity:
+        """The identity in `folder`, for this host itself; made if there is none, and renewed if
+        that is due.
 
         Raises:
             RefusedError: another host has the name.
         """
         if not (folder / CERTIFICATE).exists():
             request = make_request(folder, name)
-            store(folder, self.sign(request, seconds=seconds), self.certificate)
-        return Identity.load(folder)
+            signed = self.sign(request, role=role, seconds=seconds)
+            store(folder, signed, self.certificate)
+            return Identity.load(folder)
+        identity = Identity.load(folder)
+        known = identity.certificate()
+        if known.is_due(time.time()) or known.role is not role:
+            renew(folder, self.sign(renewal_request(folder), role=role, seconds=seconds))
+        return identity
+
+    @property
+    def names(self) -> list[str]:
+        """The names that hosts have, this one's among them."""
+        with self._lock:
+            return self._issued.names
+
+    def revoke(self, name: str, revoked: RevocationList) -> None:
+        """Put a host's certificates into a list of those that are refused, and free its name."""
+        with self._lock:
+            entry = self._issued.entry(name)
+            if entry is not None:
+                revoked.add(entry.serials)
+                self._issued.forget(name)
 
 
 def make_request(folder: Path, name: str) -> bytes:
@@ -153,7 +197,16 @@ def make_request(folder: Path, name: str) -> bytes:
     private_folder(folder)
     (folder / KEY).unlink(missing_ok=True)
     write_private(folder / KEY, _key_bytes(key))
-    return _signed(x509.CertificateSigningRequestBuilder().subject_name(_name(name)), key)
+    return _request(name, key)
+
+
+def renewal_request(folder: Path) -> bytes:
+    """A request (PEM) for another certificate of the identity in `folder`: its name and its key.
+
+    Raises:
+        IdentityError: there is none that can be used.
+    """
+    return _request(Identity.load(folder).node, _load_key(folder / KEY))
 
 
 def store(folder: Path, certificate: bytes, authority: str) -> None:
@@ -162,6 +215,27 @@ def store(folder: Path, certificate: bytes, authority: str) -> None:
     Raises:
         IdentityError: the certificate is not for that key, or not of that CA.
     """
+    _check_fits(folder, certificate, authority)
+    (folder / AUTHORITY).unlink(missing_ok=True)
+    write_private(folder / AUTHORITY, authority.encode())
+    write_private(folder / CERTIFICATE, certificate)
+
+
+def renew(folder: Path, certificate: bytes) -> None:
+    """Put another certificate into an identity, in one go, after checking that it fits.
+
+    Raises:
+        IdentityError: it is not for that key and name, or not of that CA.
+    """
+    identity = Identity.load(folder)
+    _check_fits(folder, certificate, (folder / AUTHORITY).read_text())
+    name = common_name(load_certificate(certificate).subject)
+    if name != identity.node:
+        raise IdentityError("the new certificate is another's", expected=identity.node, found=name)
+    replace_private(folder / CERTIFICATE, certificate)
+
+
+def _check_fits(folder: Path, certificate: bytes, authority: str) -> None:
     issued, ca = load_certificate(certificate), load_certificate(authority.encode())
     try:
         issued.verify_directly_issued_by(ca)
@@ -173,23 +247,21 @@ def store(folder: Path, certificate: bytes, authority: str) -> None:
             expected="one for this host's key, signed by the cluster's CA",
             found=str(error) or type(error).__name__,
         ) from error
-    (folder / AUTHORITY).unlink(missing_ok=True)
-    write_private(folder / AUTHORITY, authority.encode())
-    write_private(folder / CERTIFICATE, certificate)
 
 
 def _make_authority(folder: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name(f"lockstep-authority-{secrets.token_hex(4)}")
     subject_id = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    now = time.time()
     builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(_moment(None) - datetime.timedelta(seconds=SKEW_SECONDS))
-        .not_valid_after(_moment(None) + datetime.timedelta(seconds=AUTHORITY_SECONDS))
+        .not_valid_before(_moment(now - SKEW_SECONDS))
+        .not_valid_after(_moment(now + AUTHORITY_SECONDS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(subject_id, critical=False)
@@ -202,6 +274,8 @@ def _node_certificate(
     request: x509.CertificateSigningRequest,
     issuer: x509.Certificate,
     issuer_key: ec.EllipticCurvePublicKey,
+    role: Role,
+    serial: int,
 ) -> x509.CertificateBuilder:
     """All but its time. Of the request only the key and the name are taken over."""
     subject_id = x509.SubjectKeyIdentifier.from_public_key(request.public_key())
@@ -210,10 +284,10 @@ def _node_certificate(
     name = common_name(request.subject)
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(name))
+        .subject_name(_name(name, role))
         .issuer_name(issuer.subject)
         .public_key(request.public_key())
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
@@ -281,11 +355,21 @@ def _signed(
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def _name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+def _request(name: str, key: ec.EllipticCurvePrivateKey) -> bytes:
+    return _signed(x509.CertificateSigningRequestBuilder().subject_name(_name(name)), key)
 
 
-def _moment(now: float | None) -> datetime.datetime:
-    if now is None:
-        return datetime.datetime.now(datetime.UTC)
-    return datetime.datetime.fromtimestamp(now, datetime.UTC)
+def _key_fingerprint(key: object) -> str:
+    """SHA-256 of a public key, in hexadecimal digits."""
+    assert isinstance(key, ec.EllipticCurvePublicKey)  # as `_load_request` has seen
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
+
+
+def _name(name: str, role: Role | None = None) -> x509.Name:
+    unit = [] if role is None else [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role)]
+    return x509.Name([*unit, x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _moment(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)

@@ -2,7 +2,7 @@
 
     newcomer                                   host that enrols
     TLS, nothing verified, nothing said   <->  its CA's certificate: is it the invitation's?
-    TLS again, to a host of that CA only  <->  its CA's certificate
+    TLS again, to a head of that CA only  <->  its CA's certificate
     the secret, a certificate request      ->  uses the token up, signs
                                           <-   the certificate, and a greeting
 
@@ -27,10 +27,10 @@ import msgspec
 
 from lockstep.errors import IdentityError, LockstepError, RefusedError
 from lockstep.net.arrivals import Arrivals
-from lockstep.net.certificates import fingerprint, one_certificate
+from lockstep.net.certificates import Role, fingerprint, one_certificate
 from lockstep.net.frames import Kind
 from lockstep.net.handshake import REFUSAL, Refusal
-from lockstep.net.identity import Identity, newcomer_context, peer_name
+from lockstep.net.identity import Identity, RenewedContext, newcomer_context, peer_identity
 from lockstep.net.join_tokens import Token, TokenBook
 from lockstep.net.sockets import (
     address_of,
@@ -158,7 +158,7 @@ class JoinServer:
         self._identity, self._sign, self._report = identity, sign, report
         self._greeting, self._limiter = greeting, limiter or Limiter()
         self._serve_seconds = serve_seconds
-        self._context = identity.open_context()
+        self._context = RenewedContext(identity, identity.open_context)
         self._authority = (identity.folder / "authority.pem").read_text()
         self._shown = AuthorityShown(authority=self._authority, proof=proof)
         self._book = TokenBook()
@@ -218,7 +218,7 @@ class JoinServer:
         try:
             limit = Deadline(self._serve_seconds)
             with peer_errors(who, "a token and a certificate request", limit.seconds):
-                sock = secured = wrap(sock, self._context, server=True)
+                sock = secured = wrap(sock, self._context.current(), server=True)
                 self._arrivals.secured(sock)
                 handshake(secured, limit)
                 send_message(secured, Kind.AUTHORITY, self._shown, limit)
@@ -250,11 +250,12 @@ class JoinServer:
 
 
 def join(
-    invitation: Invitation, folder: Path, name: str, *, timeout: float
+    invitation: Invitation, folder: Path, name: str, *, timeout: float, again: bool = False
 ) -> tuple[Identity, bytes]:
     """Become a host of the cluster, with this name; returns the server's greeting, too.
 
-    The identity is written to `folder`, where there must be none.
+    The identity is written to `folder`, where there must be none. With `again` there is one of
+    that cluster, whose certificate cannot be used any more: it gets another one.
 
     Raises:
         RefusedError: the secret or the name was refused, or another cluster answers.
@@ -265,7 +266,7 @@ def join(
     from lockstep.net import certificate_authority as authority
 
     limit = Deadline(timeout)
-    request = authority.make_request(folder, name)
+    request = authority.renewal_request(folder) if again else authority.make_request(folder, name)
     who = f"host {invitation.node} at {invitation.host}:{invitation.port}"
     with peer_errors(who, "a certificate", timeout):
         shown = _look(invitation, limit)
@@ -273,9 +274,12 @@ def join(
         invitation.vouch(ca, shown.proof)
         wanted = EnrolmentRequest(secret=invitation.secret, request=request)
         answer = _ask(invitation, ca, wanted, limit)
-    authority.store(folder, answer.certificate.encode(), ca)
+    if again:
+        authority.renew(folder, answer.certificate.encode())
+    else:
+        authority.store(folder, answer.certificate.encode(), ca)
     identity = Identity.load(folder)
-    if identity.node != name:
+    if identity.node != name and not again:
         raise IdentityError("the new certificate is another's", expected=name, found=identity.node)
     return identity, answer.greeting
 
@@ -295,8 +299,10 @@ def _ask(
     """The server's answer, if a certificate of this CA says that it is the one."""
     with _connected(invitation, authority, limit) as sock:
         receive_message(sock, {Kind.AUTHORITY: SHOWN}, limit)
-        if (actual := peer_name(sock)) != invitation.node:
-            raise RefusedError("another host answers", expected=invitation.node, found=actual)
+        actual = peer_identity(sock)
+        if actual.node != invitation.node:
+            raise RefusedError("another host answers", expected=invitation.node, found=actual.node)
+        actual.check_role(frozenset({Role.HEAD}))
         send_message(sock, Kind.ENROL, wanted, limit)
         _, answer = receive_message(sock, ANSWERS, limit)
     if isinstance(answer, Refusal):

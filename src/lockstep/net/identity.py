@@ -5,21 +5,31 @@
     STATE/node/authority.pem  the CA's certificate
 
 All connections are TLS 1.3. Between hosts both sides show a certificate of the cluster's CA; the
-name in it, and nothing that the peer says, is who the peer is.
+name and the role in it, and nothing that the peer says, are who the peer is. A certificate that is
+renewed takes the old one's place in the folder, and every process uses it from its next connection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import stat
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import IdentityError
-from lockstep.net.certificates import check_name, name_in
+from lockstep.errors import IdentityError, RefusedError
+from lockstep.net.certificates import (
+    HostCertificate,
+    Role,
+    check_name,
+    host_certificate,
+    name_in,
+    role_of,
+)
 from lockstep.net.tls_stream import TlsStream
 
 KEY, CERTIFICATE, AUTHORITY = "node.key", "node.pem", "authority.pem"
@@ -50,6 +60,19 @@ class Identity:
         check_private(folder / KEY)
         return Identity(node=name_in((folder / CERTIFICATE).read_bytes()), folder=folder)
 
+    def certificate(self) -> HostCertificate:
+        """What its certificate says now.
+
+        Raises:
+            IdentityError: it cannot be read.
+        """
+        try:
+            return host_certificate((self.folder / CERTIFICATE).read_bytes())
+        except OSError as error:
+            raise IdentityError(
+                f"the identity in {self.folder} cannot be read", found=str(error)
+            ) from None
+
     def server_context(self) -> ssl.SSLContext:
         """For connections that other hosts open: they must show a certificate of the same CA."""
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
@@ -57,7 +80,7 @@ class Identity:
         return context
 
     def client_context(self) -> ssl.SSLContext:
-        """For connections to other hosts. The caller compares `peer_name` with who it wanted."""
+        """For connections to other hosts. `peer_identity` is to be compared with who is meant."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
     def open_context(self) -> ssl.SSLContext:
@@ -94,16 +117,74 @@ def newcomer_context(authority: str | None) -> ssl.SSLContext:
     return context
 
 
-def peer_name(sock: TlsStream) -> str:
-    """The name in the peer's certificate, which TLS has verified.
+class RenewedContext:
+    """A TLS context of an identity, made anew when the certificate has been renewed."""
+
+    def __init__(self, identity: Identity, make: Callable[[], ssl.SSLContext]) -> None:
+        """`make`: the method of the identity that makes it.
+
+        Raises:
+            IdentityError: the identity cannot be used.
+        """
+        self._path, self._make = identity.folder / CERTIFICATE, make
+        self._lock = threading.Lock()
+        self._stamp = file_stamp(self._path)
+        self._context = make()
+
+    def current(self) -> ssl.SSLContext:
+        """The context to be used now. The last one stays in use where the files are gone."""
+        with self._lock:
+            stamp = file_stamp(self._path)
+            if stamp not in (None, self._stamp):
+                with contextlib.suppress(IdentityError):
+                    self._context = self._make()
+                    self._stamp = stamp
+            return self._context
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerIdentity:
+    """Who a peer is, by its certificate, which TLS has verified."""
+
+    node: str
+    role: Role | None
+    serial: str
+
+    def check_role(self, roles: frozenset[Role]) -> None:
+        """Check that it may act as what it is at this connection.
+
+        Raises:
+            RefusedError: its certificate is for something else.
+        """
+        if self.role is None:
+            raise RefusedError(
+                f"the certificate of host {self.node} has no role",
+                expected="one of this version of Lockstep",
+                fix="on that host: lockstep join FILE, with a new token",
+            )
+        if self.role not in roles:
+            raise RefusedError(
+                f"host {self.node} may not act as {' or '.join(sorted(roles))} here",
+                expected=f"a certificate with the role {' or '.join(sorted(roles))}",
+                found=f"one with the role {self.role}",
+            )
+
+
+def peer_identity(sock: TlsStream) -> PeerIdentity:
+    """Who the peer is.
 
     Raises:
-        IdentityError: there is none that a host may have.
+        IdentityError: its certificate has no name that a host may have.
     """
     certificate: Mapping[str, Any] = sock.getpeercert() or {}
     subject = [pair for entry in certificate.get("subject", ()) for pair in entry]
     names = [value for kind, value in subject if kind == "commonName"]
-    return check_name(names[0] if len(names) == 1 else "")
+    units = [value for kind, value in subject if kind == "organizationalUnitName"]
+    return PeerIdentity(
+        node=check_name(names[0] if len(names) == 1 else ""),
+        role=role_of(units),
+        serial=f"{int(certificate.get('serialNumber', '0'), 16):x}",
+    )
 
 
 def private_folder(folder: Path) -> Path:
@@ -120,6 +201,27 @@ def write_private(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(descriptor)
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """Write such a file in one go, perhaps in the place of another one."""
+    fresh = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        write_private(fresh, content)
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """What is another one when a file has been replaced; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def check_private(path: Path) -> None:

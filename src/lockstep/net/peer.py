@@ -31,6 +31,8 @@ class Peer:
         self.name = name
         self.incoming: dict[Stream, Incoming] = {}
         self.outgoing: dict[Stream, Outgoing] = {}
+        self.serials: set[str] = set()
+        """Of the certificates that its connections are by."""
         self.expected = ExpectedTensors(name, self._describe)
         self.error: NetworkError | None = None
         """Why nothing can be sent to it any more. Tensors may still be on their way from it."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.errors import (
+    IdentityError,
     NetworkError,
     PeerClosedError,
     PeerTimeoutError,
@@ -22,6 +23,7 @@ from lockstep.errors import (
     RefusedError,
 )
 from lockstep.net.arrivals import Arrivals
+from lockstep.net.certificates import EVERY_ROLE, Role
 from lockstep.net.connections import Incoming, Item, Outgoing, Stream
 from lockstep.net.frames import Kind, head, message_frame
 from lockstep.net.handshake import (
@@ -33,9 +35,10 @@ from lockstep.net.handshake import (
     check_hello,
     peer_address,
 )
-from lockstep.net.identity import Identity, peer_name
+from lockstep.net.identity import Identity, PeerIdentity, RenewedContext, peer_identity
 from lockstep.net.peer import Peer
 from lockstep.net.pending import Inbox, PendingTransfer, as_bytes, sending
+from lockstep.net.revocation_list import RevocationList, removed
 from lockstep.net.sockets import (
     SILENCE_SECONDS,
     address_of,
@@ -64,7 +67,10 @@ Address = tuple[str, int]
 
 
 class TcpTransport:
-    """A `Transport` whose peers are who their certificates say. Listens from the beginning."""
+    """A `Transport` whose peers are who their certificates say. Listens from the beginning.
+
+    Who was removed from the cluster is refused from then on, and lost where it is connected.
+    """
 
     def __init__(
         self,
@@ -79,6 +85,7 @@ class TcpTransport:
         silence: float = SILENCE_SECONDS,
         report: Report = ignore,
         reports_ends: bool = True,
+        roles: frozenset[Role] = EVERY_ROLE,
     ) -> None:
         """Listen, by default on loopback only and on a port that the kernel chooses.
 
@@ -91,7 +98,7 @@ class TcpTransport:
 
         A machine that has acknowledged nothing for `silence` seconds is lost. With
         `reports_ends` false, connections that merely end are not reported: that they have is told
-        to those who wait for something.
+        to those who wait for something. `roles`: what peers may be by their certificates.
 
         Raises:
             IdentityError: the identity cannot be used.
@@ -99,8 +106,10 @@ class TcpTransport:
         """
         self.node = identity.node
         self._answers, self._report, self._silence = answer, report, silence
-        self._reports_ends = reports_ends
-        self._server, self._client = identity.server_context(), identity.client_context()
+        self._reports_ends, self._roles = reports_ends, roles
+        self._server = RenewedContext(identity, identity.server_context)
+        self._client = RenewedContext(identity, identity.client_context)
+        self._revoked = RevocationList(identity.folder)
         self._peers: dict[str, Peer] = {}
         self._lost: list[Peer] = []
         """Peers that another of the same name has taken the place of; to be reaped."""
@@ -181,6 +190,11 @@ class TcpTransport:
         sender.send(Item(head=message_frame(Kind.CONTROL, message)))
 
     def hear(self, timeout: float) -> Heard:
+        if self._revoked.has_changed():
+            try:
+                self.lose_revoked()
+            except IdentityError as error:  # whoever connects is refused until it can be read
+                self._report(self.node, str(error))
         return self._inbox.get(timeout, lambda: " or ".join(self.peers) or "(none is connected)")
 
     def drop(self, peer: str, reason: str) -> None:
@@ -191,6 +205,14 @@ class TcpTransport:
             del self._peers[peer]
         found.lose(closed(f"host {peer}", "nothing any more", f"dropped here: {reason}"))
         found.reap()
+
+    def lose_revoked(self) -> None:
+        """Lose the peers that were removed from the cluster; it is heard of as other losses are."""
+        revoked = self._revoked.serials
+        with self._changed:
+            found = [peer for peer in self._peers.values() if peer.serials & revoked.keys()]
+        for peer in found:
+            peer.lose(removed(peer.name))
 
     def close(self) -> None:
         if self._closing.is_set():
@@ -229,10 +251,12 @@ class TcpTransport:
         try:
             with peer_errors(who, "a welcome", limit.seconds):
                 sock = socket.create_connection(address, limit.left())
-                sock = secured = wrap(sock, self._client, server=False)
+                sock = secured = wrap(sock, self._client.current(), server=False)
                 handshake(secured, limit)
-                if (actual := peer_name(secured)) != name:
-                    raise RefusedError(f"{who} is another", expected=name, found=actual)
+                actual = peer_identity(secured)
+                if actual.node != name:
+                    raise RefusedError(f"{who} is another", expected=name, found=actual.node)
+                self._check(actual)
                 hello = self._hello.with_stream(stream.value)
                 send_message(secured, Kind.HELLO, hello, limit)
                 _, answer = receive_message(secured, ANSWERS, limit)
@@ -242,7 +266,7 @@ class TcpTransport:
                 secured.deadline = None
                 sock.settimeout(None)
                 notice_silence(sock, self._silence)
-                self._attach(name, stream, sock)
+                self._attach(actual, stream, sock)
         except BaseException as error:
             if sock is not None:
                 sock.close()
@@ -250,9 +274,15 @@ class TcpTransport:
                 self._report(name, str(error))
             raise
 
-    def _attach(self, name: str, stream: Stream, sock: socket.socket) -> None:
+    def _check(self, peer: PeerIdentity) -> None:
+        """Raise `RefusedError` if a certificate is not for a peer of this transport."""
+        peer.check_role(self._roles)
+        self._revoked.check(peer)
+
+    def _attach(self, whose: PeerIdentity, stream: Stream, sock: socket.socket) -> None:
+        name = whose.node
         with self._changed:
-            peer = self._current(name)
+            peer = self._joining(whose)
             if stream in peer.outgoing:
                 raise closed(f"host {name}", "a connection", "another thread has opened it")
             peer.outgoing[stream] = Outgoing(sock, name, peer.sending_failed)
@@ -282,11 +312,12 @@ class TcpTransport:
         try:
             limit = Deadline(HANDSHAKE_SECONDS)
             with peer_errors(who, "a certificate and a hello", limit.seconds):
-                sock = secured = wrap(sock, self._server, server=True)
+                sock = secured = wrap(sock, self._server.current(), server=True)
                 self._arrivals.secured(sock)
                 handshake(secured, limit)
-                who = peer_name(secured)
-                peer, stream, hello = self._admit(secured, who, limit)
+                whose = peer_identity(secured)
+                who = whose.node
+                peer, stream, hello = self._admit(secured, whose, limit)
         except Exception as error:  # such as no memory: others are received all the same
             sock.close()
             self._report(who, str(error) if isinstance(error, NetworkError) else repr(error))
@@ -298,13 +329,17 @@ class TcpTransport:
             self._connect_back(peer, peer_address(hello, address[0]))
         peer.receive(stream)
 
-    def _admit(self, sock: TlsStream, name: str, limit: Deadline) -> tuple[Peer, Stream, Hello]:
+    def _admit(
+        self, sock: TlsStream, whose: PeerIdentity, limit: Deadline
+    ) -> tuple[Peer, Stream, Hello]:
         """Welcome a connection, or tell the other side why not and raise.
 
         Returns whose it is, what it carries, and the hello of its host.
         """
+        name = whose.node
         try:
             _, hello = receive_message(sock, {Kind.HELLO: HELLO}, limit)
+            self._check(whose)
             check_hello(self._hello, hello, name)
             if not hello.stream:
                 raise ProtocolError(f"host {name} does not say what its connection is for")
@@ -317,7 +352,7 @@ class TcpTransport:
             sock.deadline = None
             notice_silence(sock, self._silence)
             with self._changed:
-                if peer is not self._current(name) or stream in peer.incoming:
+                if peer is not self._joining(whose) or stream in peer.incoming:
                     raise PeerClosedError(f"host {name} connects twice at once")
                 target = peer.await_target if stream is Stream.DATA else None
                 peer.incoming[stream] = Incoming(sock, name, stream, target)
@@ -350,6 +385,14 @@ class TcpTransport:
                 self._lost.append(found)
             found = self._peers[name] = Peer(name, self._inbox, self._codec, self._on_loss)
         return found
+
+    def _joining(self, whose: PeerIdentity) -> Peer:
+        """The peer that one more connection is of. `_changed` is held, and so whoever is removed
+        meanwhile is either refused here or found by `lose_revoked`."""
+        self._revoked.check(whose)
+        peer = self._current(whose.node)
+        peer.serials.add(whose.serial)
+        return peer
 
     def _check_open(self) -> None:
         if self._closing.is_set():

@@ -3,8 +3,9 @@
     from                       to up                   from up
     a member                   TakeJobs, JobReport     JobOffered, JobWithdrawn
     who wants hosts            OpenJob, CloseJob       JobOpened, HostReport, RequestFailed
+    both of these              AskCertificate          CertificateIssued, CertificatesRevoked
     a command on its machine   AskCluster, AskHosts,   ClusterAnswer, HostsAnswer, TokenAnswer,
-                               AskToken                RequestFailed
+                               AskToken, RemoveHost    HostRemoved, RequestFailed
 
 Ray's driver answers those who want hosts as `up` does; it says `DriverReady` first.
 """
@@ -25,10 +26,13 @@ MAX_WHY = 2000
 """Characters."""
 MAX_TOKEN_SECONDS = 7 * 86400.0
 MAX_HOSTS = 4096
+MAX_REVOKED = 10_000
 
 Why = Annotated[str, msgspec.Meta(max_length=MAX_WHY)]
 Hosts = Annotated[list[Label], msgspec.Meta(max_length=MAX_HOSTS)]
 Workers = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+Serial = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{1,40}\Z")]
+Moment = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]
 
 
 class TakeJobs(Message):
@@ -70,6 +74,19 @@ class AskToken(Message):
 
     seconds: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_TOKEN_SECONDS)]
     """For how long it is valid."""
+
+
+class RemoveHost(Message):
+    """A host is a member no more, and is not let in again with the certificate that it has."""
+
+    name: Label
+
+
+class AskCertificate(Message):
+    """The sender's certificate is to be renewed."""
+
+    request: Annotated[bytes, msgspec.Meta(max_length=8 << 10)]
+    """A certificate request, in PEM, for its name and its key."""
 
 
 class JobOffered(Message):
@@ -133,6 +150,29 @@ class TokenAnswer(Message):
     token: Annotated[str, msgspec.Meta(max_length=1024)]
 
 
+class HostRemoved(Message):
+    """A host was removed; whether it was connected, the jobs that it took part in, and those of
+    which it was the master, which are offered no more."""
+
+    name: Label
+    connected: bool
+    jobs: Annotated[list[Label], msgspec.Meta(max_length=MAX_HOSTS)]
+    offers: Annotated[list[Label], msgspec.Meta(max_length=MAX_HOSTS)]
+
+
+class CertificateIssued(Message):
+    """The receiver's new certificate, in PEM."""
+
+    certificate: Annotated[bytes, msgspec.Meta(max_length=16 << 10)]
+
+
+class CertificatesRevoked(Message):
+    """The certificates of hosts that were removed: until when each would be valid, in seconds
+    since 1970, by its serial number."""
+
+    serials: Annotated[dict[Serial, Moment], msgspec.Meta(max_length=MAX_REVOKED)]
+
+
 class DriverReady(Message):
     """Ray's driver is connected; the address that others reach this node at."""
 
@@ -145,9 +185,11 @@ class ClusterAddress(Message):
     address: Address
 
 
-FROM_HOSTS: Codec[Message] = Codec(TakeJobs | JobReport | OpenJob | CloseJob)
+FROM_HOSTS: Codec[Message] = Codec(TakeJobs | JobReport | OpenJob | CloseJob | AskCertificate)
 """What `up` understands of hosts."""
-FROM_LOCAL: Codec[Message] = Codec(AskCluster | AskHosts | AskToken | OpenJob | CloseJob)
+FROM_LOCAL: Codec[Message] = Codec(
+    AskCluster | AskHosts | AskToken | RemoveHost | OpenJob | CloseJob
+)
 """What `up` understands on its own machine's socket."""
 FROM_UP: Codec[Message] = Codec(
     JobOffered
@@ -158,6 +200,9 @@ FROM_UP: Codec[Message] = Codec(
     | ClusterAnswer
     | HostsAnswer
     | TokenAnswer
+    | HostRemoved
+    | CertificateIssued
+    | CertificatesRevoked
 )
 """What is understood of `up`."""
 FROM_DRIVER: Codec[Message] = Codec(DriverReady | JobOpened | HostReport | RequestFailed)

@@ -11,17 +11,24 @@ from pathlib import Path
 
 from lockstep.cluster.daemon.cluster_messages import (
     FROM_HOSTS,
+    MAX_REVOKED,
+    AskCertificate,
     AskCluster,
     AskHosts,
     AskToken,
+    CertificateIssued,
+    CertificatesRevoked,
     ClusterAddress,
     ClusterAnswer,
+    HostRemoved,
     HostRow,
     HostsAnswer,
+    RemoveHost,
     RequestFailed,
     TokenAnswer,
 )
 from lockstep.cluster.daemon.control_socket import ControlSocket
+from lockstep.cluster.daemon.host_certificates import HostCertificates
 from lockstep.cluster.daemon.reconnecting_line import JOB, facts
 from lockstep.cluster.daemon.registry import (
     ConnectionLost,
@@ -33,7 +40,7 @@ from lockstep.cluster.daemon.registry import (
     decide,
     parse,
 )
-from lockstep.cluster.state_folder import AUTHORITY, NODE, UP, State, check_host, host_name
+from lockstep.cluster.state_folder import UP, State, check_host
 from lockstep.errors import (
     IdentityError,
     LockstepError,
@@ -41,9 +48,9 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
 )
+from lockstep.net.certificates import NODE_SECONDS, Role
 from lockstep.net.counted_report import CountedReport
 from lockstep.net.enrolment import TOKEN_SECONDS, JoinServer
-from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Report
 from lockstep.system.messages import ErrorMessage, Message, encode
@@ -66,9 +73,17 @@ class Head:
     """The daemon. Everything is decided in the thread that calls `run`, event by event."""
 
     def __init__(
-        self, state: State, *, name: str | None, host: str, port: int, report: Report
+        self,
+        state: State,
+        *,
+        name: str | None,
+        host: str,
+        port: int,
+        report: Report,
+        certificate_seconds: float = NODE_SECONDS,
     ) -> None:
-        """Listen; `port` 0 takes the ports of the last time, or new ones.
+        """Listen; `port` 0 takes the ports of the last time, or new ones. Certificates are valid
+        for so many seconds.
 
         Raises:
             IdentityError: the CA or the identity cannot be used, or nobody can listen there.
@@ -83,7 +98,8 @@ class Head:
         self._closing = threading.Event()
         check_host(host)
         with contextlib.ExitStack() as stack:
-            self.identity, sign = _identity(state, name)
+            self._certificates = HostCertificates(state, name, certificate_seconds)
+            self.identity = self._certificates.identity
             ports = _ports(state, port)
             with _listening(host):
                 self._transport = stack.enter_context(
@@ -97,6 +113,7 @@ class Head:
                             port=ports[0],
                             answer=True,
                             report=counted,
+                            roles=frozenset({Role.HOST}),
                         )
                     )
                 )
@@ -104,7 +121,7 @@ class Head:
                     contextlib.closing(
                         JoinServer(
                             self.identity,
-                            sign,
+                            self._certificates.sign,
                             host=host,
                             port=ports[1],
                             greeting=encode(ClusterAddress(address=self._transport.address)),
@@ -141,6 +158,10 @@ class Head:
 
     def _hear(self) -> None:
         while not self._closing.is_set():
+            try:
+                self._certificates.renew_own()
+            except (LockstepError, OSError) as error:  # such as no space; it is tried again
+                self._report(self.identity.node, f"its certificate cannot be renewed: {error}")
             with contextlib.suppress(PeerTimeoutError):
                 heard = self._transport.hear(LOOK_SECONDS)
                 self._put(heard.peer, heard.message)
@@ -169,6 +190,11 @@ class Head:
         if event is None:
             return
         self._note(event)
+        self._apply(event)
+        if isinstance(event, HostJoined | JobOffering):
+            self._tell_revoked(heard.who)
+
+    def _apply(self, event: Event) -> None:
         self._registry, commands = decide(self._registry, event)
         for command in commands:
             self._tell(command.to, command.message)
@@ -182,6 +208,10 @@ class Head:
         local = who.startswith("@")
         if local and (answer := self._answer(message)) is not None:
             self._tell(who, answer)
+            return None
+        if isinstance(message, AskCertificate) and not local:
+            certificate = self._certificates.renew(who, message.request)
+            self._tell(who, CertificateIssued(certificate=certificate))
             return None
         event = parse(who, message)
         if local and not isinstance(event, JobOffering | JobClosed):
@@ -203,7 +233,30 @@ class Head:
                 return HostsAnswer(hosts=hosts(self._registry))
             case AskToken(seconds=seconds):
                 return TokenAnswer(token=self.token(seconds))
+            case RemoveHost(name=name):
+                return self._remove(name)
         return None
+
+    def _remove(self, name: str) -> HostRemoved:
+        """Lose a host for good. Raises `JobError` if there is none of that name."""
+        connected, member = name in self._transport.peers, self._registry.members.get(name)
+        jobs = [] if member is None else [j for j, said in member.jobs.items() if said == "taken"]
+        offers = [job for job, each in self._registry.open_jobs.items() if each.asker == name]
+        self._certificates.remove(name)
+        self._transport.lose_revoked()
+        self._report(name, "is removed from the cluster")
+        self._apply(ConnectionLost(name, "the host was removed from the cluster"))
+        for other in self._transport.peers:
+            self._tell_revoked(other)
+        return HostRemoved(name=name, connected=connected, jobs=jobs, offers=offers)
+
+    def _tell_revoked(self, who: str) -> None:
+        """Tell a host which certificates are revoked; the masters of this machine read it where
+        it is written."""
+        serials = self._certificates.revoked
+        if serials and not who.startswith("@"):
+            latest = sorted(serials.items(), key=lambda each: each[1])[-MAX_REVOKED:]
+            self._tell(who, CertificatesRevoked(serials=dict(latest)))
 
     def _name_of(self, who: str) -> str:
         return self.identity.node if who.startswith("@") else who
@@ -232,28 +285,6 @@ def hosts(registry: Registry) -> list[HostRow]:
         HostRow(name=name, workers=member.workers, jobs=dict(member.jobs))
         for name, member in sorted(registry.members.items())
     ]
-
-
-def _identity(state: State, name: str | None) -> tuple[Identity, Callable[[bytes], bytes]]:
-    """This host's identity and the CA's signature, both made on first use."""
-    from lockstep.net.certificate_authority import Authority  # needs the extra
-
-    if state.has_identity and not (state.path / AUTHORITY).exists():
-        raise IdentityError(
-            f"{state.path} belongs to a host that has joined a cluster",
-            expected="a folder of its own for `lockstep up`",
-            fix="give another --state",
-        )
-    authority = Authority.open(state.path / AUTHORITY)
-    identity = authority.enrol(state.path / NODE, name or host_name())
-    if name is not None and name != identity.node:
-        raise IdentityError(
-            "this host has another name already",
-            expected=name,
-            found=f"{identity.node}, in {state.path / NODE}",
-            fix="leave --name out; or give another --state, to begin another cluster",
-        )
-    return identity, authority.sign
 
 
 def _ports(state: State, port: int) -> tuple[int, int]:

@@ -90,7 +90,7 @@ class ClusterLauncher:
             LockstepError: as `net.enrolment.join`.
         """
         guest = State(state).guest(token.fingerprint)
-        if guest.has_identity:
+        if guest.may_return:
             home = home_of(guest)
         else:
             home = enrol(guest, token, f"{host_name()}-{secrets.token_hex(3)}")
@@ -161,8 +161,8 @@ class ClusterLauncher:
                 self._line.tell(OpenJob(offer=self._offer))
             case Received(message):
                 self._received(message)
-            case Lost(error):
-                self._lost(error)
+            case Lost(error, final):
+                self._lost(error, final=final)
 
     def _received(self, message: Message) -> None:
         match message:
@@ -181,13 +181,13 @@ class ClusterLauncher:
             case RequestFailed(error=error):
                 self._lost(error.error())
 
-    def _lost(self, error: LockstepError) -> None:
+    def _lost(self, error: LockstepError, *, final: bool = False) -> None:
         with self._changed:
             begun = self._hosts is not None
             if not begun:
                 self._error = error
                 self._changed.notify_all()
-        if begun and not self._away:
+        if begun and (final or not self._away):
             self._away = True
             why = f"{error}\n  the job goes on with the hosts that it has"
             self.report("cluster", why)

@@ -41,6 +41,7 @@ from lockstep.cluster.state_folder import (
     Home,
     State,
     address_towards,
+    check_certificate,
     check_host,
     is_loopback,
 )
@@ -82,13 +83,15 @@ class Running:
 
 
 def enrol(state: State, token: Token, name: str) -> Home:
-    """Become a host of the token's cluster, and remember it.
+    """Become a host of the token's cluster, and remember it; or one again, under the name that it
+    had, when its certificate has expired.
 
     Raises:
         IdentityError: this host has joined a cluster before.
         NetworkError: as `net.enrolment.join`.
     """
-    if state.has_identity:
+    again = state.has_identity
+    if again and (state.may_return or token.fingerprint != state.cluster_fingerprint):
         raise IdentityError(
             f"this host has joined a cluster already, as {state.identity().node}",
             expected="a state folder without an identity",
@@ -96,7 +99,7 @@ def enrol(state: State, token: Token, name: str) -> Home:
             fix="to come back to that cluster: lockstep join, without a token; "
             "to join another: --state with another folder",
         )
-    _, greeting = join(token, state.path / NODE, name, timeout=JOIN_SECONDS)
+    _, greeting = join(token, state.path / NODE, name, timeout=JOIN_SECONDS, again=again)
     home = Home(node=token.node, address=GREETING.decode(greeting).address)
     state.write(CLUSTER, home.to_message())
     return home
@@ -106,7 +109,7 @@ def home_of(state: State) -> Home:
     """Where this host's cluster is.
 
     Raises:
-        IdentityError: it has not joined one.
+        IdentityError: it has not joined one, or not been there for too long.
     """
     known = state.read(CLUSTER)
     if not known or not state.has_identity:
@@ -116,6 +119,7 @@ def home_of(state: State) -> Home:
             fix="where `lockstep up` runs: lockstep token --token-file FILE; "
             "here: lockstep join FILE",
         )
+    check_certificate(state.identity())
     return Home.from_message(known)
 
 
@@ -167,7 +171,7 @@ class Node:
                 self._agents.close()
 
     def _dial(self) -> HostConnection:
-        return HostConnection(self.identity, self.home, self.host, self._note)
+        return HostConnection(self.identity, self.home, self.host, self.report)
 
     def _handle(self) -> bool:
         """Take one event, if there is one soon; returns whether to go on."""
@@ -298,9 +302,6 @@ class Node:
     def _tell(self, message: Message) -> None:
         assert self._line is not None
         self._line.tell(message)
-
-    def _note(self, who: str, why: str) -> None:
-        """Connections that end are told of by the line itself."""
 
 
 def run_member(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Protocol
 
+from lockstep.cluster.daemon.certificate_renewal import CertificateRenewal
 from lockstep.cluster.daemon.cluster_messages import FROM_UP
-from lockstep.cluster.state_folder import Home
+from lockstep.cluster.state_folder import Home, check_certificate
 from lockstep.errors import (
     IdentityError,
     LockstepError,
@@ -18,6 +20,7 @@ from lockstep.errors import (
     PeerTimeoutError,
     RefusedError,
 )
+from lockstep.net.certificates import Role
 from lockstep.net.identity import Identity
 from lockstep.net.sockets import closed
 from lockstep.net.tcp_transport import TcpTransport
@@ -143,14 +146,18 @@ def pause(failures: int) -> float:
 
 
 class HostConnection:
-    """The connection of a host with a certificate; a `Connection`."""
+    """The connection of a host with a certificate, which is renewed over it; a `Connection`."""
 
     def __init__(self, identity: Identity, home: Home, host: str, report: Report) -> None:
-        self._home = home
+        """`report` is told of what becomes of the certificate; of a connection that ends the line
+        itself tells."""
+        self._home, self._identity = home, identity
+        self._renewal = CertificateRenewal(identity, report)
         try:
             self._transport = TcpTransport(
-                identity, job=JOB, facts=facts(), codec=FROM_UP, host=host, report=report
-            )
+                identity, job=JOB, facts=facts(), codec=FROM_UP, host=host,
+                roles=frozenset({Role.HEAD}),
+            )  # fmt: skip
         except OSError as error:
             raise IdentityError(
                 f"this host cannot listen on {host}",
@@ -159,12 +166,18 @@ class HostConnection:
             ) from None
 
     def open(self, timeout: float) -> None:
-        self._transport.connect({self._home.node: self._home.address}, timeout)
+        try:
+            self._transport.connect({self._home.node: self._home.address}, timeout)
+        except RefusedError:
+            check_certificate(self._identity)  # that says more
+            raise
 
     def tell(self, message: Message) -> None:
         self._transport.tell(self._home.node, message)
 
     def hear(self) -> Message | None:
+        if (asked := self._renewal.due(time.monotonic())) is not None:
+            self.tell(asked)
         try:
             heard = self._transport.hear(LOOK_SECONDS)
         except PeerTimeoutError:
@@ -177,7 +190,8 @@ class HostConnection:
             return None
         if heard.error is not None:
             raise heard.error
-        return heard.message
+        assert heard.message is not None
+        return None if self._renewal.take(heard.message) else heard.message
 
     def interrupt(self) -> None:
         self._transport.close()

@@ -73,6 +73,7 @@ class ConnectionLost:
     """A host, or who has asked for hosts, is not connected any more."""
 
     name: str
+    why: str = "the host is gone"
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def decide(registry: Registry, event: Event) -> Decision:
             offers = [opened.offer for opened in registry.open_jobs.values()]
             told = tuple(_offer(name, offer) for offer in offers if offer.master != name)
             return replace(registry, members=members), told
-        case ConnectionLost(name):
-            return _lose(registry, name)
+        case ConnectionLost(name, why):
+            return _lose(registry, name, why)
         case JobOffering(asker, offer):
             return _open(registry, asker, offer)
         case JobClosed(asker, job):
@@ -134,11 +135,11 @@ def decide(registry: Registry, event: Event) -> Decision:
             return _report(registry, name, job, state, why)
 
 
-def _lose(registry: Registry, name: str) -> Decision:
+def _lose(registry: Registry, name: str, why: str) -> Decision:
     members = {other: member for other, member in registry.members.items() if other != name}
     jobs = [job for job, opened in registry.open_jobs.items() if opened.asker == name]
     told = tuple(
-        Tell(opened.asker, host_report(name, job, "failed", "the host is gone"))
+        Tell(opened.asker, host_report(name, job, "failed", why))
         for job, opened in registry.open_jobs.items()
         if opened.asker != name and registry.members.get(name, _NOBODY).jobs.get(job) == "taken"
     )

@@ -11,6 +11,7 @@ that all have in a file. The result of rank 0 is one JSON document on stdout.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from lockstep.errors import (
     PeerClosedError,
     PeerTimeoutError,
 )
+from lockstep.net.certificates import RUN_SECONDS, Role
 from lockstep.net.enrolment import JoinServer, join
 from lockstep.net.identity import Identity
 from lockstep.net.shared_secret import RankInvitation, SharedSecret, make_secret, read_secret
@@ -60,7 +62,9 @@ class RankLauncher:
         self.workers, self.host = workers, own_address(info)
         self.report: Report = ignore
         self._authority = Authority.open(folder / "authority")
-        self.identity = self._authority.enrol(folder / "node", MASTER)
+        self.identity = self._authority.enrol(
+            folder / "node", MASTER, role=Role.HEAD, seconds=RUN_SECONDS
+        )
         self._server: JoinServer | None = None
 
     def __enter__(self) -> Self:
@@ -86,7 +90,7 @@ class RankLauncher:
         try:
             self._server = JoinServer(
                 self.identity,
-                self._authority.sign,
+                functools.partial(self._authority.sign, seconds=RUN_SECONDS),
                 host=self.host,
                 port=self._info.port,
                 greeting=encode(offer),

@@ -54,7 +54,7 @@ from lockstep.errors import (
     WorkerLostError,
 )
 from lockstep.net.certificate_authority import Authority
-from lockstep.net.certificates import name_in
+from lockstep.net.certificates import RUN_SECONDS, name_in
 from lockstep.system.messages import ErrorMessage, Message, encode
 from lockstep.system.unix_socket import MessageSocket
 
@@ -218,7 +218,7 @@ class Driver:
         Raises:
             LockstepError: it asks for another one than it should.
         """
-        certificate = self._authority.sign(request)
+        certificate = self._authority.sign(request, seconds=RUN_SECONDS)
         if (name := name_in(certificate)) != agent.host:
             raise IdentityError(
                 "an actor has asked for another name", expected=agent.host, found=name

@@ -25,6 +25,7 @@ from lockstep.errors import (
     PeerTimeoutError,
     ResourceError,
 )
+from lockstep.net.certificates import RUN_SECONDS, Role
 from lockstep.net.transport import Report, ignore
 from lockstep.system.folders import TemporaryFolder
 from lockstep.system.messages import Message
@@ -55,7 +56,9 @@ def on_ray(address: str = "auto", show: Report = ignore) -> Iterator[ClusterLaun
 
     with TemporaryFolder("lockstep-ray-") as folder:
         authority = Authority.open(folder.path / "authority")
-        identity = authority.enrol(folder.path / "node", MASTER)
+        identity = authority.enrol(
+            folder.path / "node", MASTER, role=Role.HEAD, seconds=RUN_SECONDS
+        )
         with contextlib.closing(DriverConnection(authority.folder, address)) as first:
             first.open(START_SECONDS)
             fresh = [first]
