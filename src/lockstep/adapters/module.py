@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.adapters.common import answer_by, build_data, build_model, check_callable
 from lockstep.errors import TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.task import Parameters, Task
 from lockstep.optim.lr_schedule import check_schedule
 
@@ -42,7 +43,8 @@ def from_module(
             there, under the job's seed.
         dataset: map-style, of pairs `(inputs, targets)`; or a function that builds it. A
             data set is copied once: for a large one give a function.
-        loss: the mean over a batch from `(outputs, targets)`, a scalar.
+        loss: the mean over a batch from `(outputs, targets)`, a scalar; or a pair of it and a
+            mapping of what is to be logged, as `Task.loss` may return.
         optimizer: from the parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         eval_dataset: the held-out data, of the same form.
         scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`. A
@@ -105,10 +107,9 @@ class ModuleTask(Task):
         data: Dataset[Any] | None = build_data(self._eval_dataset)
         return data
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Any:
         inputs, targets = _pair(batch)
-        loss: torch.Tensor = self._criterion(model(inputs), targets)
-        return loss
+        return self._criterion(model(inputs), targets)
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         return self._make_optimizer(params)
@@ -122,8 +123,9 @@ class ModuleTask(Task):
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
         inputs, targets = _pair(batch)
         outputs = model(inputs)
-        named = {"loss": self._criterion, **self._metrics}
-        return {name: metric(outputs, targets) for name, metric in named.items()}
+        loss, beside = split_loss(self._criterion(outputs, targets))
+        others = {name: metric(outputs, targets) for name, metric in self._metrics.items()}
+        return {"loss": loss, **beside, **others}
 
 
 class _TimmSchedule:

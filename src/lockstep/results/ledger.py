@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class StepRecord:
     """Digest sample: digests of a rolling part of the state after the step
     (`lockstep.planning.digest_sample`)."""
     norm: float | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """What the task logs beside the loss: means over the step's samples."""
 
     def body(self) -> str:
         """The line without its hash, in canonical form."""
@@ -43,8 +45,15 @@ class StepRecord:
         norm = "" if self.norm is None else f',"norm":"{self.norm.hex()}"'
         return (
             f'{{"step":{self.step},"data_epoch":{self.data_epoch},"samples":{self.samples},'
-            f'"loss":"{self.loss.hex()}"{norm},"units":{{{units}}}'
+            f'"loss":"{self.loss.hex()}"{norm}{_numbers("logged", self.logged)},'
+            f'"units":{{{units}}}'
         )
+
+
+def _numbers(key: str, values: Mapping[str, float]) -> str:
+    """A field of a line for these values, with all their bits; none: no field."""
+    listed = ",".join(f'{json.dumps(name)}:"{value.hex()}"' for name, value in values.items())
+    return f',"{key}":{{{listed}}}' if listed else ""
 
 
 def _chain(previous: str, body: str) -> str:
@@ -136,6 +145,14 @@ def read_ledger(path: Path, *, torn_tail: bool = False) -> Iterator[Line]:
             end += len(raw)
             yield Line(content=json.loads(raw), body=body, end=end)
             previous = expected
+
+
+def numbers_of(line: Line) -> dict[str, float]:
+    """The numbers of a step's line: loss, norm, and what the task has logged beside the loss."""
+    content = line.content
+    numbers = {name: content[name] for name in ("loss", "norm") if name in content}
+    numbers |= content.get("logged", {})
+    return {name: float.fromhex(text) for name, text in numbers.items()}
 
 
 def _name_step(body: str) -> str:

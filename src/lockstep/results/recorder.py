@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -56,7 +55,8 @@ class Recorder:
         self.history = start.history
         self.recoveries = start.recoveries
         self._start = start
-        self._loss = start.loss
+        self._last = start.last
+        """The loss of the last step, and what the task has logged beside it."""
         self._recorded = start.step
         """How many steps the ledger has."""
         self._workers: set[int] = set()
@@ -98,7 +98,8 @@ class Recorder:
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
-        self._loss, self._recorded = record.loss, record.step + 1
+        self._last = {"loss": record.loss, **record.logged}
+        self._recorded = record.step + 1
 
     def event(self, name: str, **fields: object) -> None:
         if name == "first_step":
@@ -215,9 +216,7 @@ class Recorder:
 
     def _metrics(self) -> dict[str, float]:
         metrics = dict(self.history[-1]["metrics"]) if self.history else {}
-        if math.isfinite(self._loss):
-            metrics["train_loss"] = self._loss
-        return metrics
+        return {**metrics, **{f"train_{name}": value for name, value in self._last.items()}}
 
     def _times(self) -> dict[str, dict[str, float]]:
         return {

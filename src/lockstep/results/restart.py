@@ -15,7 +15,7 @@ from lockstep.results.checkpoint import (
     open_checkpoint,
     remove_partial,
 )
-from lockstep.results.ledger import Line, read_ledger
+from lockstep.results.ledger import Line, numbers_of, read_ledger
 from lockstep.results.manifest import differences
 from lockstep.results.run_folder import RunFolder
 from lockstep.state.host_memory import HostMemory
@@ -29,8 +29,8 @@ class Restart:
     step: int
     ledger: str | None
     """The hash of the ledger's last line; None: the ledger has not begun."""
-    loss: float = float("nan")
-    """The loss of the step before."""
+    last: Mapping[str, float] = field(default_factory=dict)
+    """The loss of the step before, and what the task has logged beside it."""
     history: list[dict[str, Any]] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ def find_restart(folder: RunFolder, memory: HostMemory, facts: Mapping[str, Any]
         return Restart(
             step=checkpoint.step,
             ledger=line.hash,
-            loss=float.fromhex(line.content.get("loss", "nan")),
+            last={k: v for k, v in numbers_of(line).items() if k != "norm"},
             history=history,
             recoveries=recoveries,
             notes=notes,

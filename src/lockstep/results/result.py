@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.errors import RunFolderError
 from lockstep.job.task_resolution import resolve
 from lockstep.job.task_source import TaskSource
+from lockstep.results.ledger import numbers_of, read_ledger
 from lockstep.results.run_folder import RunFolder
 from lockstep.system.json_files import plain, with_nan
 
@@ -62,6 +65,20 @@ class Result:
         model.load_state_dict(load_file(self.folder / "model.safetensors"))
         return model.eval()
 
+    def steps_table(self) -> dict[str, list[Any]]:
+        """The committed steps as columns, for `pandas.DataFrame(...)`: `step`, `data_epoch`,
+        `samples`, `loss`, `norm` where it is limited, and what `Task.loss` returns beside the loss.
+
+        Raises:
+            IntegrityError: the run's ledger is damaged; the line is named.
+        """
+        rows = []
+        for line in read_ledger(self.folder / "ledger.jsonl"):
+            if "step" in line.content:
+                row = {name: line.content[name] for name in ("step", "data_epoch", "samples")}
+                rows.append({**row, **numbers_of(line)})
+        return as_columns(rows)
+
     def to_message(self) -> dict[str, Any]:
         """The content of `result.json`; a metric that is not finite is null."""
         content = {
@@ -90,3 +107,9 @@ class Result:
             source = TaskSource(name=recorded["name"], args=recorded["args"])
         content["metrics"] = with_nan(content["metrics"])
         return Result(**{**content, "folder": folder.path, "source": source})
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns of one length, with NaN where a row lacks a value."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, math.nan) for row in rows] for name in names}

@@ -13,6 +13,7 @@ import torch
 
 from lockstep.data.loader import Loader
 from lockstep.errors import LockstepError, NonFiniteError, TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -20,7 +21,9 @@ from lockstep.planning.sampling import Sampling, describe_samples
 from lockstep.state.buffer_rules import BufferWatch
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
+from lockstep.state.logged_values import logged_means
 from lockstep.state.module_state import Modes, PrivateBuffers
+from lockstep.state.shard_outcomes import ShardOutcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
@@ -81,8 +84,9 @@ class ForwardBackward:
 
     def make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> float:
-        """Forward and backward of one shard, into a slot; returns the loss. An error of the user's
+    ) -> ShardOutcome:
+        """Forward and backward of one shard, into a slot; returns the loss and what is logged
+        beside it. An error of the user's
         code names the shard's samples."""
         try:
             return self._make(step, shard, slot, written)
@@ -96,7 +100,7 @@ class ForwardBackward:
 
     def _make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> float:
+    ) -> ShardOutcome:
         begun = time.perf_counter()
         self._fault("load", step, shard)
         batch = self.loader.get(step, shard)
@@ -110,7 +114,7 @@ class ForwardBackward:
 
     def _differentiate(
         self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> float:
+    ) -> ShardOutcome:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
         seed = derive(self.seed, "shard", step, shard)
         self._generators.seed(seed)  # first: set_position may seed them itself
@@ -128,9 +132,11 @@ class ForwardBackward:
             if self._rounds is None:
                 first, last = self.sampling.shard_span(step, shard)
                 with self._lone_samples.watching(last - first):
-                    loss = self.task.loss(self.shared.model, batch)
+                    loss, beside = split_loss(self.task.loss(self.shared.model, batch))
+                absent = len(self.shared.slots) == 1
+                logged = logged_means(beside, last - first, absent=absent) if beside else {}
             else:
-                loss = self._rounds.loss(step, shard, slot, batch)
+                loss, logged = self._rounds.loss(step, shard, slot, batch)
         value = check_loss(loss, step, shard, self.sampling)
         weight = self.sampling.weights(step)[shard]
         self._fault("backward", step, shard)
@@ -146,7 +152,7 @@ class ForwardBackward:
         trainable = [parameter.requires_grad for parameter in self.shared.params]
         if trainable != self._trainable:
             self._trainable, self.froze_at = trainable, step
-        return value
+        return ShardOutcome(value, logged)
 
     def _changed(self, versions: list[int]) -> TaskError:
         changed = [
@@ -214,7 +220,8 @@ def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float
         )
         raise TaskError(
             "Task.loss did not return a loss",
-            expected="a real tensor of one element, with a graph: the mean over the batch",
+            expected="a real tensor of one element, with a graph: the mean over the batch; or a "
+            "pair of it and a mapping of what is to be logged",
             found=found,
             fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
         )

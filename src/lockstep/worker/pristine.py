@@ -26,6 +26,7 @@ from lockstep.optim.local_rounds import LocalRounds
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
+from lockstep.state.shard_outcomes import NOTHING, ShardOutcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system import numerics
 from lockstep.system.machine import available_bytes
@@ -94,15 +95,15 @@ def compute(
         faults=FaultInjector((), -1, shared.control),
     )  # fmt: skip
     target = private_copy(shared.slots[0]) if slot is None else slot
-    flags, loss = np.zeros_like(shared.control.has_grad[0]), 0.0
+    flags, outcome = np.zeros_like(shared.control.has_grad[0]), NOTHING
     try:
         for work in works:
             loader.samples_of = work.samples_of
             session.schedule.go_to(work.step)
-            loss = forward_backward.make(work.step, work.shard, target, flags)
+            outcome = forward_backward.make(work.step, work.shard, target, flags)
     except BaseException as error:  # the user's code may call sys.exit()
         return Outcome(error=describe_error(error, f"computing step {works[-1].step}"))
-    parts = digest_parts(shared, target, flags, loss)
+    parts = digest_parts(shared, target, flags, outcome)
     if slot is not None:
         with contextlib.suppress(BaseException):  # workers will meet the same, and tell of it
             parts |= _of_held_out(session)
@@ -139,10 +140,12 @@ class _Fetching(Loader):
 
 
 def digest_parts(
-    shared: SharedState, slot: GradientSlot, flags: Any, loss: float
+    shared: SharedState, slot: GradientSlot, flags: Any, outcome: ShardOutcome
 ) -> dict[str, bytes]:
     """Digests of what a shard left, each under its name in messages."""
-    parts = {"the loss": _digest(np.float64(loss).tobytes())}
+    parts = {"the loss": _digest(np.float64(outcome.loss).tobytes())}
+    for name, value in outcome.logged.items():
+        parts[f"the logged value {name}"] = _digest(np.float64(value).tobytes())
     for index, name in enumerate(shared.names):
         if flags[index]:
             parts[f"the gradient of {name}"] = _of_tensor(slot.dense(index))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lockstep.planning.forkserver_messages import ComputeShard, ToPristine
-from lockstep.state.control_segment import RING
+from lockstep.state.shard_outcomes import recorded_outcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.processes import ends_within
 from lockstep.system.seeding import derive
@@ -136,5 +136,4 @@ class PurityWatch:
 def _of_slot(shared: SharedState, step: int, shard: int) -> dict[str, bytes]:
     control = shared.control
     flags: Any = control.has_grad[shard]
-    loss = float(control.losses[step % RING, shard])
-    return digest_parts(shared, shared.slots[shard], flags, loss)
+    return digest_parts(shared, shared.slots[shard], flags, recorded_outcome(control, step, shard))
