@@ -9,7 +9,7 @@ from lockstep.adapters.common import answer_by, build_data, build_model, check_c
 from lockstep.errors import TaskError
 from lockstep.job.loss_form import split_loss
 from lockstep.job.task import Parameters, Task
-from lockstep.optim.lr_schedule import check_schedule
+from lockstep.optim.lr_schedule import check_schedule, refuse_waiting
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ def from_module(
     eval_dataset: Dataset[Any] | Callable[[], Dataset[Any]] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     scheduler_interval: Literal["step", "data_epoch"] = "step",
+    scheduler_metric: str = "loss",
     metrics: Mapping[str, Criterion] | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
@@ -51,6 +52,8 @@ def from_module(
             schedule of timm counts updates (`t_in_epochs=False`), or with the interval
             `data_epoch` data epochs.
         scheduler_interval: when it is stepped.
+        scheduler_metric: the held-out metric that a `ReduceLROnPlateau` is stepped with instead,
+            after each evaluation.
         metrics: held-out metrics beside the loss, from `(outputs, targets)`: one number per
             sample, `[n]`, or the mean over the batch.
         collate: samples to a pair `(inputs, targets)`; default: torch's `default_collate`.
@@ -72,6 +75,7 @@ def from_module(
         check_callable(f"the metric {name!r}", metric, "a function of (outputs, targets)")
     task = ModuleTask(model, dataset, loss, optimizer, eval_dataset, scheduler, metrics or {})
     task.scheduler_interval, task.keep_modes = scheduler_interval, keep_modes
+    task.scheduler_metric = scheduler_metric
     if collate is not None:
         task.collate = collate  # type: ignore[method-assign, assignment]
     answer_by(task, from_record, predict)
@@ -132,7 +136,8 @@ class _TimmSchedule:
     """A schedule of timm, which takes the number of updates, with the `step()` of PyTorch's."""
 
     def __init__(self, schedule: Any, interval: Literal["step", "data_epoch"]) -> None:
-        check_schedule(getattr(schedule, "lr_scheduler", schedule))  # a plateau is wrapped
+        refuse_waiting(getattr(schedule, "lr_scheduler", None))
+        check_schedule(schedule)
         if schedule.t_in_epochs != (interval == "data_epoch"):
             raise TaskError(
                 "timm's schedule would never be stepped",

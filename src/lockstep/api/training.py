@@ -14,7 +14,7 @@ from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import OpenHosts, ReadyHosts, open_hosts
 from lockstep.coordinator.run_control import RunControl
 from lockstep.coordinator.stop_schedule import StopSchedule
-from lockstep.errors import DataLostError, LockstepError, StoppedError
+from lockstep.errors import DataLostError, LockstepError, StoppedError, TaskError
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest, Taskish
 from lockstep.job.task import Task
@@ -163,7 +163,15 @@ def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
 
 
 def _check(ready: ReadyHosts, plan: Plan) -> None:
-    """Refuse a task that remembers, before anything is written."""
+    """Refuse a task that remembers, or waits for what does not come, before anything is written."""
+    metric = ready.memory.scheduler_metric
+    if metric and not plan.eval_samples:
+        raise TaskError(
+            "Task.scheduler returned a ReduceLROnPlateau, and nothing is evaluated",
+            expected=f"a data set from Task.eval_data, and evaluate = true: it waits for {metric}",
+            found="no held-out samples",
+            fix="define Task.eval_data, or use another schedule",
+        )
     if plan.purity > 0.0:
         ready.host.check_purity()
 
@@ -209,7 +217,15 @@ def _training(
             requests.take_signals()
             requests.open(folder.path, ready.own_plan.max_workers)
             yield (
-                Coordinator(ready, schedule, recorder, start.step, requests=requests.take),
+                Coordinator(
+                    ready,
+                    schedule,
+                    recorder,
+                    start.step,
+                    requests=requests.take,
+                    evaluations=start.evaluations,
+                    evaluated=recorder.evaluated_at,
+                ),
                 recorder,
             )
     except StoppedError as error:

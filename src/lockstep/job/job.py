@@ -105,6 +105,31 @@ class Job:
         unset="`batch_size`",
         changes_numbers=True,
     )
+    monitor: str | None = setting(
+        None,
+        help="Held-out metric that says which state is the best: its checkpoint is kept.",
+        detail="`result.best` says which it is, and `predict` and `evaluate` take "
+        "`--checkpoint best`.",
+        changes_numbers=True,
+    )
+    monitor_mode: Literal["min", "max"] = setting(
+        "min",
+        help="Whether small or large values of `monitor` are good.",
+        changes_numbers=True,
+    )
+    stop_patience: int | None = setting(
+        None,
+        help="Stop early when `monitor` has not improved in so many evaluations.",
+        detail="There is one after each data epoch. `result.stopped_early` says why.",
+        least=1,
+        changes_numbers=True,
+    )
+    stop_min_delta: float = setting(
+        0.0,
+        help="With `stop_patience`: by how much `monitor` has to improve for it to count.",
+        least=0,
+        changes_numbers=True,
+    )
     local_steps: int = setting(
         1,
         help="Optimizer updates that each shard makes between two exchanges, for slow links.",
@@ -257,6 +282,7 @@ class Job:
         _check_local_data(self)
         _check_servers(self)
         _check_shards(self)
+        _check_monitor(self)
 
     def replace(self, **changes: Any) -> Job:
         """A copy with the given settings changed."""
@@ -322,6 +348,21 @@ def _check_servers(job: Job) -> None:
             found=f"ownership = {job.ownership}, servers = {list(job.servers)}",
             fix="set both, or neither",
         )
+
+
+def _check_monitor(job: Job) -> None:
+    for name, needed in (
+        ("monitor_mode", "monitor"),
+        ("stop_patience", "monitor"),
+        ("stop_min_delta", "stop_patience"),
+    ):
+        if getattr(job, name) != SETTINGS[name].default and getattr(job, needed) is None:
+            raise JobError(
+                f"{name} is given without {needed}",
+                expected=f"{needed}, with {name}",
+                found=f"{name} = {getattr(job, name)}, {needed} = None",
+                fix=f"set {needed}, or leave {name} out",
+            )
 
 
 def _check_shards(job: Job) -> None:

@@ -28,6 +28,9 @@ class Task:
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
     """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
+    scheduler_metric: str = "loss"
+    """The held-out metric that a `ReduceLROnPlateau` waits for: it is stepped with it after each
+    evaluation, whatever `scheduler_interval` says."""
     keep_modes: bool = False
     """Whether modules that `model` returns in eval mode stay so. By default `model.train()` is
     called, as plain training loops do."""
@@ -82,7 +85,8 @@ class Task:
         raise NotImplementedError
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        """A learning-rate schedule for `optimizer`, or None."""
+        """A learning-rate schedule for `optimizer`, or None. A `ReduceLROnPlateau` is stepped with
+        `scheduler_metric` after each evaluation, so after each data epoch."""
         return None
 
     def buffer_rules(self) -> Mapping[str, str]:

@@ -74,7 +74,7 @@ class LocalRounds:
         self._optimizer = self.task.optimizer(Parameters(trainable))
         self._initial = {p: copy.deepcopy(s) for p, s in self._optimizer.state.items()}
         updates = Updates(sampling=sampling, steps=task.steps)
-        self._schedule = LrSchedule(self.task, self._optimizer, updates)
+        self._schedule = LrSchedule(self.task, self._optimizer, updates, waits=False)
         self._modes = Modes(self._model)
         self._buffers = PrivateBuffers(self._model, list(self._model.named_buffers()))
 

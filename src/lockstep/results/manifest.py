@@ -19,7 +19,10 @@ from lockstep.planning.plan import Plan
 from lockstep.results.origin_mark import is_own, mark_of
 from lockstep.system.json_files import plain
 
-LATER = {"shuffle": True, "drop_last": False}
+LATER = {
+    "shuffle": True, "drop_last": False,
+    "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
+}  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -11,14 +10,16 @@ from typing import Any, cast
 
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.job.task_source import TaskSource
+from lockstep.planning.metric_decisions import Evaluation, Monitor
 from lockstep.planning.plan import Plan
+from lockstep.results.best_checkpoint import best_checkpoint
 from lockstep.results.checkpoint import (
     list_checkpoints,
     remove_checkpoint,
     write_checkpoint,
     write_model,
 )
-from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
+from lockstep.results.ledger import FIRST, EvaluationRecord, Ledger, StepRecord, read_ledger
 from lockstep.results.progress import Progress
 from lockstep.results.recoveries import describe_recovery
 from lockstep.results.restart import Restart
@@ -53,6 +54,11 @@ class Recorder:
         self.events = Events(folder.events_path)
         self.display = Progress(enabled=not quiet, steps=plan.steps, name=folder.path.name)
         self.history = start.history
+        self._monitor = Monitor.of(plan)
+        self._decides = self._monitor is not None or bool(memory.scheduler_metric)
+        """Whether evaluations decide something, and so are in the ledger."""
+        self._evaluations = list(start.evaluations)
+        self._stopped_early = ""
         self.recoveries = start.recoveries
         self._start = start
         self._last = start.last
@@ -106,17 +112,29 @@ class Recorder:
             self._first_step_at = time.time()
         if name == "baseline":
             self._baseline = fields["metrics"]
+        if name == "stopped_early":
+            self._stopped_early = str(fields["reason"])
         if name == "spawned" and "host" not in fields:
             self._workers.add(cast(int, fields["worker"]))
         self.events.add(name, **fields)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        if self._decides and not (self._evaluations and self._evaluations[-1].step == step):
+            self.ledger.evaluated(EvaluationRecord(step=step, metrics=metrics))
+            self._evaluations.append(Evaluation(step=step, metrics=metrics))
         if self.history and self.history[-1]["step"] == step:
             return  # a run resumed at its last step has done so before
         epoch = (step - 1) // self.plan.steps_per_epoch if step else 0
         self.history.append({"step": step, "data_epoch": epoch, "metrics": metrics})
         self.events.add("evaluated", step=step, data_epoch=epoch, metrics=metrics)
         self.display.evaluated(step, metrics)
+
+    @property
+    def evaluated_at(self) -> list[int]:
+        """The steps whose evaluation is recorded: where it decides something, in the ledger."""
+        if self._decides:
+            return [each.step for each in self._evaluations]
+        return [each["step"] for each in self.history]
 
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
         if time.monotonic() - self._looked > FOLDER_SECONDS:
@@ -137,7 +155,9 @@ class Recorder:
         self.ledger.flush()
         self._state = state
         extra = {"ledger": self._hash_at(step)}
-        self._writing = self._writer.submit(self._write, step, state, extra)
+        self._writing = self._writer.submit(
+            self._write, step, state, extra, tuple(self._evaluations)
+        )
 
     def _hash_at(self, step: int) -> str:
         """The hash of the ledger's line after so many steps: the last, but for a snapshot that is
@@ -145,9 +165,16 @@ class Recorder:
         if step == self._recorded:
             return self.ledger.hash
         lines = read_ledger(self.folder.ledger_path)
-        return next(itertools.islice(lines, step, None)).hash  # the first line is not a step
+        return [line.hash for line in lines if line.after == step][-1]
 
-    def _write(self, step: int, state: memoryview, extra: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        state: memoryview,
+        extra: dict[str, Any],
+        evaluations: tuple[Evaluation, ...],
+    ) -> None:
+        """Write a checkpoint, and remove those that are not to be kept: the best one is."""
         begun, computed = time.perf_counter(), time.thread_time()
         try:
             self.ledger.sync()
@@ -159,8 +186,10 @@ class Recorder:
         self._writing_seconds = time.thread_time() - computed
         seconds = round(time.perf_counter() - begun, 4)
         self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
+        best = best_checkpoint(self.folder.checkpoints, self._monitor, evaluations)
         for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
-            remove_checkpoint(old)
+            if best is None or old.name != best["checkpoint"]:
+                remove_checkpoint(old)
 
     def busy(self) -> bool:
         return self._writing is not None and not self._writing.done()
@@ -203,6 +232,8 @@ class Recorder:
             data_wait=round(sum(r["data"] for r in times.values()) / total, 4) if total else 0.0,
             times=times,
             history=self.history,
+            best=best_checkpoint(self.folder.checkpoints, self._monitor, self._evaluations),
+            stopped_early=self._stopped_early,
             checkpoints=sorted(p.name for p in self.folder.checkpoints.glob("step-*")),
             source=source,
         )  # fmt: skip

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lockstep.errors import RunFolderError
 from lockstep.job.task_resolution import resolve
 from lockstep.job.task_source import TaskSource
+from lockstep.results.best_checkpoint import named_checkpoint
+from lockstep.results.checkpoint import open_checkpoint
 from lockstep.results.ledger import numbers_of, read_ledger
 from lockstep.results.run_folder import RunFolder
 from lockstep.system.json_files import plain, with_nan
@@ -47,12 +49,26 @@ class Result:
     history: list[dict[str, Any]]
     """`{"step", "data_epoch", "metrics"}` at each evaluation."""
     checkpoints: list[str]
+    best: dict[str, Any] | None = None
+    """With `monitor`, the checkpoint with its best value: `{"step", "metric", "value",
+    "checkpoint"}`."""
+    stopped_early: str = ""
+    """Why the run ended before its last step, by `stop_patience`; "": it did not."""
     baseline: dict[str, float] = field(default_factory=dict)
     """Metrics of a trivial predictor: `Task.baseline`."""
     source: TaskSource | None = field(default=None, repr=False, compare=False)
 
-    def model(self) -> nn.Module:
-        """The trained model, in eval mode: the task's own model with the trained weights."""
+    def model(self, checkpoint: str | None = None) -> nn.Module:
+        """The trained model, in eval mode: the task's own model with the trained weights.
+
+        Args:
+            checkpoint: the weights of another state than the last: `"best"`, or the name of one of
+                `checkpoints`.
+
+        Raises:
+            RunFolderError: the task is not known here, or there is no such checkpoint.
+            IntegrityError: it is damaged.
+        """
         from safetensors.torch import load_file
 
         if self.source is None:
@@ -62,7 +78,10 @@ class Result:
             )
         task, _ = resolve(self.source)
         model = task.model()
-        model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        where = self.folder
+        if checkpoint is not None:
+            where = open_checkpoint(named_checkpoint(RunFolder.open(self.folder), checkpoint)).path
+        model.load_state_dict(load_file(where / "model.safetensors"))
         return model.eval()
 
     def steps_table(self) -> dict[str, list[Any]]:

@@ -35,14 +35,14 @@ def write_outcome(control: ControlSegment, step: int, shard: int, outcome: Shard
     Raises:
         TaskError: the names are not those of the steps before.
     """
-    place, names = step % RING, sorted(outcome.logged)
-    text = encode_names(names) if names else b""
+    place, text = step % RING, b""
+    if outcome.logged:
+        names = sorted(outcome.logged)
+        text = encode_names(names)
+        control.logged[place, shard, : len(names)] = [outcome.logged[name] for name in names]
     if outcome is not NOTHING and (text or control.names_kept[shard]):
         _keep_names(control, step, shard, text)
-        control.logged[place, shard, : len(names)] = [outcome.logged[name] for name in names]
-    control.losses[place, shard] = outcome.loss
-    control.logged_counts[place, shard] = len(names)
-    control.names_bytes[place, shard] = len(text)
+    control.outcomes[place, shard] = (outcome.loss, len(outcome.logged), len(text))
 
 
 def _keep_names(control: ControlSegment, step: int, shard: int, text: bytes) -> None:
@@ -103,10 +103,11 @@ def weighted_means(
 
     `weights`: each shard's share of the samples.
     """
-    place, loss = step % RING, 0.0
-    for value, weight in zip(control.losses[place].tolist(), weights, strict=True):
+    place, loss, named = step % RING, 0.0, 0
+    for (value, _, length), weight in zip(control.outcomes[place].tolist(), weights, strict=True):
         loss += value * weight
-    if not control.names_bytes[place].any():
+        named += length
+    if not named:
         return loss, {}
     active = [shard for shard, weight in enumerate(weights) if weight]
     check_agreement(control, step, active)

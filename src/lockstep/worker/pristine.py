@@ -24,6 +24,7 @@ from lockstep.data.loader import Loader
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.optim.local_sgd import LocalSGD
+from lockstep.planning.metric_decisions import Told
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shard_outcomes import NOTHING, ShardOutcome
@@ -53,6 +54,8 @@ class Work:
     shard: int
     samples_of: tuple[int, int] | None = None
     """The step and shard whose samples are taken, where they are not its own."""
+    told: tuple[Told, ...] = ()
+    """What the task's schedule has been told, where it waits for a metric."""
 
 
 class Outcome(Message):
@@ -99,6 +102,7 @@ def compute(
     try:
         for work in works:
             loader.samples_of = work.samples_of
+            session.schedule.tell(work.told)
             session.schedule.go_to(work.step)
             outcome = forward_backward.make(work.step, work.shard, target, flags)
     except BaseException as error:  # the user's code may call sys.exit()
