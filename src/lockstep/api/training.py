@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lockstep.job.task import Task
 from lockstep.planning.core_split import Facts, divisions
 from lockstep.planning.host_split import computing, decompose_over_hosts
 from lockstep.planning.plan import Plan
+from lockstep.results.callbacks import Callback, check_callbacks
 from lockstep.results.checkpoint import list_checkpoints
 from lockstep.results.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.results.progress import announce
@@ -38,6 +39,7 @@ def run(
     args: Mapping[str, Any] | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **settings: Any,
 ) -> Result:
@@ -48,6 +50,7 @@ def run(
         args: arguments for a named task or recipe.
         on: what brings agents to other hosts; None: this host alone.
         control: where requests to the running job are left; see `start`.
+        callbacks: observers of the run, see `Callback`.
         quiet: show no progress on stderr.
         settings: the fields of `Job`; they take precedence over a job's own and a recipe's.
 
@@ -57,6 +60,7 @@ def run(
         LockstepError: see `lockstep.errors`; no process, file descriptor or shared memory is left.
     """
     begun = time.time()
+    check_callbacks(callbacks)
     request = RunRequest.of(task, args, settings)
     RunFolder.check_free(request.job.out)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
@@ -72,7 +76,14 @@ def run(
                 )
             )
             with _training(
-                hosts.job, plan, ready, folder, Restart(step=0, ledger=None), control, quiet
+                hosts.job,
+                plan,
+                ready,
+                folder,
+                Restart(step=0, ledger=None),
+                control,
+                callbacks,
+                quiet,
             ) as (coordinator, recorder):
                 coordinator.run()  # 3 compute, 4 synchronise
                 return recorder.finish(  # 5 aggregate
@@ -87,6 +98,7 @@ def resume(
     task: Task | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     trust: bool = False,
 ) -> Result:
@@ -100,6 +112,7 @@ def resume(
             the folder.
         on: what brings agents to other hosts; None: this host alone goes on.
         control: where requests to the running job are left; see `start`.
+        callbacks: observers of the run, see `Callback`.
         quiet: show no progress on stderr.
 
     Raises:
@@ -107,6 +120,7 @@ def resume(
         LockstepError: as for `run`.
     """
     begun = time.time()
+    check_callbacks(callbacks)
     with RunFolder.open(run) as folder:
         manifest = folder.read_manifest()
         folder.check_unfinished()
@@ -118,7 +132,7 @@ def resume(
             ready = hosts.initialise(plan)
             _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)
-            with _training(hosts.job, plan, ready, folder, start, control, quiet) as (
+            with _training(hosts.job, plan, ready, folder, start, control, callbacks, quiet) as (
                 coordinator,
                 recorder,
             ):
@@ -191,6 +205,7 @@ def _training(
     folder: RunFolder,
     start: Restart,
     control: RunControl | None,
+    callbacks: Sequence[Callback],
     quiet: bool,
 ) -> Iterator[tuple[Coordinator, Recorder]]:
     """A coordinator whose run goes into a folder; the report is written at the end.
@@ -211,7 +226,7 @@ def _training(
         with (
             control as requests,
             Recorder(
-                folder, ready.memory, plan, job.keep_checkpoints, start, quiet=quiet
+                folder, ready.memory, plan, job.keep_checkpoints, start, callbacks, quiet=quiet
             ) as recorder,
         ):
             requests.take_signals()

@@ -12,6 +12,7 @@ decision_check   whether a run has done what its metrics decide
 best_checkpoint  which checkpoint is the best by the job's metric, and checkpoints by name
 checkpoint       states as safetensors, checked by digests
 recorder         the observer that writes all of these while the run goes on
+callbacks        a user's observers of a run, each in a thread of its own
 recoveries       recoveries in words
 restart          the state from which a run is resumed
 result           the result as one object and one JSON document

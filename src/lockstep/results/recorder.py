@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, cast
@@ -13,6 +14,7 @@ from lockstep.job.task_source import TaskSource
 from lockstep.planning.metric_decisions import Evaluation, Monitor
 from lockstep.planning.plan import Plan
 from lockstep.results.best_checkpoint import best_checkpoint
+from lockstep.results.callbacks import Callback, CallbackThreads, RunEnded, RunStarted, frozen
 from lockstep.results.checkpoint import (
     list_checkpoints,
     remove_checkpoint,
@@ -44,6 +46,7 @@ class Recorder:
         plan: Plan,
         keep_checkpoints: int,
         start: Restart,
+        callbacks: Sequence[Callback] = (),
         *,
         quiet: bool,
     ) -> None:
@@ -75,9 +78,20 @@ class Recorder:
         self._looked = time.monotonic()
         """When the folder was last seen at its place."""
         self._first_step_at: float | None = None
+        self._result: Result | None = None
+        self._callbacks = CallbackThreads(callbacks)
 
     def __enter__(self) -> Recorder:
+        try:
+            self._begin()
+        except BaseException as error:
+            self._callbacks.end(RunEnded(result=None, error=str(error)))
+            raise
+        return self
+
+    def _begin(self) -> None:
         self.display.__enter__()
+        self._callbacks.start(self._run_started())
         if self._start.ledger is None:
             digests = tensor_digests(self.layout, self.memory.state)
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
@@ -86,7 +100,6 @@ class Recorder:
         for note in self._start.notes:
             self.event("note", text=note)
             self.display.note(note)
-        return self
 
     def __exit__(
         self,
@@ -95,10 +108,37 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self._writer.shutdown(wait=True)
+        what = "" if error is None else str(error) or repr(error)
+        with contextlib.suppress(ResourceError):  # a full disk has been reported when it was met
+            for note in self._callbacks.end(RunEnded(result=self._result, error=what)):
+                self._note_callback(note)
+            self._report_failures()
         self.display.__exit__(kind, error, trace)
         for file in (self.ledger, self.events):
             with contextlib.suppress(OSError):  # a full disk has been reported when it was met
                 file.close()
+
+    # Callbacks.
+
+    def _run_started(self) -> RunStarted:
+        manifest, plan = self.folder.read_manifest(), self.plan.to_message()
+        return RunStarted(
+            name=self.folder.path.name,
+            folder=self.folder.path.absolute(),
+            step=self._start.step,
+            steps=self.plan.steps,
+            settings=frozen(manifest["job"]),
+            args=frozen(manifest["source"]["args"]),
+            plan=frozen(plan),
+        )
+
+    def _report_failures(self) -> None:
+        for failure in self._callbacks.failures():
+            self._note_callback(f"{failure}: it hears no more")
+
+    def _note_callback(self, note: str) -> None:
+        self.events.add("callback", note=note)
+        self.display.note(f"callback {note}")
 
     # Observer.
 
@@ -106,6 +146,7 @@ class Recorder:
         self.ledger.commit(record)
         self._last = {"loss": record.loss, **record.logged}
         self._recorded = record.step + 1
+        self._callbacks.step(record)
 
     def event(self, name: str, **fields: object) -> None:
         if name == "first_step":
@@ -116,7 +157,11 @@ class Recorder:
             self._stopped_early = str(fields["reason"])
         if name == "spawned" and "host" not in fields:
             self._workers.add(cast(int, fields["worker"]))
+        self._add_event(name, **fields)
+
+    def _add_event(self, name: str, **fields: object) -> None:
         self.events.add(name, **fields)
+        self._callbacks.event(name, fields)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         if self._decides and not (self._evaluations and self._evaluations[-1].step == step):
@@ -126,7 +171,8 @@ class Recorder:
             return  # a run resumed at its last step has done so before
         epoch = (step - 1) // self.plan.steps_per_epoch if step else 0
         self.history.append({"step": step, "data_epoch": epoch, "metrics": metrics})
-        self.events.add("evaluated", step=step, data_epoch=epoch, metrics=metrics)
+        self._add_event("evaluated", step=step, data_epoch=epoch, metrics=metrics)
+        self._callbacks.evaluated(step, epoch, metrics)
         self.display.evaluated(step, metrics)
 
     @property
@@ -137,6 +183,7 @@ class Recorder:
         return [each["step"] for each in self.history]
 
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        self._report_failures()
         if time.monotonic() - self._looked > FOLDER_SECONDS:
             self.folder.check_there()
             self._looked = time.monotonic()
@@ -180,12 +227,12 @@ class Recorder:
             self.ledger.sync()
             path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
         except ResourceError as error:
-            self.events.add("checkpoint_failed", step=step, error=error.what)
+            self._add_event("checkpoint_failed", step=step, error=error.what)
             self.display.note(error.what)
             return
         self._writing_seconds = time.thread_time() - computed
         seconds = round(time.perf_counter() - begun, 4)
-        self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
+        self._add_event("checkpoint", step=step, path=path.name, seconds=seconds)
         best = best_checkpoint(self.folder.checkpoints, self._monitor, evaluations)
         for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
             if best is None or old.name != best["checkpoint"]:
@@ -239,10 +286,11 @@ class Recorder:
         )  # fmt: skip
         if self.plan.faults:
             fired = self.memory.control.fired[: len(self.plan.faults)].tolist()
-            self.events.add("faults", fired=fired)
-        self.events.add("finished", steps=steps, fingerprint=digest)
+            self._add_event("faults", fired=fired)
+        self._add_event("finished", steps=steps, fingerprint=digest)
         with disk_errors("the result"):
             write_json(self.folder.result_path, result.to_message())
+        self._result = result
         return result
 
     def _metrics(self) -> dict[str, float]:
