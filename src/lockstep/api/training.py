@@ -23,6 +23,7 @@ from lockstep.planning.host_split import computing, decompose_over_hosts
 from lockstep.planning.plan import Plan
 from lockstep.results.callbacks import Callback, check_callbacks
 from lockstep.results.checkpoint import list_checkpoints
+from lockstep.results.loggers import check_loggers, make_loggers
 from lockstep.results.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.results.progress import announce
 from lockstep.results.recorder import Recorder
@@ -62,9 +63,11 @@ def run(
     begun = time.time()
     check_callbacks(callbacks)
     request = RunRequest.of(task, args, settings)
+    check_loggers(request.job.log)
     RunFolder.check_free(request.job.out)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, on) as hosts:
+        check_loggers(hosts.job.log)  # a recipe may name some, too
         plan = _decompose(hosts, quiet=quiet)  # 1 decompose
         announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
@@ -127,6 +130,7 @@ def resume(
         source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
         with open_hosts(RunRequest.recorded(source, manifest["job"]), on) as hosts:
+            check_loggers(hosts.job.log)
             check_resumed(run, manifest, hosts.host.facts)
             plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
             ready = hosts.initialise(plan)
@@ -222,6 +226,7 @@ def _training(
         automatic=job.checkpoint_steps is None and job.checkpoint_seconds is None,
     )
     control = control or RunControl()
+    callbacks = [*callbacks, *make_loggers(job.log)]
     try:
         with (
             control as requests,

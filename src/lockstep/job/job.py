@@ -268,6 +268,14 @@ class Job:
         least=0.5,
         unset="twenty times the longest step, at least 60; 600 while a host begins",
     )
+    log: Sequence[str] = setting(
+        (),
+        help="Where metrics are written besides: tensorboard, mlflow, wandb or trackio.",
+        detail="Each needs its package. TensorBoard's files are in the run folder: "
+        "`tensorboard --logdir runs`.",
+        expected="names of loggers",
+        options=("--log",),
+    )
     out: str | os.PathLike[str] | None = setting(
         None,
         help="The run folder; it must not exist.",

@@ -13,6 +13,7 @@ best_checkpoint  which checkpoint is the best by the job's metric, and checkpoin
 checkpoint       states as safetensors, checked by digests
 recorder         the observer that writes all of these while the run goes on
 callbacks        a user's observers of a run, each in a thread of its own
+loggers          callbacks that write metrics for TensorBoard, MLflow, W&B or trackio
 recoveries       recoveries in words
 restart          the state from which a run is resumed
 result           the result as one object and one JSON document
