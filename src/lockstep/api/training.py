@@ -72,7 +72,7 @@ def run(
         announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
         _check(ready, plan)
-        with RunFolder.create(hosts.job.out, request.source.label) as folder:
+        with RunFolder.create(hosts.job.out, hosts.job.run_name or request.source.label) as folder:
             folder.write_manifest(
                 make_manifest(
                     request.source, hosts.job, plan, ready.memory.profile, hosts.host.facts

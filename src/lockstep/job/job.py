@@ -268,6 +268,18 @@ class Job:
         least=0.5,
         unset="twenty times the longest step, at least 60; 600 while a host begins",
     )
+    run_name: str | None = setting(
+        None,
+        help="Name of the run: of its folder, and for loggers.",
+        detail="Not `name`, which tasks have arguments of.",
+        unset="the task's",
+    )
+    tags: Sequence[str] = setting(
+        (),
+        help="Tags of the run, in its manifest and for loggers.",
+        expected="texts",
+        options=("--tag",),
+    )
     log: Sequence[str] = setting(
         (),
         help="Where metrics are written besides: tensorboard, mlflow, wandb or trackio.",
@@ -291,6 +303,7 @@ class Job:
         _check_servers(self)
         _check_shards(self)
         _check_monitor(self)
+        _check_name(self)
 
     def replace(self, **changes: Any) -> Job:
         """A copy with the given settings changed."""
@@ -371,6 +384,17 @@ def _check_monitor(job: Job) -> None:
                 found=f"{name} = {getattr(job, name)}, {needed} = None",
                 fix=f"set {needed}, or leave {name} out",
             )
+
+
+def _check_name(job: Job) -> None:
+    name = job.run_name
+    if name is not None and (not name.isprintable() or "/" in name or name.startswith(".")):
+        raise JobError(
+            "run_name cannot be the name of a folder",
+            expected="printable characters without /, the first no dot",
+            found=repr(name),
+            fix="choose another; out says in which folder the run is",
+        )
 
 
 def _check_shards(job: Job) -> None:

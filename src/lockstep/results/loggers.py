@@ -77,7 +77,7 @@ class MLflow(Logger):
         made = self._client.create_run(
             number or experiment.experiment_id,
             run_name=run.name,
-            tags={"folder": str(run.folder)},
+            tags={"folder": str(run.folder), **dict.fromkeys(run.settings.get("tags", ()), "")},
         )
         self._run_id: str = made.info.run_id
         self._waiting: list[Any] = []
@@ -118,7 +118,7 @@ class WandB(Logger):
         wandb = importlib.import_module(self.package)
         self._run = wandb.init(
             project=PROJECT, name=run.name, dir=str(run.folder), config=_config(run),
-            reinit="create_new",
+            tags=list(run.settings.get("tags", ())), reinit="create_new",
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -62,7 +62,7 @@ def make_manifest(
     }
     return {
         "format": 1,
-        "name": source.label,
+        "name": job.run_name or source.label,
         "source": recorded,
         "origin": mark_of(plain(recorded)),
         "job": {name: getattr(job, name) for name in SETTINGS},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ class Result:
     times: dict[str, dict[str, float]]
     """Per worker: seconds computing, fetching data, waiting, reducing, updating, evaluating."""
     history: list[dict[str, Any]]
-    """`{"step", "data_epoch", "metrics"}` at each evaluation."""
+    """`{"step", "data_epoch", "metrics"}` at each evaluation; as columns: `history_table()`."""
     checkpoints: list[str]
     best: dict[str, Any] | None = None
     """With `monitor`, the checkpoint with its best value: `{"step", "metric", "value",
@@ -97,6 +98,37 @@ class Result:
                 row = {name: line.content[name] for name in ("step", "data_epoch", "samples")}
                 rows.append({**row, **numbers_of(line)})
         return as_columns(rows)
+
+    def history_table(self) -> dict[str, list[Any]]:
+        """The evaluations as columns, for `pandas.DataFrame(...)`: `step`, `data_epoch`, and each
+        held-out metric."""
+        rows = [
+            {"step": each["step"], "data_epoch": each["data_epoch"], **each["metrics"]}
+            for each in self.history
+        ]
+        return as_columns(rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        best = ""
+        if self.best is not None:
+            best = f"{self.best['metric']} {self.best['value']:.6g}, {self.best['checkpoint']}"
+        rows = {
+            **{name: f"{value:.6g}" for name, value in self.metrics.items()},
+            "best": best,
+            "stopped early": self.stopped_early,
+            "steps": f"{self.steps:,}, {self.samples_per_second:,.0f} samples a second",
+            "recoveries": len(self.recoveries),
+            "fingerprint": self.fingerprint,
+            "folder": self.folder,
+        }
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+            for name, value in rows.items()
+            if value
+        )
+        return f"<table>{cells}</table>"
 
     def to_message(self) -> dict[str, Any]:
         """The content of `result.json`; a metric that is not finite is null."""
