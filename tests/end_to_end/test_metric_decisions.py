@@ -421,6 +421,77 @@ def test_stopped_on_request_and_resumed(
     assert resumed.best == yard.undisturbed(task, **settings).best
 
 
+def test_scaled_up_and_down(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that come later know the metrics of before."""
+    task, folder = "tests.support.paced_task:Waiting", yard.path()
+    settings: dict[str, Any] = {"batch_size": 24, "seed": 5, "steps": 100, "monitor": "accuracy"}
+    monkeypatch.setenv(PACE, "0.01")
+    run = lockstep.start(task, out=folder, quiet=True, workers=1, shards=6, threads=1, **settings)
+    until(lambda: len(recorded_steps(folder)) > 10, 60, "step 10")
+    run.scale(3)
+    until(lambda: len(recorded_steps(folder)) > 40, 60, "step 40")
+    run.scale(2)
+    result = run.result(60)
+    monkeypatch.setenv(PACE, "0")
+    assert_same(result, yard.undisturbed(task, **settings))
+
+
+DIVISIONS: list[Any] = [
+    {"ownership": "servers", "servers": ["master"]},  # which sees no loss of its own
+    pytest.param({"ownership": "servers", "servers": ["c"]}, marks=pytest.mark.long),
+    pytest.param({"ownership": "sharded"}, marks=pytest.mark.long),
+    pytest.param({"audit": 1.0}, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_whoever_updates_what(site: Site, yard: Yard, division: dict[str, Any]) -> None:
+    task = "tests.support.paced_task:Waiting"
+    settings = {"batch_size": 24, "seed": 5, "steps": 20, "monitor": "loss", "stop_patience": 2}
+    on = site.agents({"b": 1, "c": 1}, 1)
+    found = yard.run(task, on=on, **{**settings, **division})
+    wanted = yard.undisturbed(task, **settings)
+    assert_same(found, wanted)
+    assert found.best == wanted.best
+    ended_well(on)
+
+
+@pytest.mark.long
+def test_resumed_on_hosts(site: Site, yard: Yard) -> None:
+    folder, settings = yard.path(), {**PLATEAU, "args": {"values": VALUES, "plateau": True}}
+    with pytest.raises(LockstepError):
+        yard.run(NAME, out=folder, faults=poisoned(11), **settings)
+    on = site.agents({"b": 1, "c": 1}, 1)
+    found = lockstep.resume(folder, on=on, workers=3, quiet=True)
+    assert_same(found, yard.undisturbed(NAME, **settings))
+    ended_well(on)
+
+
+class Cautious(torch.optim.SGD):
+    """Of a class that is not known: one worker updates everything."""
+
+
+class Undivided(Metric):
+    def optimizer(self, params: Any) -> Any:
+        return Cautious(params, lr=0.1, momentum=0.9)
+
+
+def test_a_plateau_of_an_undivided_optimizer(yard: Yard) -> None:
+    task = Undivided(VALUES, plateau=True)
+    fault = Fault(worker_id=0, step=10, phase="update_done")
+    result = yard.check(task, faults=(fault,), **PLATEAU)
+    losses = [line["loss"] for line in lines_of(result.folder) if "step" in line]
+    plain = yard.undisturbed(Metric(VALUES, plateau=True), **PLATEAU)
+    assert losses == [line["loss"] for line in lines_of(plain.folder) if "step" in line]
+
+
+def test_no_step_at_all(yard: Yard) -> None:
+    settings = {**STOPS, "data_epochs": None, "steps": 0}
+    result = yard.run(Metric(VALUES, plateau=True), **settings)
+    assert (result.steps, result.stopped_early) == (0, "")
+    assert lockstep.verify(result.folder, task=Metric(VALUES, plateau=True)).final
+
+
 def recorded_steps(folder: str) -> list[bytes]:
     """The lines of a ledger that is being written."""
     path = Path(folder, "ledger.jsonl")

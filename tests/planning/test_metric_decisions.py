@@ -41,8 +41,8 @@ def evaluations(*values: float) -> list[Evaluation]:
         ((1.0, 0.96, 0.92), "min", 2, 0.1, 30),
         ((NAN, NAN), "min", 2, 0.0, 20),
         ((NAN, 1, NAN, 0.5, NAN, NAN), "min", 2, 0.0, 60),
-        ((math.inf, 1.0, -math.inf, -math.inf), "min", 1, 0.0, 40),
-        ((math.inf, math.inf), "min", 1, 0.0, 20),
+        ((1.0, -math.inf, 0.5), "min", 1, 0.0, 20),
+        ((math.inf, 1.0, -math.inf, -math.inf), "min", 2, 0.0, 40),
         ((1,) * 9, "min", None, 0.0, None),
     ],
 )
@@ -63,6 +63,7 @@ def test_when_a_run_ends(
         ((3, 1, 2), "max", 10),
         ((NAN, 2, NAN), "min", 20),
         ((NAN,), "min", None),
+        ((2, -math.inf, math.inf), "min", 10),
         ((), "min", None),
     ],
 )

@@ -5,6 +5,7 @@ The evaluations that they are made of are in the ledger, so everybody can make t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,9 +57,10 @@ class Monitor:
         return metric_of(evaluation.metrics, self.metric, "the setting monitor")
 
     def improves(self, value: float, best: float | None, by: float = 0.0) -> bool:
-        """Whether a value is better than the best so far, by more than `by`. NaN never is."""
-        if best is None:
-            return value == value  # anything but NaN
+        """Whether a value is better than the best so far, by more than `by`. One that is not finite
+        never is."""
+        if best is None or not math.isfinite(value):
+            return math.isfinite(value)
         return value < best - by if self.mode == "min" else value > best + by
 
 

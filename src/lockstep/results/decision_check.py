@@ -44,7 +44,7 @@ def _check_order(folder: RunFolder, lines: Sequence[Line]) -> None:
     """Every evaluation comes right after its step."""
     for before, line in itertools.pairwise(lines):
         if "evaluated" in line.content and (
-            "step" not in before.content or before.after != line.after
+            "evaluated" in before.content or before.after != line.after
         ):
             raise IntegrityError(
                 f"{folder.ledger_path} has an evaluation in the wrong place",
