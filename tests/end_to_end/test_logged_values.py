@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import lockstep
 from lockstep.errors import LockstepError, TaskError
@@ -160,6 +161,23 @@ def test_a_loss_alone_is_as_ever(yard: Yard) -> None:
     result = yard.run(Logs("alone"), workers=2, **{**SETTINGS, "steps": 2})
     assert b"logged" not in ledger(result.folder)
     assert [name for name in result.metrics if name.startswith("train_")] == ["train_loss"]
+
+
+class Untold(Logs):
+    """Without a look at its position, which keeps shards from being traced."""
+
+    set_position = lockstep.Task.set_position
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        scores = model(batch[0])
+        loss = functional.cross_entropy(scores, batch[1])
+        return loss, {"accuracy": scores.argmax(1) == batch[1]}
+
+
+def test_shards_that_log_are_not_traced(yard: Yard) -> None:
+    found = yard.run(Untold(), workers=2, trace="always", **SETTINGS)
+    assert_same(found, yard.run(Untold(), workers=2, trace="never", **SETTINGS))
+    assert not events(found.folder, "traced")
 
 
 def test_not_a_number_is_logged_as_such(yard: Yard) -> None:

@@ -60,6 +60,7 @@ class Plan:
     monitor_mode: str = "min"
     stop_patience: int | None = None
     stop_min_delta: float = 0.0
+    trace: str = "auto"
 
     @property
     def division(self) -> Division:
@@ -254,6 +255,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         monitor_mode=job.monitor_mode,
         stop_patience=job.stop_patience,
         stop_min_delta=job.stop_min_delta,
+        trace=job.trace,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )
