@@ -180,6 +180,12 @@ def test_shards_that_log_are_not_traced(yard: Yard) -> None:
     assert not events(found.folder, "traced")
 
 
+def test_what_is_compiled_cannot_log(yard: Yard) -> None:
+    with pytest.raises(TaskError, match="the loss cannot be compiled") as error:
+        yard.run(Untold(), workers=2, compile=True, **SETTINGS)
+    assert error.value.found == "the graph gives more than the loss"
+
+
 def test_not_a_number_is_logged_as_such(yard: Yard) -> None:
     class LogsNan(Logs):
         def loss(self, model: nn.Module, batch: Any) -> Any:

@@ -55,8 +55,8 @@ class StoredModel:
         plan = dataclasses.replace(
             Plan.from_message(self.manifest["plan"]),
             steps=self.checkpoint.step, ownership="replicated", servers=(),
-            faults=(), audit=0.0, purity=0.0, loaders=None, monitor=None, stop_patience=None,
-            **changes,
+            faults=(), audit=0.0, purity=0.0, compile=False, loaders=None,
+            monitor=None, stop_patience=None, **changes,
         )  # fmt: skip
         most = sum(hosts.capacities.values()) if hosts.networked else plan.workers
         count = workers or most

@@ -69,6 +69,8 @@ def run(
     with open_hosts(request, on) as hosts:
         check_loggers(hosts.job.log)  # a recipe may name some, too
         plan = _decompose(hosts, quiet=quiet)  # 1 decompose
+        if plan.compile:
+            announce("compiling the loss and its gradient", quiet=quiet)
         announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
         _check(ready, plan)

@@ -61,6 +61,7 @@ class Plan:
     stop_patience: int | None = None
     stop_min_delta: float = 0.0
     trace: str = "auto"
+    compile: bool = False
 
     @property
     def division(self) -> Division:
@@ -256,6 +257,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stop_patience=job.stop_patience,
         stop_min_delta=job.stop_min_delta,
         trace=job.trace,
+        compile=job.compile,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

@@ -27,6 +27,7 @@ from lockstep.state.shard_outcomes import ShardOutcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
+from lockstep.worker.compiled_shard import CompiledPasses, CompiledShard
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.lone_samples import LoneSamples
 from lockstep.worker.model_checks import held_tensors
@@ -56,7 +57,7 @@ class ForwardBackward:
         seed: int,
         autocast: bool,
         faults: FaultInjector,
-        tracer: ShardTracer | None = None,
+        tracer: ShardTracer | CompiledPasses | None = None,
     ) -> None:
         """`rounds` replaces the task's loss, where a step is a round of local ones.
         `start` is the run's beginning. Without a `tracer` all passes are plain."""
@@ -124,13 +125,14 @@ class ForwardBackward:
                 batch = self.loader.get(step, shard)  # the loss may have changed it
         if logged:  # a list of kernels gives the loss alone
             return ShardOutcome(loss.item(), logged)
-        if self._tracer is not None and self._tracer.note(batch, taken, self.loader.last - step):
-            self._trace(self._tracer, step, shard, loss, slot, written)
+        tracer = self._tracer
+        if isinstance(tracer, ShardTracer) and tracer.note(batch, taken, self.loader.last - step):
+            self._trace(tracer, step, shard, loss, slot, written)
         return ShardOutcome(loss.item(), {})
 
     def _run_traced(
         self,
-        traced: TracedShard,
+        traced: TracedShard | CompiledShard,
         step: int,
         shard: int,
         batch: Any,
