@@ -48,7 +48,8 @@ class Whole(nn.Module):
         """The loss of a batch, in the job's precision."""
         half = torch.autocast("cpu", torch.bfloat16) if self._half else contextlib.nullcontext()
         with half:
-            return self._task.loss(self.model, batch)
+            loss: torch.Tensor = self._task.loss(self.model, batch)
+            return loss
 
 
 class Recipe:

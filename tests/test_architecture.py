@@ -17,7 +17,7 @@ from tests.support.file_tree import ROOT, SOURCE
 
 MAX_LINES = 450
 PUBLIC = [
-    "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
+    "Callback", "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
     "evaluate", "from_lightning", "from_module", "from_transformers",
     "plan", "predict", "preloaded", "resume", "run", "start", "verify",
 ]  # fmt: skip

@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from lockstep.job.job import Job
     from lockstep.job.task import Parameters, Task
     from lockstep.optim.chained import Together
+    from lockstep.results.callbacks import Callback
     from lockstep.results.result import Result
 
 __all__ = [
-    "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
+    "Callback", "Job", "LockstepError", "Parameters", "Result", "Run", "Task", "Together",
     "evaluate", "from_lightning", "from_module", "from_transformers",
     "plan", "predict", "preloaded", "resume", "run", "start", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "results.callbacks",
     "Job": "job.job",
     "LockstepError": "errors",
     "Parameters": "job.task",

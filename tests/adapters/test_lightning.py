@@ -179,7 +179,7 @@ def two_optimizers(net: Any) -> Any:
 def on_a_plateau(net: Any) -> Any:
     optimizer = two_optimizers(net)[0]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+    return {"optimizer": optimizer, "lr_scheduler": plateau}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 import lockstep
 from lockstep.errors import JobError, TaskError
@@ -367,3 +367,57 @@ def test_skip_names_hooks() -> None:
         lockstep.from_lightning(net, data_class(), skip=["on_train_epoch_ends"])
     with pytest.raises(TaskError, match=r"skip=\['on_train_epoch_end'\]"):
         lockstep.from_lightning(net, data_class())
+
+
+def test_a_schedule_that_waits_for_a_metric(run_folders: Callable[[], str]) -> None:
+    """A plateau with the metric that `monitor` names, stepped after every second data epoch."""
+    net_class, data_class = lightning_classes()
+
+    class Net(net_class):  # type: ignore[misc, valid-type]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            plateau = plateau_of(optimizer)
+            schedule = {"scheduler": plateau, "monitor": "val_loss", "frequency": 2}
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    class Plain(PlainNet):
+        scheduler_metric = "val_loss"
+
+        def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+            return EverySecond(plateau_of(optimizer))
+
+    net = Net()
+    settings: dict[str, Any] = {
+        "data_epochs": 6,
+        "shards": 2,
+        "threads": 1,
+        "seed": 2,
+        "quiet": True,
+    }
+    found = lockstep.run(
+        lockstep.from_lightning(net, data_class()), workers=2, out=run_folders(), **settings
+    )
+    plain = Plain(weights_of(net))
+    wanted = lockstep.run(plain, workers=1, batch_size=4, out=run_folders(), **settings)
+    assert found.history == wanted.history
+    for name in ("model.safetensors",):
+        assert (found.folder / name).read_bytes() == (wanted.folder / name).read_bytes()
+    assert b'"evaluated":84' in (found.folder / "ledger.jsonl").read_bytes()
+
+
+def plateau_of(optimizer: torch.optim.Optimizer) -> Any:
+    return ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0)
+
+
+class EverySecond:
+    """Steps a schedule that waits every second time."""
+
+    waits = True
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule, self.count = schedule, 0
+
+    def step(self, value: float) -> None:
+        self.count += 1
+        if self.count % 2 == 0:
+            self.schedule.step(value)

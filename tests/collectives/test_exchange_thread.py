@@ -3,6 +3,7 @@ theirs is not taken for true."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from lockstep.errors import PeerTimeoutError, ProtocolError
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.shard_placement import HostShards
 from lockstep.planning.slot_map import TableMap
+from lockstep.state.control_segment import ControlSegment, ControlShape
+from lockstep.system.shared_memory import Segment
 
 
 def test_early_only_where_it_pays() -> None:
@@ -72,6 +75,45 @@ def test_rows_that_cannot_be(indices: list[int]) -> None:
     plan, sender = received(len(indices), indices)
     with pytest.raises(ProtocolError, match="host b sends indices"):
         plan.check_rows(sender)
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "ok"),
+    [
+        (0, b"", True),
+        (2, b'["a", "b"]', True),
+        (17, b'["a"]', False),
+        (-1, b"", False),
+        (2, b'["a"]', False),
+        (1, b"", False),
+        (1, b'"a"', False),
+        (1, b"[1]", False),
+        (2, b'["a", "a"]', False),
+        (1, b"[", False),
+        (1, b"\xff", False),
+    ],
+)
+def test_what_a_host_says_that_it_has_logged(count: int, names: bytes, ok: bool) -> None:
+    plan, sender = received(0, [])
+    shape = ControlShape(shards=1, max_workers=1, params=1)
+    with contextlib.closing(ControlSegment(Segment.create("c", shape.nbytes()), shape)) as control:
+        plan.control = control
+        control.logged_counts[3, 0], control.names_bytes[3, 0] = count, len(names)
+        control.names[0, : len(names)] = list(names)
+        with contextlib.nullcontext() if ok else pytest.raises(ProtocolError, match="host b sends"):
+            plan.check_counts(3, sender)
+            plan.check_names(3, sender)
+
+
+def test_a_length_of_names_that_cannot_be() -> None:
+    plan, sender = received(0, [])
+    shape = ControlShape(shards=1, max_workers=1, params=1)
+    with contextlib.closing(ControlSegment(Segment.create("c", shape.nbytes()), shape)) as control:
+        plan.control = control
+        for length in (-1, 513, 2**31 - 1):
+            control.names_bytes[3, 0] = length
+            with pytest.raises(ProtocolError, match="host b sends a length"):
+                plan.check_counts(3, sender)
 
 
 class Never:

@@ -89,3 +89,45 @@ def test_a_schedule_that_begins_late_is_where_the_others_are() -> None:
     late, found = begin("one-cycle", "number")
     late.go_to(17)
     assert found() == expected()
+
+
+class Waits(Task):
+    scheduler_metric = "value"
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, min_lr=0.01)
+
+
+@pytest.mark.parametrize("rate", ["number", "tensor"])
+def test_one_that_waits_goes_back_and_forth(rate: str) -> None:
+    """As a plain loop steps it, whatever it was asked for before, and told later."""
+    values = [3.0, 2.0, 2.0, float("nan"), 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    told = [(3 * number, value) for number, value in enumerate(values, start=1)]
+
+    def make() -> torch.optim.Optimizer:
+        lr: Any = torch.tensor(0.1) if rate == "tensor" else 0.1
+        return torch.optim.AdamW([nn.Parameter(torch.zeros(2))], lr=lr)
+
+    def lr_of(optimizer: torch.optim.Optimizer) -> float:
+        return float(_plain(optimizer.param_groups[0]["lr"]))
+
+    plain = make()
+    plateau = Waits().scheduler(plain)
+    wanted = [lr_of(plain)] * 3
+    for value in values:
+        plateau.step(value)
+        wanted += [lr_of(plain)] * 3
+    assert len(set(wanted)) > 3
+    optimizer = make()
+    sampling = Sampling(samples=30, batch_size=10, shards=1, seed=0)
+    waiting = schedule.LrSchedule(Waits(), optimizer, sampling)
+    assert waiting.metric == "value"
+    assert waiting.changed == {(0, "lr")}
+    for step, known in [(0, 0), (2, 0), (3, 0), (3, 1), (9, 3), (7, 3), (9, 3), (36, 12), (2, 12)]:
+        waiting.tell(told[:known])
+        waiting.go_to(step)
+        assert lr_of(optimizer) == wanted[min(step, 3 * known + 2)], (step, known)
+    late = schedule.LrSchedule(Waits(), make(), sampling)
+    late.tell(told)
+    late.go_to(20)
+    assert lr_of(late._optimizer) == wanted[20]

@@ -26,7 +26,7 @@ settings of a job, which `run`, `start` and `plan` take by name: [job-files.md](
 PARTS = {
     "What you write": ["Task", "Position", "Parameters", "Together"],
     "From what you have": ["from_module", "from_transformers", "from_lightning"],
-    "Running it": ["run", "start", "Run", "plan", "resume", "preloaded", "Job"],
+    "Running it": ["run", "start", "Run", "plan", "resume", "preloaded", "Job", "Callback"],
     "What comes of it": ["Result", "evaluate", "predict", "verify", "LockstepError"],
 }
 SECTION = re.compile(r"^(Args|Raises|Returns|Yields):$")

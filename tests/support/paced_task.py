@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import Dataset, TensorDataset
 
 import lockstep
@@ -42,6 +43,23 @@ class Paced(lockstep.Task):
 
     def optimizer(self, params: lockstep.Parameters) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+
+
+class Waiting(Paced):
+    """A learning rate that waits for a held-out metric, and values beside the loss."""
+
+    scheduler_metric = "accuracy"
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        scores = model(batch[0])
+        if model.training:
+            time.sleep(float(os.environ.get(PACE, "0")))
+        return functional.cross_entropy(scores, batch[1]), {
+            "accuracy": scores.argmax(1) == batch[1]
+        }
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        return ReduceLROnPlateau(optimizer, mode="max", factor=0.9, patience=1, min_lr=1e-3)
 
 
 def points(count: int, seed: int) -> TensorDataset:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.adapters.common import answer_by, build_data, build_model, check_callable
 from lockstep.errors import TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.task import Parameters, Task
-from lockstep.optim.lr_schedule import check_schedule
+from lockstep.optim.lr_schedule import check_schedule, refuse_waiting
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ def from_module(
     eval_dataset: Dataset[Any] | Callable[[], Dataset[Any]] | None = None,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     scheduler_interval: Literal["step", "data_epoch"] = "step",
+    scheduler_metric: str = "loss",
     metrics: Mapping[str, Criterion] | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
@@ -42,13 +44,16 @@ def from_module(
             there, under the job's seed.
         dataset: map-style, of pairs `(inputs, targets)`; or a function that builds it. A
             data set is copied once: for a large one give a function.
-        loss: the mean over a batch from `(outputs, targets)`, a scalar.
+        loss: the mean over a batch from `(outputs, targets)`, a scalar; or a pair of it and a
+            mapping of what is to be logged, as `Task.loss` may return.
         optimizer: from the parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         eval_dataset: the held-out data, of the same form.
         scheduler: from the optimizer, such as `functools.partial(StepLR, step_size=10)`. A
             schedule of timm counts updates (`t_in_epochs=False`), or with the interval
             `data_epoch` data epochs.
         scheduler_interval: when it is stepped.
+        scheduler_metric: the held-out metric that a `ReduceLROnPlateau` is stepped with instead,
+            after each evaluation.
         metrics: held-out metrics beside the loss, from `(outputs, targets)`: one number per
             sample, `[n]`, or the mean over the batch.
         collate: samples to a pair `(inputs, targets)`; default: torch's `default_collate`.
@@ -70,6 +75,7 @@ def from_module(
         check_callable(f"the metric {name!r}", metric, "a function of (outputs, targets)")
     task = ModuleTask(model, dataset, loss, optimizer, eval_dataset, scheduler, metrics or {})
     task.scheduler_interval, task.keep_modes = scheduler_interval, keep_modes
+    task.scheduler_metric = scheduler_metric
     if collate is not None:
         task.collate = collate  # type: ignore[method-assign, assignment]
     answer_by(task, from_record, predict)
@@ -105,10 +111,9 @@ class ModuleTask(Task):
         data: Dataset[Any] | None = build_data(self._eval_dataset)
         return data
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Any:
         inputs, targets = _pair(batch)
-        loss: torch.Tensor = self._criterion(model(inputs), targets)
-        return loss
+        return self._criterion(model(inputs), targets)
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         return self._make_optimizer(params)
@@ -122,15 +127,17 @@ class ModuleTask(Task):
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor | float]:
         inputs, targets = _pair(batch)
         outputs = model(inputs)
-        named = {"loss": self._criterion, **self._metrics}
-        return {name: metric(outputs, targets) for name, metric in named.items()}
+        loss, beside = split_loss(self._criterion(outputs, targets))
+        others = {name: metric(outputs, targets) for name, metric in self._metrics.items()}
+        return {"loss": loss, **beside, **others}
 
 
 class _TimmSchedule:
     """A schedule of timm, which takes the number of updates, with the `step()` of PyTorch's."""
 
     def __init__(self, schedule: Any, interval: Literal["step", "data_epoch"]) -> None:
-        check_schedule(getattr(schedule, "lr_scheduler", schedule))  # a plateau is wrapped
+        refuse_waiting(getattr(schedule, "lr_scheduler", None))
+        check_schedule(schedule)
         if schedule.t_in_epochs != (interval == "data_epoch"):
             raise TaskError(
                 "timm's schedule would never be stepped",

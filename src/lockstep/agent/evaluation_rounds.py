@@ -15,7 +15,7 @@ from lockstep.agent import membership
 from lockstep.agent.answer_chunks import BatchResult
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.errors import TaskError
-from lockstep.planning.eval_batches import Outputs, combine, gather
+from lockstep.planning.eval_batches import BatchSums, Outputs, combine, gather
 from lockstep.planning.worker_messages import InferBatches, Scored, ScoreOutputs
 
 Inferred = Literal["evaluate", "predict"]
@@ -58,15 +58,23 @@ class EvaluationRounds:
         group = self._group
         results = self.divide("evaluate", range(group.plan.eval_batches))
         while True:
-            scored = self._score(group.members.formed[0], gather(results))
+            ends = group.step >= group.plan.steps
+            scored = self._score(group.members.formed[0], gather(results), ends=ends)
             if scored is not None:
                 return {**combine(results), **scored}
             group.await_rest()
 
-    def evaluate_one(self) -> None:
-        """Evaluate the first held-out batch, for its errors alone. `Task.score` is not tried: it
-        may need all of the held-out set."""
-        self.divide("evaluate", range(1))
+    def evaluate_one(self) -> BatchSums:
+        """Evaluate the first held-out batch, for its errors and its metrics' names. `Task.score` is
+        not tried: it may need all of the held-out set."""
+        (found,) = self.divide("evaluate", range(1))
+        return found  # type: ignore[no-any-return]
+
+    def baseline(self) -> None:
+        """Have the baseline computed, where the run ends before its last step."""
+        group = self._group
+        while self._score(group.members.formed[0], {}, ends=True) is None:
+            group.await_rest()
 
     def divide(self, what: Inferred, batches: Sequence[int]) -> list[Any]:
         """What the workers make of each batch, in order; each batch is done by one of them."""
@@ -114,11 +122,10 @@ class EvaluationRounds:
             if isinstance(answer, BatchResult):
                 self._results[answer.batch] = answer.result
 
-    def _score(self, worker_id: int, outputs: Outputs) -> dict[str, float] | None:
+    def _score(self, worker_id: int, outputs: Outputs, *, ends: bool) -> dict[str, float] | None:
         """The metrics of all outputs together, and at the end the baseline; None: the worker that
         was asked has died."""
         group = self._group
-        ends = group.step >= group.plan.steps
         if not outputs and not ends:
             return {}
         request = ScoreOutputs(round=self._round, outputs=json.dumps(outputs), baseline=ends)

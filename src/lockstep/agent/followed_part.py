@@ -19,6 +19,7 @@ from lockstep.agent.host_messages import (
     HostReady,
     InferBatches,
     LeaseExtended,
+    MetricEvaluated,
     PauseWorkers,
     Recovered,
     ResumeWorkers,
@@ -31,6 +32,7 @@ from lockstep.agent.observer import NullObserver
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.net.control_link import ControlLink
+from lockstep.planning.metric_decisions import Told
 from lockstep.planning.plan import Plan
 from lockstep.state.host_memory import HostMemory
 from lockstep.system.messages import Message
@@ -62,8 +64,10 @@ class FollowedPart:
         """`moved` is called once, when this host has taken part in a step."""
         self._link, self._mesh, self._master, self._moved = link, mesh, master, moved
         self._leased = 0
+        self._untold: deque[Told] = deque()
+        """What the task's schedule is to be told when all rest: no later step begins before."""
         self.group = WorkerGroup(
-            host, memory, plan, Forwarder(link, master), None, lease=lambda: self._leased, held=True
+            host, memory, plan, Forwarder(link, master), None, lease=self._lease, held=True
         )
         self._regroup = HostRegroup(self.group, mesh)
         self._rounds = EvaluationRounds(self.group, OwnShare())
@@ -72,12 +76,16 @@ class FollowedPart:
         """What is to be done when all rest."""
         self.group.decide(membership.GroupStarted())
 
+    def _lease(self) -> int:
+        return min([self._leased, *(step for step, _ in self._untold)])
+
     def tick(self) -> None:
         """Lead the workers for a moment, and report."""
         group = self.group
         group.listen()
         group.step_log.drain()
         self._report()
+        self._tell_metrics()
         self._do_asked()
         group.grant()
         group.watch()
@@ -88,12 +96,16 @@ class FollowedPart:
             case PauseWorkers(generation=generation):
                 self._asked = deque(each for each in self._asked if not isinstance(each, SendState))
                 self._regroup.pause(generation)
-            case ResumeWorkers(order=order, lease=lease):
+            case ResumeWorkers(order=order, lease=lease, told=told):
                 self._leased = lease
+                self.group.told[:] = told
+                self._untold.clear()
                 self._regroup.resume(order)
             case LeaseExtended(step=step):
                 self._leased = step
                 self.group.grant()
+            case MetricEvaluated(told=told):
+                self._untold.append(told)
             case InferBatches() | SendState():
                 self._asked.append(message)
 
@@ -123,6 +135,12 @@ class FollowedPart:
         if status is not None:
             generation = self._mesh.generation
             link.tell(master, HostPaused(generation=generation, status=status))
+
+    def _tell_metrics(self) -> None:
+        """Tell the workers what the task's schedule waits for. The others of the job may be ahead:
+        this host's may still be on the last step before."""
+        while self._untold and self._rests_at(self._untold[0][0]):
+            self.group.tell_metric(self._untold.popleft())
 
     def _do_asked(self) -> None:
         """Do what was asked for, if everybody rests where it was to be done. What the master has

@@ -12,6 +12,7 @@
     StepsRecorded   what they have computed ->
     ExchangeTrouble an exchange has failed  ->
     EventsForwarded for the run's events    ->
+                                            <-   MetricEvaluated what a schedule waits for
                                             <-   InferBatches    held-out batches, at rest
     BatchChunk      what comes of them      ->
                                             <-   SendState       what this host alone has of it
@@ -170,12 +171,21 @@ class ResumeWorkers(Message):
 
     order: RegroupOrder
     lease: Step
+    told: Annotated[tuple[tuple[Step, float], ...], msgspec.Meta(max_length=1 << 20)] = ()
+    """What the task's schedule has been told, where it waits for a metric."""
 
 
 class LeaseExtended(Message):
     """Run every step before this one."""
 
     step: Step
+
+
+class MetricEvaluated(Message):
+    """Tell the task's schedule the metric that it waits for."""
+
+    told: tuple[Step, float]
+    """After how many steps it was evaluated, and what it is."""
 
 
 class InferBatches(Message):
@@ -214,6 +224,7 @@ FromMaster = (
     | PauseWorkers
     | ResumeWorkers
     | LeaseExtended
+    | MetricEvaluated
     | InferBatches
     | SendState
     | JobEnded

@@ -16,6 +16,7 @@ from lockstep.planning.step_phases import Phase, progress_of
 from lockstep.results.ledger import StepRecord
 from lockstep.state.control_segment import DIGEST_BYTES, RING
 from lockstep.state.host_memory import HostMemory
+from lockstep.state.shard_outcomes import weighted_means
 
 MARK_STEPS, MARKS = 64, 64
 """Of every so many steps a digest is kept, of so many of them."""
@@ -96,11 +97,7 @@ class StepLog:
     def _record(self, step: int) -> None:
         control, place = self.control, step % RING
         size = self.sampling.batch_samples(step)
-        loss = 0.0
-        for value, weight in zip(
-            control.losses[place].tolist(), self.sampling.weights(step), strict=True
-        ):
-            loss += value * weight
+        loss, logged = weighted_means(control, step, self.sampling.weights(step))
         units = {
             unit.name: control.digest(step, index)
             for index, unit in enumerate(self.digest_sample.units(step))
@@ -113,6 +110,7 @@ class StepLog:
             data_epoch=self.sampling.data_epoch(step),
             samples=size,
             loss=loss,
+            logged=logged,
             units=units,
             norm=norm,
         )

@@ -25,6 +25,7 @@ from lockstep.agent.step_log import StepLog, Throughput
 from lockstep.errors import NumericsError, ResourceError, WorkerLostError
 from lockstep.planning.assignment import assign
 from lockstep.planning.host_role import HostRole
+from lockstep.planning.metric_decisions import Told
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, Stage, progress_of
@@ -34,6 +35,7 @@ from lockstep.planning.worker_messages import (
     BatchesDone,
     Interrupted,
     LoaderLost,
+    MetricTold,
     Rested,
     RunSteps,
     Scored,
@@ -99,6 +101,8 @@ class WorkerGroup:
         """Why the state is corrupted here, where other hosts have to be asked for it."""
         self.answers: deque[BatchResult | Scored] = deque()
         """What workers have said of held-out data, for whoever has asked."""
+        self.told: list[Told] = []
+        """What the task's schedule has been told, where it waits for a metric."""
         self.idle: dict[int, int] = {}
         """By worker that rests at the lease's end, its step."""
         self._retry_at: float | None = None
@@ -217,6 +221,7 @@ class WorkerGroup:
                 refresh=refresh,
                 loaders=self.failure_log.loaders_live,
                 ahead_from=ahead_from,
+                told=tuple(self.told),
             )
             self.tell(worker_id, assignment)
 
@@ -238,6 +243,15 @@ class WorkerGroup:
         """Send a message; to one that has just died, in vain: its death will be heard of."""
         with contextlib.suppress(Closed):
             self.host.workers[worker_id].channel.send(message)
+
+    def tell_metric(self, told: Told) -> None:
+        """Tell the members the metric that the task's schedule waits for. Called at rest; whoever
+        becomes a member later is told with its assignment."""
+        if self.told and self.told[-1][0] >= told[0]:
+            return
+        self.told.append(told)
+        for worker_id in self.members.formed:
+            self.tell(worker_id, MetricTold(told=told))
 
     # The lease: workers may run every step below it.
 

@@ -48,7 +48,11 @@ TRIALS_SECONDS = 5.0
 
 def _measure(job: Job, facts: Facts, division: Division, host: LocalHost) -> float:
     """Samples per second of a division, in a moment of training that is thrown away."""
-    trial = decompose(job.replace(evaluate=False, purity=0.0, compile=False), facts, division)
+    alone = job.replace(
+        evaluate=False, purity=0.0, compile=False,
+        monitor=None, monitor_mode="min", stop_patience=None, stop_min_delta=0.0,
+    )  # fmt: skip
+    trial = decompose(alone, facts, division)
     schedule = StopSchedule(
         steps=trial.steps,
         steps_per_epoch=trial.steps_per_epoch,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.api.stored_model import EvaluationObserver, newest_checkpoint, request_of
+from lockstep.api.stored_model import EvaluationObserver, request_of, stored_model
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import open_hosts
 from lockstep.coordinator.run_control import RunControl
@@ -40,6 +40,7 @@ def evaluate(
     task: Task | None = None,
     on: Launcher | None = None,
     trust: bool = False,
+    checkpoint: str | None = None,
     quiet: bool = True,
 ) -> Evaluated:
     """Evaluate a run's model on its task's held-out data.
@@ -52,15 +53,17 @@ def evaluate(
         task: the task, where the run was given an object and not a name.
         trust: whether the code that the run folder names may be run though somebody else has made
             the folder.
+        checkpoint: which state: `"best"` by the run's `monitor`, or the name or step of one of its
+            checkpoints; None: the newest good one.
         on: what brings agents to other hosts; None: this host alone.
         quiet: show no progress on stderr.
 
     Raises:
-        RunFolderError: there is no model.
+        RunFolderError: there is no model, or no such checkpoint.
         LockstepError: the task cannot be evaluated.
     """
     Job(task="", workers=workers)  # refuses what is out of range
-    model = newest_checkpoint(run)
+    model = stored_model(run, checkpoint)
     settings = model.manifest["job"]
     source = recorded_source(model.manifest, task, Path(run), trust=trust)
     source = dataclasses.replace(source, args={**source.args, **(args or {})})

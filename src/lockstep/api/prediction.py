@@ -18,8 +18,8 @@ from blake3 import blake3
 from lockstep.api.stored_model import (
     EvaluationObserver,
     StoredModel,
-    newest_checkpoint,
     request_of,
+    stored_model,
 )
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
@@ -69,6 +69,7 @@ def predict(
     quiet: bool = True,
     on: Launcher | None = None,
     trust: bool = False,
+    checkpoint: str | None = None,
 ) -> Predicted:
     """Predict from a file of records with a run's model, into a file of rows in the same order.
 
@@ -85,18 +86,20 @@ def predict(
         task: the task, where the run was given an object and not a name.
         trust: whether the code that the run folder names may be run though somebody else has made
             the folder.
+        checkpoint: which state: `"best"` by the run's `monitor`, or the name or step of one of its
+            checkpoints; None: the newest good one.
         quiet: no progress on stderr.
         on: what brings agents to other hosts, which are sent the records; None: this host alone.
 
     Raises:
-        RunFolderError: there is no model, or `out` exists or cannot be made.
+        RunFolderError: there is no model or no such checkpoint, or `out` exists or cannot be made.
         DataError: a record cannot be used, or the model was fitted to other data.
         RunInterrupted: a signal asked to stop; the same call goes on.
     """
     begun = time.monotonic()
     data, out = user_path(data), user_path(out)
     Job(task="", workers=workers, batch_size=batch_size)  # refuses what is out of range
-    model = newest_checkpoint(run)
+    model = stored_model(run, checkpoint)
     source = recorded_source(model.manifest, task, Path(run), trust=trust)
     if not len(open_records(data)):
         return _nothing(model, out, time.monotonic() - begun)

@@ -1,4 +1,4 @@
-"""Stored model: the newest good checkpoint of a run, loaded on one host or several."""
+"""Stored model: a run's newest good checkpoint, or another, loaded on one host or several."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lockstep.errors import IntegrityError, RunFolderError
 from lockstep.job.run_request import RunRequest
 from lockstep.job.task_source import TaskSource
 from lockstep.planning.plan import Plan
+from lockstep.results.best_checkpoint import named_checkpoint
 from lockstep.results.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from lockstep.results.run_folder import RunFolder
 
@@ -43,7 +44,7 @@ class EvaluationObserver(NullObserver):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A run's model, as its newest good checkpoint has it."""
+    """A run's model, as one of its checkpoints has it."""
 
     manifest: dict[str, Any]
     checkpoint: Checkpoint
@@ -54,7 +55,8 @@ class StoredModel:
         plan = dataclasses.replace(
             Plan.from_message(self.manifest["plan"]),
             steps=self.checkpoint.step, ownership="replicated", servers=(),
-            faults=(), audit=0.0, purity=0.0, compile=False, loaders=None, **changes,
+            faults=(), audit=0.0, purity=0.0, compile=False, loaders=None,
+            monitor=None, stop_patience=None, **changes,
         )  # fmt: skip
         most = sum(hosts.capacities.values()) if hosts.networked else plan.workers
         count = workers or most
@@ -82,13 +84,24 @@ class StoredModel:
         return Coordinator(ready, schedule, observer, step, requests=control.take)
 
 
-def newest_checkpoint(run: str | Path) -> StoredModel:
-    """The newest good checkpoint of a run. It stays while it is in use, though the run may go on.
+def stored_model(run: str | Path, name: str | None) -> StoredModel:
+    """A run's model at a checkpoint, by default the newest good one. It stays while it is in use,
+    though the run may go on.
+
+    `name`: `best`, or a checkpoint's name or step; None: the newest.
 
     Raises:
-        RunFolderError: it has none.
+        RunFolderError: there is no such checkpoint.
+        IntegrityError: the one that was asked for is damaged.
     """
     folder = RunFolder.open(run)
+    if name is None:
+        return _newest(run, folder)
+    manifest, path = folder.read_manifest(), named_checkpoint(folder, name)
+    return StoredModel(manifest=manifest, checkpoint=open_checkpoint(path), notes=())
+
+
+def _newest(run: str | Path, folder: RunFolder) -> StoredModel:
     manifest, notes = folder.read_manifest(), []
     paths = list_checkpoints(folder.checkpoints)
     while paths:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import OpenHosts, ReadyHosts, open_hosts
 from lockstep.coordinator.run_control import RunControl
 from lockstep.coordinator.stop_schedule import StopSchedule
-from lockstep.errors import DataLostError, LockstepError, StoppedError
+from lockstep.errors import DataLostError, LockstepError, StoppedError, TaskError
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest, Taskish
 from lockstep.job.task import Task
 from lockstep.planning.core_split import Facts, divisions
 from lockstep.planning.host_split import computing, decompose_over_hosts
 from lockstep.planning.plan import Plan
+from lockstep.results.callbacks import Callback, check_callbacks
 from lockstep.results.checkpoint import list_checkpoints
+from lockstep.results.loggers import check_loggers, make_loggers
 from lockstep.results.manifest import check_resumed, make_manifest, recorded_source
 from lockstep.results.progress import announce
 from lockstep.results.recorder import Recorder
@@ -38,6 +40,7 @@ def run(
     args: Mapping[str, Any] | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **settings: Any,
 ) -> Result:
@@ -48,6 +51,7 @@ def run(
         args: arguments for a named task or recipe.
         on: what brings agents to other hosts; None: this host alone.
         control: where requests to the running job are left; see `start`.
+        callbacks: observers of the run, see `Callback`.
         quiet: show no progress on stderr.
         settings: the fields of `Job`; they take precedence over a job's own and a recipe's.
 
@@ -57,24 +61,34 @@ def run(
         LockstepError: see `lockstep.errors`; no process, file descriptor or shared memory is left.
     """
     begun = time.time()
+    check_callbacks(callbacks)
     request = RunRequest.of(task, args, settings)
+    check_loggers(request.job.log)
     RunFolder.check_free(request.job.out)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, on) as hosts:
+        check_loggers(hosts.job.log)  # a recipe may name some, too
         plan = _decompose(hosts, quiet=quiet)  # 1 decompose
         if plan.compile:
             announce("compiling the loss and its gradient", quiet=quiet)
         announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
         _check(ready, plan)
-        with RunFolder.create(hosts.job.out, request.source.label) as folder:
+        with RunFolder.create(hosts.job.out, hosts.job.run_name or request.source.label) as folder:
             folder.write_manifest(
                 make_manifest(
                     request.source, hosts.job, plan, ready.memory.profile, hosts.host.facts
                 )
             )
             with _training(
-                hosts.job, plan, ready, folder, Restart(step=0, ledger=None), control, quiet
+                hosts.job,
+                plan,
+                ready,
+                folder,
+                Restart(step=0, ledger=None),
+                control,
+                callbacks,
+                quiet,
             ) as (coordinator, recorder):
                 coordinator.run()  # 3 compute, 4 synchronise
                 return recorder.finish(  # 5 aggregate
@@ -89,6 +103,7 @@ def resume(
     task: Task | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     trust: bool = False,
 ) -> Result:
@@ -102,6 +117,7 @@ def resume(
             the folder.
         on: what brings agents to other hosts; None: this host alone goes on.
         control: where requests to the running job are left; see `start`.
+        callbacks: observers of the run, see `Callback`.
         quiet: show no progress on stderr.
 
     Raises:
@@ -109,18 +125,20 @@ def resume(
         LockstepError: as for `run`.
     """
     begun = time.time()
+    check_callbacks(callbacks)
     with RunFolder.open(run) as folder:
         manifest = folder.read_manifest()
         folder.check_unfinished()
         source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
         with open_hosts(RunRequest.recorded(source, manifest["job"]), on) as hosts:
+            check_loggers(hosts.job.log)
             check_resumed(run, manifest, hosts.host.facts)
             plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
             ready = hosts.initialise(plan)
             _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)
-            with _training(hosts.job, plan, ready, folder, start, control, quiet) as (
+            with _training(hosts.job, plan, ready, folder, start, control, callbacks, quiet) as (
                 coordinator,
                 recorder,
             ):
@@ -165,7 +183,15 @@ def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
 
 
 def _check(ready: ReadyHosts, plan: Plan) -> None:
-    """Refuse a task that remembers, before anything is written."""
+    """Refuse a task that remembers, or waits for what does not come, before anything is written."""
+    metric = ready.memory.scheduler_metric
+    if metric and not plan.eval_samples:
+        raise TaskError(
+            "Task.scheduler returned a ReduceLROnPlateau, and nothing is evaluated",
+            expected=f"a data set from Task.eval_data, and evaluate = true: it waits for {metric}",
+            found="no held-out samples",
+            fix="define Task.eval_data, or use another schedule",
+        )
     if plan.purity > 0.0:
         ready.host.check_purity()
 
@@ -185,6 +211,7 @@ def _training(
     folder: RunFolder,
     start: Restart,
     control: RunControl | None,
+    callbacks: Sequence[Callback],
     quiet: bool,
 ) -> Iterator[tuple[Coordinator, Recorder]]:
     """A coordinator whose run goes into a folder; the report is written at the end.
@@ -201,17 +228,26 @@ def _training(
         automatic=job.checkpoint_steps is None and job.checkpoint_seconds is None,
     )
     control = control or RunControl()
+    callbacks = [*callbacks, *make_loggers(job.log)]
     try:
         with (
             control as requests,
             Recorder(
-                folder, ready.memory, plan, job.keep_checkpoints, start, quiet=quiet
+                folder, ready.memory, plan, job.keep_checkpoints, start, callbacks, quiet=quiet
             ) as recorder,
         ):
             requests.take_signals()
             requests.open(folder.path, ready.own_plan.max_workers)
             yield (
-                Coordinator(ready, schedule, recorder, start.step, requests=requests.take),
+                Coordinator(
+                    ready,
+                    schedule,
+                    recorder,
+                    start.step,
+                    requests=requests.take,
+                    evaluations=start.evaluations,
+                    evaluated=recorder.evaluated_at,
+                ),
                 recorder,
             )
     except StoppedError as error:

@@ -23,7 +23,14 @@ from lockstep.results.checkpoint import (
     check_model_file,
     open_checkpoints,
 )
-from lockstep.results.ledger import Line, StepRecord, read_ledger
+from lockstep.results.decision_check import check_decisions
+from lockstep.results.ledger import (
+    EvaluationRecord,
+    Line,
+    StepRecord,
+    evaluations_of,
+    read_ledger,
+)
 from lockstep.results.manifest import check_manifest, differences, recorded_source
 from lockstep.results.progress import Progress, announce
 from lockstep.results.run_folder import RunFolder
@@ -58,7 +65,9 @@ class Comparison(NullObserver):
 
     def __init__(self, lines: list[Line], display: Progress) -> None:
         self._display = display
-        self._lines = {line.content["step"]: line for line in lines}
+        self._lines = {line.content["step"]: line for line in lines if "step" in line.content}
+        self._evaluations = {each.step: each for each in evaluations_of(lines)}
+        self._end = max((line.after for line in lines), default=0)
         self.first: StepRecord | None = None
         self.tensors: list[str] = []
 
@@ -73,6 +82,26 @@ class Comparison(NullObserver):
             self.tensors or record.step >= self.first.step + TENSOR_SEARCH_STEPS
         ):
             raise Mismatch
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Compare with the evaluation that the ledger has. It may lack the last, where the run was
+        killed in between.
+
+        Raises:
+            IntegrityError: it is another.
+        """
+        recorded = self._evaluations.get(step)
+        if self.first is not None or (recorded is None and step >= self._end):
+            return
+        found = EvaluationRecord(step=step, metrics=metrics).body()
+        expected = "" if recorded is None else EvaluationRecord(**vars(recorded)).body()
+        if found != expected:
+            raise IntegrityError(
+                f"the replay's evaluation after step {step} differs from the ledger's",
+                expected=f"{dict(recorded.metrics)}" if recorded else "a line for it",
+                found=f"{metrics}",
+                fix="the code, the held-out data or the recorded state is not the run's",
+            )
 
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
         self._display.update(step, loss, rate, workers)
@@ -120,10 +149,14 @@ def verify(
     check_together(manifest["job"].get("data", "build"), alone=True)
     lines = _read_lines(folder, manifest)
     checkpoints = open_checkpoints(folder.checkpoints)
-    recorded = [line for line in lines if "step" in line.content]
-    first, last = _span(steps, len(recorded))
+    evaluations = evaluations_of(lines)
     plan = Plan.from_message(manifest["plan"])
-    plan = dataclasses.replace(plan.with_workers(workers or plan.workers), steps=last)
+    check_decisions(folder, plan, lines)
+    planned = plan.steps
+    first, last = _span(steps, sum("step" in line.content for line in lines))
+    plan = dataclasses.replace(
+        plan.with_workers(workers or plan.workers), steps=last, monitor=None, stop_patience=None
+    )
     source = recorded_source(manifest, task, Path(run), trust=trust)
     announce(f"loading torch and {source.label}", quiet=quiet)
     with (
@@ -134,10 +167,17 @@ def verify(
         notes = differences(manifest, facts)
         ready = ready_alone(host, plan)
         start = _restore(ready.memory, lines[0], checkpoints, first)
-        comparison = Comparison(recorded, display)
-        schedule = StopSchedule(steps=last, steps_per_epoch=plan.steps_per_epoch)
+        comparison = Comparison(lines, display)
+        schedule = StopSchedule(
+            steps=last, steps_per_epoch=plan.steps_per_epoch, evaluate=bool(evaluations),
+            evaluate_end=last == planned,
+        )  # fmt: skip
         step = start.step if start is not None else 0
-        coordinator = Coordinator(ready, schedule, comparison, step)
+        before = [each for each in evaluations if each.step <= step]
+        coordinator = Coordinator(
+            ready, schedule, comparison, step,
+            evaluations=before, evaluated=[each.step for each in before],
+        )  # fmt: skip
         with contextlib.suppress(Mismatch):
             coordinator.run()
         if (error := comparison.error(notes)) is not None:

@@ -29,7 +29,9 @@ data_app = typer.Typer(no_args_is_help=True, help="Data sets of the recipes.")
 app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
-SHOWN_IF_SET = {"groups", "servers", "faults", "holdings", "part"}
+SHOWN_IF_SET = {
+    "groups", "servers", "faults", "holdings", "part", "monitor", "stop_patience", "stop_min_delta",
+}  # fmt: skip
 """Fields of a plan that most jobs leave empty."""
 JobArgument = Annotated[
     str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
@@ -93,6 +95,8 @@ def plan(
         print(json.dumps(message))
         return
     reasons = message.pop("reasons")
+    if found.monitor is None:
+        del message["monitor_mode"]
     for name, value in message.items():
         if value or name not in SHOWN_IF_SET:
             print(f"{name:<16} {'-' if value is None else value}")

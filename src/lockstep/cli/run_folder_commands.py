@@ -20,6 +20,10 @@ Trust = Annotated[
     bool,
     typer.Option("--trust", help="Run the code that the folder names, though it is not your run."),
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="best, by the run's --monitor, or a checkpoint's name or step."),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -93,6 +97,7 @@ def evaluate(
     on: On = None,
     state: commands.StateOption = None,
     trust: Trust = False,
+    checkpoint: Checkpoint = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +112,10 @@ def evaluate(
         check_trusted(manifest, run)  # to look for its options is to import the packages around it
     args = options_of(manifest["source"]["name"]).read(ctx.args)
     with launcher_of(on, state) as launcher:
-        found = evaluate_run(run, workers=workers, args=args, on=launcher, quiet=quiet, trust=trust)
+        found = evaluate_run(
+            run, workers=workers, args=args, on=launcher, quiet=quiet, trust=trust,
+            checkpoint=checkpoint,
+        )  # fmt: skip
     show_notes(found.notes)
     if as_json:
         print(json.dumps(plain(dataclasses.asdict(found))))
@@ -128,6 +136,7 @@ def predict(
     on: On = None,
     state: commands.StateOption = None,
     trust: Trust = False,
+    checkpoint: Checkpoint = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +153,7 @@ def predict(
     with launcher_of(on, state) as launcher:
         found = predict_run(
             run, data, out=out, keep=columns, workers=workers, batch_size=batch_size, quiet=quiet,
-            on=launcher, trust=trust,
+            on=launcher, trust=trust, checkpoint=checkpoint,
         )  # fmt: skip
     show_notes(found.notes)
     if as_json:

@@ -22,7 +22,8 @@ from lockstep.planning.ownership import Duties
 from lockstep.planning.reduction_tree import leaf_slots
 from lockstep.planning.shard_placement import HostShards, ShardPlacement
 from lockstep.planning.slot_map import AGAIN, Bucket, SlotMap, TableMap, cut
-from lockstep.state.control_segment import RING, ControlSegment
+from lockstep.state.control_segment import MOST_LOGGED, NAMES_BYTES, RING, ControlSegment
+from lockstep.state.shard_outcomes import decode_names, names_of
 
 Item = tuple[int, memoryview]
 """A tag, and the memory that it is about."""
@@ -128,7 +129,7 @@ class ExchangePlan:
         control, shards = self.control, sender.shards
         if shards:
             run = slice(shards.start, shards.stop)
-            yield control.losses[step % RING, run].data.cast("B")
+            yield control.outcomes[step % RING, run].view(np.uint8).data
             yield control.has_grad[run].reshape(-1).data
         if self.places.buffers.nbytes:
             for shard in shards:
@@ -137,10 +138,20 @@ class ExchangePlan:
             for table in self.places.tables:
                 yield self._leaf(tree, ByteRange(offset=table.row_indices.offset, nbytes=8))
 
-    def told(self, sender: HostShards, owner: str) -> Iterator[Item]:
+    def told(self, step: int, sender: HostShards, owner: str) -> Iterator[Item]:
         """What the flags and counts of a host tell of: gradients that have changed after they were
-        sent, and the rows of large tables that were touched."""
-        return tagged(Field.TOLD, self._told(sender, owner))
+        sent, the rows of large tables that were touched, and what the task has logged."""
+        return tagged(
+            Field.TOLD, itertools.chain(self._told(sender, owner), self._logged(step, sender))
+        )
+
+    def _logged(self, step: int, sender: HostShards) -> Iterator[memoryview]:
+        control, place = self.control, step % RING
+        for shard in sender.shards:
+            if control.names_bytes[place, shard]:
+                yield control.names[shard, : control.names_bytes[place, shard]].data
+                count = control.logged_counts[place, shard]
+                yield control.logged[place, shard, :count].data.cast("B")
 
     def _told(self, sender: HostShards, owner: str) -> Iterator[memoryview]:
         shards = sender.shards
@@ -180,6 +191,36 @@ class ExchangePlan:
                 if not -1 <= count <= most:
                     found = f"{count:,}"
                     raise _untrue(sender, "a number of rows", f"-1 to {most:,}", found)
+
+    def check_counts(self, step: int, sender: HostShards) -> None:
+        """Check how much a host says that its shards have logged.
+
+        Raises:
+            ProtocolError: it cannot be.
+        """
+        run = slice(sender.shards.start, sender.shards.stop)
+        for what, counts, most in (
+            ("a number of values", self.control.logged_counts[step % RING, run], MOST_LOGGED),
+            ("a length of names", self.control.names_bytes[step % RING, run], NAMES_BYTES),
+        ):
+            wrong = counts[(counts < 0) | (counts > most)]
+            if wrong.size:
+                raise _untrue(sender, what, f"0 to {most}", str(int(wrong[0])))
+
+    def check_names(self, step: int, sender: HostShards) -> None:
+        """Check the names of what a host's shards have logged.
+
+        Raises:
+            ProtocolError: they are not as many as the values, or no names.
+        """
+        for shard in sender.shards:
+            count = int(self.control.logged_counts[step % RING, shard])
+            try:
+                found = len(decode_names(names_of(self.control, step, shard)))
+            except ValueError:
+                found = -1
+            if found != count:
+                raise _untrue(sender, "names of values", f"{count} of them", f"{found}")
 
     def check_rows(self, sender: HostShards) -> None:
         """Check the indices of the rows that a host has sent: owners look for them in order.

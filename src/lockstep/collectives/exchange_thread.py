@@ -156,7 +156,7 @@ class ExchangeThread:
         for other in exchange_plan.others:
             going += self._send(step, exchange_plan.beside(step, exchange_plan.mine), other.name)
             going += self._send(
-                step, exchange_plan.told(exchange_plan.mine, other.name), other.name
+                step, exchange_plan.told(step, exchange_plan.mine, other.name), other.name
             )
         begun = time.monotonic()
         self._await_all(coming)
@@ -164,14 +164,16 @@ class ExchangeThread:
             self._early.took(time.monotonic() - begun)
         for other in exchange_plan.others:
             exchange_plan.check(other)
+            exchange_plan.check_counts(step, other)
         more = [
             slip
             for other in exchange_plan.others
-            for slip in self._expect(step, exchange_plan.told(other, self.mine), other.name)
+            for slip in self._expect(step, exchange_plan.told(step, other, self.mine), other.name)
         ]
         self._await_all([*more, *going])
         for other in exchange_plan.others:
             exchange_plan.check_rows(other)
+            exchange_plan.check_names(step, other)
         self.control.set_exchanged(step, Stage.GATHERED)
 
     def _swap(self, step: int, items: Callable[[str], Iterable[Item]]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError
@@ -27,7 +28,7 @@ PIECE_SECONDS, HURRIED_SECONDS = 60.0, 5.0
 """The longest that one piece of it may take, and when the run is to stop."""
 DIGEST_BYTES = 32
 PIECE_BYTES = 4 << 20
-LOSSES, NORM, DIGEST = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
+OUTCOMES, NORM, DIGEST, NAMES, LOGGED = range(1 << 20, (1 << 20) + 5)
 """Tags of what goes with a state, behind those of its pieces."""
 
 
@@ -125,5 +126,7 @@ class StateTransfer:
         if part is not None:
             return
         place = (step - 1) % RING
-        yield LOSSES, control.losses[place].data.cast("B")
+        yield OUTCOMES, control.outcomes[place].view(np.uint8).data
+        yield NAMES, control.names.reshape(-1).data
+        yield LOGGED, control.logged[place].reshape(-1).data.cast("B")
         yield NORM, control.total_norms[place : place + 1].data.cast("B")

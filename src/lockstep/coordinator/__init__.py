@@ -7,6 +7,7 @@ take part and from which step a new *generation* of them goes on.
 
 coordinator               the loop: grants leases, records steps, evaluates, writes checkpoints
 stop_schedule             at which steps a run pauses, and for what
+metric_watch              a run's evaluations, and what follows from them
 checkpoint_timer          when a checkpoint is due by time, and what they may cost
 host_group                HostGroup: the hosts of a run (the contract)
 single_host_group         a host group of one: this host alone

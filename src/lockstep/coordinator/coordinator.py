@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lockstep.agent import membership
 from lockstep.agent.evaluation_rounds import EvaluationRounds
@@ -17,10 +17,12 @@ from lockstep.agent.last_state import keep_last_state
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.coordinator.checkpoint_timer import CheckpointTimer
+from lockstep.coordinator.metric_watch import MetricWatch
 from lockstep.coordinator.open_hosts import ReadyHosts
 from lockstep.coordinator.run_control import Request
 from lockstep.coordinator.stop_schedule import StopSchedule
 from lockstep.errors import LockstepError, StoppedError
+from lockstep.planning.metric_decisions import Evaluation
 from lockstep.state.control_segment import RING
 
 AHEAD_STEPS = (4, RING - 16)
@@ -38,6 +40,8 @@ class Coordinator:
         step: int = 0,
         *,
         warm_up: float = 0.0,
+        evaluations: Sequence[Evaluation] = (),
+        evaluated: Collection[int] = (),
         requests: Callable[[], list[Request]] = list,
     ) -> None:
         """Take over hosts.
@@ -48,6 +52,8 @@ class Coordinator:
             observer: receives the history of the run.
             step: after how many steps the state is.
             warm_up: seconds of steps that do not count to the throughput.
+            evaluations: those before `step` that decide something.
+            evaluated: after how many steps there has been an evaluation before.
             requests: what has been asked since the last call: to scale, pause, stop, ...
         """
         self.group = WorkerGroup(
@@ -59,8 +65,16 @@ class Coordinator:
         self.schedule, self.observer = schedule, observer
         self._requests, self._thread = requests, threading.current_thread()
         self._start = step
+        waits_for = ready.memory.scheduler_metric if step < ready.own_plan.steps else ""
+        self._watch = MetricWatch(ready.own_plan, waits_for, evaluations)
+        self.group.told[:] = self._watch.told
         self._tries_evaluation = schedule.evaluate and step == 0
-        self._stop = step if self._tries_evaluation else schedule.next_stop(step)
+        begins_at_rest = (
+            self._tries_evaluation
+            or self._watch.stop_reason
+            or (step > 0 and schedule.evaluates_at(step) and step not in evaluated)
+        )  # what ended the run was an evaluation, or came right after it
+        self._stop = step if begins_at_rest else schedule.next_stop(step)
         self._timer = CheckpointTimer(
             schedule.checkpoint_seconds,
             automatic=schedule.automatic,
@@ -107,7 +121,7 @@ class Coordinator:
             if self._stop_asked:
                 self._end()
                 raise StoppedError(f"stopped after step {self.step}, as asked")
-            if self.step >= self.group.plan.steps or self._time_is_up():
+            if self.step >= self.group.plan.steps or self._time_is_up() or self._watch.stop_reason:
                 break
             self._stop = self.schedule.next_stop(self.step)
             self.hosts.let_in()
@@ -187,15 +201,35 @@ class Coordinator:
         self.group.throughput.rest()
         if self._tries_evaluation:  # what is broken in it shows now, and not after an epoch
             self._tries_evaluation = False
-            self.rounds.evaluate_one()
+            self._try_evaluation()
+        self._watch.improved = False
         if self.schedule.evaluates_at(self.step):
-            self.observer.evaluated(self.step, self.rounds.evaluate())
+            self._evaluate()
         ends = self.step == self.schedule.epoch_end(self.step) and self._may_checkpoint()
         asked = self.schedule.checkpoints_at(self.step) or self._stop_asked
+        asked = asked or self._watch.improved or bool(self._watch.stop_reason)
         if ends or asked or self._checkpoint_due():
             self._checkpoint()
         if self._paused:
             self._pause()
+
+    def _try_evaluation(self) -> None:
+        """Evaluate one batch, and see whether the metrics that somebody goes by are there. Those of
+        `Task.score` are not known yet."""
+        found = self.rounds.evaluate_one()
+        if not found["outputs"]:
+            self._watch.check_names(found["sums"])
+
+    def _evaluate(self) -> None:
+        step, metrics = self.step, self.rounds.evaluate()
+        self.observer.evaluated(step, metrics)
+        self._watch.take(Evaluation(step=step, metrics=metrics))
+        for told in self._watch.told[-1:]:
+            self.group.tell_metric(told)
+            self.hosts.tell_metric(told)
+        if self._watch.stop_reason and step < self.group.plan.steps:
+            self.rounds.baseline()
+            self.observer.event("stopped_early", step=step, reason=self._watch.stop_reason)
 
     def _checkpoint(self) -> None:
         begun = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lockstep.agent.evaluation_rounds import EvaluationShare
+from lockstep.planning.metric_decisions import Told
 
 
 class StateParts(Protocol):
@@ -44,6 +45,9 @@ class HostGroup(Protocol):
 
     def lease(self, step: int) -> None:
         """Let all hosts run every step before this one."""
+
+    def tell_metric(self, told: Told) -> None:
+        """Tell the other hosts what the task's schedule waits for, while all rest."""
 
     def let_in(self) -> None:
         """Let the hosts that wait take part from here on."""

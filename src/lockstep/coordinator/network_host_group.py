@@ -18,6 +18,7 @@ from lockstep.agent.host_messages import (
     HostReady,
     JobEnded,
     LeaseExtended,
+    MetricEvaluated,
     PauseWorkers,
     Recovered,
     ResumeWorkers,
@@ -44,6 +45,7 @@ from lockstep.net.counted_report import CountedReport
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard
 from lockstep.planning.data_partition import check_whole
+from lockstep.planning.metric_decisions import Told
 from lockstep.system.messages import Message, printable
 
 MAX_REFUSALS = 20
@@ -141,6 +143,10 @@ class NetworkHostGroup:
             self._furthest = max(self._furthest, step)
             for name in self._others():
                 self._link.tell(name, LeaseExtended(step=step))
+
+    def tell_metric(self, told: Told) -> None:
+        for name in self._others():
+            self._link.tell(name, MetricEvaluated(told=told))
 
     def let_in(self) -> None:
         waiting, self._newcomers = self._newcomers, {}
@@ -366,5 +372,6 @@ class NetworkHostGroup:
         )
         for name in self._others():
             lease = max(self._leased, 0)
-            self._link.tell(name, ResumeWorkers(order=order, lease=lease))
+            told = tuple(self._group.told)
+            self._link.tell(name, ResumeWorkers(order=order, lease=lease, told=told))
         self._regroup.resume(order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lockstep.agent.evaluation_rounds import OwnShare
+from lockstep.planning.metric_decisions import Told
 
 
 class WholeState:
@@ -34,6 +35,9 @@ class SingleHostGroup:
         pass
 
     def lease(self, step: int) -> None:
+        pass
+
+    def tell_metric(self, told: Told) -> None:
         pass
 
     def let_in(self) -> None:

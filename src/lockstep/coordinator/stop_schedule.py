@@ -12,6 +12,8 @@ class StopSchedule:
     steps: int
     steps_per_epoch: int
     evaluate: bool = False
+    evaluate_end: bool = True
+    """With `evaluate`: whether also after the last step, where no data epoch ends."""
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = None
     automatic: bool = False
@@ -23,7 +25,8 @@ class StopSchedule:
 
     def evaluates_at(self, step: int) -> bool:
         """Whether held-out data are evaluated after `step` committed steps."""
-        ends = step == self.steps or (step > 0 and step % self.steps_per_epoch == 0)
+        ends = step > 0 and step % self.steps_per_epoch == 0
+        ends = ends or (step == self.steps and self.evaluate_end)
         return self.evaluate and ends
 
     def checkpoints_at(self, step: int) -> bool:

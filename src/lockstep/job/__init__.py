@@ -5,6 +5,7 @@ A *task* is the user's code: a model, data, a loss and an optimizer. A *job* is 
 name with arguments, or the pickled task. A *position* says where in a run a call belongs.
 
 task             the class that users subclass
+loss_form        what `Task.loss` may return: a loss, or a loss and what is to be logged
 task_source      a task's name and arguments, or the pickled task
 script_state     what a script has set in modules, for the forkserver, which imports them anew
 plain_values     numbers, texts and containers of them, in a form that can be compared and sent

@@ -112,6 +112,31 @@ class Job:
         unset="`batch_size`",
         changes_numbers=True,
     )
+    monitor: str | None = setting(
+        None,
+        help="Held-out metric that says which state is the best: its checkpoint is kept.",
+        detail="`result.best` says which it is, and `predict` and `evaluate` take "
+        "`--checkpoint best`.",
+        changes_numbers=True,
+    )
+    monitor_mode: Literal["min", "max"] = setting(
+        "min",
+        help="Whether small or large values of `monitor` are good.",
+        changes_numbers=True,
+    )
+    stop_patience: int | None = setting(
+        None,
+        help="Stop early when `monitor` has not improved in so many evaluations.",
+        detail="There is one after each data epoch. `result.stopped_early` says why.",
+        least=1,
+        changes_numbers=True,
+    )
+    stop_min_delta: float = setting(
+        0.0,
+        help="With `stop_patience`: by how much `monitor` has to improve for it to count.",
+        least=0,
+        changes_numbers=True,
+    )
     local_steps: int = setting(
         1,
         help="Optimizer updates that each shard makes between two exchanges, for slow links.",
@@ -256,6 +281,26 @@ class Job:
         least=0.5,
         unset="twenty times the longest step, at least 60; 600 while a host begins",
     )
+    run_name: str | None = setting(
+        None,
+        help="Name of the run: of its folder, and for loggers.",
+        detail="Not `name`, which tasks have arguments of.",
+        unset="the task's",
+    )
+    tags: Sequence[str] = setting(
+        (),
+        help="Tags of the run, in its manifest and for loggers.",
+        expected="texts",
+        options=("--tag",),
+    )
+    log: Sequence[str] = setting(
+        (),
+        help="Where metrics are written besides: tensorboard, mlflow, wandb or trackio.",
+        detail="Each needs its package. TensorBoard's files are in the run folder: "
+        "`tensorboard --logdir runs`.",
+        expected="names of loggers",
+        options=("--log",),
+    )
     out: str | os.PathLike[str] | None = setting(
         None,
         help="The run folder; it must not exist.",
@@ -270,6 +315,8 @@ class Job:
         _check_local_data(self)
         _check_servers(self)
         _check_shards(self)
+        _check_monitor(self)
+        _check_name(self)
 
     def replace(self, **changes: Any) -> Job:
         """A copy with the given settings changed."""
@@ -334,6 +381,32 @@ def _check_servers(job: Job) -> None:
             expected="names of servers with ownership = servers, and with no other",
             found=f"ownership = {job.ownership}, servers = {list(job.servers)}",
             fix="set both, or neither",
+        )
+
+
+def _check_monitor(job: Job) -> None:
+    for name, needed in (
+        ("monitor_mode", "monitor"),
+        ("stop_patience", "monitor"),
+        ("stop_min_delta", "stop_patience"),
+    ):
+        if getattr(job, name) != SETTINGS[name].default and getattr(job, needed) is None:
+            raise JobError(
+                f"{name} is given without {needed}",
+                expected=f"{needed}, with {name}",
+                found=f"{name} = {getattr(job, name)}, {needed} = None",
+                fix=f"set {needed}, or leave {name} out",
+            )
+
+
+def _check_name(job: Job) -> None:
+    name = job.run_name
+    if name is not None and (not name.isprintable() or "/" in name or name.startswith(".")):
+        raise JobError(
+            "run_name cannot be the name of a folder",
+            expected="printable characters without /, the first no dot",
+            found=repr(name),
+            fix="choose another; out says in which folder the run is",
         )
 
 

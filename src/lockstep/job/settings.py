@@ -173,10 +173,9 @@ def settings_of(kind: type) -> dict[str, Setting]:
 
 def _kind(hints: Sequence[Any]) -> Kind:
     """The kind of an annotation, given as the members of a union."""
-    (kind,) = (
-        _KINDS[base] for hint in hints if (base := get_origin(hint) or hint) in _KINDS
-    )  # str is not among them: beside PathLike it is a path
-    return kind
+    bases = [base for hint in hints if (base := get_origin(hint) or hint) in _KINDS]
+    (base,) = [each for each in bases if each is not str] or [str]  # beside PathLike it is a path
+    return _KINDS[base]
 
 
 def _whole(value: Any) -> int:
@@ -205,6 +204,12 @@ def _path(value: Any) -> str:
     return path
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
 def _names(value: Any) -> tuple[str, ...]:
     names = isinstance(value, Sequence) and not isinstance(value, str)
     if not names or not all(isinstance(name, str) for name in value):
@@ -222,6 +227,7 @@ _KINDS: dict[Any, Kind] = {
     int: Kind(expected="a whole number", option=int, convert=_whole),
     float: Kind(expected="a number", option=float, convert=_number),
     bool: Kind(expected="true or false", option=bool, convert=_flag),
+    str: Kind(expected="a name", option=str, convert=_text),
     os.PathLike: Kind(expected="a str or a pathlib.Path", option=str, convert=_path),
     Sequence: Kind(expected="a list of names", option=list[str], convert=_names),
     Mapping: Kind(expected="a mapping", option=None, convert=_mapping),

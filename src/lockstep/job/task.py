@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.position import Position
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class Task:
 
     scheduler_interval: Literal["step", "data_epoch"] = "step"
     """When the scheduler is stepped: after every step, or after the last step of a data epoch."""
+    scheduler_metric: str = "loss"
+    """The held-out metric that a `ReduceLROnPlateau` waits for: it is stepped with it after each
+    evaluation, whatever `scheduler_interval` says."""
     keep_modes: bool = False
     """Whether modules that `model` returns in eval mode stay so. By default `model.train()` is
     called, as plain training loops do."""
@@ -64,8 +68,16 @@ class Task:
         Default: nothing.
         """
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """The mean loss over the samples of `batch`: a scalar tensor with a graph."""
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        """The mean loss over the samples of `batch`: a scalar tensor with a graph.
+
+        Or a pair of it and a mapping of what is to be logged: `(loss, {"accuracy": hits})`. As in
+        `metrics`, each value is one number per sample (a tensor of shape `[n]`, bool allowed) or
+        their mean; no graph is needed. What is recorded of a step is the mean over its samples, the
+        same for any number of workers: in the ledger, in `result.steps_table()`, and of the last
+        step in `result.metrics`, as `train_accuracy`. The names are the same for every batch, at
+        most 16; loss, norm, step, data_epoch and samples are taken.
+        """
         raise NotImplementedError
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
@@ -73,7 +85,8 @@ class Task:
         raise NotImplementedError
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        """A learning-rate schedule for `optimizer`, or None."""
+        """A learning-rate schedule for `optimizer`, or None. A `ReduceLROnPlateau` is stepped with
+        `scheduler_metric` after each evaluation, so after each data epoch."""
         return None
 
     def buffer_rules(self) -> Mapping[str, str]:
@@ -92,10 +105,11 @@ class Task:
 
         Each value is either one number per sample (a tensor of shape `[n]`, bool allowed) or
         one number: the mean over the batch. Both are averaged over samples, in float64, in
-        the order of the data. The default is the loss.
+        the order of the data. The default is the loss, and what it returns beside.
         """
         try:
-            return {"loss": self.loss(model, batch)}
+            loss, beside = split_loss(self.loss(model, batch))
+            return {**beside, "loss": loss}
         except Exception as error:
             error.add_note(
                 "Task.metrics is not defined: held-out data go through loss(), without gradients"

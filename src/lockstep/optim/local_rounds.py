@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lockstep.errors import TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.task import Parameters
 from lockstep.optim.introspection import check_known
 from lockstep.optim.local_sgd import LocalSGD, ShardSamples, divide
@@ -24,8 +26,10 @@ from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.byte_ranges import ByteRange, cut_evenly
 from lockstep.planning.sampling import Sampling
 from lockstep.state.gradient_slots import GradientSlot, as_tensor
+from lockstep.state.logged_values import logged_means
 from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.optimizer_state import StateKey, load_value, store_value
+from lockstep.state.shard_outcomes import FIX
 from lockstep.state.shared_state import SharedState, local_flags, local_name
 
 LocalState = list[list[tuple[StateKey, torch.Tensor]]]
@@ -70,21 +74,28 @@ class LocalRounds:
         self._optimizer = self.task.optimizer(Parameters(trainable))
         self._initial = {p: copy.deepcopy(s) for p, s in self._optimizer.state.items()}
         updates = Updates(sampling=sampling, steps=task.steps)
-        self._schedule = LrSchedule(self.task, self._optimizer, updates)
+        self._schedule = LrSchedule(self.task, self._optimizer, updates, waits=False)
         self._modes = Modes(self._model)
         self._buffers = PrivateBuffers(self._model, list(self._model.named_buffers()))
 
-    def loss(self, step: int, shard: int, slot: GradientSlot, batch: ShardSamples) -> torch.Tensor:
+    def loss(
+        self, step: int, shard: int, slot: GradientSlot, batch: ShardSamples
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """The mean loss over a shard's steps; its gradient is how far these have come, and the slot
-        gets what the optimizer keeps."""
+        gets what the optimizer keeps. Beside it the means of what the task logs."""
         begun, local_state = self._local_state(slot)
         self._begin(shard, slot, begun, local_state)
-        total = torch.zeros((), dtype=torch.float64)
+        total, logged = torch.zeros((), dtype=torch.float64), dict[str, float]()
         for update, samples in enumerate(divide(batch.samples, self.steps)):
             self._schedule.go_to(step * self.steps + update)
             self._optimizer.zero_grad(set_to_none=True)
             self._round.begin_update(update)
-            loss = self.task.loss(self._model, self.task.collate(samples))
+            loss, beside = split_loss(self.task.loss(self._model, self.task.collate(samples)))
+            means = logged_means(beside, len(samples), absent=False)
+            if update and means.keys() != logged.keys():
+                raise _other_names(step, shard, logged, means)
+            for name, value in means.items():
+                logged[name] = logged.get(name, 0.0) + value * len(samples)
             loss.backward()
             if self._most is not None:
                 nn.utils.clip_grad_norm_(self._params, self._most)
@@ -97,7 +108,7 @@ class LocalRounds:
             deltas = [p - moved for p, moved in zip(params, self._params, strict=True)]
         mean = (total / len(batch.samples)).float()
         found: torch.Tensor = _KnownGradient.apply(mean, deltas, *params)  # type: ignore[no-untyped-call]
-        return found
+        return found, {name: value / len(batch.samples) for name, value in logged.items()}
 
     def _begin(
         self, shard: int, slot: GradientSlot, begun: torch.Tensor, local_state: LocalState
@@ -146,6 +157,15 @@ class LocalRounds:
             for name, keys in zip(self.shared.names, self.shared.local_keys, strict=True)
         ]
         return view(local_flags(0)), local_state
+
+
+def _other_names(step: int, shard: int, before: Iterable[str], found: Iterable[str]) -> TaskError:
+    return TaskError(
+        f"Task.loss returned other values beside the loss within shard {shard} of step {step}",
+        expected=", ".join(before) or "none",
+        found=", ".join(found) or "none",
+        fix=FIX,
+    )
 
 
 class LocalUpdate:

@@ -11,6 +11,7 @@ core_split           ways to split the cores into workers and threads, and the c
 host_split           how many workers each host gets, and the plan over all hosts
 sampling             from a step to its shards, and from these to spans of the sample order
 data_partition       which host has how much of the data (`data: local`), and so which shards
+metric_decisions     from held-out metrics to which state is best, and when to stop
 eval_batches         held-out batches, and how their sums become metrics
 reduction_tree       the balanced binary tree over shards: subtrees, order, depth
 shard_placement      which host computes which shards, as complete subtrees

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lockstep.planning.blocks import Block, divide_evenly, own_blocks
 from lockstep.planning.byte_ranges import ByteRange, cut_evenly
 from lockstep.planning.host_role import HostRole
+from lockstep.planning.metric_decisions import Told
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import home_shards
 from lockstep.system.messages import Message
@@ -53,6 +54,9 @@ class Assignment(Message, tag="join"):
     """The first step in which it may fetch a later step's batch: a sample that kills whoever
     fetches it is found by its own step and shard."""
 
+    told: tuple[Told, ...] = ()
+    """What the task's schedule has been told, where it waits for a metric."""
+
     @property
     def worker_id(self) -> int:
         return self.worker_ids[self.rank]
@@ -90,6 +94,7 @@ def assign(
     refresh: bool,
     loaders: bool,
     ahead_from: int,
+    told: tuple[Told, ...] = (),
 ) -> Assignment:
     """The assignment of the worker of this rank, on a host of this role."""
     return Assignment(
@@ -108,6 +113,7 @@ def assign(
         refresh=refresh,
         loaders=loaders,
         ahead_from=ahead_from,
+        told=told,
     )
 
 

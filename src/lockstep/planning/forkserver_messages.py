@@ -16,6 +16,7 @@ Instead of an answer there may be `RequestFailed`. When a child ends, `ChildExit
 from __future__ import annotations
 
 from lockstep.planning.memory_layout import Layout
+from lockstep.planning.metric_decisions import Told
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
 from lockstep.system.messages import Codec, ErrorMessage, JsonText, Message, OsText
@@ -89,6 +90,8 @@ class ComputeShard(Message):
     shard: int
     explain: bool
     """Whether what the task's objects hold is to be digested, too."""
+    told: tuple[Told, ...]
+    """What the task's schedule has been told, where it waits for a metric."""
 
 
 Request = Preload | LoadTask | CloneServer | SetUp | ForkWorker | CheckPurity
@@ -124,6 +127,8 @@ class StateReady(Message):
     """Of each segment, in the order of the descriptors."""
     profile: JsonText
     """The numerics that workers compute with."""
+    scheduler_metric: str
+    """The held-out metric that the task's schedule waits for; "": it does not wait."""
 
 
 class WorkerForked(Message):

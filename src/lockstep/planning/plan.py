@@ -56,6 +56,10 @@ class Plan:
     planned_steps: int = 0
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
     purity: float = 0.0
+    monitor: str | None = None
+    monitor_mode: str = "min"
+    stop_patience: int | None = None
+    stop_min_delta: float = 0.0
     trace: str = "auto"
     compile: bool = False
 
@@ -179,6 +183,13 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
             found=f"{facts.train_samples}",
             fix=f"set batch_size to {facts.train_samples} or fewer",
         )
+    if job.monitor is not None and not (job.evaluate and facts.eval_samples):
+        raise DataError(
+            f"monitor is set to {job.monitor!r}, and nothing is evaluated",
+            expected="a data set from Task.eval_data, and evaluate = true",
+            found=f"{facts.eval_samples} held-out samples, evaluate = {job.evaluate}",
+            fix="define Task.eval_data, or leave monitor out",
+        )
     if batch_size < division.shards:
         raise JobError(
             "a batch has fewer samples than shards",
@@ -241,6 +252,10 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stall_seconds=job.stall_seconds,
         audit=job.audit,
         purity=job.purity,
+        monitor=job.monitor,
+        monitor_mode=job.monitor_mode,
+        stop_patience=job.stop_patience,
+        stop_min_delta=job.stop_min_delta,
         trace=job.trace,
         compile=job.compile,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lockstep.planning.assignment import Assignment
+from lockstep.planning.metric_decisions import Told
 from lockstep.system.messages import Codec, ErrorMessage, JsonText, Message
 from lockstep.system.unix_channel import Channel, MessageChannel
 
@@ -17,6 +18,12 @@ from lockstep.system.unix_channel import Channel, MessageChannel
 
 class RunSteps(Message):
     """Run steps up to the lease's end."""
+
+
+class MetricTold(Message):
+    """The metric that the task's schedule waits for has been evaluated."""
+
+    told: Told
 
 
 class InferBatches(Message):
@@ -43,7 +50,7 @@ class Stop(Message):
     """Leave: the process ends."""
 
 
-AgentMessage = Assignment | RunSteps | InferBatches | ScoreOutputs | Stop
+AgentMessage = Assignment | RunSteps | MetricTold | InferBatches | ScoreOutputs | Stop
 
 # From the worker.
 

@@ -7,9 +7,13 @@ A *checkpoint* is the committed state on disk, a *fingerprint* the digest of a s
 run_folder       the folder's files, its lock, and the list of events
 manifest         job, plan, numerics profile and identity of a run
 origin_mark      by which a user's own runs are told from those of others
-ledger           the hash-chained record of committed steps
+ledger           the hash-chained record of committed steps, and of evaluations that decide
+decision_check   whether a run has done what its metrics decide
+best_checkpoint  which checkpoint is the best by the job's metric, and checkpoints by name
 checkpoint       states as safetensors, checked by digests
 recorder         the observer that writes all of these while the run goes on
+callbacks        a user's observers of a run, each in a thread of its own
+loggers          callbacks that write metrics for TensorBoard, MLflow, W&B or trackio
 recoveries       recoveries in words
 restart          the state from which a run is resumed
 result           the result as one object and one JSON document

@@ -334,6 +334,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """After how many steps the checkpoint of this path was written."""
+    return int(path.name.removeprefix("step-"))
+
+
 def open_checkpoints(folder: Path) -> list[Checkpoint]:
     """The checkpoints under a run's `checkpoints` folder, newest first, each checked. One that a
     run has removed meanwhile is left out.

@@ -2,6 +2,7 @@
 
     {"ledger":1,"job":...,"state":...,"hash":...}                    the job and its initial state
     {"step":0,"data_epoch":0,"samples":256,"loss":"0x1.2p+1","units":{...},"hash":...}
+    {"evaluated":938,"metrics":{"loss":"0x1.1p-2"},"hash":...}       where metrics decide something
     {"end":938,"state":...,"hash":...}                               the final fingerprint
 
 A line's hash is BLAKE3 over the hash before it and the line without its own. The file is the same,
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, disk_errors
+from lockstep.planning.metric_decisions import Evaluation
 
 FIRST = "0" * 32
 
@@ -36,6 +38,8 @@ class StepRecord:
     """Digest sample: digests of a rolling part of the state after the step
     (`lockstep.planning.digest_sample`)."""
     norm: float | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """What the task logs beside the loss: means over the step's samples."""
 
     def body(self) -> str:
         """The line without its hash, in canonical form."""
@@ -43,8 +47,27 @@ class StepRecord:
         norm = "" if self.norm is None else f',"norm":"{self.norm.hex()}"'
         return (
             f'{{"step":{self.step},"data_epoch":{self.data_epoch},"samples":{self.samples},'
-            f'"loss":"{self.loss.hex()}"{norm},"units":{{{units}}}'
+            f'"loss":"{self.loss.hex()}"{norm}{_numbers("logged", self.logged)},'
+            f'"units":{{{units}}}'
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """Evaluation record: held-out metrics that decide something, as the ledger records them."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+    def body(self) -> str:
+        """The line without its hash, in canonical form."""
+        return f'{{"evaluated":{self.step}{_numbers("metrics", self.metrics)}'
+
+
+def _numbers(key: str, values: Mapping[str, float]) -> str:
+    """A field of a line for these values, with all their bits; none: no field."""
+    listed = ",".join(f'{json.dumps(name)}:"{value.hex()}"' for name, value in values.items())
+    return f',"{key}":{{{listed}}}' if listed else ""
 
 
 def _chain(previous: str, body: str) -> str:
@@ -65,6 +88,10 @@ class Ledger:
 
     def commit(self, record: StepRecord) -> None:
         """Write a step's line."""
+        self._append(record.body())
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Write an evaluation's line."""
         self._append(record.body())
 
     def end(self, steps: int, state: str) -> None:
@@ -110,6 +137,23 @@ class Line:
         value: str = self.content["hash"]
         return value
 
+    @property
+    def after(self) -> int:
+        """After how many committed steps the line was written."""
+        content = self.content
+        if "step" in content:
+            return int(content["step"]) + 1
+        return int(content.get("evaluated", content.get("end", 0)))
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation that the line records, if it does."""
+        if "evaluated" not in self.content:
+            return None
+        texts = self.content.get("metrics", {})
+        metrics = {name: float.fromhex(text) for name, text in texts.items()}
+        return Evaluation(step=self.content["evaluated"], metrics=metrics)
+
 
 def read_ledger(path: Path, *, torn_tail: bool = False) -> Iterator[Line]:
     """Read and check a ledger, line by line.
@@ -136,6 +180,19 @@ def read_ledger(path: Path, *, torn_tail: bool = False) -> Iterator[Line]:
             end += len(raw)
             yield Line(content=json.loads(raw), body=body, end=end)
             previous = expected
+
+
+def evaluations_of(lines: Iterable[Line]) -> tuple[Evaluation, ...]:
+    """The evaluations that lines of a ledger record."""
+    return tuple(found for line in lines if (found := line.evaluation) is not None)
+
+
+def numbers_of(line: Line) -> dict[str, float]:
+    """The numbers of a step's line: loss, norm, and what the task has logged beside the loss."""
+    content = line.content
+    numbers = {name: content[name] for name in ("loss", "norm") if name in content}
+    numbers |= content.get("logged", {})
+    return {name: float.fromhex(text) for name, text in numbers.items()}
 
 
 def _name_step(body: str) -> str:

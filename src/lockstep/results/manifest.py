@@ -19,7 +19,10 @@ from lockstep.planning.plan import Plan
 from lockstep.results.origin_mark import is_own, mark_of
 from lockstep.system.json_files import plain
 
-LATER = {"shuffle": True, "drop_last": False, "compile": False}
+LATER = {
+    "shuffle": True, "drop_last": False, "compile": False,
+    "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
+}  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}
@@ -59,7 +62,7 @@ def make_manifest(
     }
     return {
         "format": 1,
-        "name": source.label,
+        "name": job.run_name or source.label,
         "source": recorded,
         "origin": mark_of(plain(recorded)),
         "job": {name: getattr(job, name) for name in SETTINGS},

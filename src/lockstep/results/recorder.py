@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, cast
 
 from lockstep.errors import ResourceError, disk_errors
 from lockstep.job.task_source import TaskSource
+from lockstep.planning.metric_decisions import Evaluation, Monitor
 from lockstep.planning.plan import Plan
+from lockstep.results.best_checkpoint import best_checkpoint
+from lockstep.results.callbacks import Callback, CallbackThreads, RunEnded, RunStarted, frozen
 from lockstep.results.checkpoint import (
     list_checkpoints,
     remove_checkpoint,
     write_checkpoint,
     write_model,
 )
-from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
+from lockstep.results.ledger import FIRST, EvaluationRecord, Ledger, StepRecord, read_ledger
 from lockstep.results.progress import Progress
 from lockstep.results.recoveries import describe_recovery
 from lockstep.results.restart import Restart
@@ -44,6 +46,7 @@ class Recorder:
         plan: Plan,
         keep_checkpoints: int,
         start: Restart,
+        callbacks: Sequence[Callback] = (),
         *,
         quiet: bool,
     ) -> None:
@@ -54,9 +57,15 @@ class Recorder:
         self.events = Events(folder.events_path)
         self.display = Progress(enabled=not quiet, steps=plan.steps, name=folder.path.name)
         self.history = start.history
+        self._monitor = Monitor.of(plan)
+        self._decides = self._monitor is not None or bool(memory.scheduler_metric)
+        """Whether evaluations decide something, and so are in the ledger."""
+        self._evaluations = list(start.evaluations)
+        self._stopped_early = ""
         self.recoveries = start.recoveries
         self._start = start
-        self._loss = start.loss
+        self._last = start.last
+        """The loss of the last step, and what the task has logged beside it."""
         self._recorded = start.step
         """How many steps the ledger has."""
         self._workers: set[int] = set()
@@ -69,9 +78,20 @@ class Recorder:
         self._looked = time.monotonic()
         """When the folder was last seen at its place."""
         self._first_step_at: float | None = None
+        self._result: Result | None = None
+        self._callbacks = CallbackThreads(callbacks)
 
     def __enter__(self) -> Recorder:
+        try:
+            self._begin()
+        except BaseException as error:
+            self._callbacks.end(RunEnded(result=None, error=str(error)))
+            raise
+        return self
+
+    def _begin(self) -> None:
         self.display.__enter__()
+        self._callbacks.start(self._run_started())
         if self._start.ledger is None:
             digests = tensor_digests(self.layout, self.memory.state)
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
@@ -80,7 +100,6 @@ class Recorder:
         for note in self._start.notes:
             self.event("note", text=note)
             self.display.note(note)
-        return self
 
     def __exit__(
         self,
@@ -89,35 +108,82 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self._writer.shutdown(wait=True)
+        what = "" if error is None else str(error) or repr(error)
+        with contextlib.suppress(ResourceError):  # a full disk has been reported when it was met
+            for note in self._callbacks.end(RunEnded(result=self._result, error=what)):
+                self._note_callback(note)
+            self._report_failures()
         self.display.__exit__(kind, error, trace)
         for file in (self.ledger, self.events):
             with contextlib.suppress(OSError):  # a full disk has been reported when it was met
                 file.close()
 
+    # Callbacks.
+
+    def _run_started(self) -> RunStarted:
+        manifest, plan = self.folder.read_manifest(), self.plan.to_message()
+        return RunStarted(
+            name=self.folder.path.name,
+            folder=self.folder.path.absolute(),
+            step=self._start.step,
+            steps=self.plan.steps,
+            settings=frozen(manifest["job"]),
+            args=frozen(manifest["source"]["args"]),
+            plan=frozen(plan),
+        )
+
+    def _report_failures(self) -> None:
+        for failure in self._callbacks.failures():
+            self._note_callback(f"{failure}: it hears no more")
+
+    def _note_callback(self, note: str) -> None:
+        self.events.add("callback", note=note)
+        self.display.note(f"callback {note}")
+
     # Observer.
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
-        self._loss, self._recorded = record.loss, record.step + 1
+        self._last = {"loss": record.loss, **record.logged}
+        self._recorded = record.step + 1
+        self._callbacks.step(record)
 
     def event(self, name: str, **fields: object) -> None:
         if name == "first_step":
             self._first_step_at = time.time()
         if name == "baseline":
             self._baseline = fields["metrics"]
+        if name == "stopped_early":
+            self._stopped_early = str(fields["reason"])
         if name == "spawned" and "host" not in fields:
             self._workers.add(cast(int, fields["worker"]))
+        self._add_event(name, **fields)
+
+    def _add_event(self, name: str, **fields: object) -> None:
         self.events.add(name, **fields)
+        self._callbacks.event(name, fields)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        if self._decides and not (self._evaluations and self._evaluations[-1].step == step):
+            self.ledger.evaluated(EvaluationRecord(step=step, metrics=metrics))
+            self._evaluations.append(Evaluation(step=step, metrics=metrics))
         if self.history and self.history[-1]["step"] == step:
             return  # a run resumed at its last step has done so before
         epoch = (step - 1) // self.plan.steps_per_epoch if step else 0
         self.history.append({"step": step, "data_epoch": epoch, "metrics": metrics})
-        self.events.add("evaluated", step=step, data_epoch=epoch, metrics=metrics)
+        self._add_event("evaluated", step=step, data_epoch=epoch, metrics=metrics)
+        self._callbacks.evaluated(step, epoch, metrics)
         self.display.evaluated(step, metrics)
 
+    @property
+    def evaluated_at(self) -> list[int]:
+        """The steps whose evaluation is recorded: where it decides something, in the ledger."""
+        if self._decides:
+            return [each.step for each in self._evaluations]
+        return [each["step"] for each in self.history]
+
     def progress(self, step: int, loss: float, rate: float, workers: int) -> None:
+        self._report_failures()
         if time.monotonic() - self._looked > FOLDER_SECONDS:
             self.folder.check_there()
             self._looked = time.monotonic()
@@ -136,7 +202,9 @@ class Recorder:
         self.ledger.flush()
         self._state = state
         extra = {"ledger": self._hash_at(step)}
-        self._writing = self._writer.submit(self._write, step, state, extra)
+        self._writing = self._writer.submit(
+            self._write, step, state, extra, tuple(self._evaluations)
+        )
 
     def _hash_at(self, step: int) -> str:
         """The hash of the ledger's line after so many steps: the last, but for a snapshot that is
@@ -144,22 +212,31 @@ class Recorder:
         if step == self._recorded:
             return self.ledger.hash
         lines = read_ledger(self.folder.ledger_path)
-        return next(itertools.islice(lines, step, None)).hash  # the first line is not a step
+        return [line.hash for line in lines if line.after == step][-1]
 
-    def _write(self, step: int, state: memoryview, extra: dict[str, Any]) -> None:
+    def _write(
+        self,
+        step: int,
+        state: memoryview,
+        extra: dict[str, Any],
+        evaluations: tuple[Evaluation, ...],
+    ) -> None:
+        """Write a checkpoint, and remove those that are not to be kept: the best one is."""
         begun, computed = time.perf_counter(), time.thread_time()
         try:
             self.ledger.sync()
             path = write_checkpoint(self.folder.checkpoints, step, self.layout, state, extra)
         except ResourceError as error:
-            self.events.add("checkpoint_failed", step=step, error=error.what)
+            self._add_event("checkpoint_failed", step=step, error=error.what)
             self.display.note(error.what)
             return
         self._writing_seconds = time.thread_time() - computed
         seconds = round(time.perf_counter() - begun, 4)
-        self.events.add("checkpoint", step=step, path=path.name, seconds=seconds)
+        self._add_event("checkpoint", step=step, path=path.name, seconds=seconds)
+        best = best_checkpoint(self.folder.checkpoints, self._monitor, evaluations)
         for old in list_checkpoints(self.folder.checkpoints)[self.keep_checkpoints :]:
-            remove_checkpoint(old)
+            if best is None or old.name != best["checkpoint"]:
+                remove_checkpoint(old)
 
     def busy(self) -> bool:
         return self._writing is not None and not self._writing.done()
@@ -202,22 +279,23 @@ class Recorder:
             data_wait=round(sum(r["data"] for r in times.values()) / total, 4) if total else 0.0,
             times=times,
             history=self.history,
+            best=best_checkpoint(self.folder.checkpoints, self._monitor, self._evaluations),
+            stopped_early=self._stopped_early,
             checkpoints=sorted(p.name for p in self.folder.checkpoints.glob("step-*")),
             source=source,
         )  # fmt: skip
         if self.plan.faults:
             fired = self.memory.control.fired[: len(self.plan.faults)].tolist()
-            self.events.add("faults", fired=fired)
-        self.events.add("finished", steps=steps, fingerprint=digest)
+            self._add_event("faults", fired=fired)
+        self._add_event("finished", steps=steps, fingerprint=digest)
         with disk_errors("the result"):
             write_json(self.folder.result_path, result.to_message())
+        self._result = result
         return result
 
     def _metrics(self) -> dict[str, float]:
         metrics = dict(self.history[-1]["metrics"]) if self.history else {}
-        if math.isfinite(self._loss):
-            metrics["train_loss"] = self._loss
-        return metrics
+        return {**metrics, **{f"train_{name}": value for name, value in self._last.items()}}
 
     def _times(self) -> dict[str, dict[str, float]]:
         return {

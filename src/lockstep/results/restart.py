@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.errors import IntegrityError, disk_errors
+from lockstep.planning.metric_decisions import Evaluation
 from lockstep.results.checkpoint import (
     Checkpoint,
     list_checkpoints,
     open_checkpoint,
     remove_partial,
 )
-from lockstep.results.ledger import Line, read_ledger
+from lockstep.results.ledger import Line, evaluations_of, numbers_of, read_ledger
 from lockstep.results.manifest import differences
 from lockstep.results.run_folder import RunFolder
 from lockstep.state.host_memory import HostMemory
@@ -29,8 +30,10 @@ class Restart:
     step: int
     ledger: str | None
     """The hash of the ledger's last line; None: the ledger has not begun."""
-    loss: float = float("nan")
-    """The loss of the step before."""
+    last: Mapping[str, float] = field(default_factory=dict)
+    """The loss of the step before, and what the task has logged beside it."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Those that are in the ledger, since they decide something."""
     history: list[dict[str, Any]] = field(default_factory=list)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -60,10 +63,13 @@ def find_restart(folder: RunFolder, memory: HostMemory, facts: Mapping[str, Any]
         with disk_errors("the ledger"):
             os.truncate(folder.ledger_path, line.end)
         history, recoveries = _remembered(folder, checkpoint.step)
+        before = lines[: lines.index(line) + 1]
+        last = next(each for each in reversed(before) if "evaluated" not in each.content)
         return Restart(
             step=checkpoint.step,
             ledger=line.hash,
-            loss=float.fromhex(line.content.get("loss", "nan")),
+            last={k: v for k, v in numbers_of(last).items() if k != "norm"},
+            evaluations=evaluations_of(before),
             history=history,
             recoveries=recoveries,
             notes=notes,
@@ -85,11 +91,12 @@ def _readable_lines(folder: RunFolder, notes: list[str]) -> list[Line]:
 
 
 def _line_of(checkpoint: Checkpoint, lines: list[Line]) -> Line:
-    """The ledger line of the last step in a checkpoint."""
-    index = checkpoint.step  # the first line is not a step
-    if index >= len(lines) or lines[index].hash != checkpoint.manifest["ledger"]:
-        raise IntegrityError(f"{checkpoint.path} is not confirmed by the ledger")
-    return lines[index]
+    """The ledger line of the last step in a checkpoint, or that of its evaluation, if the
+    checkpoint was written after that."""
+    for line in lines:
+        if line.after == checkpoint.step and line.hash == checkpoint.manifest["ledger"]:
+            return line
+    raise IntegrityError(f"{checkpoint.path} is not confirmed by the ledger")
 
 
 def _remembered(folder: RunFolder, step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -8,6 +8,8 @@ shared_state        SharedState: parameters, buffers and optimizer state, one co
 host_memory         HostMemory: the mapped segments of a host that is set up
 allocation          where each tensor goes: in the state segment, and in each slot
 control_segment     the words that workers and their agent share between messages
+shard_outcomes      a shard's loss and what the task logs beside it, in the control segment
+logged_values       what a task logs beside the loss, as means over a shard's samples
 snapshot            Snapshot: the committed state of a few steps ago, to roll back to
 gradient_slots      a shard's gradient slot: views into shared memory
 optimizer_state     the optimizer state's keys, and its values in shared memory

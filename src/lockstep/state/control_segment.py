@@ -33,6 +33,8 @@ LINE_WORDS = LINE // 4
 RING = 1024
 """Steps in the ring buffer: the lease never runs further ahead of the ledger than this."""
 DIGEST_BYTES = 16
+MOST_LOGGED, NAMES_BYTES = 16, 512
+"""How many values a task may log beside the loss, and how long their names may be."""
 COUNTER_MASK = 0x7FFFFFFF
 """Counters that only have to change wrap here."""
 
@@ -45,6 +47,8 @@ PROGRESS, SHARD, BEATS, UPDATING, AWAITED = range(5)
 
 
 VIEWS = (memoryview, np.ndarray)
+OUTCOME = np.dtype([("loss", np.float64), ("logged", np.int32), ("names", np.int32)])
+"""A shard's loss in a step, and how many values are logged beside it, under how long names."""
 
 
 class Stat(enum.IntEnum):
@@ -88,7 +92,10 @@ class ControlShape:
             "ready": (np.int32, (self.shards, max(self.params, 1))),
             "norms": (np.float64, (max(self.params, 1),)),
             "seconds": (np.float64, (self.max_workers, len(Stat))),
-            "losses": (np.float64, (RING, self.shards)),
+            "outcomes": (OUTCOME, (RING, self.shards)),
+            "logged": (np.float64, (RING, self.shards, MOST_LOGGED)),
+            "names": (np.uint8, (self.shards, NAMES_BYTES)),
+            "names_kept": (np.int32, (self.shards,)),
             "total_norms": (np.float64, (RING,)),
             "times": (np.float64, (RING,)),
             "snapshot_due": (np.uint8, (RING,)),
@@ -145,7 +152,17 @@ class ControlSegment:
         self.seconds = arrays["seconds"]
         """By worker: accumulated seconds (see `Stat`)."""
         # The ring buffer: what is recorded of a step lies at `step % RING` until it is drained.
-        self.losses = arrays["losses"]
+        self.outcomes = arrays["outcomes"]
+        """By step and shard, see `OUTCOME` and `shard_outcomes`."""
+        self.losses: npt.NDArray[Any] = self.outcomes["loss"]
+        self.logged_counts: npt.NDArray[Any] = self.outcomes["logged"]
+        self.names_bytes: npt.NDArray[Any] = self.outcomes["names"]
+        self.logged = arrays["logged"]
+        """By step and shard: the values that the task logs beside the loss."""
+        self.names = arrays["names"]
+        """By shard: their names."""
+        self.names_kept = arrays["names_kept"]
+        """By shard: how long the names are that a worker of this host has found; 0: none yet."""
         self.total_norms = arrays["total_norms"]
         self.times = arrays["times"]
         self.snapshot_due = arrays["snapshot_due"]

@@ -36,6 +36,8 @@ class HostMemory:
     """Where the snapshot is kept."""
     control: ControlSegment
     snapshot: Snapshot
+    scheduler_metric: str
+    """The held-out metric that the task's schedule waits for; "": it does not wait."""
 
     @staticmethod
     def of(plan: Plan, ready: StateReady, fds: Sequence[int]) -> HostMemory:
@@ -53,6 +55,7 @@ class HostMemory:
             copy=copy,
             control=control,
             snapshot=Snapshot(control, state, copy),
+            scheduler_metric=ready.scheduler_metric,
         )
 
     def close(self) -> None:

@@ -23,13 +23,13 @@ from blake3 import blake3
 from lockstep.errors import IntegrityError
 from lockstep.planning.blocks import Block
 from lockstep.planning.worker_messages import Report, ShardCorrupted
-from lockstep.state.control_segment import RING
 from lockstep.state.gradient_slots import GradientSlot
+from lockstep.state.shard_outcomes import ShardOutcome, recorded_outcome, write_outcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.seeding import derive
 
-Compute = Callable[[int, int, GradientSlot, Any], float]
-"""`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""
+Compute = Callable[[int, int, GradientSlot, Any], ShardOutcome]
+"""`(step, shard, slot, flags) -> outcome`: forward and backward of a shard into a slot."""
 
 
 def is_audited(seed: int, what: str, step: int, index: int, fraction: float) -> bool:
@@ -70,9 +70,8 @@ class GradientAudit:
 
     def _check_shard(self, step: int, shard: int, worker_id: int) -> None:
         control, slot = self.shared.control, self.shared.slots[shard]
-        losses = control.losses[step % RING]
         first = self._again(step, shard, 0)
-        original = _digest(slot, control.has_grad[shard], float(losses[shard]))
+        original = _digest(slot, control.has_grad[shard], recorded_outcome(control, step, shard))
         if first == original:
             return
         second = self._again(step, shard, 1)
@@ -89,12 +88,12 @@ class GradientAudit:
         else:
             _copy(self._spares[1], slot)
             control.has_grad[shard] = self._flags[1]
-            losses[shard] = self._loss
+            write_outcome(control, step, shard, self._outcome)
         self.report(ShardCorrupted(step=step, shard=shard, worker_id=worker))
 
     def _again(self, step: int, shard: int, copy: int) -> bytes:
-        self._loss = self.compute(step, shard, self._spares[copy], self._flags[copy])
-        return _digest(self._spares[copy], self._flags[copy], self._loss)
+        self._outcome = self.compute(step, shard, self._spares[copy], self._flags[copy])
+        return _digest(self._spares[copy], self._flags[copy], self._outcome)
 
 
 class StateGuard:
@@ -139,10 +138,11 @@ def private_copy(slot: GradientSlot) -> GradientSlot:
     )
 
 
-def _digest(slot: GradientSlot, flags: Any, loss: float) -> bytes:
-    """A digest of what a shard's computation left: gradients where there are any, buffers, loss,
-    and what its own optimizer keeps."""
-    digest = blake3(np.float64(loss).tobytes() + flags.tobytes())
+def _digest(slot: GradientSlot, flags: Any, outcome: ShardOutcome) -> bytes:
+    """A digest of what a shard's computation left: gradients where there are any, buffers, loss
+    and what is logged beside it, and what its own optimizer keeps."""
+    numbers = np.array([outcome.loss, *outcome.logged.values()])
+    digest = blake3(repr(list(outcome.logged)).encode() + numbers.tobytes() + flags.tobytes())
     grads = [slot.dense(index) for index, there in enumerate(flags) if there]
     for tensor in (*grads, *slot.buffers, slot.local):
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

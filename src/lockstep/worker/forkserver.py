@@ -176,6 +176,7 @@ class ForkServer:
             slot_map=shared.slot_map(),
             segment_bytes=tuple(segment.nbytes for segment in segments),
             profile=json.dumps(self.session.profile()),
+            scheduler_metric=self.session.schedule.metric,
         )
         self.channel.send(message, [segment.fd for segment in segments])
 
@@ -240,7 +241,7 @@ class ForkServer:
             del self.computing[fd]
             channel.close()
             return
-        work = Work(step=request.step, shard=request.shard)
+        work = Work(step=request.step, shard=request.shard, told=request.told)
         try:
             pid = self.fork_pristine([work], None, outcome_fd, request.explain)
             self.children.add(pid)

@@ -13,6 +13,7 @@ import torch
 
 from lockstep.data.loader import Loader
 from lockstep.errors import LockstepError, NonFiniteError, TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -20,7 +21,9 @@ from lockstep.planning.sampling import Sampling, describe_samples
 from lockstep.state.buffer_rules import BufferWatch
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
+from lockstep.state.logged_values import logged_means
 from lockstep.state.module_state import Modes, PrivateBuffers
+from lockstep.state.shard_outcomes import ShardOutcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
@@ -86,8 +89,9 @@ class ForwardBackward:
 
     def make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> float:
-        """Forward and backward of one shard, into a slot; returns the loss. An error of the user's
+    ) -> ShardOutcome:
+        """Forward and backward of one shard, into a slot; returns the loss and what is logged
+        beside it. An error of the user's
         code names the shard's samples."""
         try:
             return self._make(step, shard, slot, written)
@@ -101,7 +105,7 @@ class ForwardBackward:
 
     def _make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> float:
+    ) -> ShardOutcome:
         begun = time.perf_counter()
         self._fault("load", step, shard)
         batch = self.loader.get(step, shard)
@@ -113,17 +117,18 @@ class ForwardBackward:
         while True:
             try:
                 begun = time.perf_counter()
-                loss = self._differentiate(step, shard, batch, slot, written)
+                loss, logged = self._differentiate(step, shard, batch, slot, written)
                 taken = time.perf_counter() - begun
                 break
             except Redo:  # an embedding was found to need its dense form
                 self._writer.abandon()
                 batch = self.loader.get(step, shard)  # the loss may have changed it
-        value: float = loss.item()
+        if logged:  # a list of kernels gives the loss alone
+            return ShardOutcome(loss.item(), logged)
         tracer = self._tracer
         if isinstance(tracer, ShardTracer) and tracer.note(batch, taken, self.loader.last - step):
             self._trace(tracer, step, shard, loss, slot, written)
-        return value
+        return ShardOutcome(loss.item(), {})
 
     def _run_traced(
         self,
@@ -133,7 +138,7 @@ class ForwardBackward:
         batch: Any,
         slot: GradientSlot,
         written: npt.NDArray[np.uint8],
-    ) -> float:
+    ) -> ShardOutcome:
         """As `_differentiate`. What it checks after the pass a captured loss cannot do."""
         self._fault("forward", step, shard)
         if traced.draws:
@@ -147,7 +152,7 @@ class ForwardBackward:
             raise _not_finite(value, step, shard, self.sampling)
         self._buffers.save(slot.buffers)
         self._watch.check(slot.buffers, step)
-        return value
+        return ShardOutcome(value, {})
 
     def _trace(
         self,
@@ -168,9 +173,9 @@ class ForwardBackward:
 
     def _differentiate(
         self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Forward and backward of a batch, under the shard's seed, from the committed buffers;
-        returns the loss."""
+        returns the loss, and what is logged beside it."""
         seed = derive(self.seed, "shard", step, shard)
         self._generators.seed(seed)  # first: set_position may seed them itself
         if self._start is not None:
@@ -187,9 +192,11 @@ class ForwardBackward:
             if self._rounds is None:
                 first, last = self.sampling.shard_span(step, shard)
                 with self._lone_samples.watching(last - first):
-                    loss = self.task.loss(self.shared.model, batch)
+                    loss, beside = split_loss(self.task.loss(self.shared.model, batch))
+                absent = len(self.shared.slots) == 1
+                logged = logged_means(beside, last - first, absent=absent) if beside else {}
             else:
-                loss = self._rounds.loss(step, shard, slot, batch)
+                loss, logged = self._rounds.loss(step, shard, slot, batch)
         check_loss(loss, step, shard, self.sampling)
         weight = self.sampling.weights(step)[shard]
         self._fault("backward", step, shard)
@@ -205,7 +212,7 @@ class ForwardBackward:
         trainable = [parameter.requires_grad for parameter in self.shared.params]
         if trainable != self._trainable:
             self._trainable, self.froze_at = trainable, step
-        return loss.detach()
+        return loss.detach(), logged
 
     def _changed(self, versions: list[int]) -> TaskError:
         changed = [
@@ -272,7 +279,8 @@ def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float
         )
         raise TaskError(
             "Task.loss did not return a loss",
-            expected="a real tensor of one element, with a graph: the mean over the batch",
+            expected="a real tensor of one element, with a graph: the mean over the batch; or a "
+            "pair of it and a mapping of what is to be logged",
             found=found,
             fix="return, for instance, torch.nn.functional.cross_entropy(model(x), y)",
         )

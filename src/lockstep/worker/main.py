@@ -19,6 +19,7 @@ from lockstep.optim.block_owner import BlockOwner
 from lockstep.planning.assignment import Assignment, share_of
 from lockstep.planning.eval_batches import batch_range
 from lockstep.planning.forkserver_messages import ToPristine
+from lockstep.planning.metric_decisions import Told
 from lockstep.planning.step_phases import describe_progress
 from lockstep.planning.worker_messages import (
     BatchDone,
@@ -26,6 +27,7 @@ from lockstep.planning.worker_messages import (
     InferBatches,
     Interrupted,
     LoaderLost,
+    MetricTold,
     Rested,
     RunSteps,
     Scored,
@@ -69,6 +71,8 @@ class Worker:
         self.watch: PurityWatch | None = None
         if to_forkserver is not None:
             self.watch = PurityWatch(session, worker_id, to_forkserver)
+        self.told: tuple[Told, ...] = ()
+        """What the task's schedule has been told, where it waits for a metric."""
         self.step = 0
         self.doing = "starting"
 
@@ -88,6 +92,9 @@ class Worker:
                     self.run(train_step, message.todo)
                 case RunSteps():
                     self.run(train_step, train_step.shards)
+                case MetricTold():
+                    self.told = (*self.told, message.told)
+                    self.tell_schedule()
                 case InferBatches():
                     self.infer(message)
                 case ScoreOutputs():
@@ -116,7 +123,8 @@ class Worker:
             scheduled=context.schedule.changed,
         )
         train_step = TrainStep(context, assignment, share, barrier, owner, self.watch)
-        context.schedule.go_to(self.step)
+        self.told = assignment.told
+        self.tell_schedule()
         if assignment.refresh:
             train_step.refresh_snapshot(self.step)
         if not assignment.loaders:
@@ -124,6 +132,13 @@ class Worker:
         all_of_step = assignment.todo == assignment.shards
         self.loader.assign(assignment.shards, self.step if all_of_step else self.step + 1)
         return train_step
+
+    def tell_schedule(self) -> None:
+        """Set the options of the optimizer to what they are now."""
+        self.context.schedule.tell(self.told)
+        self.context.schedule.go_to(self.step)
+        if self.watch is not None:
+            self.watch.told = self.told
 
     def run(self, train_step: TrainStep, todo: Sequence[int]) -> None:
         """Run steps up to the lease's end. `todo`: what is left of the first."""

@@ -24,8 +24,10 @@ from lockstep.data.loader import Loader
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.optim.local_sgd import LocalSGD
+from lockstep.planning.metric_decisions import Told
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
+from lockstep.state.shard_outcomes import NOTHING, ShardOutcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system import numerics
 from lockstep.system.machine import available_bytes
@@ -52,6 +54,8 @@ class Work:
     shard: int
     samples_of: tuple[int, int] | None = None
     """The step and shard whose samples are taken, where they are not its own."""
+    told: tuple[Told, ...] = ()
+    """What the task's schedule has been told, where it waits for a metric."""
 
 
 class Outcome(Message):
@@ -94,15 +98,16 @@ def compute(
         faults=FaultInjector((), -1, shared.control), tracer=session.compiled,
     )  # fmt: skip
     target = private_copy(shared.slots[0]) if slot is None else slot
-    flags, loss = np.zeros_like(shared.control.has_grad[0]), 0.0
+    flags, outcome = np.zeros_like(shared.control.has_grad[0]), NOTHING
     try:
         for work in works:
             loader.samples_of = work.samples_of
+            session.schedule.tell(work.told)
             session.schedule.go_to(work.step)
-            loss = forward_backward.make(work.step, work.shard, target, flags)
+            outcome = forward_backward.make(work.step, work.shard, target, flags)
     except BaseException as error:  # the user's code may call sys.exit()
         return Outcome(error=describe_error(error, f"computing step {works[-1].step}"))
-    parts = digest_parts(shared, target, flags, loss)
+    parts = digest_parts(shared, target, flags, outcome)
     if slot is not None:
         with contextlib.suppress(BaseException):  # workers will meet the same, and tell of it
             parts |= _of_held_out(session)
@@ -139,10 +144,12 @@ class _Fetching(Loader):
 
 
 def digest_parts(
-    shared: SharedState, slot: GradientSlot, flags: Any, loss: float
+    shared: SharedState, slot: GradientSlot, flags: Any, outcome: ShardOutcome
 ) -> dict[str, bytes]:
     """Digests of what a shard left, each under its name in messages."""
-    parts = {"the loss": _digest(np.float64(loss).tobytes())}
+    parts = {"the loss": _digest(np.float64(outcome.loss).tobytes())}
+    for name, value in outcome.logged.items():
+        parts[f"the logged value {name}"] = _digest(np.float64(value).tobytes())
     for index, name in enumerate(shared.names):
         if flags[index]:
             parts[f"the gradient of {name}"] = _of_tensor(slot.dense(index))

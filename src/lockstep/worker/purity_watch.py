@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lockstep.planning.forkserver_messages import ComputeShard, ToPristine
-from lockstep.state.control_segment import RING
+from lockstep.planning.metric_decisions import Told
+from lockstep.state.shard_outcomes import recorded_outcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.processes import ends_within
 from lockstep.system.seeding import derive
@@ -49,6 +50,8 @@ class PurityWatch:
         """`channel`: to the forkserver."""
         self._session, self._channel, self._worker_id = session, channel, worker_id
         self._fraction, self._seed = session.plan.purity, session.plan.seed
+        self.told: tuple[Told, ...] = ()
+        """What the task's schedule has been told, where it waits for a metric."""
         self._checks = self._suspicions = 0
         self._froze_at = -1
         self._cost = LEAST_SECONDS
@@ -113,7 +116,8 @@ class PurityWatch:
         fd = pidfd = -1
         try:
             fd = os.memfd_create("lockstep-outcome", os.MFD_CLOEXEC)
-            self._channel.send(ComputeShard(step=step, shard=shard, explain=explain), [fd])
+            request = ComputeShard(step=step, shard=shard, explain=explain, told=self.told)
+            self._channel.send(request, [fd])
             _, (pidfd,) = self._channel.receive(seconds)
             return read_outcome(fd) if self._ends(pidfd, shard, seconds) else None
         except (Closed, OSError):  # it took too long, or no process can be had
@@ -136,5 +140,4 @@ class PurityWatch:
 def _of_slot(shared: SharedState, step: int, shard: int) -> dict[str, bytes]:
     control = shared.control
     flags: Any = control.has_grad[shard]
-    loss = float(control.losses[step % RING, shard])
-    return digest_parts(shared, shared.slots[shard], flags, loss)
+    return digest_parts(shared, shared.slots[shard], flags, recorded_outcome(control, step, shard))

@@ -26,6 +26,7 @@ from lockstep.planning.blocks import Block
 from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
 from lockstep.planning.worker_messages import StateCorrupted
 from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
+from lockstep.state.shard_outcomes import NOTHING, check_agreement, write_outcome
 from lockstep.state.snapshot import SnapshotPart
 from lockstep.worker.audit import StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.context import WorkerContext
@@ -62,6 +63,8 @@ class TrainStep:
         self._ahead_from = assignment.ahead_from
         self._unseen = set(assignment.remote_params)
         """The parameters of other hosts that have had no gradient yet."""
+        self._agreed = False
+        """Whether all shards are known to log the same values."""
         self._seconds = self.control.seconds[self._worker_id]
         self._claims = ShardClaims(self.control)
         self._state = memoryview(shared.segments["state"].map)
@@ -127,6 +130,9 @@ class TrainStep:
         if self._audit is not None:
             self._check_step(step, [shard for shard in active if shard in self._host_shards])
         presence = self._exchange(step, active)
+        if not self._agreed:  # from then on each shard is compared with itself
+            check_agreement(control, step, active)
+            self._agreed = True
         scale = None
         if self._norm_clipper is not None:
             scale = self._norm_clipper.scale(step, presence, self._norms, self._meet_norms)
@@ -179,14 +185,14 @@ class TrainStep:
 
     def _compute(self, step: int, shard: int) -> None:
         """Forward and backward of one shard, into its slot."""
-        control, loss = self.control, 0.0
+        control, outcome = self.control, NOTHING
         if shard in self._sampling.active(step):
             control.beat(self._worker_id, shard)
             slot = self.shared.slots[shard]
-            loss = self._forward_backward.make(step, shard, slot, control.has_grad[shard])
+            outcome = self._forward_backward.make(step, shard, slot, control.has_grad[shard])
             if self._fault("slot", step, shard) is not None:
                 flip_gradient_bit(slot)
-        control.losses[step % RING, shard] = loss
+        write_outcome(control, step, shard, outcome)
         control.shard_by[shard] = self._worker_id
         control.shard_done[shard] = step
 

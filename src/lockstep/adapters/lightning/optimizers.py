@@ -10,7 +10,7 @@ import torch
 
 from lockstep.errors import OptimizerError, TaskError
 from lockstep.job.task import Parameters
-from lockstep.optim.lr_schedule import check_schedule
+from lockstep.optim.lr_schedule import check_schedule, waits_for_metric
 from lockstep.system.torch_patches import mark_stepped
 
 FORMS = (
@@ -27,6 +27,8 @@ class Configured:
     interval: Literal["step", "data_epoch"] = "step"
     frequency: int = 1
     """Data epochs from one step of the schedule to the next."""
+    monitor: str = ""
+    """The held-out metric that the schedule waits for, if it does."""
 
     @staticmethod
     def of(module: Any) -> Configured:
@@ -86,12 +88,19 @@ def _split(found: Any) -> tuple[list[Any], list[Any]]:
 
 def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any) -> Configured:
     """The schedule, with Lightning's defaults: it is stepped after every data epoch."""
-    options = {"interval": "epoch", "frequency": 1}
+    options = {"interval": "epoch", "frequency": 1, "monitor": None}
     if isinstance(scheduler, Mapping):
         options |= {key: scheduler[key] for key in options if key in scheduler}
         scheduler = scheduler.get("scheduler")
     check_schedule(scheduler)
-    interval, frequency = options["interval"], options["frequency"]
+    interval, frequency, monitor = (options[key] for key in ("interval", "frequency", "monitor"))
+    if waits_for_metric(scheduler) and (interval != "epoch" or not isinstance(monitor, str)):
+        raise TaskError(
+            "ReduceLROnPlateau waits for a held-out metric, after a data epoch",
+            expected='{"scheduler": ..., "monitor": "val_loss"}, with the interval "epoch"',
+            found=f"monitor={monitor!r}, interval={interval!r}",
+            fix="see LightningModule.configure_optimizers",
+        )
     known = interval in ("epoch", "step")
     if not known or not isinstance(frequency, int) or frequency < 1:
         found = f"interval={interval!r}, frequency={frequency!r}"
@@ -113,6 +122,7 @@ def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any) -> Configured:
         scheduler=scheduler,
         interval="step" if interval == "step" else "data_epoch",
         frequency=frequency if isinstance(frequency, int) else 1,
+        monitor=monitor if isinstance(monitor, str) else "",
     )
 
 
@@ -126,14 +136,16 @@ class Following:
     def __init__(self, optimizer: torch.optim.Optimizer, configured: Configured) -> None:
         self._optimizer, self._leader = optimizer, configured
         mark_stepped(configured.optimizer)
+        self.waits = waits_for_metric(configured.scheduler)
+        """Whether it is stepped with a metric."""
         self._steps = 0
         self._copy()
 
-    def step(self) -> None:
+    def step(self, *metric: float) -> None:
         """Step the schedule, every `frequency` calls."""
         self._steps += 1
         if self._steps % self._leader.frequency == 0:
-            self._leader.scheduler.step()
+            self._leader.scheduler.step(*metric)
             self._copy()
 
     def _copy(self) -> None:

@@ -195,6 +195,7 @@ class LightningTask(Task):
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         configured = Configured.of(self._module)
         self.scheduler_interval = configured.interval
+        self.scheduler_metric = configured.monitor
         return bind(configured.optimizer, self._module, params)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:

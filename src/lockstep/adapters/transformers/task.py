@@ -23,6 +23,7 @@ from lockstep.adapters.transformers.token_metrics import (
     token_sums,
 )
 from lockstep.errors import JobError, TaskError
+from lockstep.job.loss_form import split_loss
 from lockstep.job.task import Parameters, Task
 
 if TYPE_CHECKING:
@@ -204,14 +205,13 @@ class TransformersTask(Task):
             samples = [taken(sample, self._columns) for sample in samples]
         return self._collator(samples)
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Any:
         return self._loss(model(**batch), batch)
 
-    def _loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+    def _loss(self, outputs: Any, batch: Any) -> Any:
         if self._criterion is None:
             return _own_loss(outputs, batch)
-        loss: torch.Tensor = self._criterion(outputs, batch.get("labels"))
-        return loss
+        return self._criterion(outputs, batch.get("labels"))
 
     def optimizer(self, params: Parameters) -> torch.optim.Optimizer:
         """AdamW with weight decay for parameters of two or more dimensions only."""
@@ -247,7 +247,8 @@ class TransformersTask(Task):
         if labels_tokens(base_of(model), logits, labels):
             self._shift = label_shift(model, batch)
             return {}
-        found: dict[str, torch.Tensor | float] = {"loss": self._loss(outputs, batch)}
+        loss, beside = split_loss(self._loss(outputs, batch))
+        found: dict[str, torch.Tensor | float] = {"loss": loss, **beside}
         if _one_class_each(logits, labels):
             found["accuracy"] = outputs.logits.argmax(-1) == labels
         return found
