@@ -7,6 +7,10 @@ A *checkpoint* is the committed state on disk, a *fingerprint* the digest of a s
 run_folder       the folder's files, its lock, and the list of events
 manifest         job, plan, numerics profile and identity of a run
 origin_mark      by which a user's own runs are told from those of others
+event_schema     the lines of `events.jsonl` as typed structs
+events_table     the table of events in docs/events.md
+metering         the pace and the times of a run, over intervals that grow with it
+master_process   the process that leads a run: what the events say of it, and whether it lives
 ledger           the hash-chained record of committed steps
 checkpoint       states as safetensors, checked by digests
 recorder         the observer that writes all of these while the run goes on

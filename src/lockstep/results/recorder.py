@@ -20,6 +20,8 @@ from lockstep.results.checkpoint import (
     write_model,
 )
 from lockstep.results.ledger import FIRST, Ledger, StepRecord, read_ledger
+from lockstep.results.master_process import describe_end, describe_master
+from lockstep.results.metering import Meter
 from lockstep.results.progress import Progress
 from lockstep.results.recoveries import describe_recovery
 from lockstep.results.restart import Restart
@@ -52,6 +54,7 @@ class Recorder:
         self.keep_checkpoints = keep_checkpoints
         self.ledger = Ledger(folder.ledger_path, start.ledger or FIRST)
         self.events = Events(folder.events_path)
+        self.meter = Meter(folder, self.events, start.step)
         self.display = Progress(enabled=not quiet, steps=plan.steps, name=folder.path.name)
         self.history = start.history
         self.recoveries = start.recoveries
@@ -72,6 +75,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self.display.__enter__()
+        self.events.add("began", **describe_master(self.layout))
         if self._start.ledger is None:
             digests = tensor_digests(self.layout, self.memory.state)
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
@@ -90,6 +94,11 @@ class Recorder:
     ) -> None:
         self._writer.shutdown(wait=True)
         self.display.__exit__(kind, error, trace)
+        with contextlib.suppress(ResourceError):
+            self.meter.flush()
+            if error is not None:
+                self.events.add("ended", step=self._recorded, **describe_end(error))
+        self.meter.close()
         for file in (self.ledger, self.events):
             with contextlib.suppress(OSError):  # a full disk has been reported when it was met
                 file.close()
@@ -98,9 +107,13 @@ class Recorder:
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
+        self.meter.commit(record)
         self._loss, self._recorded = record.loss, record.step + 1
 
     def event(self, name: str, **fields: object) -> None:
+        if name == "timed":
+            self.meter.timed(fields)
+            return
         if name == "first_step":
             self._first_step_at = time.time()
         if name == "baseline":
@@ -121,6 +134,7 @@ class Recorder:
         if time.monotonic() - self._looked > FOLDER_SECONDS:
             self.folder.check_there()
             self._looked = time.monotonic()
+        self.meter.look(workers)
         epoch = max(step - 1, 0) // self.plan.steps_per_epoch
         self.display.update(step, loss, rate, workers, epoch)
 
@@ -208,6 +222,7 @@ class Recorder:
         if self.plan.faults:
             fired = self.memory.control.fired[: len(self.plan.faults)].tolist()
             self.events.add("faults", fired=fired)
+        self.meter.flush()
         self.events.add("finished", steps=steps, fingerprint=digest)
         with disk_errors("the result"):
             write_json(self.folder.result_path, result.to_message())
