@@ -40,23 +40,21 @@ class TimeSampler:
     def look(self, worker_ids: Iterable[int]) -> None:
         """Look at the workers; where it is time, and one of them has finished something, tell."""
         control, now = self._control, self._clock()
-        ids = tuple(worker_ids)
         self._looks += 1
-        for worker_id in ids:
+        for worker_id in worker_ids:
             if control.awaited_exchange(worker_id) > control.exchanged:
                 self._waiting[worker_id] += 1
         if now - self._begun >= SAMPLE_SECONDS:
-            self._sample(ids, now)
+            self._sample(now)
 
-    def _sample(self, worker_ids: tuple[int, ...], now: float) -> None:
+    def _sample(self, now: float) -> None:
         sums = self._control.seconds.tolist()
         if sums == self._before:
             return  # a long step: it is told when it has ended
         workers = {
-            str(worker_id): seconds_between(
-                self._before[worker_id], sums[worker_id], self._waiting[worker_id] / self._looks
-            )
-            for worker_id in worker_ids
+            str(worker_id): seconds_between(before, after, self._waiting[worker_id] / self._looks)
+            for worker_id, (before, after) in enumerate(zip(self._before, sums, strict=True))
+            if before != after  # also one that has died since
         }
         self._observer.event(
             "timed", host=self._host, seconds=round(now - self._begun, 4), workers=workers

@@ -9,12 +9,19 @@ manifest         job, plan, numerics profile and identity of a run
 origin_mark      by which a user's own runs are told from those of others
 event_schema     the lines of `events.jsonl` as typed structs
 events_table     the table of events in docs/events.md
+event_words      an event as a line for people
 metering         the pace and the times of a run, over intervals that grow with it
 master_process   the process that leads a run: what the events say of it, and whether it lives
 ledger           the hash-chained record of committed steps
 checkpoint       states as safetensors, checked by digests
 recorder         the observer that writes all of these while the run goes on
 recoveries       recoveries in words
+run_history      pure: events folded into the rows that page, report and terminal show
+run_reader       reads a run folder while it is written
+run_list         the run folders that there are, by name, with their summaries
+run_summary      pure: what a run is and how it stands
+run_comparison   two runs: settings that differ, and the first step at which their ledgers part
+ledger_check     the ledger's chain of hashes, checked a part at a time
 restart          the state from which a run is resumed
 result           the result as one object and one JSON document
 prediction_file  the rows of a prediction, in order and resumable
