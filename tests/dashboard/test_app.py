@@ -71,7 +71,7 @@ def make_client(path: Path, **options: Any) -> TestClient:
      "Bearer \u00e9".encode("latin-1").decode("latin-1")],
 )  # fmt: skip
 def test_without_the_token_nothing_is_told(client: TestClient, path: str, shown: str) -> None:
-    headers = {"Authorization": shown.encode("latin-1")}
+    headers = {b"Authorization": shown.encode("latin-1")}
     answer = client.get(path, headers=headers)
     assert answer.status_code == 401
     assert "a" not in answer.json().get("runs", "")
@@ -333,3 +333,13 @@ def test_addresses_that_are_not_served(runs: Path) -> None:
             watch(runs, host=host, port=0, say=print)
     with pytest.raises(ResourceError):
         watch(runs, host="192.0.2.1", port=0, say=print)
+
+
+def test_halves_of_characters_and_numbers_that_are_none(client: TestClient, runs: Path) -> None:
+    manifest = runs / "a" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"digits"', '"\\ud800"'))
+    with (runs / "a" / "events.jsonl").open("a") as file:
+        file.write('{"time":"","event":"note","text":"\\udfff"}\n')
+        file.write('{"time":"","event":"progressed","steps":1,"loss":1e999}\n')
+    assert client.get("/api/runs/a").json()["facts"]["name"] == "\ud800"
+    assert len(client.get("/api/runs").json()["runs"]) == 2

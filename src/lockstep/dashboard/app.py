@@ -170,7 +170,10 @@ def _static_files() -> dict[str, bytes]:
 
 
 def _encode(value: Any) -> bytes:
-    return json.dumps(plain(value), separators=(",", ":")).encode("utf-8", "replace")
+    try:
+        return msgspec.json.encode(value)  # a number that is not finite becomes null
+    except UnicodeEncodeError:  # half of a character, from an escape in a file
+        return json.dumps(plain(value)).encode()
 
 
 def _json(value: Any, status: int = 200) -> Response:

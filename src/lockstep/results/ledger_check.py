@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lockstep.results.ledger import FIRST, chain
 
-PART_BYTES = 4 << 20
+PART_BYTES = 1 << 20
 
 
 class LedgerCheck:
