@@ -161,8 +161,11 @@ def _summary(run: Path) -> tuple[RunReader, dict[str, Any]]:
 
 
 def _plan(row: dict[str, Any]) -> str:
+    from lockstep.planning.core_split import Division
+
+    counts = {name: row[name] or 0 for name in ("workers", "threads", "shards")}
     hosts = f" on {len(row['hosts'])} hosts" if len(row["hosts"]) > 1 else ""
-    return f"{row['workers']} workers{hosts}, {row['threads']} threads each, {row['shards']} shards"
+    return f"{Division(**counts)}{hosts}"
 
 
 def _metric(row: dict[str, Any]) -> str:

@@ -20,6 +20,9 @@ PHASES = kind.Seconds.__struct_fields__
 """What workers spend their time on, in the order of the rows."""
 GAP_SECONDS = 1.0
 """What is left of the time between a stop and a resume."""
+ADJOINING = 0.25
+"""Intervals of a lane with a gap of less than this part between them adjoin: they are told a moment
+after they end."""
 LAST_EVENTS = 500
 """So many rows of events are kept: the newest."""
 Lane = tuple[str, int]
@@ -69,6 +72,8 @@ class RunHistory:
     events: Table = field(default_factory=lambda: Table(LAST_EVENTS))
     """`[time, UTC, name, text]`"""
 
+    master: str = ""
+    """The name of the master's host."""
     began: kind.Began | None = None
     """The master that has led the run last."""
     first: kind.Began | None = None
@@ -90,10 +95,10 @@ class RunHistory:
     _shift: float = 0.0
     _numbers: dict[Lane, int] = field(default_factory=dict)
     _state: dict[Lane, str] = field(default_factory=dict)
-    _master: str = ""
     _spawned: dict[int, float] = field(default_factory=dict)
     _members: dict[str, set[int]] = field(default_factory=dict)
     _hosts: set[str] = field(default_factory=set)
+    _told_to: dict[int, float] = field(default_factory=dict)
 
     # Facts of now.
 
@@ -115,9 +120,9 @@ class RunHistory:
                 rows["progress"].append(_progress_row(at, event))
             elif isinstance(event, kind.Timed):
                 rows["times"] += [
-                    [self._numbers[event.host or self._master, worker], *_times_row(at, event, row)]
+                    [self._numbers[event.host or self.master, worker], *_times_row(at, event, row)]
                     for worker, row in event.workers.items()
-                    if (event.host or self._master, worker) in self._numbers
+                    if (event.host or self.master, worker) in self._numbers
                 ]
         return rows
 
@@ -138,8 +143,8 @@ class RunHistory:
                 return
             case kind.Timed():
                 for worker, row in event.workers.items():
-                    lane = self._lane(event.host or self._master, worker)
-                    self.times.add(lane, *_times_row(at, event, row))
+                    lane = self._lane(event.host or self.master, worker)
+                    self.times.add(lane, *self._adjoined(lane, _times_row(at, event, row)))
                 return
             case kind.Evaluated():
                 self.step = max(self.step, event.step)
@@ -164,17 +169,17 @@ class RunHistory:
                 self._end(at, event)
             case _:
                 self._of_workers(at, event)
-        self.events.add(at, event.time, name_of(event), describe_event(event, self._master))
+        self.events.add(at, event.time, name_of(event), describe_event(event, self.master))
 
     def _of_workers(self, at: float, event: Event) -> None:
-        host = event.host or self._master
+        host = event.host or self.master
         match event:
             case kind.Spawned():
                 self._spawned[event.pid] = at
             case kind.Joined():
                 if event.pid in self._spawned and event.host:
                     # Other hosts' forks are told with their name, the master's own without.
-                    self._master = self._master if self._members else event.host
+                    self.master = self.master if self._members else event.host
                 self._set_state(host, event.worker, self._spawned.pop(event.pid, at), "starting")
             case kind.Formed():
                 self._form(at, host, event)
@@ -183,7 +188,7 @@ class RunHistory:
             case kind.Died():
                 self.step = max(self.step, event.step)
                 self._set_state(host, event.worker, at, "dead")
-                self._mark(at, "died", describe_event(event, self._master), event.step)
+                self._mark(at, "died", describe_event(event, self.master), event.step)
             case kind.Recovered():
                 self._recover(at, event)
             case kind.HostLost():
@@ -200,7 +205,15 @@ class RunHistory:
                 begun = max(at - event.stalled_ms / 1e3, 0.0)
                 self.bands.add(begun, at, "recovering", "the hosts regroup")
             case kind.Corrupt():
-                self._mark(at, "corrupt", describe_event(event, self._master), event.step)
+                self._mark(at, "corrupt", describe_event(event, self.master), event.step)
+
+    def _adjoined(self, lane: int, row: list[Any]) -> list[Any]:
+        """A row of times, from the end of the one before where it begins just after that."""
+        before = self._told_to.get(lane, 0.0)
+        if 0.0 < row[0] - before < ADJOINING * (row[1] - row[0]):
+            row[0] = before
+        self._told_to[lane] = row[1]
+        return row
 
     def _begin(self, event: kind.Began) -> None:
         clock = _seconds(event.time)
@@ -209,7 +222,7 @@ class RunHistory:
             self._shift = clock - self._clock - self.now - GAP_SECONDS
         self.first = self.first or event
         self.began, self.ended = event, None
-        self._master = event.host or ""
+        self.master = event.host or ""
         self._members.clear()
         self._hosts.clear()
 
@@ -218,7 +231,7 @@ class RunHistory:
         for worker in event.seats:
             self._set_state(host, worker, at, "working")
             if before is not None and worker not in before:
-                where = f" of {host}" if host != self._master else ""
+                where = f" of {host}" if host != self.master else ""
                 self._mark(at, "joined", f"worker {worker}{where} joined", event.step)
         self._members[host] = set(event.seats)
 

@@ -49,7 +49,7 @@ class RunReader:
             RunFolderError: the folder is gone, or its manifest cannot be read.
         """
         changed = self._read_manifest()
-        changed |= self._read_events()
+        changed |= self.read_events()
         changed |= self._read_live()
         if self._changed("result.json"):
             self.result, changed = read_object(self.folder / "result.json"), True
@@ -86,7 +86,8 @@ class RunReader:
             )
         return True
 
-    def _read_events(self) -> bool:
+    def read_events(self) -> bool:
+        """Read the events that are new; whether there are any."""
         try:
             with (self.folder / "events.jsonl").open("rb") as file:
                 return self._read_lines(file)

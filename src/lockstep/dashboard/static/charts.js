@@ -58,7 +58,7 @@ export class Chart {
   set(xs, series, marks = this.marks) {
     Object.assign(this, { xs, series, marks });
     const last = series[0]?.findLast?.((value) => value !== null);
-    this.value.textContent = last === undefined ? "" : `${figure(last)}${this.unit}`;
+    this.value.textContent = last === undefined || this.lines.length > 1 ? "" : `${figure(last)}${this.unit}`;
     this.plot.setAttribute("aria-label",
       `${this.heading.firstChild.textContent}: ${this.value.textContent}, at step ${figure(xs.at(-1))}`);
     if (this.chart) this.chart.setData(this.data());
@@ -132,7 +132,7 @@ export class Chart {
     ctx.font = `${11 * ratio}px system-ui`;
     ctx.textAlign = "center";
     let free = 0; // where the next sign has room: those of one step stand side by side
-    for (const [, step, kind] of this.marks) {
+    for (const [, step, kind] of [...this.marks].sort((a, b) => a[1] - b[1])) {
       const known = MARKS[kind];
       const x = u.valToPos(step, "x", true);
       if (!known || x < u.bbox.left || x > u.bbox.left + u.bbox.width) continue;

@@ -34,7 +34,7 @@ export class Timeline {
     this.node = el("div", { class: "timeline" },
       el("div", { class: "tools" }, el("span", { class: "group", role: "group", "aria-label": "Span" }, ...this.buttons),
         el("span", { class: "note" }, "drag, arrow keys, + and − move it")),
-      el("div", { class: "frame" }, this.canvas, this.hover),
+      this.frame = el("div", { class: "frame" }, this.canvas), this.hover,
       el("div", { class: "key" }, ...keys.map((key) => el("span", {}, el("i", { class: `swatch ${key}` }), NAMES[key]))),
       this.note);
     new ResizeObserver(() => this.draw()).observe(this.node);
@@ -248,7 +248,7 @@ export class Timeline {
     this.hover.replaceChildren(...rows.slice(0, 12), el("span", { class: "soft" }, `at ${clock(at)}`));
     const beside = x + 14 + this.hover.offsetWidth < box.width ? x + 14 : x - 14 - this.hover.offsetWidth;
     this.hover.style.left = `${Math.max(0, beside)}px`;
-    this.hover.style.top = `${y + 14}px`;
+    this.hover.style.top = `${y + 14 + this.frame.offsetTop - this.frame.scrollTop}px`;
     return undefined;
   }
 
