@@ -22,7 +22,6 @@ from playwright.sync_api import sync_playwright
 
 from tests.support.harmed_runs import events, until
 
-COLOURS = 128
 WAIT = 120.0
 RUN = ["run", "mnist", "--model", "cnn", "--workers", "2", "--max-workers", "4", "--quiet"]
 
@@ -33,9 +32,8 @@ def lockstep(*arguments: str, folder: Path, **options: Any) -> subprocess.Popen[
 
 
 def keep(png: bytes, path: Path) -> None:
-    """Write a picture with few colours: these pages need no more."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    """Write a picture, packed as well as it goes."""
+    Image.open(io.BytesIO(png)).convert("RGB").save(path, optimize=True)
     print(f"{path}  {path.stat().st_size / 1e3:.0f} kB")
 
 
@@ -72,15 +70,19 @@ def take(place: Path, folder: Path) -> None:
         time.sleep(1)
         keep(page.screenshot(), place / "dark.png")
         page.emulate_media(color_scheme="light")
-        page.get_by_role("button", name="20 s").click()
         canvas = page.locator(".timeline canvas")
-        canvas.focus()
-        page.keyboard.press("ArrowLeft")
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         assert box is not None
-        spot = page.evaluate(LAST_DEATH)
-        page.mouse.move(box["x"] + spot, box["y"] + 26 + 5 + 35 + 15)
+        lane = box["y"] + 26 + 5 + 35 + 15
+        page.mouse.move(box["x"] + page.evaluate(LAST_DEATH), lane)
+        page.keyboard.down("Control")
+        for _ in range(8):
+            page.mouse.wheel(0, -100)
+            time.sleep(0.1)
+        page.keyboard.up("Control")
+        time.sleep(0.5)
+        page.mouse.move(box["x"] + page.evaluate(LAST_DEATH) + 1, lane)
         time.sleep(0.5)
         keep(page.locator("section", has=canvas).screenshot(), place / "recovery.png")
         page.set_viewport_size({"width": 390, "height": 844})
@@ -111,7 +113,7 @@ LAST_DEATH = """() => {
   const hex = getComputedStyle(document.documentElement).getPropertyValue("--dead").trim();
   const rgb = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   for (let x = width - 1; x > 0; x--) {
-    if (rgb.every((part, channel) => Math.abs(data[4 * x + channel] - part) < 60)) {
+    if (rgb.every((part, channel) => Math.abs(data[4 * x + channel] - part) < 30)) {
       return x / ratio;
     }
   }

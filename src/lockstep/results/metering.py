@@ -19,7 +19,7 @@ import msgspec
 
 from lockstep.results.event_schema import Seconds, Timed
 from lockstep.results.ledger import StepRecord
-from lockstep.results.run_folder import Events, RunFolder, event_line
+from lockstep.results.run_folder import Events, RunFolder, event_line, utc_now
 
 LIVE_SECONDS = 0.5
 """How often `live.json` is written, and the shortest interval that is kept."""
@@ -98,10 +98,13 @@ class HostTimes:
 
     seconds: float = 0.0
     workers: dict[int, list[float]] = field(default_factory=dict)
+    until: str = ""
+    """The UTC time at which it ended, which is before that of its writing."""
 
     def add(self, timed: Timed) -> None:
-        """Add the interval that follows."""
+        """Add the interval that follows; it ends now."""
         self.seconds += timed.seconds
+        self.until = utc_now()
         for worker, spent in timed.workers.items():
             row = self.workers.setdefault(worker, [0.0] * len(Seconds.__struct_fields__))
             for index, name in enumerate(Seconds.__struct_fields__):
@@ -110,6 +113,7 @@ class HostTimes:
     def absorb(self, other: HostTimes) -> None:
         """Add the interval that follows."""
         self.seconds += other.seconds
+        self.until = other.until
         for worker, spent in other.workers.items():
             row = self.workers.setdefault(worker, [0.0] * len(spent))
             self.workers[worker] = [a + b for a, b in zip(row, spent, strict=True)]
@@ -119,7 +123,12 @@ class HostTimes:
         rows = {
             str(worker): [round(value, 4) for value in row] for worker, row in self.workers.items()
         }
-        return {"host": host, "seconds": round(self.seconds, 4), "workers": rows}
+        return {
+            "time": self.until,
+            "host": host,
+            "seconds": round(self.seconds, 4),
+            "workers": rows,
+        }
 
 
 def checked_times(fields: Mapping[str, Any]) -> Timed | None:

@@ -208,9 +208,13 @@ class Events:
 
 
 def event_line(event: str, fields: Mapping[str, Any]) -> str:
-    """A line of `events.jsonl`, of something that has happened now."""
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return json.dumps(plain({"time": time, "event": event, **fields})) + "\n"
+    """A line of `events.jsonl`, of something that has happened now, or at the field `time`."""
+    return json.dumps(plain({"time": utc_now(), "event": event, **fields})) + "\n"
+
+
+def utc_now() -> str:
+    """The time, as events have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _is_torn(path: Path) -> bool:

@@ -92,13 +92,16 @@ def _times(history: RunHistory, places: dict[int, int]) -> Iterator[Markup]:
 def _states(history: RunHistory, places: dict[int, int]) -> Iterator[Markup]:
     open_at: dict[int, tuple[float, str]] = {}
     ends = [[lane, history.now, "end"] for lane in places]
+    found = []
     for lane, at, state in [*history.states.rows, *ends]:
         begun, was = open_at.get(lane, (0.0, ""))
         if was in ("dead", "starting") and lane in places:
             left = _x(begun, history.now)
             wide = max(_x(at, history.now) - left, 3.0)
-            yield _rect(left, places[lane], wide, LANE, was, was)
+            found.append((was == "dead", _rect(left, places[lane], wide, LANE, was, was)))
         open_at[lane] = (at, state)
+    # A death is drawn over the start of the one that takes its place, however short it was.
+    yield from (rect for _, rect in sorted(found, key=lambda each: each[0]))
 
 
 def _bands(history: RunHistory, height: int) -> Iterator[Markup]:

@@ -146,11 +146,12 @@ export class Timeline {
 
   drawStates(g, order, paint, from, to) {
     for (const lane of order) {
-      for (const [begun, until, state] of this.spans(lane.number)) {
-        if (state === "working" || begun > to || until < from) continue;
+      // A death is drawn over the start of the one that takes its place, however short it was.
+      const spans = this.spans(lane.number).sort((a, b) => (a[2] === "dead") - (b[2] === "dead"));
+      for (const [begun, until, state] of spans) {
+        if (!["dead", "starting"].includes(state) || begun > to || until < from) continue;
         const left = this.x(begun);
-        const right = Math.min(this.x(Math.min(until, to)), this.x(to));
-        if (state === "left") continue;
+        const right = this.x(Math.min(until, to));
         this.hatch(g, left, lane.y, Math.max(right - left, 3), LANE, paint[state]);
       }
     }
