@@ -13,6 +13,8 @@ ARGS ?=
 # INSTALLED: what running needs. READY: what working on Lockstep needs as well.
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+# JAX and TensorFlow, which `make bench` compares with: an environment of their own.
+FRAMEWORKS := .venv-frameworks/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # torch's builds for CPUs: PyPI has the one for CUDA, of several gigabytes.
@@ -60,7 +62,7 @@ docs-tree: $(READY) ## Write the file tree in docs/architecture.md anew
 docs-reference: $(READY) ## Write docs/reference.md anew, from the public docstrings
 	$(BIN)/python -m tests.support.api_reference
 
-bench: $(READY) ## Measure Lockstep against its alternatives (half an hour, alone on the machine)
+bench: $(READY) $(FRAMEWORKS) ## Measure Lockstep against its alternatives (an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-recovery: $(READY) ## Measure recovery from killed workers, compared with torchrun's restart
@@ -112,4 +114,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(READY): $(INSTALLED)
 	@echo "installing what tests and checks need into $(VENV)" >&2
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(FRAMEWORKS): benchmarks/frameworks/requirements.txt
+	@test -n "$(PYTHON)" && "$(PYTHON)" -m venv .venv-frameworks
+	@echo "installing JAX and TensorFlow into .venv-frameworks (2 GB)" >&2
+	@.venv-frameworks/bin/python -m pip --disable-pip-version-check install --requirement $<
 	@touch $@

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.meeting import WORDS, Meeting
-from benchmarks.report import CONTENDERS
+from benchmarks.report import OURS
 from lockstep.system.shared_memory import set_allocator
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def contend(
 
     from benchmarks import models, recipes
 
-    alone, world = contender == "threads", world or models.WORLD
+    alone, world = contender in ALONE, world or models.WORLD
     torch.set_num_threads(world if alone else 1)
     case = recipes.find(name)
     batch = case.batch * (world if alone else 1)
@@ -76,10 +76,11 @@ def contend(
 
     meeting = Meeting(words, rank) if contender == "meet" else None
     meet = meeting.meet if meeting is not None else lambda: None
+    loss = torch.compile(case.loss) if contender == "compiled" else case.loss
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        case.loss(model, draw()).backward()
+        loss(model, draw()).backward()
         meet()
         case.update(optimizer)
         meet()
@@ -96,6 +97,8 @@ def contend(
     return {"samples": steps * batch, "seconds": elapsed, "steps": steps}
 
 
+ALONE = ("threads", "compiled")
+"""The contenders that are one process of torch, with all cores."""
 DDP = ("ddp", "ddp_malloc")
 """The contenders that are DistributedDataParallel."""
 ALLOCATOR = ("ddp_malloc", "nosync", "meet")
@@ -257,7 +260,7 @@ def measure(contender: str, name: str, seconds: float, steps: int, out: str | No
     """What a contender did on a model: `rate` in samples per second, `steps`, `seconds`."""
     if contender in ("lockstep", "auto"):
         return lockstep(name, steps, contender == "auto", out)
-    if contender == "threads":
+    if contender in ALONE:
         timed = [contend(contender, name, seconds, None, 0)]
     else:
         timed = together(contender, name, seconds)
@@ -272,7 +275,7 @@ def measure(contender: str, name: str, seconds: float, steps: int, out: str | No
 def main() -> None:
     """Measure as the arguments say; print the result as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("contender", choices=[*CONTENDERS, "sizes", "idle"])
+    parser.add_argument("contender", choices=[*OURS, "sizes", "idle"])
     parser.add_argument("model", nargs="?", default="softmax")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=100, help="for lockstep and auto")

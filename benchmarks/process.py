@@ -91,10 +91,11 @@ def finish(
     command: list[str],
     *,
     timeout: float,
+    python: str = sys.executable,
     watch: Callable[[int, str], bool] | None = None,
     every: float = 0.1,
 ) -> Finished:
-    """Run `command` with this Python to its end, within `timeout` seconds.
+    """Run `command` with this Python, or another, to its end, within `timeout` seconds.
 
     `watch(pid, output so far)` is called `every` seconds; once it returns False the command is
     ended by SIGTERM, and its status does not count. Raises `ContenderFailed`; in every case no
@@ -108,7 +109,7 @@ def finish(
         tempfile.TemporaryDirectory(prefix="lockstep-bench-") as scratch,
     ):
         process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            [python, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             cwd=ROOT, env=environment() | {"TMPDIR": scratch},
         )  # fmt: skip
         until = time.monotonic() + timeout
@@ -156,7 +157,8 @@ def pss(pids: list[int]) -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, memory, versions."""
+    """What the figures depend on: processor, cores, memory, versions. `boot`: which machine it is;
+    two of one kind differ too."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -170,6 +172,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": metadata.version("torch"),
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text()[:8],
     }
 
 

@@ -17,7 +17,11 @@ from typing import Any
 Rates = Mapping[str, Sequence[float | None]]
 """Samples per second by contender; one entry per repetition, None where it failed."""
 
-CONTENDERS = ("lockstep", "ddp", "ddp_malloc", "nosync", "meet", "threads", "auto")
+OURS = ("lockstep", "ddp", "ddp_malloc", "nosync", "meet", "threads", "compiled", "auto")
+"""The contenders that run on PyTorch."""
+FRAMEWORKS = ("tensorflow", "jax")
+"""Those that run in an environment of their own (see `benchmarks.frameworks`)."""
+CONTENDERS = (*OURS, *FRAMEWORKS)
 MODELS: dict[str, str] = {
     "softmax": "softmax regression, 784→10, 64 samples per worker",
     "mlp": "MLP, 784→512→512→10, 64 samples per worker",
@@ -29,9 +33,14 @@ MODELS: dict[str, str] = {
 DDP_BARS = {
     "softmax": 4.0, "mlp": 1.8, "cnn": 1.5, "transformer": 1.1, "embedding": 2.5, "sparse": 10.0,
 }  # fmt: skip
-THREADS_BARS = {"sparse": 1.0}
-NOSYNC_BAR = 0.95
+NOSYNC_BAR = 0.9
+ONE_PROCESS_BAR = 1.0
+"""For the best of the contenders that are one process of PyTorch, and for TensorFlow."""
 AUTO_BAR = 0.97
+ALONE = ("threads", "compiled")
+"""One process of PyTorch, with all cores."""
+NOT_OF_FRAMEWORKS = ("sparse",)
+"""Models that the other frameworks have no equal of."""
 DDP = ("ddp", "ddp_malloc")
 """DistributedDataParallel as users run it, and with Lockstep's settings of malloc; the one with the
 better median stands for it."""
@@ -55,13 +64,16 @@ class Comparison:
     what: str
     ratio: Ratio | None
     """None: no repetition has both."""
-    bar: float
+    bar: float | None
+    """None: it is told, and there is no bar."""
 
     @property
     def verdict(self) -> str:
         """`pass`, `miss`, or `not measured`; a ratio equal to its bar passes."""
         if self.ratio is None:
             return "not measured"
+        if self.bar is None:
+            return "—"
         return "pass" if self.ratio.middle >= self.bar else "miss"
 
 
@@ -92,15 +104,20 @@ def pairwise(rates: Rates, over: str, under: str | None) -> Ratio | None:
 def compare(model: str, rates: Rates) -> list[Comparison]:
     """The ratios of a model, with their bars."""
     ddp = best(rates, DDP)
+    alone = best(rates, ALONE)
     other = best(rates, ("lockstep", *DDP, "threads"))
-    lines = [
+    lines: list[tuple[str, Ratio | None, float | None]] = [
         (f"lockstep / {ddp or 'ddp'}", pairwise(rates, "lockstep", ddp), DDP_BARS[model]),
         ("lockstep / nosync", pairwise(rates, "lockstep", "nosync"), NOSYNC_BAR),
+        ("lockstep / meet", pairwise(rates, "lockstep", "meet"), None),
+        (f"lockstep / {alone or 'threads'}", pairwise(rates, "lockstep", alone), ONE_PROCESS_BAR),
         (f"auto / best other ({other or 'none'})", pairwise(rates, "auto", other), AUTO_BAR),
     ]
-    if model in THREADS_BARS:
-        ratio = pairwise(rates, "lockstep", "threads")
-        lines.append(("lockstep / threads", ratio, THREADS_BARS[model]))
+    if model not in NOT_OF_FRAMEWORKS:
+        lines += [
+            ("lockstep / tensorflow", pairwise(rates, "lockstep", "tensorflow"), ONE_PROCESS_BAR),
+            ("lockstep / jax", pairwise(rates, "lockstep", "jax"), None),
+        ]
     return [Comparison(model=model, what=what, ratio=ratio, bar=bar) for what, ratio, bar in lines]
 
 
@@ -140,7 +157,7 @@ def speed_tables(speed: Mapping[str, Any]) -> str:
         [line.model, line.what,
          *((f"{r.middle:.2f}", f"{r.low:.2f} to {r.high:.2f}", str(r.pairs)) if (r := line.ratio)
            else ("—", "—", "0")),
-         f"{line.bar:.2f}", line.verdict]
+         "—" if line.bar is None else f"{line.bar:.2f}", line.verdict]
         for model, entry in speed.items()
         for line in compare(model, entry["rates"])
     ]  # fmt: skip
@@ -202,6 +219,8 @@ def page(results: Mapping[str, Any]) -> str:
             + " ".join(f"`{name}`: {what}." for name, what in MODELS.items()),
             _bits(speed),
         ]  # fmt: skip
+    if speed and (others := results.get("others")):
+        parts += ["## Other machines", _OTHERS, _machines_table(results, others)]
     if memory := results.get("memory"):
         idle = memory.get("idle", {})
         parts += ["## Memory", _MEMORY]
@@ -214,6 +233,30 @@ def page(results: Mapping[str, Any]) -> str:
     if cold := results.get("cold"):
         parts += ["## Cold start", _COLD, cold_table(cold)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _machines_table(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The median ratios on each machine, side by side."""
+    columns = [
+        {
+            (line.model, line.what.split(" (")[0]): "—" if line.ratio is None
+            else f"{line.ratio.middle:.2f}"
+            for model, entry in each["speed"].items()
+            for line in compare(model, entry["rates"])
+        }
+        for each in (results, *others)
+    ]  # fmt: skip
+    head = [_machine_head(each) for each in (results, *others)]
+    rows = [
+        [*key, *(column.get(key, "—") for column in columns)]
+        for key in dict.fromkeys(key for column in columns for key in column)
+    ]
+    return table(("model", "ratio", *head), rows)
+
+
+def _machine_head(results: Mapping[str, Any]) -> str:
+    dates = [entry["date"][:10] for entry in results["speed"].values()]
+    return f"{results['machine']['processor'].split(' (')[0]}, {max(dates)}"
 
 
 def _conditions(speed: Mapping[str, Any]) -> str:
@@ -260,10 +303,17 @@ from one to the next. Start-up and warm-up are not counted.
   What exactness and synchrony cost together is the ratio to it.
 - `meet`: the same, but the two wait for each other after each backward pass and each update, with
   Lockstep's barrier, and exchange nothing: what synchrony alone costs on this machine.
-- `threads`: one process of 2 threads on the batches of both workers.
-- `auto`: Lockstep without `workers`; its plan chooses. It is compared with the best of
-  `lockstep`, `ddp` and `threads`; `nosync` and `meet` train two models, so they are no
-  alternatives."""
+- `threads`: one process of 2 threads on the batches of both workers; `compiled`: the same with
+  `torch.compile` of the loss.
+- `auto`: Lockstep with no settings but the batch size: V = 4, which two workers share. It is
+  compared with the best of `lockstep`, `ddp` and `threads`; `nosync` and `meet` train two models,
+  so they are no alternatives.
+- `jax`: one process, `jit` of a step with optax's Adam and donated buffers; `tensorflow`: one
+  process, a `tf.function` of 20 steps with Keras's Adam. Both use all cores; the models' shapes,
+  the samples per step and the way of drawing are the same (`benchmarks/frameworks`)."""
+
+_OTHERS = """\
+The median ratios, side by side: machines of one kind differ too, and so do their days."""
 
 _MEMORY = """\
 PSS: resident memory of all processes of a contender together, shared pages counted once; the

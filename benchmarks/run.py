@@ -1,4 +1,4 @@
-"""Lockstep compared with DistributedDataParallel, threads, and no synchronisation, on one host.
+"""Lockstep compared with DistributedDataParallel, one process, JAX and TensorFlow, on one host.
 
     python -m benchmarks.run                                   # all; about half an hour
     python -m benchmarks.run --quick --models softmax,mlp
@@ -14,7 +14,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,12 @@ from benchmarks import footprint, process, report
 from benchmarks.process import ContenderFailed
 
 SECTIONS = ("speed", "memory", "cold")
+FRAMEWORKS_PYTHON = process.ROOT / ".venv-frameworks" / "bin" / "python"
+"""`make bench` makes it."""
 MEMORY_CONTENDERS = ("lockstep", "ddp", "threads")
 LEAST_STEPS = 20
+OTHERS = 3
+"""Of how many other machines the speeds are kept."""
 BUSY, TOO_BUSY = 0.15, 0.5
 """Load per core at which to warn, and at which to refuse."""
 
@@ -49,10 +53,13 @@ def say(text: str) -> None:
 
 def measure(contender: str, model: str, seconds: float, steps: int) -> dict[str, Any] | None:
     """One measurement in fresh processes; None, with the reason on stderr, if it failed."""
-    command = ["-m", "benchmarks.peers", contender, model]
+    python, command = sys.executable, ["-m", "benchmarks.peers", contender, model]
     command += ["--seconds", str(seconds), "--steps", str(steps)]
+    if contender in report.FRAMEWORKS:
+        python, command = str(FRAMEWORKS_PYTHON), ["-m", "benchmarks.frameworks", contender, model]
+        command += ["--seconds", str(seconds)]
     try:
-        done = process.finish(command, timeout=120 + 10 * seconds)
+        done = process.finish(command, python=python, timeout=120 + 10 * seconds)
     except ContenderFailed as error:
         fail(str(error))
         return None
@@ -80,6 +87,8 @@ def speed(model: str, contenders: Sequence[str], repeats: int, seconds: float) -
     }
     before = process.cpu_times()
     steps = steps_for(model, seconds)
+    if model in report.NOT_OF_FRAMEWORKS:
+        contenders = [name for name in contenders if name not in report.FRAMEWORKS]
     rates: dict[str, list[float | None]] = {name: [] for name in contenders}
     fingerprints: list[str] = []
     plans: list[dict[str, int]] = []
@@ -196,16 +205,26 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def earlier(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """The results of earlier runs on this same machine and torch; none otherwise."""
+def stored(path: Path) -> dict[str, Any]:
+    """What earlier runs have found; nothing if there is no such file."""
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    if results.get("machine") == machine:
-        return results
-    say(f"{path} is from another machine or other versions: not merged")
-    return {}
+    return found
+
+
+def begin(before: Mapping[str, Any], machine: dict[str, Any], merge: bool) -> dict[str, Any]:
+    """Results to go on with: those of this same machine and torch if they are to be merged. The
+    speeds that other machines had are kept beside them."""
+    others = list(before.get("others", []))
+    if before.get("machine") == machine:
+        return {**before, "others": others} if merge else {"machine": machine, "others": others}
+    if merge:
+        say("the results are from another machine or other versions: not merged")
+    if speeds := before.get("speed"):
+        others.insert(0, {"machine": before["machine"], "speed": speeds})
+    return {"machine": machine, "others": others[:OTHERS]}
 
 
 def main() -> int:
@@ -215,8 +234,7 @@ def main() -> int:
         return 1
     process.adopt_orphans()
     machine = process.machine()
-    results = earlier(options.results, machine) if options.merge else {}
-    results["machine"] = machine
+    results = begin(stored(options.results), machine, options.merge)
 
     def save() -> None:
         options.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

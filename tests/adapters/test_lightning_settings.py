@@ -106,7 +106,9 @@ def test_batches_are_the_loaders(run_folders: Callable[[], str]) -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("where", ["constructor", "on_train_start"])
+@pytest.mark.parametrize(
+    "where", ["on_train_start", pytest.param("constructor", marks=pytest.mark.long)]
+)
 def test_a_backbone_in_eval_mode_stays_so(where: str, run_folders: Callable[[], str]) -> None:
     net = module_class(batch_size=8, shuffle=True)
 

@@ -42,7 +42,7 @@ for number in range(2):
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.long)])
 def test_ctrl_c_ends_a_sweep(name: str, tmp_path: Path) -> None:
     ended = command.python("-", cwd=tmp_path, script=SWEEP.replace("SIGNAL", name))
     assert "on to the next" not in ended.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import footprint, models, process, recipes, report, run
+from benchmarks.frameworks import shapes
 from lockstep.job.job import Job
 from tests.support.named_tasks import Blobs
 
@@ -20,7 +21,10 @@ RATES: dict[str, list[float | None]] = {
     "nosync": [410.0, 400.0, 405.0],
     "meet": [405.0, 395.0, 402.0],
     "threads": [200.0, 210.0, 220.0],
+    "compiled": [100.0, 105.0, 110.0],
     "auto": [400.0, 300.0, 500.0],
+    "tensorflow": [800.0, 390.0, None],
+    "jax": [200.0, 195.0, 210.0],
 }
 
 
@@ -57,18 +61,33 @@ def test_the_best_is_by_median_and_ignores_what_never_finished() -> None:
 
 
 def test_comparisons_have_their_bars_and_nosync_is_no_alternative_to_auto() -> None:
-    over_ddp, over_nosync, auto = report.compare("softmax", RATES)
+    found = {line.what.split()[2]: line for line in report.compare("softmax", RATES)}
+    over_ddp, auto = found["ddp"], found["best"]
     assert (over_ddp.what, over_ddp.bar, over_ddp.verdict) == ("lockstep / ddp", 4.0, "miss")
-    assert (over_nosync.bar, over_nosync.verdict) == (0.95, "pass")
+    assert (found["nosync"].bar, found["nosync"].verdict) == (0.9, "pass")
+    assert (found["meet"].bar, found["meet"].verdict) == (None, "—")
+    assert (found["threads"].bar, found["threads"].verdict) == (1.0, "pass")
+    assert (found["tensorflow"].bar, found["tensorflow"].verdict) == (1.0, "miss")
+    assert (found["jax"].bar, found["jax"].verdict) == (None, "—")
     assert auto.what == "auto / best other (lockstep)"
     assert auto.bar == 0.97
     assert auto.ratio is not None
     assert auto.ratio.pairs == 2
 
 
-def test_sparse_tables_are_compared_with_one_process_too() -> None:
-    threads = report.compare("sparse", RATES)[3]
-    assert (threads.what, threads.bar, threads.verdict) == ("lockstep / threads", 1.0, "pass")
+def test_what_a_framework_has_no_equal_of_is_not_compared_with_it() -> None:
+    assert not [line for line in report.compare("sparse", RATES) if "jax" in line.what]
+
+
+def test_all_compare_the_same_models() -> None:
+    """The other frameworks' sizes are written down on their own: nothing of torch is there."""
+    for name, other in shapes.MODELS.items():
+        case = models.CASES[name]
+        count = sum(parameter.numel() for parameter in case.model().parameters())
+        assert sum(math.prod(shape) for shape in other.parameters.values()) == count
+        assert (other.batch, other.classes) == (case.batch * models.WORLD, case.classes)
+        assert (other.values, math.prod(other.sample)) == (case.values, math.prod(case.shape))
+    assert set(models.CASES) - set(shapes.MODELS) == set(report.NOT_OF_FRAMEWORKS)
 
 
 def test_the_tables_of_every_contender_touch_only_the_rows_that_were_looked_up() -> None:
@@ -115,7 +134,7 @@ def test_the_page_shows_rates_ratios_memory_and_start_up() -> None:
         "cold": {"first step": [1.0, 3.0, 2.0], "import torch": []},
     }
     text = report.page(results)
-    assert "| softmax | 395 | 110 | 90 | 405 | 402 | 210 | 400 | 1x2, V=1 |" in text
+    assert "| softmax | 395 | 110 | 90 | 405 | 402 | 210 | 105 | 400 | 595 | 200 | 1x2" in text
     assert "| softmax | lockstep / ddp | 3.50 | 3.00 to 4.00 | 2 | 4.00 | miss |" in text
     assert "200 MiB alone, two together 300 MiB" in text
     assert "| mlp | 1.0 | 1.0 | 2.0 | 0.0 | — | 550 (4) | — |" in text
@@ -191,12 +210,28 @@ def test_arguments_name_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> N
     assert "bert" in capsys.readouterr().err
 
 
-def test_only_results_of_the_same_machine_are_merged(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    assert run.earlier(path, machine()) == {}
-    path.write_text(json.dumps({"machine": machine(), "cold": {"first step": [1.0]}}))
-    assert "cold" in run.earlier(path, machine())
-    assert run.earlier(path, machine() | {"torch": "2.14"}) == {}
+def test_only_results_of_the_same_machine_are_merged() -> None:
+    here, speed = machine(), {"mlp": entry(RATES)}
+    assert run.begin({}, here, merge=True) == {"machine": here, "others": []}
+    cold = {"machine": here, "cold": {"first step": [1.0]}}
+    assert "cold" in run.begin(cold, here, merge=True)
+    assert "cold" not in run.begin(cold, here, merge=False)
+    elsewhere = here | {"torch": "2.14"}
+    assert "cold" not in run.begin(cold, elsewhere, merge=True)
+    others = [{"machine": number, "speed": speed} for number in range(3)]
+    before: dict[str, Any] = {"machine": here, "speed": speed, "others": others}
+    kept = run.begin(before, elsewhere, merge=False)["others"]
+    assert kept == [{"machine": here, "speed": speed}, *others[:2]]
+
+
+def test_machines_stand_side_by_side() -> None:
+    results = {"machine": machine(), "speed": {"mlp": entry(RATES)}}
+    slower = RATES | {"lockstep": [200.0, 195.0, None]}
+    other = {"machine": machine() | {"processor": "Q (avx2)"}, "speed": {"mlp": entry(slower)}}
+    text = report.page({**results, "others": [other]})
+    assert "| model | ratio | P, 2026-01-01 | Q, 2026-01-01 |" in text
+    assert "| mlp | lockstep / jax | 2.00 | 1.00 |" in text
+    assert "Other machines" not in report.page({**results, "others": []})
 
 
 def test_the_first_step_is_found_among_events(tmp_path: Path) -> None:

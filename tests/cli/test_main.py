@@ -40,6 +40,12 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder / "runs" / "mnist-1", ended.stdout, ended.stderr
 
 
+def test_versions(tmp_path: Path) -> None:
+    ended = command.lockstep("--version", cwd=tmp_path)
+    assert ended.stdout.startswith(f"lockstep {lockstep.__version__}, torch 2.")
+    assert ended.returncode == 0
+
+
 @pytest.fixture
 def copy(mnist: tuple[Path, str, str], tmp_path: Path) -> Path:
     """A copy of the run, to alter."""

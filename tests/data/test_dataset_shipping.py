@@ -258,7 +258,7 @@ def run(site: Site, on: Agents, task: str, **changes: Any) -> lockstep.Result:
     [
         ("OnlyHere", {}),
         pytest.param("Described", {"kind": "one by one"}, marks=pytest.mark.long),
-        ("Described", {"kind": "several"}),
+        pytest.param("Described", {"kind": "several"}, marks=pytest.mark.long),
     ],
 )
 def test_the_same_bits_as_with_data_that_is_there(

@@ -164,7 +164,9 @@ def test_workers_die_and_the_run_is_replayed(run_folders: Callable[[], str]) -> 
 # Runs on several hosts.
 
 
-@pytest.mark.parametrize("kind", [pytest.param("bf16", marks=pytest.mark.long), "int8", "topk"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("bf16", "int8")), "topk"]
+)
 @pytest.mark.parametrize("name", ["mixture", pytest.param("cnn", marks=pytest.mark.long)])
 def test_same_bits_on_hosts(site: Site, kind: str, name: str) -> None:
     on = site.agents({"b": 1, "c": 1}, 2)

@@ -27,8 +27,11 @@ DATA = {
 def fingerprints(folder: Path, *job: str, steps: int) -> set[str]:
     """Those of a job on one core and on all, by default and on 1, 2 and 3 workers."""
     found, cores = set(), os.sched_getaffinity(0)
-    for visible in ({min(cores)}, cores):
-        for workers in ((), ("-w", "1"), ("-w", "2"), ("-w", "3")):
+    everywhere = ((), ("-w", "3"))
+    for visible, counts in (
+        ({min(cores)}, everywhere), (cores, (*everywhere, ("-w", "1"), ("-w", "2")))
+    ):  # fmt: skip
+        for workers in counts:
             os.sched_setaffinity(0, visible)
             try:
                 ended = command.lockstep(

@@ -97,7 +97,7 @@ def check(site: Site, live: Live, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
-        pytest.param(MUTE, "exchanges nothing", id="mute"),
+        pytest.param(MUTE, "exchanges nothing", id="mute", marks=LONG),
         pytest.param(NO_MEMORY.format(times=9), "MemoryError", id="no memory", marks=LONG),
         pytest.param(RESTLESS, "has not come to rest", id="restless", marks=LONG),
         pytest.param(CLAIM.format(whole=10**6), "claims step 1000000", id="far ahead"),

@@ -153,7 +153,12 @@ def test_rounds_go_on_from_a_checkpoint(run_folders: Callable[[], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"ownership": "sharded", "clip_grad_norm": 0.6}, {"compression": "int8"}]
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"ownership": "sharded", "clip_grad_norm": 0.6},
+        pytest.param({"compression": "int8"}, marks=pytest.mark.long),
+    ],
 )
 def test_same_bits_on_hosts(site: Site, settings: dict[str, Any]) -> None:
     """A host dies with what its shards' optimizers have kept: all go back to the master's base."""

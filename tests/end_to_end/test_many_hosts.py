@@ -53,7 +53,8 @@ def test_same_bits(site: Site, name: str, others: dict[str, int], here: int) -> 
     ended_well(on)
 
 
-@pytest.mark.parametrize("use", [pytest.param("once", marks=pytest.mark.long), "two losses"])
+@pytest.mark.long
+@pytest.mark.parametrize("use", ["once", "two losses"])
 def test_sparse_gradients_between_hosts(site: Site, use: str, run_folders: Any) -> None:
     """Only touched rows travel; a gradient that changes after it was sent is sent again."""
     settings: dict[str, Any] = {
@@ -108,6 +109,7 @@ def test_hosts_die_in_every_phase(site: Site, phases: tuple[str, str]) -> None:
     ended_well(on, "b", "c")
 
 
+@pytest.mark.long
 def test_workers_die_in_every_phase(site: Site) -> None:
     """On either host; what is torn on one is copied from the other."""
     on = site.agents({"b": 2}, 1)
@@ -122,6 +124,7 @@ def test_workers_die_in_every_phase(site: Site) -> None:
     ended_well(on)
 
 
+@pytest.mark.long
 def test_every_host_is_interrupted_in_the_same_update(site: Site) -> None:
     """Nobody has a whole state: all go back to their bases."""
     on = site.agents({"b": 1, "c": 1}, 1)
@@ -135,6 +138,7 @@ def test_every_host_is_interrupted_in_the_same_update(site: Site) -> None:
     ended_well(on)
 
 
+@pytest.mark.long
 def test_flipped_bits_on_another_host_are_put_right(site: Site) -> None:
     """A gradient before it is sent; a parameter by a copy from the host that has it right."""
     on = site.agents({"b": 2}, 1)
@@ -191,6 +195,7 @@ def test_hosts_that_differ_are_refused(site: Site, monkeypatch: pytest.MonkeyPat
     assert "data is" in on.log("b") or on.wait()["b"] != 0
 
 
+@pytest.mark.long
 def test_a_host_that_differs_cannot_join(site: Site, slow: None) -> None:
     """The job goes on."""
     on = site.agents({"b": 1}, 1)
@@ -214,6 +219,7 @@ def test_tasks_that_do_not_travel(site: Site) -> None:
     assert not on.processes
 
 
+@pytest.mark.long
 def test_too_few_workers(site: Site) -> None:
     on = site.agents({"b": 1, "c": 1}, 1)
     with pytest.raises(JobError, match="too few workers"):
@@ -233,6 +239,7 @@ def test_an_error_on_another_host_ends_the_job(site: Site) -> None:
     assert codes["b"] == 1, on.log("b")
 
 
+@pytest.mark.long
 def test_hosts_that_drift_apart_are_found(site: Site) -> None:
     """A bit that flips in one host's memory, where no audit looks."""
     on = site.agents({"b": 1}, 1)

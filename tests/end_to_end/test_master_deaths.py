@@ -75,6 +75,7 @@ def test_killed_again_and_again(master: Start, wanted: lockstep.Result) -> None:
     assert [event["step"] for event in events(first.folder, "resumed")] >= [40]
 
 
+@pytest.mark.long
 def test_killed_while_a_checkpoint_is_being_written(master: Start, wanted: lockstep.Result) -> None:
     """Whether the kill hits the writing or just misses it: what is resumed from is whole."""
     killed = master("--workers=1", "--checkpoint-steps=2")
@@ -197,6 +198,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(
     assert_same(resume(folder, workers=2), wanted)
 
 
+@pytest.mark.long
 def test_two_masters(master: Start) -> None:
     running = master("--workers=1")
     running.await_step(4)
@@ -233,7 +235,9 @@ def test_a_signal_stops_at_the_end_of_a_step(
     assert_same(resume(running.folder, workers=4), wanted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_a_signal_to_all_processes_stops_at_the_end_of_a_step(
     number: signal.Signals, master: Start, wanted: lockstep.Result
 ) -> None:
@@ -321,6 +325,7 @@ def test_a_read_only_folder(master: Start, wanted: lockstep.Result, tmp_path: Pa
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.long
 def test_checkpoints_cannot_be_written(master: Start, wanted: lockstep.Result) -> None:
     """Something is in the way of some checkpoints: that is told, and training goes on."""
     running = master("--workers=2", "--checkpoint-steps=20")

@@ -137,6 +137,7 @@ def round_trip(network: Network, host: int, peer: int) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.long
 def test_a_host_is_cut_off(start: Start, yard: Yard) -> None:
     """On a slow link, in both directions at once: the others go on without it."""
     steps = 160

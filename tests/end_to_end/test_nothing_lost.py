@@ -87,7 +87,7 @@ def kept(folder: str) -> tuple[int, str]:
     return checkpoint.step, checkpoint.manifest["fingerprint"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("how", "kind"),
     [

@@ -29,6 +29,8 @@ TORCHS: dict[str, Vectors] = {
         "Rprop", "SGD", "Adafactor",
     )
 }  # fmt: skip
+TORCHS["AdamW fused"] = By("AdamW", lr=0.01, fused=True, amsgrad=True)
+TORCHS["SGD fused"] = Scheduled("SGD", lr=0.01, momentum=0.9, nesterov=True, fused=True)
 TORCHS["Muon"] = Matrices("Muon", lr=0.01)
 OTHERS: dict[str, Vectors] = {
     "clips": own.WithOwn(own.Clips, lr=0.1),
@@ -42,6 +44,10 @@ OTHERS: dict[str, Vectors] = {
     "elementwise": own.WideWithOwn(own.SaysElementwise),
 }
 ALL = {**TORCHS, **OTHERS}
+
+SHORT = {"AdamW fused", "SGD", "Adafactor", "Muon", "clips", "lamb", "soap", "per-tensor"}
+"""One of each kind; the others are among the long tests."""
+NAMES = [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in ALL]
 
 Run = Callable[..., tuple[str, bytes, list[str]]]
 
@@ -70,7 +76,7 @@ def test_one_shard_is_the_plain_loop(name: str, run: Run) -> None:
     assert model == wanted.file()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_workers_is_the_reference(name: str, run: Run) -> None:
     wanted = reference.train(ALL[name], shards=6, **SETTINGS)
     counts = (1, 2, 3) if name in OTHERS else (1, 3)

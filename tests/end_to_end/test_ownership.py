@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", [pytest.param("sharded", marks=pytest.mark.long), "servers"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -46,7 +46,8 @@ def test_same_bits(site: Site, kind: str, name: str) -> None:
     ended_well(on)
 
 
-@pytest.mark.parametrize("kind", ["sharded", pytest.param("servers", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_sparse_gradients(site: Site, kind: str) -> None:
     """Tables are updated on every host; only touched rows travel."""
     settings: dict[str, Any] = {
@@ -67,7 +68,8 @@ def test_sparse_gradients(site: Site, kind: str) -> None:
 # Deaths.
 
 
-@pytest.mark.parametrize("phase", [pytest.param("exchange", marks=pytest.mark.long), "return"])
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["exchange", "return"])
 def test_a_host_dies_that_sums_for_all(site: Site, phase: str) -> None:
     on = site.agents({"b": 1, "c": 1, "d": 1}, 1)
     faults = (

@@ -69,6 +69,7 @@ def note(tmp_path: Path) -> Callable[[], tuple[int, str]]:
 Note = Callable[[], tuple[int, str]]
 
 
+@pytest.mark.long
 def test_the_same_bits_from_a_fork(
     run: Run, note: Note, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,11 +86,13 @@ def test_the_same_bits_from_a_fork(
     assert forked.fingerprint == started.fingerprint
 
 
+@pytest.mark.long
 def test_other_numerics_have_a_process_of_their_own(run: Run, note: Note) -> None:
     run(numerics="portable")
     assert note()[0] == os.getpid()
 
 
+@pytest.mark.long
 def test_a_preloaded_process_that_was_killed(run: Run, note: Note) -> None:
     """The next run loads torch for itself; and what it was preloaded within is there again."""
     run()

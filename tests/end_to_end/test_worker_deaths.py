@@ -53,7 +53,7 @@ def in_every_phase(kinds: tuple[str, ...]) -> tuple[Fault, ...]:
         pytest.param(  # with clip_grad_norm
             "channels-last", ("kill", "segfault", "exit"), marks=pytest.mark.long
         ),
-        ("wide-branches", ("kill", "exit", "segfault")),
+        pytest.param("wide-branches", ("kill", "exit", "segfault"), marks=pytest.mark.long),
     ],
 )
 def test_a_death_in_every_phase(name: str, kinds: tuple[str, ...], yard: Yard) -> None:
@@ -83,7 +83,7 @@ TOGETHER = ("barrier", "reduce", "update_begin", "update_end", "update_done", "c
 """Phases in which workers meet, and in which blocks change."""
 
 
-@pytest.mark.parametrize("name", ["cnn", "channels-last"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("channels-last", marks=pytest.mark.long)])
 def test_the_only_worker_dies_in_every_phase_of_one_step(name: str, yard: Yard) -> None:
     """Each successor goes on where the last one died; the state is never that of a half step."""
     faults = [

@@ -297,6 +297,7 @@ def of_the_master(cluster: Loopback) -> Path:
     return mine
 
 
+@pytest.mark.long
 def test_code_reaches_the_hosts_that_allow_it(cluster: Loopback, alone: str) -> None:
     mine = of_the_master(cluster)
     packed = json.loads(lockstep("pack", "blobs:Blobs", "--json", cwd=mine).stdout)

@@ -95,6 +95,7 @@ def test_the_manifest_has_the_digest_of_a_script(script: tuple[Path, str]) -> No
     assert manifest["code"] == blake3(path.read_bytes()).hexdigest()[:32]
 
 
+@pytest.mark.long
 def test_interactive(result: lockstep.Result, tmp_path: Path) -> None:
     """As in a notebook: `__main__` has no file, and the code comes as text."""
     ended = command.python("-", cwd=tmp_path, script=TASKS.read_text() + SCRIPT)

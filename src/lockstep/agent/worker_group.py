@@ -39,6 +39,7 @@ from lockstep.planning.worker_messages import (
     RunSteps,
     Scored,
     ShardCorrupted,
+    ShardsTraced,
     Started,
     StateCorrupted,
     Stop,
@@ -318,6 +319,11 @@ class WorkerGroup:
                 self._note_corrupt(message, tensor=message.tensor, elements=[*message.elements])
                 self.failure_log.corrupted(message)
                 self.decide(membership.WorkerCorrupted(worker_id))
+            case ShardsTraced():
+                self.observer.event(
+                    "traced", host=self.host.name, worker=worker_id,
+                    forms=message.forms, why_not=message.why_not,
+                )  # fmt: skip
             case LoaderLost():
                 self.failure_log.lost_loader(worker)
             case WorkerFailed():

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+import lockstep
 from lockstep.cli import cluster_commands as commands
 from lockstep.cli import run_folder_commands, watch_commands
 from lockstep.cli.job_options import given, takes_settings
@@ -21,11 +22,9 @@ from lockstep.cli.watch_commands import Dashboard, page_beside
 from lockstep.errors import LockstepError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Your PyTorch job on many workers, with the same bits as on one.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Data sets of the recipes.")
 app.add_typer(data_app, name="data")
@@ -36,6 +35,24 @@ SHOWN_IF_SET = {"groups", "servers", "faults", "holdings", "part"}
 JobArgument = Annotated[
     str, typer.Argument(help="A recipe, module:Task, file.py:Task, or a job file (YAML).")
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"lockstep {lockstep.__version__}, torch {version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show versions, and end."),
+    ] = False,
+) -> None:
+    """Your PyTorch job on many workers, with the same bits as on one."""
 
 
 @app.command(context_settings=WITH_ARGS, cls=CommandOfTask)

@@ -225,6 +225,12 @@ class Job:
         least=0,
         most=1,
     )
+    trace: Literal["auto", "always", "never"] = setting(
+        "auto",
+        help="Shards that are run as one list of kernels, without autograd and modules.",
+        detail="The same kernels in the same order: no bit depends on it. `auto`: where shards are "
+        "small and many are left. See [architecture.md](architecture.md#traced-shards).",
+    )
     stall_seconds: float | None = setting(
         None,
         help="Timeout in seconds after which a worker without a heartbeat is replaced.",

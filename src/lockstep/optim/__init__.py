@@ -13,6 +13,7 @@ remembered        an optimizer's options and attributes
 probes            whether options allow a known class's tensors to be cut
 update_groups     blocks that are updated together, with their gradients and state
 block_owner       an owner's part of a step: sum its blocks' gradients and update them
+direct_update     fused kernels, called with lists of tensors that are kept
 row_update        optimizer steps on touched rows only
 chained           several optimizers as one: `lockstep.Together`
 lr_schedule       the learning-rate schedule, which can go back with the state

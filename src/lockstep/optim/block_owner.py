@@ -14,6 +14,7 @@ from lockstep.collectives.gradient_presence import GradientPresence, Mask
 from lockstep.collectives.table_sum import TableSum
 from lockstep.collectives.tree_sum import Reducer
 from lockstep.optim.chained import bare_step
+from lockstep.optim.direct_update import DirectUpdate
 from lockstep.optim.introspection import check_known
 from lockstep.optim.row_update import step_rows
 from lockstep.optim.undivided_update import UndividedUpdate
@@ -185,6 +186,8 @@ class BlockOwner:
                     self._update_rows(group, table, gradient)
                 return
             grads = table.sum.cut(gradient, table.edges)
+        elif group.direct is not None and group.direct.run(grads):
+            return
         if grads is not group.grads_in_place:
             for owned, gradient in zip(group.blocks, grads, strict=True):
                 owned.param.grad = gradient
@@ -199,6 +202,13 @@ class BlockOwner:
                 if gradient is not None and (owned.rebound or not owned.begun):
                     self._share(owned)
             group.settled = all(owned.begun and not owned.rebound for owned in group.blocks)
+            if group.settled and table is None:
+                group.direct = self._direct(group)
+
+    def _direct(self, group: UpdateGroup) -> DirectUpdate | None:
+        groups = self.shared.groups
+        members = [(groups[item.block.param] or 0, item.param) for item in group.blocks]
+        return DirectUpdate.of(self.optimizer, members)
 
     def _update_rows(self, group: UpdateGroup, table: SparseTable, gradient: torch.Tensor) -> None:
         """Run the optimizer on the rows of a table that the gradient has."""

@@ -33,6 +33,10 @@ class Together(torch.optim.Optimizer):
             state.update(optimizer.state)
         self.state = state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: its optimizers share its parameter groups, as here."""
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each; a closure is called once, before all."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lockstep.collectives.table_sum import SparseSum, TableSum
+from lockstep.optim.direct_update import DirectUpdate
 from lockstep.planning.blocks import Block, group_blocks
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.optimizer_state import StateKey, load_value
@@ -81,6 +82,8 @@ class UpdateGroup:
     """The gradients that the blocks' parameters hold."""
     settled: bool = False
     """Whether all optimizer state is in shared memory and stays there by itself."""
+    direct: DirectUpdate | None = None
+    """Once it is settled: what does the same as the optimizer's `step`, where that is known."""
 
 
 class Grouping:

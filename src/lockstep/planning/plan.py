@@ -56,6 +56,7 @@ class Plan:
     planned_steps: int = 0
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
     purity: float = 0.0
+    trace: str = "auto"
 
     @property
     def division(self) -> Division:
@@ -239,6 +240,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stall_seconds=job.stall_seconds,
         audit=job.audit,
         purity=job.purity,
+        trace=job.trace,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

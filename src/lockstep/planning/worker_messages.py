@@ -6,6 +6,8 @@ the control segment, and says when it rests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lockstep.planning.assignment import Assignment
 from lockstep.system.messages import Codec, ErrorMessage, JsonText, Message
 from lockstep.system.unix_channel import Channel, MessageChannel
@@ -107,6 +109,15 @@ class StateCorrupted(Message):
     """Of the tensor: the first and the one after the last of the block in which it is."""
 
 
+class ShardsTraced(Message):
+    """The worker runs shards of one more form as a list of kernels, or has given up trying."""
+
+    forms: int
+    """Of batches, so far."""
+    why_not: str
+    """Why no more will be; empty if there may."""
+
+
 class LoaderLost(Message):
     """A loader process of this worker has died, and the worker ends for it."""
 
@@ -127,9 +138,13 @@ WorkerMessage = (
     | Scored
     | ShardCorrupted
     | StateCorrupted
+    | ShardsTraced
     | LoaderLost
     | WorkerFailed
 )
+
+Report = Callable[[WorkerMessage], None]
+"""How a part of a worker tells the agent of something."""
 
 FROM_AGENT: Codec[AgentMessage] = Codec(AgentMessage)
 FROM_WORKER: Codec[WorkerMessage] = Codec(WorkerMessage)

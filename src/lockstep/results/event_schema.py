@@ -247,6 +247,15 @@ class Corrupt(Event, tag="corrupt"):
     elements: list[int] = []
 
 
+class Traced(Event, tag="traced"):
+    """A worker has compared its shards as one list of kernels with the plain pass: in so many forms
+    they are run in that way from then on, or `why_not`."""
+
+    worker: int = 0
+    forms: int = 0
+    why_not: str = ""
+
+
 class Hosts(Event, tag="hosts"):
     """The hosts of the job pause, or go on (`going_on`), as a new generation."""
 
@@ -337,8 +346,8 @@ class Unknown(Event, tag="unknown"):
 KINDS: tuple[type[Event], ...] = (
     Began, Resumed, FirstStep, Progressed, Timed, Baseline, Evaluated, Requested, Paused, WentOn,
     Checkpointed, CheckpointFailed, Spawned, ForkFailed, Joined, Formed, Regroup, Dismissed, Died,
-    Stalled, Recovered, LostLoader, Corrupt, Hosts, HostLost, Regrouped, Connection, Refused, Note,
-    Failed, NotSaved, Faults, Finished, Ended, Verified,
+    Stalled, Recovered, LostLoader, Corrupt, Traced, Hosts, HostLost, Regrouped, Connection,
+    Refused, Note, Failed, NotSaved, Faults, Finished, Ended, Verified,
 )  # fmt: skip
 """All events that are written, in the order of the documentation."""
 BY_NAME: dict[str, type[Event]] = {str(kind.__struct_config__.tag): kind for kind in KINDS}

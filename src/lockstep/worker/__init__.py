@@ -12,6 +12,9 @@ build_state        builds the shared state, once a host
 main               a worker process: messages from its agent, steps between them
 context            what a worker process keeps while memberships change
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
+loss_capture       a loss as a graph of operations, and when the graph may stand for it
+traced_shard       a shard as one list of kernels
+shard_tracer       which shards are run so, and the comparison with the plain way
 forward_backward   loss and gradient of one shard, into its slot
 lone_samples       a shard of one sample, on which BatchNorm cannot train: told at the first step
 gradient_hooks     gradients on their way from autograd into the slot

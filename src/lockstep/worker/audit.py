@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from lockstep.errors import IntegrityError
 from lockstep.planning.blocks import Block
-from lockstep.planning.worker_messages import ShardCorrupted, StateCorrupted
+from lockstep.planning.worker_messages import Report, ShardCorrupted
 from lockstep.state.control_segment import RING
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
@@ -30,7 +30,6 @@ from lockstep.system.seeding import derive
 
 Compute = Callable[[int, int, GradientSlot, Any], float]
 """`(step, shard, slot, flags) -> loss`: forward and backward of a shard into a slot."""
-Report = Callable[[ShardCorrupted | StateCorrupted], None]
 
 
 def is_audited(seed: int, what: str, step: int, index: int, fraction: float) -> bool:

@@ -22,13 +22,15 @@ from lockstep.optim.lr_schedule import LrSchedule
 from lockstep.planning.digest_sample import DigestSample, plan_digest_sample
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import Sampling
+from lockstep.planning.worker_messages import Report
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine
 from lockstep.system.own_generators import OwnGenerators
-from lockstep.worker.audit import GradientAudit, Report
+from lockstep.worker.audit import GradientAudit
 from lockstep.worker.build_state import build
 from lockstep.worker.forward_backward import ForwardBackward
+from lockstep.worker.shard_tracer import ShardTracer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +115,7 @@ class WorkerContext:
     digest_sample: DigestSample
     faults: FaultInjector
     report: Report
-    """Tells the agent of corruption."""
+    """Tells the agent of corruption, and of what is traced."""
 
     @staticmethod
     def of(session: Session, worker_id: int, report: Report) -> WorkerContext:
@@ -138,6 +140,7 @@ class WorkerContext:
         forward_backward = ForwardBackward(
             task, shared, sampling, loader, rounds, session.generators,
             start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
+            tracer=ShardTracer(task, shared, plan, report),
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
         if plan.audit:

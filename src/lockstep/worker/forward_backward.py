@@ -27,7 +27,9 @@ from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.lone_samples import LoneSamples
 from lockstep.worker.model_checks import held_tensors
+from lockstep.worker.shard_tracer import PlainPass, ShardTracer, tensors_of
 from lockstep.worker.sparse_autograd import Redo
+from lockstep.worker.traced_shard import TracedShard
 
 
 class ForwardBackward:
@@ -51,11 +53,13 @@ class ForwardBackward:
         seed: int,
         autocast: bool,
         faults: FaultInjector,
+        tracer: ShardTracer | None = None,
     ) -> None:
         """`rounds` replaces the task's loss, where a step is a round of local ones.
-        `start` is the run's beginning."""
+        `start` is the run's beginning. Without a `tracer` all passes are plain."""
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
         self.seed, self.autocast, self.faults = seed, autocast, faults or None
+        self._tracer = tracer
         self._rounds = rounds
         self._start = start if type(task).set_position is not Task.set_position else None
         self._fetching = 0.0
@@ -101,17 +105,70 @@ class ForwardBackward:
         self._fault("load", step, shard)
         batch = self.loader.get(step, shard)
         self._fetching += time.perf_counter() - begun
+        if self._tracer is not None:
+            traced = self._tracer.find(batch)
+            if traced is not None:
+                return self._run_traced(traced, step, shard, batch, slot, written)
         while True:
             try:
-                return self._differentiate(step, shard, batch, slot, written)
+                begun = time.perf_counter()
+                loss = self._differentiate(step, shard, batch, slot, written)
+                taken = time.perf_counter() - begun
+                break
             except Redo:  # an embedding was found to need its dense form
                 self._writer.abandon()
                 batch = self.loader.get(step, shard)  # the loss may have changed it
+        value: float = loss.item()
+        if self._tracer is not None and self._tracer.note(batch, taken, self.loader.last - step):
+            self._trace(self._tracer, step, shard, loss, slot, written)
+        return value
+
+    def _run_traced(
+        self,
+        traced: TracedShard,
+        step: int,
+        shard: int,
+        batch: Any,
+        slot: GradientSlot,
+        written: npt.NDArray[np.uint8],
+    ) -> float:
+        """As `_differentiate`. What it checks after the pass a captured loss cannot do."""
+        self._fault("forward", step, shard)
+        if traced.draws:
+            seed_everything(derive(self.seed, "shard", step, shard))
+        self._buffers.restore(self.shared.committed)
+        written[:] = traced.flags
+        root = self._root(self.sampling.weights(step)[shard], traced.root)
+        value: float = traced.run(tensors_of(batch), root, slot).item()
+        self._fault("backward", step, shard)
+        if not math.isfinite(value):
+            raise _not_finite(value, step, shard, self.sampling)
+        self._buffers.save(slot.buffers)
+        self._watch.check(slot.buffers, step)
+        return value
+
+    def _trace(
+        self,
+        tracer: ShardTracer,
+        step: int,
+        shard: int,
+        loss: torch.Tensor,
+        slot: GradientSlot,
+        written: npt.NDArray[np.uint8],
+    ) -> None:
+        """Trace batches such as that of this shard, which has just been computed."""
+        tracer.trace(
+            fresh=lambda: self.loader.get(step, shard),
+            seed=lambda: seed_everything(derive(self.seed, "shard", step, shard)),
+            root=self._root(self.sampling.weights(step)[shard], loss),
+            plain=PlainPass(loss=loss.item(), slot=slot, written=written),
+        )
 
     def _differentiate(
         self, step: int, shard: int, batch: Any, slot: GradientSlot, written: npt.NDArray[np.uint8]
-    ) -> float:
-        """Forward and backward of a batch, under the shard's seed, from the committed buffers."""
+    ) -> torch.Tensor:
+        """Forward and backward of a batch, under the shard's seed, from the committed buffers;
+        returns the loss."""
         seed = derive(self.seed, "shard", step, shard)
         self._generators.seed(seed)  # first: set_position may seed them itself
         if self._start is not None:
@@ -131,10 +188,10 @@ class ForwardBackward:
                     loss = self.task.loss(self.shared.model, batch)
             else:
                 loss = self._rounds.loss(step, shard, slot, batch)
-        value = check_loss(loss, step, shard, self.sampling)
+        check_loss(loss, step, shard, self.sampling)
         weight = self.sampling.weights(step)[shard]
         self._fault("backward", step, shard)
-        loss.backward(self._weight(weight, loss))
+        loss.backward(None if weight == 1 else self._root(weight, loss))
         self._writer.finish()
         self._buffers.save(slot.buffers)
         self._watch.check(slot.buffers, step)
@@ -146,7 +203,7 @@ class ForwardBackward:
         trainable = [parameter.requires_grad for parameter in self.shared.params]
         if trainable != self._trainable:
             self._trainable, self.froze_at = trainable, step
-        return value
+        return loss.detach()
 
     def _changed(self, versions: list[int]) -> TaskError:
         changed = [
@@ -167,14 +224,13 @@ class ForwardBackward:
             return torch.autocast("cpu", torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _weight(self, weight: float, loss: torch.Tensor) -> torch.Tensor | None:
-        """The shard's share of the step, as the gradient at the root of the graph.
+    def _root(self, weight: float, loss: torch.Tensor) -> torch.Tensor:
+        """The shard's share of the step, as the gradient at the root of the graph, of the loss's
+        form.
 
-        Weighting here and not after the sum costs nothing, and one shard alone has weight 1:
-        then this is `loss.backward()`.
+        Weighting here and not after the sum costs nothing, and one shard alone has weight 1: then
+        `loss.backward()` makes the same.
         """
-        if weight == 1:
-            return None
         key = (weight, loss.dtype, loss.shape)
         if key not in self._roots:
             self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype)
@@ -220,10 +276,14 @@ def check_loss(loss: object, step: int, shard: int, sampling: Sampling) -> float
         )
     value = loss.item()
     if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
-            expected="a finite loss",
-            found=f"{value}, data epoch {sampling.data_epoch(step)}",
-            fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
-        )
+        raise _not_finite(value, step, shard, sampling)
     return value
+
+
+def _not_finite(value: float, step: int, shard: int, sampling: Sampling) -> NonFiniteError:
+    return NonFiniteError(
+        f"the loss is {value} at step {step}, shard {shard}: the step was not committed",
+        expected="a finite loss",
+        found=f"{value}, data epoch {sampling.data_epoch(step)}",
+        fix="lower the learning rate, set clip_grad_norm, or look at the batch's samples",
+    )
