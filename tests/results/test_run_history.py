@@ -13,6 +13,8 @@ import pytest
 
 from lockstep.errors import RunFolderError
 from lockstep.results.event_schema import BY_NAME
+from lockstep.results.ledger_check import LedgerCheck
+from lockstep.results.run_comparison import find_parting
 from lockstep.results.run_history import Table, latest, thin_times
 from lockstep.results.run_list import RunList
 from lockstep.results.run_reader import END_BYTES, RunReader
@@ -117,6 +119,7 @@ def test_a_resume_makes_later_steps_void_and_leaves_out_the_time_between(tmp_pat
         ([line(9, "ended", how="stopped", step=4, why=""), began(10)], "running"),
         ([began(10, pid=2**22 + 1, started=77)], "killed"),
         ([began(10, pid=os.getpid(), started=1)], "killed"),
+        ([began(10, host="another")], "unknown"),
     ],
 )
 def test_status(tmp_path: Path, ends: list[dict[str, Any]], expected: str) -> None:
@@ -211,6 +214,20 @@ def test_small_parts() -> None:
     assert len(thin) <= 22
     assert sum(row[3][0] for row in thin) == 200
     assert {row[0] for row in thin} == {0, 1}
+
+
+def test_pipes_hold_up_nobody(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", [began()])
+    for name in ("events.jsonl", "result.json", "live.jsonl", "ledger.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    assert find_parting(folder / "ledger.jsonl", folder / "ledger.jsonl").equal == 0
+    assert not LedgerCheck(folder / "ledger.jsonl").advance()
+    for name in ("events.jsonl", "ledger.jsonl"):
+        with pytest.raises(RunFolderError, match="no regular file"):
+            read(folder)
+        (folder / name).unlink()
+    assert read(folder).status == "unknown"
 
 
 @pytest.mark.parametrize("seed", range(3))

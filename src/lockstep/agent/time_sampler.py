@@ -47,6 +47,11 @@ class TimeSampler:
         if now - self._begun >= SAMPLE_SECONDS:
             self._sample(now)
 
+    def finish(self) -> None:
+        """Tell what there is: the workers have ended."""
+        self._looks += 1
+        self._sample(self._clock())
+
     def _sample(self, now: float) -> None:
         sums = self._control.seconds.tolist()
         if sums == self._before:

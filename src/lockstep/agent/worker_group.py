@@ -381,3 +381,4 @@ class WorkerGroup:
                 return
             for _ in self.host.events(left):
                 pass
+        self.time_sampler.finish()

@@ -48,17 +48,15 @@ def watch(
     host: Annotated[
         str, typer.Option(help="The address to serve at. Others than 127.0.0.1 are not encrypted.")
     ] = "127.0.0.1",
-    with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
+    with_parent: Annotated[int, typer.Option("--with-parent", hidden=True)] = 0,
 ) -> None:
     """Show runs in the browser, while they go on and afterwards, and scale or stop them there."""
-    import os
-
     from lockstep.dashboard.server import watch as serve
     from lockstep.system.process_title import set_title
     from lockstep.system.processes import die_with_parent
 
     if with_parent:
-        die_with_parent(os.getppid())
+        die_with_parent(with_parent)
     set_title("dashboard", run.name)
     serve(run, host=host, port=port, say=_say)
 

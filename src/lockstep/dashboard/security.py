@@ -19,6 +19,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_BYTES = 32
+ADDRESS = "dashboard.url"
+"""The file with the page's address."""
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -43,8 +45,8 @@ def new_token() -> str:
 def address_file(folder: Path, address: str) -> Iterator[Path | None]:
     """A file with the page's address, which has the token, for its owner alone; None where the
     folder cannot be written to."""
-    path = folder / "dashboard.url"
-    partial = path.with_name(f".dashboard.url.{os.getpid()}")
+    path = folder / ADDRESS
+    partial = path.with_name(f".{ADDRESS}.{os.getpid()}")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import signal
 import socket
 import subprocess
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lockstep.dashboard.security import address_file, new_token
+from lockstep.dashboard.security import ADDRESS, address_file, new_token
 from lockstep.errors import JobError, ResourceError
 from lockstep.results.run_list import RunList
 
-END_SECONDS = 3.0
+END_SECONDS = 10.0
 """How long the page's process may take to end."""
 
 
@@ -111,19 +112,27 @@ def beside_run() -> Iterator[Callable[[Path], None]]:
     Yields what to call with the folder.
     """
     _uvicorn()
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[tuple[Path, subprocess.Popen[bytes]]] = []
 
     def start(folder: Path) -> None:
-        command = [sys.executable, "-m", "lockstep", "watch", str(folder), "--with-parent"]
-        processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr))
+        command = [sys.executable, "-m", "lockstep", "watch", str(folder)]
+        process = subprocess.Popen(
+            [*command, "--with-parent", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            start_new_session=True,  # Ctrl-C stops the run; the page shows how it ends
+        )
+        processes.append((folder, process))
 
     try:
         yield start
     finally:
-        for process in processes:
+        for folder, process in processes:
             process.terminate()
             try:
                 process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            with contextlib.suppress(OSError):  # where it has not ended in good order
+                (folder / ADDRESS).unlink(missing_ok=True)

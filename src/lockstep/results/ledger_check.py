@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lockstep.results.ledger import FIRST, chain
+from lockstep.system.json_files import open_regular
 
 PART_BYTES = 1 << 20
 
@@ -29,7 +30,7 @@ class LedgerCheck:
     def advance(self) -> bool:
         """Check the next part; whether there was one."""
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 if file.seek(0, 2) < self._at:  # a resume has cut it
                     self._restart()
                 file.seek(self._at)

@@ -66,7 +66,9 @@ def start_time(pid: int) -> int:
         return 0
 
 
-def lives(began: Began) -> bool:
-    """Whether the process that this tells of lives still, as far as can be seen from here."""
-    here = began.host in (None, platform.node())
-    return here and began.started != 0 and start_time(began.pid) == began.started
+def lives(began: Began) -> bool | None:
+    """Whether the process that this tells of lives still; None: it is, or was, on another machine,
+    and cannot be seen from here."""
+    if began.host not in (None, platform.node()):
+        return None
+    return began.started != 0 and start_time(began.pid) == began.started

@@ -11,6 +11,7 @@ from typing import Any
 
 from lockstep.results.charts import hex_float, mapping
 from lockstep.results.run_summary import shown
+from lockstep.system.json_files import open_regular
 
 CHUNK = 1 << 20
 
@@ -86,7 +87,7 @@ def _common_lines(a: Path, b: Path) -> int:
     """How many bytes of whole lines two files have in common from the start."""
     at = whole = 0
     try:
-        with a.open("rb") as left, b.open("rb") as right:
+        with open_regular(a) as left, open_regular(b) as right:
             while True:
                 one, other = left.read(CHUNK), right.read(CHUNK)
                 if one != other or not one:
@@ -115,7 +116,7 @@ def _last_step(path: Path, end: int) -> int:
     """How many steps the lines before this offset are."""
     if not end:
         return 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         begin = max(end - CHUNK, 0)
         file.seek(begin)
         lines = file.read(end - begin).splitlines()
@@ -129,7 +130,7 @@ def _last_step(path: Path, end: int) -> int:
 def _steps(path: Path, start: int) -> Iterator[bytes]:
     """The lines of steps from an offset on, without their hashes."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
             for line in file:
                 if line.startswith(b'{"step":') and line.endswith(b"}\n"):

@@ -17,6 +17,7 @@ from lockstep.results.charts import Curve, hex_float, mapping, number
 from lockstep.results.event_schema import Event, parse_event
 from lockstep.results.master_process import lives
 from lockstep.results.run_history import RunHistory
+from lockstep.system.json_files import open_regular
 
 MOST_BYTES = 64 << 20
 """Of a file of JSON; a larger one is not read."""
@@ -61,16 +62,17 @@ class RunReader:
 
     @property
     def status(self) -> str:
-        """`finished`, `running`, `paused`, `stopped`, `failed`, `killed`, or `unknown` where an
-        older version has made the run and it has no result."""
+        """`finished`, `running`, `paused`, `stopped`, `failed`, `killed`, or `unknown`: it has
+        no result, and an older version or another machine has led it."""
         history = self.history
         if self.result or history.finished is not None:
             return "finished"
         if history.ended is not None:
             return history.ended.how if history.ended.how in ("stopped", "failed") else "stopped"
-        if history.began is None:
+        alive = lives(history.began) if history.began is not None else None
+        if alive is None:
             return "unknown"
-        if not lives(history.began):
+        if not alive:
             return "killed"
         return "paused" if history.paused_at is not None else "running"
 
@@ -89,7 +91,7 @@ class RunReader:
     def read_events(self) -> bool:
         """Read the events that are new; whether there are any."""
         try:
-            with (self.folder / "events.jsonl").open("rb") as file:
+            with open_regular(self.folder / "events.jsonl") as file:
                 return self._read_lines(file)
         except FileNotFoundError:
             return False
@@ -124,7 +126,8 @@ class RunReader:
         if not self._changed("live.jsonl"):
             return False
         try:
-            lines = (self.folder / "live.jsonl").read_bytes().splitlines()
+            with open_regular(self.folder / "live.jsonl") as file:
+                lines = file.read(MOST_CHUNK).splitlines()
         except OSError:
             lines = []
         self.live = [event for line in lines if (event := parse_event(line)) is not None]
@@ -162,9 +165,9 @@ class RunReader:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none that can be read."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            return {}
-        return dict(mapping(json.loads(path.read_bytes())))
+        with open_regular(path) as file:
+            content = file.read(MOST_BYTES + 1)
+        return dict(mapping(json.loads(content))) if len(content) <= MOST_BYTES else {}
     except (OSError, ValueError, RecursionError):
         return {}
 
@@ -172,10 +175,10 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a JSON Lines file. Lines that a crash has cut are left out."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with open_regular(path) as lines:
             for line in lines:
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line.decode(errors="replace"))
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(value, dict):
