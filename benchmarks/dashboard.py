@@ -62,6 +62,7 @@ class Watcher:
     """The page's server over a folder, and a client that reads a run's stream."""
 
     def __init__(self, runs: Path) -> None:
+        runs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "lockstep", "watch", str(runs)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None

@@ -221,7 +221,7 @@ class RunHistory:
             self._end(self.now, None)
             self._shift = clock - self._clock - self.now - GAP_SECONDS
         self.first = self.first or event
-        self.began, self.ended = event, None
+        self.began, self.ended, self.target = event, None, None
         self.master = event.host or ""
         self._members.clear()
         self._hosts.clear()
