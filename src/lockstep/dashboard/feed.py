@@ -17,7 +17,7 @@ LOOK_SECONDS = 0.1
 """How often the folder is looked at while somebody watches."""
 FACTS_SECONDS = 1.0
 """How often it is asked whether the master lives, though nothing is new."""
-LEDGER_SECONDS = 1.0
+LEDGER_SECONDS = 10.0
 """How often a part of the ledger is checked while the run goes on: it has the cores."""
 MOST_TIMES = 8000
 """Rows of times that a page gets at first; neighbours are merged until there are no more."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import msgspec
+
 from lockstep.results import event_schema as kind
 from lockstep.results.event_schema import Event, name_of
 from lockstep.results.event_words import describe_event
@@ -291,8 +293,7 @@ def _progress_row(at: float, event: kind.Progressed) -> list[Any]:
 
 
 def _times_row(at: float, event: kind.Timed, row: kind.Seconds) -> list[Any]:
-    spent = [round(getattr(row, phase), 4) for phase in PHASES]
-    return [round(max(at - event.seconds, 0.0), 3), at, spent]
+    return [round(max(at - event.seconds, 0.0), 3), at, list(msgspec.structs.astuple(row))]
 
 
 def _seconds(text: str) -> float | None:
@@ -328,8 +329,10 @@ def thin_times(rows: Sequence[Sequence[Any]], most: int) -> list[list[Any]]:
             counts[lane] = 0
             merged.append(row)
         row[2] = ended
-        row[3] = [round(a + b, 4) for a, b in zip(row[3], spent, strict=True)]
+        row[3] = [a + b for a, b in zip(row[3], spent, strict=True)]
         counts[lane] += 1
         if counts[lane] == every:
             del pending[lane]
+    for row in merged:
+        row[3] = [round(seconds, 3) for seconds in row[3]]
     return merged
