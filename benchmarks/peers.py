@@ -97,6 +97,7 @@ def contend(
     return {"samples": steps * batch, "seconds": elapsed, "steps": steps}
 
 
+LOCKSTEP = ("lockstep", "lockstep_compiled", "auto")
 ALONE = ("threads", "compiled")
 """The contenders that are one process of torch, with all cores."""
 DDP = ("ddp", "ddp_malloc")
@@ -223,8 +224,9 @@ def together(contender: str, name: str, seconds: float) -> list[Timed]:
     return timed
 
 
-def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[str, Any]:
-    """Run Lockstep on two workers of one thread, or as its own plan has it.
+def lockstep(contender: str, name: str, steps: int, out: str | None) -> dict[str, Any]:
+    """Run Lockstep on two workers of one thread, compiled if that is the contender, or as its own
+    plan has it.
 
     `name` is a model of the benchmark or a recipe.
     """
@@ -232,7 +234,10 @@ def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[st
     from benchmarks import models, recipes, tasks
 
     batch = recipes.find(name).batch * models.WORLD
-    fixed: dict[str, Any] = {"workers": models.WORLD, "shards": models.WORLD, "threads": 1}
+    fixed: dict[str, Any] = {
+        "workers": models.WORLD, "shards": models.WORLD, "threads": 1, "trace": "always",
+        "compile": contender == "lockstep_compiled",
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lockstep-bench-") as folder:
         began = time.perf_counter()
         result = package.run(
@@ -243,7 +248,7 @@ def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[st
             evaluate=False,
             out=out or str(Path(folder) / "run"),
             quiet=True,
-            **({} if automatic else fixed),
+            **({} if contender == "auto" else fixed),
         )
         whole = time.perf_counter() - began
     return {
@@ -258,8 +263,8 @@ def lockstep(name: str, steps: int, automatic: bool, out: str | None) -> dict[st
 
 def measure(contender: str, name: str, seconds: float, steps: int, out: str | None) -> Any:
     """What a contender did on a model: `rate` in samples per second, `steps`, `seconds`."""
-    if contender in ("lockstep", "auto"):
-        return lockstep(name, steps, contender == "auto", out)
+    if contender in LOCKSTEP:
+        return lockstep(contender, name, steps, out)
     if contender in ALONE:
         timed = [contend(contender, name, seconds, None, 0)]
     else:

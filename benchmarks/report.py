@@ -17,7 +17,10 @@ from typing import Any
 Rates = Mapping[str, Sequence[float | None]]
 """Samples per second by contender; one entry per repetition, None where it failed."""
 
-OURS = ("lockstep", "ddp", "ddp_malloc", "nosync", "meet", "threads", "compiled", "auto")
+OURS = (
+    "lockstep", "lockstep_compiled", "ddp", "ddp_malloc", "nosync", "meet", "threads", "compiled",
+    "auto",
+)  # fmt: skip
 """The contenders that run on PyTorch."""
 FRAMEWORKS = ("tensorflow", "jax")
 """Those that run in an environment of their own (see `benchmarks.frameworks`)."""
@@ -39,6 +42,8 @@ ONE_PROCESS_BAR = 1.0
 AUTO_BAR = 0.97
 ALONE = ("threads", "compiled")
 """One process of PyTorch, with all cores."""
+NOT_COMPILED = ("embedding", "sparse")
+"""Models that Lockstep does not compile: their tables have gradients of their own form."""
 NOT_OF_FRAMEWORKS = ("sparse",)
 """Models that the other frameworks have no equal of."""
 DDP = ("ddp", "ddp_malloc")
@@ -118,6 +123,9 @@ def compare(model: str, rates: Rates) -> list[Comparison]:
             ("lockstep / tensorflow", pairwise(rates, "lockstep", "tensorflow"), ONE_PROCESS_BAR),
             ("lockstep / jax", pairwise(rates, "lockstep", "jax"), None),
         ]
+    if model not in NOT_COMPILED:
+        ratio = pairwise(rates, "lockstep_compiled", "jax")
+        lines.append(("lockstep_compiled / jax", ratio, ONE_PROCESS_BAR))
     return [Comparison(model=model, what=what, ratio=ratio, bar=bar) for what, ratio, bar in lines]
 
 
@@ -294,7 +302,9 @@ All train the same model with `torch.optim.Adam(lr=1e-3, fused=True)`, the table
 measurement has fresh processes; contenders take turns within a repetition, and the order turns
 from one to the next. Start-up and warm-up are not counted.
 
-- `lockstep`: 2 workers of 1 thread, V = 2, with the ledger and everything else that a run has.
+- `lockstep`: 2 workers of 1 thread, V = 2, with the ledger and everything else that a run has, and
+  `trace: always`: shards are traced in the first step, and not after 30 of them as by default.
+- `lockstep_compiled`: the same with `compile: true`.
 - `ddp`: `DistributedDataParallel` on gloo over loopback, 2 processes of 1 thread,
   `gradient_as_bucket_view=True`; `ddp_malloc`: the same with the settings of glibc's malloc that
   Lockstep gives its workers, so that what these do alone can be seen. The faster of the two

@@ -89,6 +89,8 @@ def speed(model: str, contenders: Sequence[str], repeats: int, seconds: float) -
     steps = steps_for(model, seconds)
     if model in report.NOT_OF_FRAMEWORKS:
         contenders = [name for name in contenders if name not in report.FRAMEWORKS]
+    if model in report.NOT_COMPILED:
+        contenders = [name for name in contenders if name != "lockstep_compiled"]
     rates: dict[str, list[float | None]] = {name: [] for name in contenders}
     fingerprints: list[str] = []
     plans: list[dict[str, int]] = []

@@ -16,6 +16,7 @@ from tests.support.named_tasks import Blobs
 
 RATES: dict[str, list[float | None]] = {
     "lockstep": [400.0, 390.0, None],
+    "lockstep_compiled": [500.0, 490.0, 480.0],
     "ddp": [100.0, 130.0, 110.0],
     "ddp_malloc": [90.0, 95.0, 80.0],
     "nosync": [410.0, 400.0, 405.0],
@@ -61,7 +62,9 @@ def test_the_best_is_by_median_and_ignores_what_never_finished() -> None:
 
 
 def test_comparisons_have_their_bars_and_nosync_is_no_alternative_to_auto() -> None:
-    found = {line.what.split()[2]: line for line in report.compare("softmax", RATES)}
+    lines = report.compare("softmax", RATES)
+    assert (lines[-1].what, lines[-1].bar) == ("lockstep_compiled / jax", 1.0)
+    found = {line.what.split()[2]: line for line in lines[:-1]}
     over_ddp, auto = found["ddp"], found["best"]
     assert (over_ddp.what, over_ddp.bar, over_ddp.verdict) == ("lockstep / ddp", 4.0, "miss")
     assert (found["nosync"].bar, found["nosync"].verdict) == (0.9, "pass")
@@ -134,7 +137,9 @@ def test_the_page_shows_rates_ratios_memory_and_start_up() -> None:
         "cold": {"first step": [1.0, 3.0, 2.0], "import torch": []},
     }
     text = report.page(results)
-    assert "| softmax | 395 | 110 | 90 | 405 | 402 | 210 | 105 | 400 | 595 | 200 | 1x2" in text
+    assert (
+        "| softmax | 395 | 490 | 110 | 90 | 405 | 402 | 210 | 105 | 400 | 595 | 200 | 1x2" in text
+    )
     assert "| softmax | lockstep / ddp | 3.50 | 3.00 to 4.00 | 2 | 4.00 | miss |" in text
     assert "200 MiB alone, two together 300 MiB" in text
     assert "| mlp | 1.0 | 1.0 | 2.0 | 0.0 | — | 550 (4) | — |" in text

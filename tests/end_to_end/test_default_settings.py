@@ -55,4 +55,7 @@ def test_a_recipe(recipe: str, tmp_path: Path) -> None:
     name = recipe.partition("-")[0]
     if name in DATA and find(DATA[name]).where() == "not here":
         pytest.skip(f"needs the data set {DATA[name]}: {find(DATA[name]).command}")
-    assert len(fingerprints(tmp_path, name, *RECIPES[recipe], steps=3)) == 1
+    # Evaluation changes no state, and translating all validation pairs takes minutes.
+    job = tmp_path / "job.yaml"
+    job.write_text(f"task: {name}\nevaluate: false\n")
+    assert len(fingerprints(tmp_path, str(job), *RECIPES[recipe], steps=3)) == 1

@@ -48,7 +48,7 @@ TRIALS_SECONDS = 5.0
 
 def _measure(job: Job, facts: Facts, division: Division, host: LocalHost) -> float:
     """Samples per second of a division, in a moment of training that is thrown away."""
-    trial = decompose(job.replace(evaluate=False, purity=0.0), facts, division)
+    trial = decompose(job.replace(evaluate=False, purity=0.0, compile=False), facts, division)
     schedule = StopSchedule(
         steps=trial.steps,
         steps_per_epoch=trial.steps_per_epoch,

@@ -54,7 +54,7 @@ class StoredModel:
         plan = dataclasses.replace(
             Plan.from_message(self.manifest["plan"]),
             steps=self.checkpoint.step, ownership="replicated", servers=(),
-            faults=(), audit=0.0, purity=0.0, loaders=None, **changes,
+            faults=(), audit=0.0, purity=0.0, compile=False, loaders=None, **changes,
         )  # fmt: skip
         most = sum(hosts.capacities.values()) if hosts.networked else plan.workers
         count = workers or most

@@ -62,6 +62,8 @@ def run(
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, on) as hosts:
         plan = _decompose(hosts, quiet=quiet)  # 1 decompose
+        if plan.compile:
+            announce("compiling the loss and its gradient", quiet=quiet)
         announce(f"starting {plan.division}", quiet=quiet)
         ready = hosts.initialise(plan)  # 2 initialise
         _check(ready, plan)

@@ -98,6 +98,13 @@ class Job:
         help="Instruction set of the kernels; `portable` is AVX2, so that processors agree.",
         changes_numbers=True,
     )
+    compile: bool = setting(
+        False,
+        help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
+        detail="Other bits than without, the same for any number of workers; on one host, with one "
+        "thread per worker. See [architecture.md](architecture.md#traced-shards).",
+        changes_numbers=True,
+    )
     eval_batch_size: int | None = setting(
         None,
         help="Samples per held-out batch; the last bits of the metrics depend on it.",

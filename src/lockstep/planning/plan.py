@@ -57,6 +57,7 @@ class Plan:
     """`steps` as the run has them, also where a replay or a prediction has fewer."""
     purity: float = 0.0
     trace: str = "auto"
+    compile: bool = False
 
     @property
     def division(self) -> Division:
@@ -241,6 +242,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         audit=job.audit,
         purity=job.purity,
         trace=job.trace,
+        compile=job.compile,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

@@ -19,7 +19,7 @@ from lockstep.planning.plan import Plan
 from lockstep.results.origin_mark import is_own, mark_of
 from lockstep.system.json_files import plain
 
-LATER = {"shuffle": True, "drop_last": False}
+LATER = {"shuffle": True, "drop_last": False, "compile": False}
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}
@@ -80,6 +80,7 @@ def scope_of(manifest: Mapping[str, Any]) -> str:
     workers = "1 worker" if plan["shards"] == 1 else f"1 to {plan['shards']} workers"
     threads = "1 thread" if plan["threads"] == 1 else f"{plan['threads']} threads"
     kernels = "AVX2" if plan["numerics"] == "portable" else profile["capability"]
+    kernels += f", compiled by {profile['compiler']}" if "compiler" in profile else ""
     return f"{workers} of {threads}, on machines with torch {profile['torch']} and {kernels}"
 
 

@@ -37,6 +37,14 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def user_cache() -> Path:
+    """The user's cache of Lockstep's: `$XDG_CACHE_HOME/lockstep`. It may not be there yet."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says to ignore a relative path.
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "lockstep"
+
+
 LOCK, UNLOCKED = "lock", "lock.new"
 """The owner holds a lock on the first, which has that from the beginning: it is made as the second.
 The kernel lets go of it when the owner has died, which no process id tells where containers share

@@ -15,6 +15,8 @@ train_step         one step: compute, meet, reduce, update, meet again; that com
 loss_capture       a loss as a graph of operations, and when the graph may stand for it
 traced_shard       a shard as one list of kernels
 shard_tracer       which shards are run so, and the comparison with the plain way
+kernel_cache       machine code that was compiled earlier
+compiled_shard     a shard as machine code, where the job asks for it
 forward_backward   loss and gradient of one shard, into its slot
 lone_samples       a shard of one sample, on which BatchNorm cannot train: told at the first step
 gradient_hooks     gradients on their way from autograd into the slot

@@ -25,10 +25,11 @@ from lockstep.planning.sampling import Sampling
 from lockstep.planning.worker_messages import Report
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
-from lockstep.system import machine
+from lockstep.system import machine, numerics
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.worker.audit import GradientAudit
 from lockstep.worker.build_state import build
+from lockstep.worker.compiled_shard import CompiledPasses, compile_passes, versions
 from lockstep.worker.forward_backward import ForwardBackward
 from lockstep.worker.shard_tracer import ShardTracer
 
@@ -48,6 +49,8 @@ class Session:
     schedule: LrSchedule
     """As it is before the first step."""
     plan: Plan
+    compiled: CompiledPasses | None
+    """Where the job asks for it."""
 
     @staticmethod
     def build(
@@ -91,7 +94,17 @@ class Session:
             shared=shared,
             schedule=schedule,
             plan=plan,
+            compiled=compile_passes(task, shared, plan, fetch) if plan.compile else None,
         )
+
+    def profile(self) -> dict[str, Any]:
+        """The numerics profile."""
+        profile = numerics.profile(self.plan.numerics, self.plan.threads)
+        return profile | versions() if self.compiled is not None else profile
+
+    def tracer(self, report: Report) -> ShardTracer | CompiledPasses:
+        """What finds other ways to compute a shard than the plain one, for a worker."""
+        return self.compiled or ShardTracer(self.task, self.shared, self.plan, report)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +153,7 @@ class WorkerContext:
         forward_backward = ForwardBackward(
             task, shared, sampling, loader, rounds, session.generators,
             start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
-            tracer=ShardTracer(task, shared, plan, report),
+            tracer=session.tracer(report),
         )  # fmt: skip
         gradient_audit: GradientAudit | None = None
         if plan.audit:

@@ -175,7 +175,7 @@ class ForkServer:
             layout=shared.layout,
             slot_map=shared.slot_map(),
             segment_bytes=tuple(segment.nbytes for segment in segments),
-            profile=json.dumps(numerics.profile(request.plan.numerics, request.plan.threads)),
+            profile=json.dumps(self.session.profile()),
         )
         self.channel.send(message, [segment.fd for segment in segments])
 

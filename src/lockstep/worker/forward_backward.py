@@ -24,6 +24,7 @@ from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shared_state import SharedState
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive, seed_everything
+from lockstep.worker.compiled_shard import CompiledPasses, CompiledShard
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.lone_samples import LoneSamples
 from lockstep.worker.model_checks import held_tensors
@@ -53,7 +54,7 @@ class ForwardBackward:
         seed: int,
         autocast: bool,
         faults: FaultInjector,
-        tracer: ShardTracer | None = None,
+        tracer: ShardTracer | CompiledPasses | None = None,
     ) -> None:
         """`rounds` replaces the task's loss, where a step is a round of local ones.
         `start` is the run's beginning. Without a `tracer` all passes are plain."""
@@ -119,13 +120,14 @@ class ForwardBackward:
                 self._writer.abandon()
                 batch = self.loader.get(step, shard)  # the loss may have changed it
         value: float = loss.item()
-        if self._tracer is not None and self._tracer.note(batch, taken, self.loader.last - step):
-            self._trace(self._tracer, step, shard, loss, slot, written)
+        tracer = self._tracer
+        if isinstance(tracer, ShardTracer) and tracer.note(batch, taken, self.loader.last - step):
+            self._trace(tracer, step, shard, loss, slot, written)
         return value
 
     def _run_traced(
         self,
-        traced: TracedShard,
+        traced: TracedShard | CompiledShard,
         step: int,
         shard: int,
         batch: Any,

@@ -91,7 +91,7 @@ def compute(
     forward_backward = ForwardBackward(
         session.task, shared, plan.sampling, loader, rounds, session.generators,
         start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16",
-        faults=FaultInjector((), -1, shared.control),
+        faults=FaultInjector((), -1, shared.control), tracer=session.compiled,
     )  # fmt: skip
     target = private_copy(shared.slots[0]) if slot is None else slot
     flags, loss = np.zeros_like(shared.control.has_grad[0]), 0.0

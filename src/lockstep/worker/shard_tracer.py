@@ -59,9 +59,7 @@ class ShardTracer:
         self._always = plan.trace == "always"
         self._share = plan.shards / plan.workers
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
-        trainable = {id(parameter) for parameter in shared.params}
-        frozen = (each for each in shared.model.parameters() if id(each) not in trainable)
-        self._constants: list[torch.Tensor] = [*frozen, *(own for _, own in shared.buffers)]
+        self._constants = constants_of(shared)
         self._traced: list[TracedShard] = []
         self._plain: dict[object, list[float]] = {}
         """By the form of a batch: the seconds that shards took."""
@@ -124,7 +122,7 @@ class ShardTracer:
         self, fresh: Callable[[], Any], seed: Callable[[], None], root: torch.Tensor
     ) -> TracedShard:
         shared = self._shared
-        if _has_hooks(shared.model):
+        if has_hooks(shared.model):
             raise UntraceableError("parameters or modules have hooks")
         batch = self._begin(fresh, seed)
         captured = capture(self._task, shared.model, batch)
@@ -177,6 +175,13 @@ def why_not(task: Task, shared: SharedState, plan: Plan) -> str:
     """Why no shard of this job is ever traced; empty if some may be."""
     if plan.trace == "never":
         return "by request"
+    if sum(parameter.nbytes for parameter in shared.params) > MOST_BYTES:
+        return "the gradients are large"
+    return obstacle(task, shared, plan)
+
+
+def obstacle(task: Task, shared: SharedState, plan: Plan) -> str:
+    """Why a captured loss cannot stand for the plain pass; empty if it may."""
     if plan.precision == "bf16":
         return "under autocast, casts are kept from one operation to another"
     if isinstance(task, LocalSGD):
@@ -187,12 +192,17 @@ def why_not(task: Task, shared: SharedState, plan: Plan) -> str:
         return "large embeddings have gradients of their own form"
     if type(task).set_position is not Task.set_position:
         return "the task looks at its position"
-    if sum(parameter.nbytes for parameter in shared.params) > MOST_BYTES:
-        return "the gradients are large"
     return ""
 
 
-def _has_hooks(model: nn.Module) -> bool:
+def constants_of(shared: SharedState) -> list[torch.Tensor]:
+    """What a model has besides trainable parameters: frozen ones and buffers."""
+    trainable = {id(parameter) for parameter in shared.params}
+    frozen = (each for each in shared.model.parameters() if id(each) not in trainable)
+    return [*frozen, *(own for _, own in shared.buffers)]
+
+
+def has_hooks(model: nn.Module) -> bool:
     """Whether code of others runs in a backward pass, or around every module."""
     return bool(
         any(parameter._backward_hooks for parameter in model.parameters())

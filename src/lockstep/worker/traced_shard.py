@@ -21,6 +21,44 @@ from lockstep.worker.loss_capture import CapturedLoss, UntraceableError
 aten = torch.ops.aten
 
 
+class Joint:
+    """The captured loss and its gradients as one function of tensors."""
+
+    def __init__(
+        self,
+        captured: CapturedLoss,
+        params: Sequence[nn.Parameter],
+        constants: Sequence[torch.Tensor],
+        leaves: Sequence[torch.Tensor],
+    ) -> None:
+        """`params` are the trainable ones, `constants` what else the model has: frozen parameters
+        and buffers. `leaves` are the tensors of the batch that was captured.
+
+        Raises:
+            UntraceableError: the loss depends on other tensors.
+        """
+        self._graph = captured.graph
+        self._places = [_place(tensor, params, constants, leaves) for tensor in captured.inputs]
+        self.used = sorted({index for kind, index in self._places if kind == "param"})
+        """The parameters that it depends on, by index."""
+        fixed = [constants[index] for kind, index in self._places if kind == "constant"]
+        self.inputs: list[torch.Tensor] = [*(params[index] for index in self.used), *fixed]
+        """What it is given first; then come a batch's tensors, and the gradient at the root."""
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor | None]:
+        """The loss, and the gradient of each parameter that it depends on."""
+        mine = dict(zip(self.used, tensors, strict=False))
+        others = iter(tensors[len(self.used) : len(self.inputs)])
+        leaves, root = tensors[len(self.inputs) : -1], tensors[-1]
+        arguments = [
+            mine[index] if kind == "param" else leaves[index] if kind == "leaf" else next(others)
+            for kind, index in self._places
+        ]
+        (loss,) = self._graph(*arguments)
+        grads = torch.autograd.grad(loss, list(mine.values()), root, allow_unused=True)
+        return [loss.detach(), *grads]
+
+
 class TracedShard:
     """Forward and backward of the captured loss, for batches of one form."""
 
@@ -32,54 +70,31 @@ class TracedShard:
         leaves: Sequence[torch.Tensor],
         root: torch.Tensor,
     ) -> None:
-        """`params` are the trainable ones, `constants` what else the model has: frozen parameters
-        and buffers, which are looked up by identity. `leaves` are the tensors of a batch of that
-        form, `root` the gradient at the root. The graph is computed with them once.
+        """As `Joint`; `root` is the gradient at the root. It is computed with these once.
 
         Raises:
             UntraceableError: the loss depends on other tensors, or on none of the parameters.
         """
-        self.captured = captured
-        places = [_place(tensor, params, constants, leaves) for tensor in captured.inputs]
-        used = sorted({index for kind, index in places if kind == "param"})
-        fixed = [constants[index] for kind, index in places if kind == "constant"]
-
-        def joint(*tensors: torch.Tensor) -> list[torch.Tensor | None]:
-            given = list(tensors)
-            mine = dict(zip(used, given, strict=False))
-            others = iter(given[len(used) : len(used) + len(fixed)])
-            batch, last = given[len(used) + len(fixed) : -1], given[-1]
-            arguments = [
-                mine[index] if kind == "param" else batch[index] if kind == "leaf" else next(others)
-                for kind, index in places
-            ]
-            (loss,) = captured.graph(*arguments)
-            grads = torch.autograd.grad(loss, list(mine.values()), last, allow_unused=True)
-            return [loss.detach(), *grads]
-
-        traced = make_fx(joint)(*(params[index] for index in used), *fixed, *leaves, root)
-        graph, self._with_gradient = _simplify(traced, used)
+        self.captured, self.root = captured, root
+        joint = Joint(captured, params, constants, leaves)
+        traced = make_fx(joint)(*joint.inputs, *leaves, root)
+        graph, self._with_gradient = simplify(traced, joint.used)
         self._in_place = _compute_in_place(graph, [params[i] for i in self._with_gradient])
         traced.recompile()
         self._run: Callable[..., list[torch.Tensor]] = traced.forward
-        self.root = root
-        """Has the form of the loss."""
+        self._fixed = [each.detach() for each in joint.inputs]
+        self._targets: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self.flags = np.zeros(len(params), np.uint8)
         """By parameter: whether there is a gradient of it."""
         self.flags[self._with_gradient] = 1
-        self._fixed = [*(params[index].detach() for index in used), *fixed]
-        self._targets: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        self.draws = any(
-            isinstance(node.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in node.target.tags
-            for node in graph.nodes
-        )
+        self.draws = draws(graph)
         """Whether it draws random numbers."""
 
     def run(
         self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot
     ) -> torch.Tensor:
-        """Compute a shard: gradients into its slot; returns the loss."""
+        """Compute a shard: gradients into its slot; returns the loss. `root` has the form of
+        `self.root`."""
         if id(slot) not in self._targets:
             self._targets[id(slot)] = self._targets_in(slot)
         direct, copied = self._targets[id(slot)]
@@ -97,6 +112,15 @@ class TracedShard:
         return direct, copied
 
 
+def draws(graph: fx.Graph) -> bool:
+    """Whether a graph draws random numbers."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        for node in graph.nodes
+    )
+
+
 def _place(
     tensor: torch.Tensor,
     params: Sequence[torch.Tensor],
@@ -111,7 +135,7 @@ def _place(
     raise UntraceableError("the loss uses a tensor that is of no module and not of the batch")
 
 
-def _simplify(traced: fx.GraphModule, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
+def simplify(traced: fx.GraphModule, used: Sequence[int]) -> tuple[fx.Graph, list[int]]:
     """Take out what changes no value; which parameters have a gradient.
 
     Raises:

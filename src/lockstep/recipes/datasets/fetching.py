@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from lockstep.errors import DataError, IntegrityError, LockstepError
 from lockstep.recipes.datasets.packages import Package
+from lockstep.system.folders import user_cache
 
 Files = dict[str, bytes]
 """Contents by file name."""
@@ -161,10 +162,7 @@ class DataSet:
 
 def cache_folder() -> Path:
     """The folder of all fetched data sets: `$XDG_CACHE_HOME/lockstep/data`."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says to ignore a relative path.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "lockstep" / "data"
+    return user_cache() / "data"
 
 
 def _write(folder: Path, files: Files) -> None:
