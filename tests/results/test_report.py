@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ import pytest
 from lockstep.errors import RunFolderError
 from lockstep.results.charts import POINTS, Curve, chart, loss_panel
 from lockstep.results.report import LAST_EVENTS, write_report
+from tests.support import recorded_runs
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
 
@@ -253,3 +255,35 @@ def test_steps_that_are_none_are_skipped() -> None:
         {"step": step, "loss": (1.0).hex()} for step in (None, "1", -1, 1e300, math.nan)
     ]
     assert loss_panel(entries).chart == ""
+
+
+def test_a_run_under_way_on_two_hosts(tmp_path: Path) -> None:
+    """Its lanes, what all workers spent their time on, and a recovery in words."""
+    seconds = [0.4, 0.0, 0.2, 0.1, 0.2, 0.1, 0.0]
+    events = [
+        recorded_runs.began(),
+        *recorded_runs.workers(1, [0, 1]),
+        *recorded_runs.workers(1, [0], host=f"b{HOSTILE}"),
+        *recorded_runs.pace(2, 10),
+        recorded_runs.line(2, "timed", host=f"b{HOSTILE}", seconds=1.0, workers={"0": seconds}),
+        recorded_runs.line(2.5, "died", host=platform.node(), worker=1, step=12, how=HOSTILE),
+        recorded_runs.line(3, "recovered", host=platform.node(), worker=1, pid=7, step=12,
+                           how="was killed by SIGKILL", recovery_ms=500.0),
+        recorded_runs.line(3, "evaluated", step=10, data_epoch=0, metrics={"accuracy": 0.75}),
+    ]  # fmt: skip
+    folder = recorded_runs.make_run(tmp_path / "digits-1", events, seed=7)
+    page = page_of(folder)
+    tags = check_harmless(page)
+    assert page.count(HOSTILE) == 0
+    for expected in (
+        "running", "it is under way", "lockstep run mnist", "2026-11-01 10:00:00 UTC", "7,850",
+        "2 hosts", "0.75", "worker 1, pid 7, was killed by SIGKILL at step 12: back in 500 ms",
+        "exchange with hosts", f"0 of b{HOSTILE}", "seed", "as by default",
+    ):  # fmt: skip
+        assert expected in tags.text, expected
+    (chart,) = re.findall(r'<svg[^>]*aria-label="Timeline.*?</svg>', page, re.DOTALL)
+    assert len(re.findall('class="compute"', chart)) == 3
+    assert len(re.findall('class="dead"', chart)) == 1
+    assert len(re.findall('class="recovering"', chart)) == 1
+    assert len(re.findall('class="bar"', page)) == 3
+    assert page.index("0.75") < page.index("samples per second"), "the metric comes first"

@@ -54,7 +54,8 @@ Plain = dict[str, Any]
 """What JSON can hold, of a form that the sender knows; `check_plain` bounds it."""
 AGENT_EVENTS = frozenset({
     "first_step", "died", "recovered", "lost_loader", "stalled", "failed", "not_saved",
-    "spawned", "fork_failed", "regroup", "dismissed", "formed", "corrupt", "joined", "traced",
+    "spawned", "fork_failed", "regroup", "dismissed", "formed", "corrupt", "joined", "timed",
+    "traced",
 })  # fmt: skip
 """The events that an agent has to tell of; all others are the master's own."""
 RESERVED = frozenset({"time", "event", "name"})

@@ -22,6 +22,7 @@ from lockstep.agent.membership import WorkerMembership
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.recovery import Resumption, resume, step_in_flight
 from lockstep.agent.step_log import StepLog, Throughput
+from lockstep.agent.time_sampler import TimeSampler
 from lockstep.errors import NumericsError, ResourceError, WorkerLostError
 from lockstep.planning.assignment import assign
 from lockstep.planning.host_role import HostRole
@@ -91,6 +92,7 @@ class WorkerGroup:
         self.step_log = StepLog(memory, plan, observer, self.throughput, step or 0)
         self.failure_log = FailureLog(host, memory, self.step_log, observer)
         self.failure_detector = FailureDetector(host, self.control, self.step_log, self.failure_log)
+        self.time_sampler = TimeSampler(self.control, host.name, observer)
         self.members = WorkerMembership(
             target=plan.workers, max_workers=plan.max_workers, held=held
         )
@@ -288,6 +290,7 @@ class WorkerGroup:
         """Hear what the workers say, and who has died, for up to a tick."""
         for event in self.host.events(TICK):
             self._heard(event)
+        self.time_sampler.look(self.step_log.worker_ids)
         self.failure_log.looked = time.monotonic()
 
     def watch(self) -> None:
@@ -392,3 +395,4 @@ class WorkerGroup:
                 return
             for _ in self.host.events(left):
                 pass
+        self.time_sampler.finish()

@@ -214,7 +214,8 @@ def _training(
     callbacks: Sequence[Callback],
     quiet: bool,
 ) -> Iterator[tuple[Coordinator, Recorder]]:
-    """A coordinator whose run goes into a folder; the report is written at the end.
+    """A coordinator whose run goes into a folder; the report is written at the end, also where
+    somebody has asked to stop.
 
     Raises:
         StoppedError, RunInterrupted, DataLostError: as the coordinator does, with how to go on.
@@ -251,6 +252,8 @@ def _training(
                 recorder,
             )
     except StoppedError as error:
+        with contextlib.suppress(LockstepError, OSError):
+            write_report(folder.path)
         stopped = StoppedError(error.what, fix=f"lockstep resume {folder.path}")
         raise control.stopped(stopped) from None
     except DataLostError as error:  # by now every checkpoint is written

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lockstep.agent.observer import NullObserver
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.open_hosts import ready_alone
 from lockstep.coordinator.stop_schedule import StopSchedule
-from lockstep.errors import IntegrityError, JobError
+from lockstep.errors import IntegrityError, JobError, LockstepError
 from lockstep.job.task import Task
 from lockstep.planning.data_partition import check_together
 from lockstep.planning.plan import Plan
@@ -33,7 +34,7 @@ from lockstep.results.ledger import (
 )
 from lockstep.results.manifest import check_manifest, differences, recorded_source
 from lockstep.results.progress import Progress, announce
-from lockstep.results.run_folder import RunFolder
+from lockstep.results.run_folder import Events, RunFolder
 from lockstep.state.fingerprint import fingerprint, tensor_digests
 from lockstep.state.host_memory import HostMemory
 
@@ -186,7 +187,7 @@ def verify(
         if final:
             state = memoryview(ready.memory.state.map)
             check_model_file(folder.model_path, ready.memory.layout, state)
-    return Verification(
+    verification = Verification(
         first=step,
         last=last,
         workers=plan.workers,
@@ -194,6 +195,21 @@ def verify(
         final=final,
         notes=notes,
     )
+    _note(folder, verification)
+    return verification
+
+
+def _note(folder: RunFolder, found: Verification) -> None:
+    """Leave in the run's events what has been verified, if the folder can be written to. A folder
+    may come from anybody, so nothing is written to where a link leads."""
+    with contextlib.suppress(OSError):
+        status = folder.events_path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            return
+    with contextlib.suppress(LockstepError), contextlib.closing(Events(folder.events_path)) as log:
+        log.add(
+            "verified", first=found.first, last=found.last, workers=found.workers, final=found.final
+        )
 
 
 def _read_lines(folder: RunFolder, manifest: dict[str, Any]) -> list[Line]:

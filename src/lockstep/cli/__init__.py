@@ -2,6 +2,7 @@
 
 main                 run, plan, doctor and data, and how errors end a command
 run_folder_commands  the commands on a run's folder: resume, scale, stop, verify, evaluate, ...
+watch_commands       the commands that show runs: watch, runs, status, compare
 cluster_commands     the commands of a cluster: up, token, hosts, join, pack, secret
 rank_command         `lockstep rank`: one process of a job that torchrun or SLURM starts
 job_options          an option for each setting of a job

@@ -11,13 +11,14 @@ import typer
 
 import lockstep
 from lockstep.cli import cluster_commands as commands
-from lockstep.cli import run_folder_commands
+from lockstep.cli import run_folder_commands, watch_commands
 from lockstep.cli.job_options import given, takes_settings
 from lockstep.cli.output import show_result
 from lockstep.cli.rank_command import rank, read_job
 from lockstep.cli.shared_options import WITH_ARGS, Json, On, Quiet, launcher_of
 from lockstep.cli.task_help import CommandOfTask
 from lockstep.cli.task_options import options_of
+from lockstep.cli.watch_commands import Dashboard, page_beside
 from lockstep.errors import LockstepError
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ def run(
     *,
     on: On = None,
     state: commands.StateOption = None,
+    dashboard: Dashboard = False,
     quiet: Quiet = False,
     as_json: Json = False,
     **settings: Any,
@@ -71,8 +73,10 @@ def run(
     """Train a job. Other --options are arguments of the recipe or task: --model cnn."""
     from lockstep.api.training import run as run_job
 
-    with launcher_of(on, state) as launcher:
-        result = run_job(*_job(job, ctx.args), quiet=quiet, on=launcher, **given(settings))
+    with launcher_of(on, state) as launcher, page_beside(dashboard) as control:
+        result = run_job(
+            *_job(job, ctx.args), quiet=quiet, on=launcher, control=control, **given(settings)
+        )
     show_result(result, as_json)
 
 
@@ -145,6 +149,7 @@ def list_data(as_json: Json = False) -> None:
 
 
 run_folder_commands.add_to(app)
+watch_commands.add_to(app)
 commands.add_to(app)
 app.command()(rank)
 

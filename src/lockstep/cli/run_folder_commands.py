@@ -14,6 +14,7 @@ from lockstep.cli.job_options import Workers
 from lockstep.cli.output import show_metrics, show_notes, show_result
 from lockstep.cli.shared_options import WITH_ARGS, Json, On, Quiet, launcher_of
 from lockstep.cli.task_options import options_of
+from lockstep.cli.watch_commands import Dashboard, page_beside
 from lockstep.errors import JobError
 
 Trust = Annotated[
@@ -38,14 +39,17 @@ def resume(
     on: On = None,
     state: commands.StateOption = None,
     trust: Trust = False,
+    dashboard: Dashboard = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Resume a run that was stopped or killed. The result is the same."""
     from lockstep.api.training import resume as resume_run
 
-    with launcher_of(on, state) as launcher:
-        result = resume_run(run, workers=workers, quiet=quiet, on=launcher, trust=trust)
+    with launcher_of(on, state) as launcher, page_beside(dashboard) as control:
+        result = resume_run(
+            run, workers=workers, quiet=quiet, on=launcher, control=control, trust=trust
+        )
     show_result(result, as_json)
 
 

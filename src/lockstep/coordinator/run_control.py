@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Annotated, Any, Literal, get_args
@@ -58,7 +59,9 @@ ANSWERS: Codec[Message] = Codec(Taken | ErrorMessage)
 class RunControl:
     """Collects requests until the coordinator takes them. Use it as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, opened: Callable[[Path], None] | None = None) -> None:
+        """`opened` is called with the run folder, once requests are taken there."""
+        self._opened = opened
         self._waiting: deque[Request] = deque()
         self._listener: socket.socket | None = None
         self._path: Path | None = None
@@ -146,6 +149,8 @@ class RunControl:
             self._listener.bind(place)
         self._path.chmod(0o600)
         self._listener.listen(8)
+        if self._opened is not None:
+            self._opened(folder)
 
     def _answer_callers(self) -> None:
         while self._listener is not None:

@@ -146,7 +146,7 @@ def loss_panel(ledger: Iterable[Mapping[str, Any]]) -> Panel:
     """The panel of the training loss. `ledger`: the ledger's entries, which are read once."""
     curve, last = Curve(), math.nan
     for entry in ledger:
-        step, loss = _step(entry), _hex_float(entry.get("loss"))
+        step, loss = _step(entry), hex_float(entry.get("loss"))
         if step is not None:
             curve.add(step, loss)
             last = loss
@@ -207,7 +207,7 @@ def _step(entry: Mapping[str, Any]) -> int | None:
     return int(step) if step is not None and 0 <= step <= MOST_STEPS else None
 
 
-def _hex_float(value: Any) -> float:
+def hex_float(value: Any) -> float:
     """The loss of a ledger's line; NaN if it is missing or not a number."""
     try:
         return float.fromhex(value)

@@ -70,7 +70,8 @@ def _numbers(key: str, values: Mapping[str, float]) -> str:
     return f',"{key}":{{{listed}}}' if listed else ""
 
 
-def _chain(previous: str, body: str) -> str:
+def chain(previous: str, body: str) -> str:
+    """The hash of a line without its own, after the line with the previous hash."""
     return blake3(f"{previous}{body}".encode()).hexdigest(16)
 
 
@@ -101,7 +102,7 @@ class Ledger:
         self.sync()
 
     def _append(self, body: str) -> None:
-        self.hash = _chain(self.hash, body)
+        self.hash = chain(self.hash, body)
         with disk_errors("the ledger"):
             self._file.write(f'{body},"hash":"{self.hash}"}}\n')
 
@@ -167,7 +168,7 @@ def read_ledger(path: Path, *, torn_tail: bool = False) -> Iterator[Line]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             body, separator, tail = raw.decode(errors="replace").rpartition(',"hash":"')
-            expected = _chain(previous, body)
+            expected = chain(previous, body)
             if not separator or tail != f'{expected}"}}\n':
                 if torn_tail and not raw.endswith(b"\n"):
                     return

@@ -22,6 +22,8 @@ from lockstep.results.checkpoint import (
     write_model,
 )
 from lockstep.results.ledger import FIRST, EvaluationRecord, Ledger, StepRecord, read_ledger
+from lockstep.results.master_process import describe_end, describe_master
+from lockstep.results.metering import Meter
 from lockstep.results.progress import Progress
 from lockstep.results.recoveries import describe_recovery
 from lockstep.results.restart import Restart
@@ -55,6 +57,7 @@ class Recorder:
         self.keep_checkpoints = keep_checkpoints
         self.ledger = Ledger(folder.ledger_path, start.ledger or FIRST)
         self.events = Events(folder.events_path)
+        self.meter = Meter(folder, self.events, start.step)
         self.display = Progress(enabled=not quiet, steps=plan.steps, name=folder.path.name)
         self.history = start.history
         self._monitor = Monitor.of(plan)
@@ -92,6 +95,7 @@ class Recorder:
     def _begin(self) -> None:
         self.display.__enter__()
         self._callbacks.start(self._run_started())
+        self.events.add("began", **describe_master(self.layout))
         if self._start.ledger is None:
             digests = tensor_digests(self.layout, self.memory.state)
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
@@ -114,6 +118,11 @@ class Recorder:
                 self._note_callback(note)
             self._report_failures()
         self.display.__exit__(kind, error, trace)
+        with contextlib.suppress(ResourceError):
+            self.meter.flush()
+            if error is not None:
+                self.events.add("ended", step=self._recorded, **describe_end(error))
+        self.meter.close()
         for file in (self.ledger, self.events):
             with contextlib.suppress(OSError):  # a full disk has been reported when it was met
                 file.close()
@@ -144,11 +153,15 @@ class Recorder:
 
     def commit(self, record: StepRecord) -> None:
         self.ledger.commit(record)
+        self.meter.commit(record)
         self._last = {"loss": record.loss, **record.logged}
         self._recorded = record.step + 1
         self._callbacks.step(record)
 
     def event(self, name: str, **fields: object) -> None:
+        if name == "timed":
+            self.meter.timed(fields)
+            return
         if name == "first_step":
             self._first_step_at = time.time()
         if name == "baseline":
@@ -187,6 +200,7 @@ class Recorder:
         if time.monotonic() - self._looked > FOLDER_SECONDS:
             self.folder.check_there()
             self._looked = time.monotonic()
+        self.meter.look(workers)
         epoch = max(step - 1, 0) // self.plan.steps_per_epoch
         self.display.update(step, loss, rate, workers, epoch)
 
@@ -287,6 +301,7 @@ class Recorder:
         if self.plan.faults:
             fired = self.memory.control.fired[: len(self.plan.faults)].tolist()
             self._add_event("faults", fired=fired)
+        self.meter.flush()
         self._add_event("finished", steps=steps, fingerprint=digest)
         with disk_errors("the result"):
             write_json(self.folder.result_path, result.to_message())

@@ -1,7 +1,8 @@
 """Report: one HTML page about a run, made from the files of its folder alone.
 
 The page is self-contained: no scripts, fonts, images or requests, which its content security
-policy enforces. Every string from the run is escaped. The same files give the same bytes.
+policy enforces. Every string from the run is escaped. The same files give the same bytes, once the
+run has ended.
  A ledger of any length is read once, in constant memory.
 """
 
@@ -18,12 +19,20 @@ from typing import Any, NamedTuple
 
 from lockstep.errors import RunFolderError
 from lockstep.results.charts import figure, loss_panel, mapping, metric_panels, number
+from lockstep.results.event_schema import Unknown, parse_event
+from lockstep.results.event_words import describe_event
+from lockstep.results.run_history import PHASES as SPENT
+from lockstep.results.run_history import RunHistory, latest
+from lockstep.results.run_reader import RunReader
+from lockstep.results.run_summary import details, summarise
+from lockstep.results.timeline_chart import timeline_chart
 
 PHASES = {
     "compute": "computing",
     "data": "loading data",
     "wait": "waiting",
     "reduce": "reducing",
+    "exchange": "exchange with hosts",
     "update": "updating",
     "evaluate": "evaluating",
 }
@@ -61,40 +70,77 @@ def _page(folder: Path) -> str:
 
     manifest = _read_object(folder / "manifest.json", required=True)
     result = _read_object(folder / "result.json")
+    reader = RunReader(folder)
+    reader.read_events()
+    summary = summarise(folder.resolve().name, manifest, result, reader.history, reader.status)
+    settled = details(manifest)
+    task = [["task", summary["task"]]] if summary["task"] else []
     plan = mapping(manifest.get("plan"))
     events, events_total = _last_events(folder / "events.jsonl")
-    name = _text(manifest.get("name") or folder.resolve().name)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = resources.files("lockstep.results") / "report.html.j2"
     return environment.from_string(source.read_text(encoding="utf-8")).render(
-        name=name,
+        name=_text(manifest.get("name") or folder.resolve().name),
+        summary=summary,
+        started=summary["started"][:19].replace("T", " "),
         fingerprint=_text(result["fingerprint"]) if result.get("fingerprint") else "",
         finished=bool(result),
-        figures=_figures(result),
+        figures=_figures({**_so_far(summary), **result}),
         loss=loss_panel(_read_lines(folder / "ledger.jsonl")),
-        metrics=metric_panels(_list(result.get("history"))),
-        final_metrics=_final_metrics(result),
+        metrics=metric_panels(_list(result.get("history")) or _evaluations(reader.history)),
+        final_metrics=_final_metrics(summary["metrics"]),
         phases=list(PHASES.items()),
-        workers=_workers(mapping(result.get("times"))),
+        workers=_workers(_all_times(result, reader.history)),
+        timeline=timeline_chart(reader.history),
         plan=_rows({key: plan[key] for key in plan if key != "reasons"}),
         reasons=[_text(reason) for reason in _list(plan.get("reasons"))],
         recoveries=_table(_list(result.get("recoveries"))),
+        recovered=[row[3] for row in reader.history.bands.rows if row[2] == "recovering"],
         events=events,
         events_total=events_total,
-        settings=_rows(_settings(manifest)),
+        changed=[*task, *settled["changed"]],
+        same=settled["same"],
         machine=_rows({**mapping(manifest.get("versions")), **mapping(manifest.get("profile"))}),
         checkpoints=[_text(checkpoint) for checkpoint in _list(result.get("checkpoints"))],
         run=shlex.quote(folder.resolve().name),
     )
 
 
-def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The job's settings, its task first."""
-    source = mapping(manifest.get("source"))
-    task = {"task": source.get("name"), "args": source.get("args")} if source else {}
-    return {**task, **mapping(manifest.get("job"))}
+def _so_far(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run without a result: the figures that a result has."""
+    return {
+        "steps": summary["step"],
+        "samples_per_second": summary["rate"],
+        "wall_seconds": summary["seconds"] or None,
+        "workers": summary["workers"],
+        "shards": summary["shards"],
+        "threads": summary["threads"],
+    }
+
+
+def _evaluations(history: RunHistory) -> list[dict[str, Any]]:
+    """The held-out metrics that the events tell of, as a result has them."""
+    rows = latest(history.evaluations.rows)
+    return [{"step": step, "metrics": metrics} for _, step, metrics in rows]
+
+
+def _all_times(result: Mapping[str, Any], history: RunHistory) -> dict[str, Any]:
+    """What each worker spent its time on: the result's for the master's host, and what the events
+    tell of all others."""
+    times = dict(mapping(result.get("times")))
+    several = len({host for host, _ in history.lanes.rows}) > 1
+    sums: dict[int, list[float]] = {}
+    for lane, _, _, spent in history.times.rows:
+        before = sums.get(lane, [0.0] * len(spent))
+        sums[lane] = [a + b for a, b in zip(before, spent, strict=True)]
+    for lane, spent in sums.items():
+        host, worker = history.lanes.rows[lane]
+        name = f"{worker} of {host}" if several and host != history.master else str(worker)
+        if name not in times:
+            times[name] = dict(zip(SPENT, spent, strict=True))
+    return times
 
 
 # Reading
@@ -141,13 +187,17 @@ def _last_events(path: Path) -> tuple[list[tuple[str, str, list[tuple[str, str]]
     kept: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
     total = 0
     for event in _read_lines(path):
-        kept.append(event)
-        total += 1
+        if event.get("event") not in ("progressed", "timed"):  # curves and lanes show these
+            kept.append(event)
+            total += 1
     rows = []
     for event in reversed(kept):
-        time, kind = _text(event.pop("time", "")), _text(event.pop("event", ""))
-        metrics = mapping(event.pop("metrics", None))
-        rows.append((time, kind, _rows({**event, **metrics}, rounded=True)))
+        line = json.dumps(event).encode()
+        known = parse_event(line)
+        time, name = _text(event.pop("time", "")), _text(event.pop("event", ""))
+        words = known is not None and not isinstance(known, Unknown)
+        told = [("", describe_event(known))] if words and known else _rows(event, rounded=True)
+        rows.append((time, name, told))
     return rows, total
 
 
@@ -209,13 +259,16 @@ def _figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return figures
 
 
-def _final_metrics(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The metrics of the final state, each with its baseline if there is one."""
-    baseline = dict(_rows(mapping(result.get("baseline")), rounded=True))
-    return [
-        (name, f"{value} (baseline {baseline[name]})" if name in baseline else value)
-        for name, value in _rows(mapping(result.get("metrics")), rounded=True)
-    ]
+def _final_metrics(
+    metrics: Iterable[tuple[str, float | None, float | None]],
+) -> list[tuple[str, str]]:
+    """The metrics of the final state, each with its baseline if there is one; the one that matters
+    most comes first."""
+    rows = []
+    for name, value, baseline in metrics:
+        shown = "null" if value is None else figure(value)
+        rows.append((name, shown if baseline is None else f"{shown} (baseline {figure(baseline)})"))
+    return rows
 
 
 def _rows(values: Mapping[str, Any], *, rounded: bool = False) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """Run folder: the files of one run.
 
 manifest.json      the job, the plan, the numerics profile, the task's code digest
-events.jsonl       what happened, when
+events.jsonl       what happened, when (see `event_schema`)
+live.jsonl         while it goes on: its pace just now, in the same form
+control.sock       while it goes on: where requests are taken
 ledger.jsonl       what was committed
 checkpoints/       the state at some steps
 model.safetensors  the trained model
@@ -15,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ class RunFolder:
         self.path = path
         self.manifest_path = path / "manifest.json"
         self.events_path = path / "events.jsonl"
+        self.live_path = path / "live.jsonl"
         self.ledger_path = path / "ledger.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model_path = path / "model.safetensors"
@@ -184,19 +188,40 @@ def _unmakeable(path: Path, error: OSError) -> RunFolderError:
 
 
 class Events:
-    """Event log: appends lines of a time, an event and its fields."""
+    """Event log: appends lines of a time, an event and its fields (see `event_schema`)."""
 
     def __init__(self, path: Path | None) -> None:
         with disk_errors("the list of events"):
+            torn = path is not None and _is_torn(path)
             self._file = path.open("a", encoding="utf-8", buffering=1) if path else None
+            if torn and self._file is not None:
+                self._file.write("\n")  # what a crash has cut off stays a line of its own
 
     def add(self, event: str, **fields: Any) -> None:
         if self._file is not None:
-            time = datetime.now(UTC).isoformat(timespec="milliseconds")
-            line = json.dumps(plain({"time": time, "event": event, **fields}))
             with disk_errors("the list of events"):
-                self._file.write(line + "\n")
+                self._file.write(event_line(event, fields))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def event_line(event: str, fields: Mapping[str, Any]) -> str:
+    """A line of `events.jsonl`, of something that has happened now, or at the field `time`."""
+    return json.dumps(plain({"time": utc_now(), "event": event, **fields})) + "\n"
+
+
+def utc_now() -> str:
+    """The time, as events have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file ends within a line."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:  # there is none, or it is empty
+        return False

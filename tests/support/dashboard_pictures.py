@@ -1,0 +1,133 @@
+"""Dashboard pictures: those of docs/dashboard.md, of real runs in Chromium.
+
+lockstep data fetch mnist
+python -m tests.support.dashboard_pictures docs/pictures
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from tests.support.harmed_runs import events, until
+
+WAIT = 120.0
+RUN = ["run", "mnist", "--model", "cnn", "--workers", "2", "--max-workers", "4", "--quiet"]
+
+
+def lockstep(*arguments: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lockstep", *arguments]
+    return subprocess.Popen(command, cwd=folder, text=True, **options)
+
+
+def keep(png: bytes, path: Path) -> None:
+    """Write a picture, packed as well as it goes."""
+    Image.open(io.BytesIO(png)).convert("RGB").save(path, optimize=True)
+    print(f"{path}  {path.stat().st_size / 1e3:.0f} kB")
+
+
+def take(place: Path, folder: Path) -> None:
+    for epochs, seed in (("6", "0"), ("6", "1")):
+        ended = lockstep(*RUN, "--data-epochs", epochs, "--seed", seed, folder=folder)
+        assert ended.wait() == 0
+    run = lockstep(*RUN, "--data-epochs", "60", folder=folder)
+    server = lockstep("watch", "--port", "0", folder=folder, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    address = server.stdout.readline().split()[-1]
+    front, token = address.split("#")
+    out = folder / "runs" / "mnist-3"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--headless", "--no-sandbox", "--disable-gpu"],
+        )
+        page = browser.new_page(viewport={"width": 1120, "height": 1010})
+        until((out / "events.jsonl").exists, WAIT, "the run")
+        page.goto(f"{front}run/mnist-3#{token}")
+        page.locator(".pill.running").wait_for()
+        time.sleep(8)
+        page.fill("#workers", "3")
+        page.get_by_role("button", name="Scale").click()
+        page.locator("#yes").click()
+        time.sleep(6)
+        pid = [event["pid"] for event in events(out, "joined") if event["worker"] == 1][-1]
+        os.kill(pid, signal.SIGKILL)
+        page.locator(".event.recovered").wait_for()
+        time.sleep(4)
+        keep(page.screenshot(), place / "live.png")
+        page.emulate_media(color_scheme="dark")
+        time.sleep(1)
+        keep(page.screenshot(), place / "dark.png")
+        page.emulate_media(color_scheme="light")
+        canvas = page.locator(".timeline canvas")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        assert box is not None
+        lane = box["y"] + 26 + 5 + 35 + 15
+        page.mouse.move(box["x"] + page.evaluate(LAST_DEATH), lane)
+        page.keyboard.down("Control")
+        for _ in range(8):
+            page.mouse.wheel(0, -100)
+            time.sleep(0.1)
+        page.keyboard.up("Control")
+        time.sleep(0.5)
+        page.mouse.move(box["x"] + page.evaluate(LAST_DEATH) + 1, lane)
+        time.sleep(0.5)
+        around = page.locator("section", has=canvas).bounding_box()
+        keep(page.screenshot(clip=around), place / "recovery.png")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.evaluate("scrollTo(0, 0)")
+        time.sleep(1)
+        keep(page.screenshot(), place / "phone.png")
+        page.set_viewport_size({"width": 1120, "height": 420})
+        page.goto(f"{front}#{token}")
+        page.reload()
+        page.get_by_label("compare mnist-1").check()
+        page.get_by_label("compare mnist-2").check()
+        keep(page.screenshot(), place / "runs.png")
+        page.get_by_role("button", name="Compare two").click()
+        page.locator(".plot canvas").first.wait_for()
+        page.set_viewport_size({"width": 1120, "height": 1010})
+        time.sleep(1)
+        keep(page.screenshot(), place / "comparison.png")
+        browser.close()
+    run.send_signal(signal.SIGINT)
+    server.send_signal(signal.SIGINT)
+    run.wait(WAIT)
+    server.wait(WAIT)
+
+
+LAST_DEATH = """() => {
+  const canvas = document.querySelector(".timeline canvas"), ratio = devicePixelRatio;
+  const { data, width } = canvas.getContext("2d").getImageData(0, 75 * ratio, canvas.width, 1);
+  const hex = getComputedStyle(document.documentElement).getPropertyValue("--dead").trim();
+  const rgb = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  for (let x = width - 1; x > 0; x--) {
+    if (rgb.every((part, channel) => Math.abs(data[4 * x + channel] - part) < 30)) {
+      return x / ratio;
+    }
+  }
+  return canvas.clientWidth / 2;
+}"""
+
+
+def main() -> None:
+    place = Path(sys.argv[1]).resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lockstep-pictures-") as folder:
+        take(place, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
