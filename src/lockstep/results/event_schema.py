@@ -357,8 +357,9 @@ class Unknown(Event, tag="unknown"):
 
 
 KINDS: tuple[type[Event], ...] = (
-    Began, Resumed, FirstStep, Progressed, Timed, Baseline, Evaluated, StoppedEarly, CallbackNoted, Requested, Paused, WentOn,
-    Checkpointed, CheckpointFailed, Spawned, ForkFailed, Joined, Formed, Regroup, Dismissed, Died,
+    Began, Resumed, FirstStep, Progressed, Timed, Baseline, Evaluated, StoppedEarly, CallbackNoted,
+    Requested, Paused, WentOn, Checkpointed, CheckpointFailed, Spawned, ForkFailed, Joined, Formed,
+    Regroup, Dismissed, Died,
     Stalled, Recovered, LostLoader, Corrupt, Traced, Hosts, HostLost, Regrouped, Connection,
     Refused, Note, Failed, NotSaved, Faults, Finished, Ended, Verified,
 )  # fmt: skip
