@@ -27,7 +27,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes bench-dashboard chaos chaos-hosts clean
+.PHONY: help run test test-long fuzz check format docs docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes bench-dashboard chaos chaos-hosts clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -61,6 +61,9 @@ docs-tree: $(READY) ## Write the file tree in docs/architecture.md anew
 
 docs-reference: $(READY) ## Write docs/reference.md anew, from the public docstrings
 	$(BIN)/python -m tests.support.api_reference
+
+docs: $(READY) ## Build the documentation as a site, in build/docs
+	$(BIN)/zensical build --config-file mkdocs.yml --strict
 
 bench: $(READY) $(FRAMEWORKS) ## Measure Lockstep against its alternatives (an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.run $(ARGS)

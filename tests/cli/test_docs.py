@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +50,47 @@ def test_the_example_files(tmp_path: Path) -> None:
     ended = command.lockstep("run", job, "--steps=10", "--quiet", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["metrics"]["accuracy"] > 0.3
+
+
+@pytest.mark.long
+def test_the_tutorial(tmp_path: Path) -> None:
+    """Its files are written and its commands run, in the order in which they stand."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    printed = ""
+    for kind, title, block in re.findall(
+        r'^```(python|console)(?: title="([\w.]+)")?\n(.*?)^```', text, re.DOTALL | re.M
+    ):
+        if kind == "python":
+            (tmp_path / title).write_text(block)
+            continue
+        for line in re.findall(r"^\$ (.*)$", block, re.M):
+            ended = subprocess.run(
+                line, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path},
+                capture_output=True, text=True, timeout=command.LIMIT_SECONDS,
+            )  # fmt: skip
+            assert ended.returncode == 0, f"{line}\n{ended.stderr}"
+            printed += ended.stdout
+    assert len(set(re.findall(r"^fingerprint  (\w+)$", printed, re.M))) == 1
+
+
+def test_the_site(tmp_path: Path) -> None:
+    """It is built without a warning, from every page that there is."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--config-file", "mkdocs.yml", "--strict"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=command.LIMIT_SECONDS,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    built = {
+        str(path.relative_to(tmp_path / "build" / "docs").with_suffix(".md"))
+        for path in (tmp_path / "build" / "docs").rglob("*.html")
+    }
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= built
+    listed = (ROOT / "mkdocs.yml").read_text()
+    assert not [page for page in pages if page not in listed]
 
 
 @pytest.mark.parametrize("name", NAMES)
