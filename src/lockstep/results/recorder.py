@@ -95,7 +95,7 @@ class Recorder:
     def _begin(self) -> None:
         self.display.__enter__()
         self._callbacks.start(self._run_started())
-        self.events.add("began", **describe_master(self.layout))
+        self._add_event("began", **describe_master(self.layout))
         if self._start.ledger is None:
             digests = tensor_digests(self.layout, self.memory.state)
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
