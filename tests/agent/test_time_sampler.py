@@ -50,8 +50,8 @@ def test_samples_are_told_when_something_has_been_done() -> None:
     control.seconds[0, Stat.COMPUTE] = 1.0
     sampler.look((0, 1))
     assert len(told.events) == 1  # too soon
-    sampler.finish()
-    sampler.finish()
+    sampler.flush()
+    sampler.flush()
     assert [event["workers"] for event in told.events[1:]] == [{"0": [0.1, 0, 0, 0, 0, 0, 0]}]
 
 

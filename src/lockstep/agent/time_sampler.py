@@ -47,8 +47,8 @@ class TimeSampler:
         if now - self._begun >= SAMPLE_SECONDS:
             self._sample(now)
 
-    def finish(self) -> None:
-        """Tell what there is: the workers have ended."""
+    def flush(self) -> None:
+        """Tell what there is: the workers rest, or have ended."""
         self._looks += 1
         self._sample(self._clock())
 

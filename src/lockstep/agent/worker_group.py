@@ -318,6 +318,8 @@ class WorkerGroup:
             case Rested():
                 self.idle[worker_id] = message.step
                 self.decide(membership.WorkerRested(worker_id))
+                if self.at_rest:  # before whatever is asked of those who rest: it may be the end
+                    self.time_sampler.flush()
             case Interrupted() | BatchesDone():
                 self.decide(membership.WorkerRested(worker_id))
             case BatchDone():
@@ -395,4 +397,4 @@ class WorkerGroup:
                 return
             for _ in self.host.events(left):
                 pass
-        self.time_sampler.finish()
+        self.time_sampler.flush()

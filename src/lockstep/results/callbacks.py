@@ -106,8 +106,8 @@ class Callback:
         """The held-out data were evaluated."""
 
     def on_event(self, event: EventHappened) -> None:
-        """Something happened: a worker died, a checkpoint was written, ... It is what `events.jsonl`
-        tells, but for the pace, which steps tell."""
+        """Something happened: a worker died, a checkpoint was written, ... All that `events.jsonl`
+        tells comes here but the pace, which steps tell."""
 
     def on_end(self, end: RunEnded) -> None:
         """The run has ended: well, by an error, or since it was stopped."""
