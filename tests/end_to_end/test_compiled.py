@@ -101,6 +101,25 @@ def test_a_run_that_is_killed_while_it_compiles(kernels: None, tmp_path: Path) -
     assert kept.keys() <= {path.name for path in folder.iterdir()}
 
 
+class OneRow(Vectors):
+    """A loss of type float64, of one row."""
+
+    def eval_data(self) -> Dataset[Any] | None:
+        return None
+
+    def model(self) -> nn.Module:
+        return super().model().double()
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0].double()), batch[1]).reshape(1)
+
+
+@pytest.mark.long
+def test_a_loss_of_another_form(kernels: None, run_folder: str) -> None:
+    result = lockstep.run(OneRow(), workers=2, out=run_folder, **COMPILED)
+    assert result.metrics["train_loss"] < 2
+
+
 @pytest.mark.long
 def test_it_is_recorded(kernels: None, tmp_path: Path) -> None:
     result = lockstep.run(Net(), workers=1, out=str(tmp_path / "run"), **COMPILED)

@@ -27,6 +27,7 @@ from lockstep.planning.plan import Plan
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
 from lockstep.system.messages import Codec, Message
+from lockstep.system.processes import die_with_parent
 from lockstep.worker.kernel_cache import kernels_in
 from lockstep.worker.loss_capture import CapturedLoss, UntraceableError, capture, first_line
 from lockstep.worker.shard_tracer import constants_of, has_hooks, obstacle, tensors_of
@@ -97,7 +98,7 @@ class CompiledShard:
 
         self.captured = captured
         joint = Joint(captured, shared.params, constants_of(shared), leaves)
-        self.root = torch.ones((), dtype=torch.float32)
+        self.root = torch.ones_like(captured.loss)
         fake = FakeTensorMode(allow_non_fake_inputs=False)
         given = [*joint.inputs, *leaves, self.root]
         fakes = [fake.from_tensor(each) for each in given]
@@ -251,9 +252,10 @@ def _fetch_forms(plan: Plan, fetch: Fetch) -> Iterator[BatchForm]:
         TaskError: a batch cannot be fetched, or holds more than tensors.
     """
     reading, writing = os.pipe()
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child == 0:
         try:
+            die_with_parent(parent)
             os.close(reading)
             signal.alarm(FETCH_SECONDS)  # ends it
             with open(writing, "wb") as file:

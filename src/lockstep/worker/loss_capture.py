@@ -44,6 +44,8 @@ class CapturedLoss:
 
     graph: torch.fx.GraphModule
     """Gives a tuple with the loss."""
+    loss: torch.Tensor
+    """Of the batch that it was captured with, without its graph."""
     inputs: Sequence[torch.Tensor]
     """What the graph was given: parameters, buffers, and the tensors of the batch."""
     guard: Callable[[dict[str, Any]], bool]
@@ -110,6 +112,7 @@ def capture(task: Task, model: nn.Module, batch: Any) -> CapturedLoss:
         raise UntraceableError("the graph needs more than tensors")
     return CapturedLoss(
         graph=graphs[0],
+        loss=loss.detach(),
         inputs=given[0],
         guard=entries[0].guard_manager.check,
         kept=(function, compiled, entries[0]),
