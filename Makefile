@@ -62,7 +62,8 @@ docs-tree: $(READY) ## Write the file tree in docs/architecture.md anew
 docs-reference: $(READY) ## Write docs/reference.md anew, from the public docstrings
 	$(BIN)/python -m tests.support.api_reference
 
-docs: $(READY) ## Build the documentation as a site, in build/docs
+docs: $(INSTALLED) ## Build the documentation as a site, in build/docs
+	@$(PIP) install --quiet 'zensical>=0.0.40'
 	$(BIN)/zensical build --config-file mkdocs.yml --strict
 
 bench: $(READY) $(FRAMEWORKS) ## Measure Lockstep against its alternatives (an hour, alone on the machine)

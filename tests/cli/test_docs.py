@@ -76,6 +76,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
 
 def test_the_site(tmp_path: Path) -> None:
     """It is built without a warning, from every page that there is."""
+    pytest.importorskip("zensical", reason="needs the extra docs")
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     ended = subprocess.run(
