@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,8 +129,8 @@ def compare(
     settings = differing_settings(first.manifest, second.manifest)
     parting = find_parting(a / "ledger.jsonl", b / "ledger.jsonl")
     if as_json:
-        found = {"equal": parting.equal, "step": parting.step, "what": parting.what}
-        print(json.dumps({"runs": [left, right], "settings": settings, "parting": found}))
+        found = {"runs": [left, right], "settings": settings, "parting": asdict(parting)}
+        print(json.dumps(found))
         return
     table = [["", left["folder"], right["folder"]], ["status", left["status"], right["status"]]]
     table += [[name, *values] for name, *values in settings]
@@ -148,14 +149,12 @@ def compare(
 
 def _summary(run: Path) -> tuple[RunReader, dict[str, Any]]:
     from lockstep.results.run_reader import RunReader
-    from lockstep.results.run_summary import summarise
 
     if not run.exists():
         raise JobError(f"there is no run {run}", fix="lockstep runs lists them")
     reader = RunReader(run)
     reader.refresh()
-    name = run.resolve().name
-    return reader, summarise(name, reader.manifest, reader.result, reader.history, reader.status)
+    return reader, reader.summary(run.resolve().name)
 
 
 def _plan(row: dict[str, Any]) -> str:

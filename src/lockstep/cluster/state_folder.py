@@ -31,7 +31,8 @@ from typing import Any
 
 from lockstep.errors import IdentityError
 from lockstep.net.certificates import fingerprint
-from lockstep.net.identity import Identity, private_folder, write_private
+from lockstep.net.identity import Identity, private_folder
+from lockstep.system.private_files import replace_private
 
 Address = tuple[str, int]
 NODE, AUTHORITY, CODE = "node", "authority", "code"
@@ -226,10 +227,7 @@ class State:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a file in one go."""
-        fresh = self.path / f".{name}-{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        write_private(fresh, json.dumps(content).encode())
-        os.replace(fresh, self.path / name)
+        replace_private(self.path / name, json.dumps(content).encode())
 
 
 def check_certificate(identity: Identity) -> None:

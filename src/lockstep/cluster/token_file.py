@@ -58,7 +58,7 @@ def write_tokens(path: Path, tokens: list[str]) -> None:
     Raises:
         IdentityError: there is another file in its place, or it cannot be written.
     """
-    from lockstep.net.identity import write_private
+    from lockstep.system.private_files import write_private
 
     numbered = [path.with_name(f"{path.name}-{number}") for number in range(1, len(tokens) + 1)]
     for each, text in zip([path] if len(tokens) == 1 else numbered, tokens, strict=True):

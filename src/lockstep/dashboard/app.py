@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from importlib import resources
 from typing import Annotated, Any
 
@@ -24,7 +25,6 @@ from lockstep.errors import LockstepError
 from lockstep.results.run_comparison import differing_settings, find_parting
 from lockstep.results.run_list import RunList
 from lockstep.results.run_reader import RunReader
-from lockstep.results.run_summary import summarise
 from lockstep.system.json_files import plain
 
 KINDS = {
@@ -144,9 +144,7 @@ def _compare(*folders: Any) -> dict[str, Any]:
         reader.refresh()
         manifests.append(reader.manifest)
         sides.append({
-            "facts": summarise(
-                folder.name, reader.manifest, reader.result, reader.history, reader.status
-            ),
+            "facts": reader.summary(folder.name),
             "progress": reader.history.progress.rows,
             "evaluations": reader.history.evaluations.rows,
         })  # fmt: skip
@@ -154,7 +152,7 @@ def _compare(*folders: Any) -> dict[str, Any]:
     return {
         "runs": sides,
         "settings": differing_settings(*manifests),
-        "parting": {"equal": parting.equal, "step": parting.step, "what": parting.what},
+        "parting": asdict(parting),
     }
 
 

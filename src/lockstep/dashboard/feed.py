@@ -11,7 +11,7 @@ from typing import Any
 from lockstep.results.ledger_check import LedgerCheck
 from lockstep.results.run_history import Table, thin_times
 from lockstep.results.run_reader import RunReader
-from lockstep.results.run_summary import LIVE, details, summarise
+from lockstep.results.run_summary import LIVE, details
 
 LOOK_SECONDS = 0.1
 """How often the folder is looked at while somebody watches."""
@@ -85,8 +85,7 @@ class Feed:
         return changed
 
     def _describe(self) -> dict[str, Any]:
-        reader, ledger = self._reader, self._ledger
-        facts = summarise(self.name, reader.manifest, reader.result, reader.history, reader.status)
+        ledger, facts = self._ledger, self._reader.summary(self.name)
         facts["ledger"] = {
             "steps": ledger.steps, "broken": ledger.broken, "whole": ledger.whole
         }  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from pathlib import Path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lockstep.system.private_files import replace_private
 
 TOKEN_BYTES = 32
 ADDRESS = "dashboard.url"
@@ -46,12 +47,8 @@ def address_file(folder: Path, address: str) -> Iterator[Path | None]:
     """A file with the page's address, which has the token, for its owner alone; None where the
     folder cannot be written to."""
     path = folder / ADDRESS
-    partial = path.with_name(f".{ADDRESS}.{os.getpid()}")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(address + "\n")
-        partial.rename(path)
+        replace_private(path, f"{address}\n".encode())
     except OSError:
         yield None
         return

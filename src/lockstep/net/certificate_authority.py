@@ -37,11 +37,10 @@ from lockstep.net.identity import (
     Identity,
     check_private,
     private_folder,
-    replace_private,
-    write_private,
 )
 from lockstep.net.issued_certificates import IssuedCertificates
 from lockstep.net.revocation_list import RevocationList
+from lockstep.system.private_files import replace_private, write_private
 
 try:
     from cryptography import x509

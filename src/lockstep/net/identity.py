@@ -12,7 +12,6 @@ renewed takes the old one's place in the folder, and every process uses it from 
 from __future__ import annotations
 
 import contextlib
-import os
 import ssl
 import stat
 import threading
@@ -31,6 +30,7 @@ from lockstep.net.certificates import (
     role_of,
 )
 from lockstep.net.tls_stream import TlsStream
+from lockstep.system.private_files import file_stamp
 
 KEY, CERTIFICATE, AUTHORITY = "node.key", "node.pem", "authority.pem"
 
@@ -192,36 +192,6 @@ def private_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user may read, and that was not there before."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-
-
-def replace_private(path: Path, content: bytes) -> None:
-    """Write such a file in one go, perhaps in the place of another one."""
-    fresh = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    fresh.unlink(missing_ok=True)
-    try:
-        write_private(fresh, content)
-        os.replace(fresh, path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
-def file_stamp(path: Path) -> tuple[int, int, int] | None:
-    """What is another one when a file has been replaced; None: there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def check_private(path: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lockstep.errors import IdentityError, RefusedError
 from lockstep.net.certificates import SKEW_SECONDS
-from lockstep.net.identity import private_folder, replace_private, write_private
+from lockstep.net.identity import private_folder
+from lockstep.system.private_files import replace_private, write_private
 
 
 @dataclass(frozen=True, kw_only=True)

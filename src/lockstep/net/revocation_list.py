@@ -16,7 +16,8 @@ from pathlib import Path
 
 from lockstep.errors import IdentityError, RefusedError
 from lockstep.net.certificates import SKEW_SECONDS
-from lockstep.net.identity import PeerIdentity, file_stamp, replace_private
+from lockstep.net.identity import PeerIdentity
+from lockstep.system.private_files import file_stamp, replace_private
 
 REVOKED = "revoked.json"
 Serials = Mapping[str, float]

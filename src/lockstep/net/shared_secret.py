@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.errors import IdentityError, RefusedError
-from lockstep.net.identity import check_private, write_private
+from lockstep.net.identity import check_private
+from lockstep.system.private_files import write_private
 
 LEAST_BYTES = 32
 

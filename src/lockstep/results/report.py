@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from lockstep.results.event_schema import Unknown, parse_event
 from lockstep.results.event_words import describe_event
 from lockstep.results.run_history import PHASES as SPENT
 from lockstep.results.run_history import RunHistory, latest
-from lockstep.results.run_reader import RunReader
-from lockstep.results.run_summary import details, summarise
+from lockstep.results.run_reader import RunReader, read_lines
+from lockstep.results.run_summary import details, shown, summarise
 from lockstep.results.timeline_chart import timeline_chart
 
 PHASES = {
@@ -38,8 +38,6 @@ PHASES = {
 }
 """What workers spend their time on, in the order of the bars, with the page's names."""
 LAST_EVENTS = 200
-LONGEST_TEXT = 400
-"""Longer values in the tables are truncated."""
 
 
 def write_report(folder: Path) -> Path:
@@ -88,7 +86,7 @@ def _page(folder: Path) -> str:
         fingerprint=_text(result["fingerprint"]) if result.get("fingerprint") else "",
         finished=bool(result),
         figures=_figures({**_so_far(summary), **result}),
-        loss=loss_panel(_read_lines(folder / "ledger.jsonl")),
+        loss=loss_panel(read_lines(folder / "ledger.jsonl")),
         metrics=metric_panels(_list(result.get("history")) or _evaluations(reader.history)),
         final_metrics=_final_metrics(summary["metrics"]),
         phases=list(PHASES.items()),
@@ -165,28 +163,11 @@ def _read_object(path: Path, *, required: bool = False) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a JSON Lines file. Lines that a crash has truncated are skipped."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(value, dict):
-                    yield value
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be read", found=str(error)) from error
-
-
 def _last_events(path: Path) -> tuple[list[tuple[str, str, list[tuple[str, str]]]], int]:
     """The last events, newest first, as `(time, event, fields)`, and the number of all events."""
     kept: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
     total = 0
-    for event in _read_lines(path):
+    for event in read_lines(path):
         if event.get("event") not in ("progressed", "timed"):  # curves and lanes show these
             kept.append(event)
             total += 1
@@ -296,10 +277,7 @@ def _table(entries: Iterable[Any]) -> Table:
 
 def _text(value: Any, *, rounded: bool = False) -> str:
     """A JSON value as text of bounded length."""
-    if rounded and isinstance(value, float):
-        return figure(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "\u2026"
+    return figure(value) if rounded and isinstance(value, float) else shown(value)
 
 
 def _seconds(value: float) -> str:

@@ -78,8 +78,6 @@ def find_parting(a: Path, b: Path) -> Parting:
         if left != right:
             return Parting(equal=_number(left), step=_number(left), what=_differing(left, right))
         equal = _number(left) + 1
-    else:
-        equal = max(equal, _last_step(a, start))
     return Parting(equal=max(equal, _last_step(a, start)), step=None, what="")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from lockstep.errors import LockstepError, RunFolderError
 from lockstep.results.run_reader import RunReader
-from lockstep.results.run_summary import summarise
 from lockstep.system.folders import user_path
 
 MOST_RUNS = 1000
@@ -63,7 +62,5 @@ class RunList:
             reader = self._readers.setdefault(name, RunReader(folder, ends_only=True))
             with contextlib.suppress(LockstepError):
                 reader.refresh()
-                rows.append(summarise(
-                    name, reader.manifest, reader.result, reader.history, reader.status
-                ))  # fmt: skip
+                rows.append(reader.summary(name))
         return rows

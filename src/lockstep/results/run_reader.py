@@ -17,7 +17,9 @@ from lockstep.results.charts import Curve, hex_float, mapping, number
 from lockstep.results.event_schema import Event, parse_event
 from lockstep.results.master_process import lives
 from lockstep.results.run_history import RunHistory
+from lockstep.results.run_summary import summarise
 from lockstep.system.json_files import open_regular
+from lockstep.system.private_files import file_stamp
 
 MOST_BYTES = 64 << 20
 """Of a file of JSON; a larger one is not read."""
@@ -40,7 +42,7 @@ class RunReader:
         self.live_seen = 0
         """Grows whenever there is something new that is live."""
         self._at, self._inode = 0, 0
-        self._stamps: dict[str, tuple[int, int, int]] = {}
+        self._stamps: dict[str, tuple[int, int, int] | None] = {}
         self._without_pace = False
 
     def refresh(self) -> bool:
@@ -75,6 +77,10 @@ class RunReader:
         if not alive:
             return "killed"
         return "paused" if history.paused_at is not None else "running"
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """What the run is and how it stands, by what was read last; `name` is its folder's."""
+        return summarise(name, self.manifest, self.result, self.history, self.status)
 
     def _read_manifest(self) -> bool:
         if not self._changed("manifest.json") and self.manifest:
@@ -151,12 +157,8 @@ class RunReader:
 
     def _changed(self, name: str) -> bool:
         """Whether a file is another than at the last call."""
-        try:
-            stat = (self.folder / name).stat()
-            stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        except OSError:
-            stamp = (0, 0, 0)
-        if self._stamps.get(name, (0, 0, 0)) == stamp:
+        stamp = file_stamp(self.folder / name)
+        if self._stamps.get(name) == stamp:
             return False
         self._stamps[name] = stamp
         return True

@@ -14,6 +14,7 @@ numerics        the numerics profile: what, besides the job, the bits depend on
 object_graph    what can be reached from the user's objects, each with the path to it
 own_generators  random number generators that the user's objects hold, found and seeded
 process_title   what `ps` shows of each process
+private_files   files written for this user alone, whole or not at all
 processes       processes that die with their parent; signals that stop a run
 seeding         seeds as pure functions of their purpose
 shared_memory   segments: created, mapped, and checked against the memory that there is
