@@ -86,8 +86,11 @@ def test_one_fingerprint_for_any_number_of_workers(
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_while_it_compiles(kernels: None, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_while_it_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What it has left of its machine code is not taken for whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = user_cache() / "kernels"
     lockstep.run(Net(), workers=1, out=str(tmp_path / "first"), **COMPILED)
     kept = {path.name: path for path in folder.iterdir()}
@@ -168,7 +171,7 @@ def test_samples_that_are_augmented(kernels: None, tmp_path: Path) -> None:
 def test_without_a_compiler(
     kernels: None, monkeypatch: pytest.MonkeyPatch, run_folder: str
 ) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setenv("XDG_CACHE_HOME", run_folder + "-cache")
     with pytest.raises(TaskError, match="the loss cannot be compiled"):
         lockstep.run(Net(), workers=1, out=run_folder, **COMPILED)

@@ -52,12 +52,14 @@ a folder."""
 
 
 class TemporaryFolder:
-    """A private folder among the temporary files. Use it as a context manager, or `close` it."""
+    """A private folder that goes with its owner. Use it as a context manager, or `close` it."""
 
-    def __init__(self, prefix: str) -> None:
-        """Make one with this prefix, and remove those whose owners have died."""
-        remove_abandoned(prefix)
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+    def __init__(self, prefix: str, among: Path | None = None) -> None:
+        """Make one with this prefix, and remove those whose owners have died. `among`: in which
+        folder; None: that of temporary files."""
+        among = Path(tempfile.gettempdir()) if among is None else among
+        remove_abandoned(prefix, among)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=among))
         lock = os.open(self.path / UNLOCKED, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         self.close = weakref.finalize(self, _remove, self.path, lock)
         """Removes it with all that is in it, once; done at the process's end, too."""
@@ -71,10 +73,10 @@ class TemporaryFolder:
         self.close()
 
 
-def remove_abandoned(prefix: str) -> None:
-    """Remove this user's folders of a kind whose owners have died. Others are left alone, and so is
-    what cannot be removed."""
-    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+def remove_abandoned(prefix: str, among: Path) -> None:
+    """Remove this user's folders of a kind whose owners have died, in a folder. Others are left
+    alone, and so is what cannot be removed."""
+    for path in among.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             found = path.lstat()
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():

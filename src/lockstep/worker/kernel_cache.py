@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lockstep.system.folders import user_cache
+from lockstep.system.folders import TemporaryFolder, user_cache
 
-ABANDONED_SECONDS = 24 * 3600.0
-"""So old is a folder whose process was killed while it was filled."""
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Where the compiler is told its folder."""
+PARTIAL = "partial."
+"""The beginning of the names of folders that are being filled."""
 
 
 @contextlib.contextmanager
@@ -31,25 +28,16 @@ def kernels_in(key: str) -> Iterator[Path]:
     """
     root = user_cache() / "kernels"
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _remove_abandoned(root)
     whole = root / key
     if whole.is_dir():
         os.environ[VARIABLE] = str(whole)
         yield whole
         return
-    partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=root))
-    os.environ[VARIABLE] = str(partial)
-    try:
+    with TemporaryFolder(PARTIAL, root) as folder:
+        partial = folder.path / key
+        partial.mkdir()
+        os.environ[VARIABLE] = str(partial)
         yield partial
         with contextlib.suppress(OSError):  # another run was quicker
             os.rename(partial, whole)
         os.environ[VARIABLE] = str(whole)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(root: Path) -> None:
-    for partial in root.glob("*.*"):
-        with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(partial, ignore_errors=True)
