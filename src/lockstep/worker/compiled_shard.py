@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from blake3 import blake3
 from torch import nn
@@ -27,11 +26,19 @@ from lockstep.planning.plan import Plan
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
 from lockstep.system.messages import Codec, Message
-from lockstep.system.processes import die_with_parent
+from lockstep.worker.fork_setup import in_child
 from lockstep.worker.kernel_cache import kernels_in
-from lockstep.worker.loss_capture import CapturedLoss, UntraceableError, capture, first_line
-from lockstep.worker.shard_tracer import constants_of, has_hooks, obstacle, tensors_of
-from lockstep.worker.traced_shard import Joint, draws, simplify
+from lockstep.worker.loss_capture import (
+    CapturedLoss,
+    UntraceableError,
+    capture,
+    checked_tensors,
+    first_line,
+    has_hooks,
+    obstacle,
+    tensors_of,
+)
+from lockstep.worker.traced_shard import Joint, draws, flags_of, simplify
 
 if TYPE_CHECKING:
     from lockstep.data.fetching import Fetch
@@ -97,10 +104,9 @@ class CompiledShard:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.captured = captured
-        joint = Joint(captured, shared.params, constants_of(shared), leaves)
-        self.root = torch.ones_like(captured.loss)
+        joint = Joint(captured, shared, leaves)
         fake = FakeTensorMode(allow_non_fake_inputs=False)
-        given = [*joint.inputs, *leaves, self.root]
+        given = [*joint.inputs, *leaves, torch.ones_like(captured.loss)]
         fakes = [fake.from_tensor(each) for each in given]
         with fake:
             traced = make_fx(joint)(*fakes)
@@ -123,9 +129,8 @@ class CompiledShard:
             self._run: Callable[[list[torch.Tensor]], Any] = compile_fx_inner(pure, inputs)
         self._fixed = [each.detach() for each in joint.inputs]
         self._targets: dict[int, list[torch.Tensor]] = {}
-        self.flags = np.zeros(len(shared.params), np.uint8)
+        self.flags = flags_of(shared, self._with_gradient)
         """By parameter: whether there is a gradient of it."""
-        self.flags[self._with_gradient] = 1
 
     def run(
         self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot
@@ -255,7 +260,7 @@ def _fetch_forms(plan: Plan, fetch: Fetch) -> Iterator[BatchForm]:
     parent, child = os.getpid(), os.fork()
     if child == 0:
         try:
-            die_with_parent(parent)
+            in_child(parent, [])
             os.close(reading)
             signal.alarm(FETCH_SECONDS)  # ends it
             with open(writing, "wb") as file:
@@ -280,11 +285,11 @@ def _forms(sizes: Sequence[int], fetch: Fetch) -> FetchedForms:
             batch = fetch(0, list(range(size)))
         except BaseException as error:  # the user's code may call sys.exit()
             return FetchedForms(problem=f"a batch of {size} samples: {error!r}")
-        if not isinstance(batch, torch.Tensor | dict | list | tuple):
-            return FetchedForms(problem=f"a batch is a {type(batch).__name__}")
-        tensors = tensors_of(batch)
-        if not all(isinstance(each, torch.Tensor) and each.is_contiguous() for each in tensors):
-            return FetchedForms(problem="a batch holds more than contiguous tensors")
+        tensors = checked_tensors(batch)
+        if tensors is None or not all(each.is_contiguous() for each in tensors):
+            return FetchedForms(
+                problem=f"a batch, a {type(batch).__name__}, holds more than contiguous tensors"
+            )
         container = type(batch).__name__
         forms.append(
             BatchForm(

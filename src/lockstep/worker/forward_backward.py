@@ -30,8 +30,9 @@ from lockstep.system.seeding import derive, seed_everything
 from lockstep.worker.compiled_shard import CompiledPasses, CompiledShard
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.lone_samples import LoneSamples
+from lockstep.worker.loss_capture import tensors_of
 from lockstep.worker.model_checks import held_tensors
-from lockstep.worker.shard_tracer import PlainPass, ShardTracer, tensors_of
+from lockstep.worker.shard_tracer import PlainPass, ShardTracer
 from lockstep.worker.sparse_autograd import Redo
 from lockstep.worker.traced_shard import TracedShard
 
@@ -91,8 +92,7 @@ class ForwardBackward:
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> ShardOutcome:
         """Forward and backward of one shard, into a slot; returns the loss and what is logged
-        beside it. An error of the user's
-        code names the shard's samples."""
+        beside it. An error of the user's code names the shard's samples."""
         try:
             return self._make(step, shard, slot, written)
         except BaseException as error:  # the user's code may call sys.exit()
@@ -145,7 +145,7 @@ class ForwardBackward:
             seed_everything(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
         written[:] = traced.flags
-        root = self._root(self.sampling.weights(step)[shard], traced.root)
+        root = self._root(self.sampling.weights(step)[shard], traced.captured.loss)
         value: float = traced.run(tensors_of(batch), root, slot).item()
         self._fault("backward", step, shard)
         if not math.isfinite(value):

@@ -22,6 +22,9 @@ import torch
 from torch import nn
 
 from lockstep.job.task import Task
+from lockstep.optim.local_sgd import LocalSGD
+from lockstep.planning.plan import Plan
+from lockstep.state.shared_state import SharedState
 
 _NAMES = itertools.count()
 _LOADED = ("_parameters", "_modules", "_buffers")
@@ -151,3 +154,42 @@ def _check_graph(graph: torch.fx.GraphModule) -> None:
     returned = next(node.args[0] for node in graph.graph.nodes if node.op == "output")
     if len(returned) != 1:
         raise UntraceableError("the graph gives more than the loss")
+
+
+def obstacle(task: Task, shared: SharedState, plan: Plan) -> str:
+    """Why a captured loss cannot stand for the plain pass; empty if it may."""
+    if plan.precision == "bf16":
+        return "under autocast, casts are kept from one operation to another"
+    if isinstance(task, LocalSGD):
+        return "a step has several updates"
+    if shared.networked:
+        return "other hosts get gradients while the backward pass goes on"
+    if shared.tables:
+        return "large embeddings have gradients of their own form"
+    if type(task).set_position is not Task.set_position:
+        return "the task looks at its position"
+    return ""
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether code of others runs in a backward pass, or around every module."""
+    return bool(
+        any(parameter._backward_hooks for parameter in model.parameters())
+        or any(type(parameter) is not nn.Parameter for parameter in model.parameters())
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+def tensors_of(batch: Any) -> Sequence[torch.Tensor]:
+    """The tensors of a batch, in a fixed order."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    return list(batch.values()) if isinstance(batch, dict) else list(batch)
+
+
+def checked_tensors(batch: Any) -> Sequence[torch.Tensor] | None:
+    """The same; None if the batch holds more than tensors."""
+    if not isinstance(batch, torch.Tensor | dict | list | tuple):
+        return None
+    tensors = tensors_of(batch)
+    return tensors if all(isinstance(each, torch.Tensor) for each in tensors) else None

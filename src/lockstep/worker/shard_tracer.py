@@ -8,24 +8,30 @@ decides by itself, when it pays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from lockstep.job.task import Task
-from lockstep.optim.local_sgd import LocalSGD
 from lockstep.planning.plan import Plan
 from lockstep.planning.worker_messages import Report, ShardsTraced
 from lockstep.state.buffer_rules import same_bytes
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.module_state import PrivateBuffers
 from lockstep.state.shared_state import SharedState
-from lockstep.worker.loss_capture import UntraceableError, capture, first_line
+from lockstep.worker.loss_capture import (
+    UntraceableError,
+    capture,
+    checked_tensors,
+    first_line,
+    has_hooks,
+    obstacle,
+    tensors_of,
+)
 from lockstep.worker.traced_shard import TracedShard
 
 PATIENCE = 30
@@ -59,7 +65,6 @@ class ShardTracer:
         self._always = plan.trace == "always"
         self._share = plan.shards / plan.workers
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
-        self._constants = constants_of(shared)
         self._traced: list[TracedShard] = []
         self._plain: dict[object, list[float]] = {}
         """By the form of a batch: the seconds that shards took."""
@@ -104,7 +109,7 @@ class ShardTracer:
         `fresh` gives the batch as it comes from the data set, `seed` seeds the generators.
         """
         try:
-            traced = self._trace_once(fresh, seed, root)
+            traced = self._trace_once(fresh, seed)
             self._compare(traced, fresh, seed, root, plain)
         except UntraceableError as error:
             self._give_up(str(error))
@@ -118,16 +123,14 @@ class ShardTracer:
         self._why_not = why_not
         self._report(ShardsTraced(forms=len(self._traced), why_not=why_not))
 
-    def _trace_once(
-        self, fresh: Callable[[], Any], seed: Callable[[], None], root: torch.Tensor
-    ) -> TracedShard:
+    def _trace_once(self, fresh: Callable[[], Any], seed: Callable[[], None]) -> TracedShard:
         shared = self._shared
         if has_hooks(shared.model):
             raise UntraceableError("parameters or modules have hooks")
         batch = self._begin(fresh, seed)
         captured = capture(self._task, shared.model, batch)
         try:
-            return TracedShard(captured, shared.params, self._constants, tensors_of(batch), root)
+            return TracedShard(captured, shared, tensors_of(batch))
         except UntraceableError:
             raise
         except Exception as error:  # an operation that cannot be traced
@@ -180,49 +183,7 @@ def why_not(task: Task, shared: SharedState, plan: Plan) -> str:
     return obstacle(task, shared, plan)
 
 
-def obstacle(task: Task, shared: SharedState, plan: Plan) -> str:
-    """Why a captured loss cannot stand for the plain pass; empty if it may."""
-    if plan.precision == "bf16":
-        return "under autocast, casts are kept from one operation to another"
-    if isinstance(task, LocalSGD):
-        return "a step has several updates"
-    if shared.networked:
-        return "other hosts get gradients while the backward pass goes on"
-    if shared.tables:
-        return "large embeddings have gradients of their own form"
-    if type(task).set_position is not Task.set_position:
-        return "the task looks at its position"
-    return ""
-
-
-def constants_of(shared: SharedState) -> list[torch.Tensor]:
-    """What a model has besides trainable parameters: frozen ones and buffers."""
-    trainable = {id(parameter) for parameter in shared.params}
-    frozen = (each for each in shared.model.parameters() if id(each) not in trainable)
-    return [*frozen, *(own for _, own in shared.buffers)]
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether code of others runs in a backward pass, or around every module."""
-    return bool(
-        any(parameter._backward_hooks for parameter in model.parameters())
-        or any(type(parameter) is not nn.Parameter for parameter in model.parameters())
-        or nn.modules.module._has_any_global_hook()
-    )
-
-
-def tensors_of(batch: Any) -> Sequence[torch.Tensor]:
-    """The tensors of a batch, in a fixed order."""
-    if isinstance(batch, torch.Tensor):
-        return [batch]
-    return list(batch.values()) if isinstance(batch, dict) else list(batch)
-
-
 def form_of(batch: Any) -> object:
     """What batches that are computed alike have in common; None if it holds more than tensors."""
-    if not isinstance(batch, torch.Tensor | dict | list | tuple):
-        return None
-    tensors = tensors_of(batch)
-    if not all(isinstance(each, torch.Tensor) for each in tensors):
-        return None
-    return tuple((each.dtype, each.shape) for each in tensors)
+    tensors = checked_tensors(batch)
+    return None if tensors is None else tuple((each.dtype, each.shape) for each in tensors)

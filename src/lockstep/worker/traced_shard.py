@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lockstep.state.gradient_slots import GradientSlot
+from lockstep.state.shared_state import SharedState
 from lockstep.worker.loss_capture import CapturedLoss, UntraceableError
 
 aten = torch.ops.aten
@@ -25,18 +27,14 @@ class Joint:
     """The captured loss and its gradients as one function of tensors."""
 
     def __init__(
-        self,
-        captured: CapturedLoss,
-        params: Sequence[nn.Parameter],
-        constants: Sequence[torch.Tensor],
-        leaves: Sequence[torch.Tensor],
+        self, captured: CapturedLoss, shared: SharedState, leaves: Sequence[torch.Tensor]
     ) -> None:
-        """`params` are the trainable ones, `constants` what else the model has: frozen parameters
-        and buffers. `leaves` are the tensors of the batch that was captured.
+        """`leaves` are the tensors of the batch that was captured.
 
         Raises:
-            UntraceableError: the loss depends on other tensors.
+            UntraceableError: the loss depends on tensors that are not the model's and not these.
         """
+        params, constants = shared.params, _constants_of(shared)
         self._graph = captured.graph
         self._places = [_place(tensor, params, constants, leaves) for tensor in captured.inputs]
         self.used = sorted({index for kind, index in self._places if kind == "param"})
@@ -63,38 +61,32 @@ class TracedShard:
     """Forward and backward of the captured loss, for batches of one form."""
 
     def __init__(
-        self,
-        captured: CapturedLoss,
-        params: Sequence[nn.Parameter],
-        constants: Sequence[torch.Tensor],
-        leaves: Sequence[torch.Tensor],
-        root: torch.Tensor,
+        self, captured: CapturedLoss, shared: SharedState, leaves: Sequence[torch.Tensor]
     ) -> None:
-        """As `Joint`; `root` is the gradient at the root. It is computed with these once.
+        """As `Joint`; it is computed with these once.
 
         Raises:
             UntraceableError: the loss depends on other tensors, or on none of the parameters.
         """
-        self.captured, self.root = captured, root
-        joint = Joint(captured, params, constants, leaves)
-        traced = make_fx(joint)(*joint.inputs, *leaves, root)
+        self.captured = captured
+        joint = Joint(captured, shared, leaves)
+        traced = make_fx(joint)(*joint.inputs, *leaves, torch.ones_like(captured.loss))
         graph, self._with_gradient = simplify(traced, joint.used)
-        self._in_place = _compute_in_place(graph, [params[i] for i in self._with_gradient])
+        self._in_place = _compute_in_place(graph, [shared.params[i] for i in self._with_gradient])
         traced.recompile()
         self._run: Callable[..., list[torch.Tensor]] = traced.forward
         self._fixed = [each.detach() for each in joint.inputs]
         self._targets: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        self.flags = np.zeros(len(params), np.uint8)
+        self.flags = flags_of(shared, self._with_gradient)
         """By parameter: whether there is a gradient of it."""
-        self.flags[self._with_gradient] = 1
         self.draws = draws(graph)
         """Whether it draws random numbers."""
 
     def run(
         self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot
     ) -> torch.Tensor:
-        """Compute a shard: gradients into its slot; returns the loss. `root` has the form of
-        `self.root`."""
+        """Compute a shard: gradients into its slot; returns the loss. `root`, the gradient at the
+        root, has the form of the captured loss."""
         if id(slot) not in self._targets:
             self._targets[id(slot)] = self._targets_in(slot)
         direct, copied = self._targets[id(slot)]
@@ -110,6 +102,20 @@ class TracedShard:
         direct = [targets[place] for place in self._in_place]
         copied = [each for place, each in enumerate(targets) if place not in self._in_place]
         return direct, copied
+
+
+def flags_of(shared: SharedState, with_gradient: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """By parameter: 1 where there is a gradient of it."""
+    flags = np.zeros(len(shared.params), np.uint8)
+    flags[with_gradient] = 1
+    return flags
+
+
+def _constants_of(shared: SharedState) -> list[torch.Tensor]:
+    """What a model has besides trainable parameters: frozen ones and buffers."""
+    trainable = {id(parameter) for parameter in shared.params}
+    frozen = (each for each in shared.model.parameters() if id(each) not in trainable)
+    return [*frozen, *(own for _, own in shared.buffers)]
 
 
 def draws(graph: fx.Graph) -> bool:
