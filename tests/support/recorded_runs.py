@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.results.ledger import Ledger, StepRecord
-from lockstep.results.master_process import start_time
+from lockstep.system.processes import start_time
 
 BEGUN = datetime(2026, 11, 1, 10, 0, 0, tzinfo=UTC)
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"

@@ -13,6 +13,7 @@ from typing import Any
 from lockstep.errors import LockstepError, StoppedError
 from lockstep.planning.memory_layout import Layout
 from lockstep.results.event_schema import STREAM, Began
+from lockstep.system.processes import start_time
 
 MOST_WORDS, LONGEST_WORD = 200, 400
 """Longer command lines are cut."""
@@ -54,16 +55,6 @@ def command_line() -> list[str]:
 def shown_command(command: list[str]) -> str:
     """A command line as it is typed."""
     return shlex.join(command)
-
-
-def start_time(pid: int) -> int:
-    """When a process was started, in the kernel's clock ticks since the machine was; 0: there is no
-    such process. No two processes of one id have the same."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def lives(began: Began) -> bool | None:

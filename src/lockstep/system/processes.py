@@ -30,8 +30,22 @@ def die_with_parent(parent: int | None = None) -> None:
 
 def parent_of(pid: int) -> int:
     """The process id of a process's parent."""
+    return int(_stat(pid)[1])
+
+
+def start_time(pid: int) -> int:
+    """When a process was started, in the kernel's clock ticks since the machine was; 0: there is no
+    such process. No two processes of one id have the same."""
+    try:
+        return int(_stat(pid)[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on. The name before may be anything."""
     with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[1])
+        return file.read().rpartition(")")[2].split()
 
 
 def ends_within(pidfd: int, seconds: float) -> bool:
