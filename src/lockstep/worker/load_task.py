@@ -25,6 +25,7 @@ from lockstep.optim.local_sgd import LocalSGD
 from lockstep.planning.forkserver_messages import LoadTask
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
+from lockstep.worker.compiled_shard import compiler
 from lockstep.worker.model_checks import check_model
 
 
@@ -79,6 +80,8 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
         "probe": numerics.probe(),
     }
+    if setting("compile"):
+        facts["compiler"] = compiler()
     if request.networked:  # with local data there is another one on every host
         local = data == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
