@@ -62,6 +62,9 @@ class Plan:
     stop_min_delta: float = 0.0
     trace: str = "auto"
     compile: bool = False
+    sample_order: str = ""
+    """What decides the order of the training data besides the seed, with its digest; "": nothing.
+    """
 
     @property
     def division(self) -> Division:
@@ -222,6 +225,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         reasons.append(f"{steps} steps: {epochs:g} data epochs of {per_epoch}")
     if steps > MAX_STEPS:
         raise JobError("too many steps", expected=f"at most {MAX_STEPS:,}", found=f"{steps:,}")
+    if facts.sample_order:
+        reasons.append(f"samples {facts.sample_order.rpartition(' ')[0]}, as the task says")
     left = facts.train_samples % batch_size
     if left:
         dropped = "are left out" if job.drop_last else "make a short last step"
@@ -258,6 +263,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stop_min_delta=job.stop_min_delta,
         trace=job.trace,
         compile=job.compile,
+        sample_order=facts.sample_order,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

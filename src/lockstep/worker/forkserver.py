@@ -151,7 +151,8 @@ class ForkServer:
         self.loaded = load(source, request, sent)
         facts = json.dumps(self.loaded.facts)
         if self.loaded.ships:
-            sets = write_sets(self.loaded.train, self.loaded.held_out)
+            loaded = self.loaded
+            sets = write_sets(loaded.train, loaded.held_out, loaded.order_rule)
             with contextlib.closing(sets):
                 self.channel.send(TaskLoaded(facts=facts, data_bytes=sets.nbytes), [sets.fd])
         else:
@@ -167,6 +168,7 @@ class ForkServer:
             self.loaded.train,
             self.loaded.held_out,
             request.plan,
+            self.loaded.order_rule,
             networked=request.networked,
         )
         shared = self.session.shared
