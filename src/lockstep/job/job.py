@@ -261,7 +261,8 @@ class Job:
         "auto",
         help="Shards that are run as one list of kernels, without autograd and modules.",
         detail="The same kernels in the same order: no bit depends on it. `auto`: where shards are "
-        "small and many are left. See [architecture.md](architecture.md#traced-shards).",
+        "small and many are left. Not with `stall_seconds` below 10: tracing takes a second or "
+        "more, without a heartbeat. See [architecture.md](architecture.md#traced-shards).",
     )
     stall_seconds: float | None = setting(
         None,
