@@ -66,6 +66,11 @@ class Plan:
     """What decides the order of the training data besides the seed, with its digest; "": nothing.
     """
 
+    predicted_rate: float | None = None
+    """How many samples a second are predicted for this number of workers; None: nothing is."""
+    predicted_by: str = ""
+    """What that goes by."""
+
     @property
     def division(self) -> Division:
         """The division of the cores."""
@@ -135,7 +140,11 @@ class Plan:
                 found=f"{workers}",
             )
         max_workers = max(workers, self.max_workers)
-        return dataclasses.replace(self, workers=workers, max_workers=max_workers, faults=())
+        same = workers == self.workers
+        return dataclasses.replace(
+            self, workers=workers, max_workers=max_workers, faults=(),
+            predicted_rate=self.predicted_rate if same else None,
+        )  # fmt: skip
 
     def for_host(self, name: str, workers: int) -> Plan:
         """One host's part: its number of workers, and no faults that are for other hosts."""
