@@ -19,6 +19,10 @@ from tests.support.file_tree import ROOT
 LIMIT_SECONDS, READY_SECONDS = 600.0, 120.0
 MARK = "LOCKSTEP_PAGE_RUN"
 """An environment variable that every process of a page has."""
+LOCKSTEP = f"""#!{sys.executable}
+from lockstep.cli.main import main
+main()
+"""
 PKILL = f"""#!{sys.executable}
 # pkill, of a test: it waits until there is such a process, and reaches those of its page alone.
 import os, re, sys, time
@@ -50,8 +54,9 @@ class PageRun:
         self.printed = ""
         tools = folder.parent / "bin"
         tools.mkdir()
-        (tools / "pkill").write_text(PKILL)
-        (tools / "pkill").chmod(0o755)
+        for name, text in (("pkill", PKILL), ("lockstep", LOCKSTEP)):
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
         path = f"{tools}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path, MARK: uuid.uuid4().hex}
         self._others: list[subprocess.Popen[str]] = []
