@@ -98,6 +98,13 @@ class Job:
         help="Instruction set of the kernels; `portable` is AVX2, so that processors agree.",
         changes_numbers=True,
     )
+    memory_format: Literal["contiguous", "channels_last"] = setting(
+        "contiguous",
+        help="Order of the elements in 4-D parameters, that is, in the weights of convolutions.",
+        detail="`channels_last`: as by `model.to(memory_format=torch.channels_last)`; faster for "
+        "some convolutions, slower for others. Exported models are contiguous.",
+        changes_numbers=True,
+    )
     compile: bool = setting(
         False,
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",

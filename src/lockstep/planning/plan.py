@@ -70,6 +70,7 @@ class Plan:
     """How many samples a second are predicted for this number of workers; None: nothing is."""
     predicted_by: str = ""
     """What that goes by."""
+    memory_format: str = "contiguous"
 
     @property
     def division(self) -> Division:
@@ -273,6 +274,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         trace=job.trace,
         compile=job.compile,
         sample_order=facts.sample_order,
+        memory_format=job.memory_format,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )
