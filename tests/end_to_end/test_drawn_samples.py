@@ -62,7 +62,7 @@ def test_what_it_is_for(yard: Yard) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_worker_dies(yard: Yard, task: type[Weighted]) -> None:
     faults = (
-        Fault(kind="kill", step=4, phase="slot", worker_id=1),
+        Fault(kind="kill", step=4, phase="barrier", worker_id=1),
         Fault(kind="kill", step=9, phase="barrier", worker_id=0),
     )
     harmed = yard.check(task(), workers=2, faults=faults, **SETTINGS)
