@@ -27,7 +27,9 @@ class Halved(Weighted):
         return StepLR(optimizer, 4, 0.5)
 
 
-@pytest.mark.parametrize("faults", [(), (Fault(kind="kill", step=6, phase="barrier", worker_id=0),)])
+@pytest.mark.parametrize(
+    "faults", [(), (Fault(kind="kill", step=6, phase="barrier", worker_id=0),)]
+)
 def test_the_learning_rate_of_the_last_step(yard: Yard, faults: Any) -> None:
     """Also where the worker that tells it dies; the ledger does not depend on it."""
     found = yard.run(Halved(), workers=2, faults=faults, **SETTINGS)

@@ -108,7 +108,7 @@ class Job:
     compile: bool = setting(
         False,
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
-        detail="Other bits than without, the same for any number of workers; on one host, with one "
+        detail="Other bits than without, the same for any number of workers and hosts; with one "
         "thread per worker. See [architecture.md](architecture.md#traced-shards).",
         changes_numbers=True,
     )
