@@ -62,6 +62,14 @@ class Plan:
     stop_min_delta: float = 0.0
     trace: str = "auto"
     compile: bool = False
+    sample_order: str = ""
+    """What decides the order of the training data besides the seed, with its digest; "": nothing.
+    """
+
+    predicted_rate: float | None = None
+    """How many samples a second are predicted for this number of workers; None: nothing is."""
+    predicted_by: str = ""
+    """What that goes by."""
     memory_format: str = "contiguous"
 
     @property
@@ -133,7 +141,11 @@ class Plan:
                 found=f"{workers}",
             )
         max_workers = max(workers, self.max_workers)
-        return dataclasses.replace(self, workers=workers, max_workers=max_workers, faults=())
+        same = workers == self.workers
+        return dataclasses.replace(
+            self, workers=workers, max_workers=max_workers, faults=(),
+            predicted_rate=self.predicted_rate if same else None,
+        )  # fmt: skip
 
     def for_host(self, name: str, workers: int) -> Plan:
         """One host's part: its number of workers, and no faults that are for other hosts."""
@@ -223,6 +235,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         reasons.append(f"{steps} steps: {epochs:g} data epochs of {per_epoch}")
     if steps > MAX_STEPS:
         raise JobError("too many steps", expected=f"at most {MAX_STEPS:,}", found=f"{steps:,}")
+    if facts.sample_order:
+        reasons.append(f"samples {facts.sample_order.rpartition(' ')[0]}, as the task says")
     left = facts.train_samples % batch_size
     if left:
         dropped = "are left out" if job.drop_last else "make a short last step"
@@ -259,6 +273,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stop_min_delta=job.stop_min_delta,
         trace=job.trace,
         compile=job.compile,
+        sample_order=facts.sample_order,
         memory_format=job.memory_format,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),

@@ -22,6 +22,7 @@ from lockstep.system.json_files import plain
 LATER = {
     "shuffle": True, "drop_last": False, "compile": False, "memory_format": "contiguous",
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
+    "sample_order": "",
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
@@ -168,6 +169,24 @@ def check_fitted(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any
         )
 
 
+def check_sample_order(
+    run: str | Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Check that the task draws the samples of a run by the same weights or lengths.
+
+    Raises:
+        DataError: it does not: its steps would have other samples.
+    """
+    had, has = manifest["plan"].get("sample_order", ""), facts["sample_order"]
+    if had != has:
+        raise DataError(
+            f"the training samples of {run} were drawn in another order than they would be now",
+            expected=had or "no weights or lengths",
+            found=has or "no weights or lengths",
+            fix="restore the data, and what Task.sample_weights and sample_lengths return",
+        )
+
+
 def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
     """Check that a resumed run has the data with which it began, as far as that is recorded.
 
@@ -175,6 +194,7 @@ def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, An
         DataError: it has others.
     """
     check_fitted(run, manifest, facts)
+    check_sample_order(run, manifest, facts)
     plan = manifest["plan"]
     # Data that stay on their hosts are compared when the hosts have joined.
     if not plan.get("holdings") and facts["train_samples"] != plan["train_samples"]:
