@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lockstep.errors import JobError
 from lockstep.job.faults import Fault
 from lockstep.job.settings import setting, settings_of
+from lockstep.job.slice_words import check_slices
 from lockstep.job.task import Task
 
 
@@ -103,6 +104,24 @@ class Job:
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
         detail="Other bits than without, the same for any number of workers; on one host, with one "
         "thread per worker. See [architecture.md](architecture.md#traced-shards).",
+        changes_numbers=True,
+    )
+    slices: int = setting(
+        1,
+        help="Fixed slices of each matrix, each a parameter of its own.",
+        detail="The loss differs from that of 1 within rounding. See [slices.md](slices.md).",
+        least=1,
+        most=1024,
+        changes_numbers=True,
+    )
+    slice_plan: Mapping[str, str] | None = setting(
+        None,
+        help="With `slices`: which matrices are cut and how, in the words of transformers.",
+        detail="A mapping such as `{layers.*.mlp.up_proj: colwise, layers.*.mlp.down_proj: "
+        "rowwise}`; nothing else is cut then.",
+        expected="a mapping of modules' names to colwise, rowwise or heads",
+        options=None,
+        unset="by the model's structure",
         changes_numbers=True,
     )
     eval_batch_size: int | None = setting(
@@ -316,6 +335,7 @@ class Job:
         _check_servers(self)
         _check_shards(self)
         _check_monitor(self)
+        check_slices(self.slices, self.slice_plan, self.local_steps)
         _check_name(self)
 
     def replace(self, **changes: Any) -> Job:

@@ -22,6 +22,7 @@ from lockstep.system.json_files import plain
 LATER = {
     "shuffle": True, "drop_last": False, "compile": False,
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
+    "slices": 1, "slice_plan": None,
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
