@@ -1,7 +1,8 @@
 """Slices on one worker: what a shard costs in T slices, compared with the plain module.
 
-Both are computed in one process, in turn, so that both meet the same neighbours. Gradients are
-copied into a slot and dropped as soon as they are there, as a worker does.
+Both are computed in one process, one right after the other, so that both meet the same neighbours;
+the ratio is the median of the pairs'. Gradients are copied into a slot and dropped as soon as they
+are there, and memory is kept, as in a worker.
 
 python -m benchmarks.slices [--width 1024] [--slices 4] [--passes 100]
 """
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +24,7 @@ from torch import nn
 from lockstep.slices.cuts import choose_cuts
 from lockstep.slices.slicing import slice_model
 from lockstep.slices.words import words_of
+from lockstep.system.shared_memory import set_allocator
 
 BATCHES = (8, 16, 32, 64, 128)
 WARM = 5
@@ -29,14 +33,11 @@ WARM = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds of the processor, medians over the passes."""
+    """Seconds of the processor: medians over the passes, and that of their ratios."""
 
     plain: float
     sliced: float
-
-    @property
-    def ratio(self) -> float:
-        return self.sliced / self.plain
+    ratio: float
 
 
 def mlp(width: int) -> nn.Module:
@@ -69,7 +70,12 @@ def measure(model: nn.Module, x: torch.Tensor, slices: int, passes: int) -> Cost
             models[count](x).square().mean().backward()
             if number >= WARM:
                 taken[count].append(time.thread_time() - begun)
-    return Cost(plain=statistics.median(taken[1]), sliced=statistics.median(taken[slices]))
+    pairs = zip(taken[1], taken[slices], strict=True)
+    return Cost(
+        plain=statistics.median(taken[1]),
+        sliced=statistics.median(taken[slices]),
+        ratio=statistics.median(other / plain for plain, other in pairs),
+    )
 
 
 def _drop_gradients(model: nn.Module) -> None:
@@ -108,4 +114,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    environment = dict(os.environ)
+    set_allocator(environment)
+    if environment != os.environ:  # the allocator reads it when a process starts
+        command = [sys.executable, "-m", "benchmarks.slices", *sys.argv[1:]]
+        os.execve(sys.executable, command, environment)
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +151,9 @@ def test_attention(what: str, need_weights: bool, batch_first: bool) -> None:
 
     other = check(model, 3, call)
     torch.testing.assert_close(weights[1], weights[0])
+    for name in ("in_proj_weight", "out_proj.weight", "out_proj.bias"):
+        plain, joined = (operator.attrgetter(name)(each) for each in (model, other))
+        assert joined is plain if plain is None else torch.equal(joined, plain)
     other.eval(), model.eval()
     with torch.no_grad():
         torch.testing.assert_close(call(other), call(model))

@@ -69,6 +69,8 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
         outs = cut(attention.out_proj, "weight", 1, [[span] for span in spans])
         attention.__class__ = SlicedMultiheadAttention
         attention.slices = nn.ModuleList(map(AttentionSlice, heads, weights, biases, outs))
+        attention.out_proj.__class__ = SlicedOutProjection
+        vars(attention.out_proj)["held"] = [attention.slices]
         # Neither this module nor a layer that holds it takes torch's fused path.
         attention._qkv_same_embed_dim = False
 
@@ -121,7 +123,7 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _parts(self) -> list[AttentionSlice]:
-        return [part for part in self.slices if isinstance(part, AttentionSlice)]
+        return _attention_slices(self.slices)
 
     def _inputs(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, batched: bool
@@ -175,6 +177,21 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
         if generator is not None:
             weights = drop(weights, self.dropout, generator)
         return (weights @ value).transpose(1, 2).flatten(2), weights
+
+
+class SlicedOutProjection(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The output's projection, for code that reads it: it has the bias, the slices the matrix."""
+
+    held: list[nn.ModuleList]
+    """The attention's slices, in a list so that they are not taken for modules of its own."""
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.cat([part.out_proj_weight for part in _attention_slices(self.held[0])], 1)
+
+
+def _attention_slices(slices: nn.ModuleList) -> list[AttentionSlice]:
+    return [part for part in slices if isinstance(part, AttentionSlice)]
 
 
 def _packed(slices: Sequence[torch.Tensor]) -> torch.Tensor:

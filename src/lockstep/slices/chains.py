@@ -10,7 +10,7 @@ from torch import nn
 
 from lockstep.slices.linear import SlicedColumnLinear, SlicedRowLinear
 from lockstep.slices.slice_random import drop, slice_generators
-from lockstep.slices.structure import chain_from, is_plain
+from lockstep.slices.structure import chain_from, is_elementwise, is_plain
 
 Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
@@ -110,7 +110,7 @@ def _feed_forward(
     layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: torch.Tensor
 ) -> torch.Tensor:
     first, second = layer.linear1, layer.linear2
-    if is_chain(first, second):
+    if is_chain(first, second) and is_elementwise(layer.activation):
         return run_chain(first, (layer.activation, layer.dropout), second, x)  # type: ignore[arg-type]
     found: torch.Tensor = second(layer.dropout(layer.activation(first(x))))
     return found

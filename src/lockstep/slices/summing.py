@@ -32,6 +32,8 @@ def fan_out(x: torch.Tensor, slices: int) -> list[torch.Tensor]:
     twice at most, and a + b is b + a, so the order is the tree's.
     """
     found: list[torch.Tensor] = [x] * slices
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return found
 
     def spread(node: Node, value: torch.Tensor) -> None:
         view = value.view_as(value)
