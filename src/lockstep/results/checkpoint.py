@@ -102,8 +102,8 @@ def write_checkpoint(
 def _rest(layout: Layout, state: memoryview) -> list[ExportedTensor]:
     """What the state dict does not have, each entry under its own name."""
     exported = {name for each in exported_tensors(layout, state) for name in each.entries}
-    names = [entry.name for entry in layout.entries if entry.name not in exported]
-    return [entry_tensor(layout, name, name, state) for name in names]
+    rest = [entry for entry in layout.entries if entry.name not in exported]
+    return [entry_tensor(entry.name, entry, state) for entry in rest]
 
 
 def _is_good(path: Path, digest: str) -> bool:
