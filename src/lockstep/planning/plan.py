@@ -66,6 +66,7 @@ class Plan:
     slice_plan: Mapping[str, str] | None = None
     cuts: tuple[Mapping[str, Any], ...] = ()
     """What becomes of each module with matrices: known when the model has been cut."""
+    memory_format: str = "contiguous"
 
     @property
     def division(self) -> Division:
@@ -275,6 +276,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         compile=job.compile,
         slices=job.slices,
         slice_plan=job.slice_plan,
+        memory_format=job.memory_format,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

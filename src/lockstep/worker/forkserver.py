@@ -50,6 +50,7 @@ from lockstep.planning.forkserver_messages import (
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
+from lockstep.system.machine import give_back_freed_memory
 from lockstep.system.process_title import set_title
 from lockstep.system.processes import die_with_parent, ends_within
 from lockstep.system.unix_channel import Channel, Closed
@@ -169,6 +170,7 @@ class ForkServer:
             request.plan,
             networked=request.networked,
         )
+        give_back_freed_memory()  # before forks share it
         shared = self.session.shared
         segments = [shared.segments[name] for name in ("state", "snapshot", "control", "slots")]
         message = StateReady(
