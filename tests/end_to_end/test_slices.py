@@ -155,6 +155,23 @@ def test_resumed_verified_evaluated(yard: Yard) -> None:
     assert resumed.fingerprint == result.fingerprint
 
 
+def test_predictions(yard: Yard, tmp_path: Path) -> None:
+    """The same rows for any number of workers, near those of the plain module."""
+    result = yard.run(Mlp(), slices=3, **SETTINGS)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"x": 1}\n{"x": -2}\n{"x": 3}\n')
+    rows = []
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}.jsonl"
+        lockstep.predict(result.folder, data, out=out, task=Mlp(), workers=workers, batch_size=2)
+        rows.append(out.read_text())
+    assert rows[0] == rows[1]
+    with torch.no_grad():
+        wanted = result.model()(torch.tensor([[1.0], [-2.0], [3.0]]).expand(3, 64)).sum(1)
+    found = [json.loads(row)["sum"] for row in rows[0].splitlines()]
+    torch.testing.assert_close(torch.tensor(found), wanted)
+
+
 def test_one_slice_is_what_was_before(yard: Yard) -> None:
     """Neither the bits nor the identity of a run know of slices that are not asked for."""
     result = yard.run(Mlp(), slices=1, workers=2, **SETTINGS)

@@ -140,6 +140,34 @@ def test_tied_weights_are_cut_once_the_same_way() -> None:
     assert "other too" in found["table"].reason
 
 
+def test_what_is_tied_to_what_stays_whole_stays_whole() -> None:
+    """Along a row of ties, in whatever order they are found."""
+    for build in (lambda: [nn.Linear(64, 64), OwnLinear(64, 64)], lambda: [nn.Linear(64, 64)]):
+        others = build()
+        model = Tied(others[0])
+        model.bias_too = others[-1]
+        others[-1].bias = others[0].bias  # a row cut's bias is whole; that of a column cut is not
+        found = kinds(model)
+        assert found["table"] == "width"
+        assert found["other"] == "row"
+    model = Tied(nn.Linear(64, 64))
+    model.third = OwnLinear(64, 64)
+    model.third.weight = model.table.weight
+    assert set(kinds(model).values()) == {""}
+    pair = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64), OwnLinear(64, 64)])
+    pair[1].weight, pair[2].bias = pair[0].weight, pair[1].bias
+    assert list(kinds(pair).values()) == ["", "", ""]
+
+
+def test_tied_attentions_are_cut_alike() -> None:
+    one, other = nn.MultiheadAttention(64, 4), nn.MultiheadAttention(64, 4)
+    other.in_proj_weight, other.out_proj.weight = one.in_proj_weight, one.out_proj.weight
+    assert kinds(nn.ModuleList([one, other])) == {"0": "heads", "1": "heads"}
+    third = nn.MultiheadAttention(64, 8)
+    third.out_proj.weight = one.out_proj.weight
+    assert set(kinds(nn.ModuleList([one, other, third])).values()) == {""}
+
+
 def test_a_job_that_cuts_a_tied_weight_in_two_ways_is_refused() -> None:
     with pytest.raises(JobError, match="tied weight in two ways") as caught:
         cuts_of(Tied(nn.Linear(64, 64)), table="colwise", other="colwise")

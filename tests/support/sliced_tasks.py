@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,7 +40,13 @@ class SlicedTask(Task):
 
 
 class Mlp(SlicedTask):
-    """A chain, a layer alone, and a head with too few columns."""
+    """A chain, and a layer alone. Its record is a number, for all columns."""
+
+    def from_record(self, record: Mapping[str, Any]) -> Any:
+        return torch.full((WIDTH,), float(record["x"])), torch.zeros(WIDTH)
+
+    def predict(self, model: nn.Module, batch: Any) -> list[dict[str, float]]:
+        return [{"sum": value} for value in model(batch[0]).sum(1).tolist()]
 
     def model(self) -> nn.Module:
         return nn.Sequential(

@@ -8,7 +8,7 @@ transformer layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,8 +29,10 @@ Kind = Literal["", "column", "row", "heads", "width"]
 
 LEAST = 8
 """Columns or rows of a slice, at least, where nobody asks for a cut: less is not worth a call."""
-_DIMS = {"column": 0, "row": 1, "heads": 0, "width": 1}
+_DIMS = {"column": 0, "row": 1, "width": 1}
 """Along which dimension of the matrix."""
+Use = tuple[str, str]
+"""A module's name, and the name of its parameter."""
 _OWN = {
     nn.Linear: frozenset({"weight", "bias"}),
     nn.Embedding: frozenset({"weight"}),
@@ -93,7 +95,7 @@ class _Chooser:
         self.reasons: dict[str, str] = {}
         """Of cuts, and of what is not cut."""
         self.refused = {id(model.get_parameter(name)): why for name, why in refused.items()}
-        self.tied = _tied(model, self.modules)
+        self.tied = _tied(model)
 
     def choose(self) -> list[Cut]:
         for name, module in self.modules.items():
@@ -159,10 +161,10 @@ class _Chooser:
 
     def _tie_to_embeddings(self) -> None:
         """A linear layer that has an embedding's table takes it as that is cut."""
-        for names in self.tied:
-            if any(self.kinds.get(name) == "width" for name in names):
-                for name in names:
-                    if name not in self.reasons:
+        for uses in self.tied:
+            if any(self.kinds.get(name) == "width" for name, _ in uses):
+                for name, _ in uses:
+                    if name in self.modules and name not in self.reasons:
                         self._decide(name, "row", "its weight is that of an embedding", 1)
 
     def _chains(self) -> Iterable[tuple[str, str]]:
@@ -195,7 +197,7 @@ class _Chooser:
             return False
         if first in self.reasons or second in self.reasons:
             return self.kinds.get(first) == "column" and self.kinds.get(second) == "row"
-        tied = {name for names in self.tied for name in names}
+        tied = {name for uses in self.tied for name, _ in uses}
         return one.out_features >= LEAST * self.slices and not tied & {first, second}
 
     def _chain(self, first: str, second: str) -> None:
@@ -214,23 +216,46 @@ class _Chooser:
         self._decide(name, "row" if long and not wide else "column", "", LEAST)
 
     def _check_tied(self) -> None:
-        """See that what is tied is cut once, the same way; else it stays whole."""
-        for names in self.tied:
-            dims = {_DIMS[self.kinds[name]] if name in self.kinds else None for name in names}
-            if len(dims) == 1:
-                continue
-            if self.words.only and len(dims - {None}) > 1:
+        """See that what is tied is cut once, the same way; else it stays whole, and so does what is
+        tied to that."""
+        if self.words.only:
+            self._check_words()
+        while uses := next(filter(self._at_odds, self.tied), None):
+            for name, parameter in uses:
+                if self._way(name, parameter):
+                    del self.kinds[name]
+                    others = ", ".join(sorted({other for other, _ in uses} - {name}))
+                    self.reasons[name] = (
+                        f"its {parameter} is that of {others} too, not cut like this"
+                    )
+
+    def _at_odds(self, uses: Sequence[Use]) -> bool:
+        return len({self._way(*use) for use in uses}) > 1
+
+    def _way(self, name: str, parameter: str) -> str:
+        """How a module's parameter is cut; "": it stays whole."""
+        kind = self.kinds.get(name, "")
+        if kind == "heads":
+            heads = _length(self.modules[name], kind)
+            return "" if parameter == "out_proj.bias" else f"{heads} heads of {parameter}"
+        if not kind or (kind == "row" and parameter == "bias"):
+            return ""
+        return str(_DIMS[kind])
+
+    def _check_words(self) -> None:
+        """Refuse a job's own words for a tied weight that contradict each other."""
+        for uses in self.tied:
+            cut = {name: self._way(name, parameter) for name, parameter in uses}
+            if len({way for way in cut.values() if way}) > 1:
                 raise JobError(
                     "slice_plan cuts a tied weight in two ways",
-                    expected=f"one cut of the weight that {' and '.join(names)} share",
-                    found=", ".join(f"{name}: {self.words.by_module[name]}" for name in names),
+                    expected=f"one cut of the weight that {' and '.join(cut)} share",
+                    found=", ".join(
+                        f"{name}: {self.words.by_module[name]}" for name, way in cut.items() if way
+                    ),
                     fix="name one of them alone, and it stays whole; or cut them alike: a linear "
                     "layer rowwise goes with an embedding colwise",
                 )
-            for name in names:
-                if self.kinds.pop(name, None):
-                    others = ", ".join(other for other in names if other != name)
-                    self.reasons[name] = f"its weight is that of {others} too, not cut like this"
 
     def _cut(self, name: str, module: nn.Module) -> Cut:
         kind = self.kinds.get(name, "")
@@ -280,20 +305,21 @@ def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=recurse))
 
 
-def _tied(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The modules that share a parameter."""
-    users: dict[int, list[str]] = {}
+def _tied(model: nn.Module) -> list[list[Use]]:
+    """The parameters that several modules share: of each, who uses it."""
+    users: dict[int, list[Use]] = {}
+    outputs = {
+        f"{name}.out_proj".removeprefix("."): name
+        for name, module in model.named_modules()
+        if type(module) is nn.MultiheadAttention
+    }
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    found = []
-    for names in users.values():
-        if len(set(names)) > 1:
-            outer = [name.removesuffix(".out_proj") for name in names]
-            both = zip(names, outer, strict=True)
-            found.append([name if name in modules else above for name, above in both])
-    return found
+        for parameter, value in module._parameters.items():
+            if value is not None:
+                inside = name in outputs
+                use = (outputs[name], f"out_proj.{parameter}") if inside else (name, parameter)
+                users.setdefault(id(value), []).append(use)
+    return [uses for uses in users.values() if len(uses) > 1]
 
 
 def _kind_of(word: str, module: nn.Module) -> Kind:

@@ -45,6 +45,8 @@ def slice_model(model: nn.Module, cuts: Iterable[Cut], slices: int) -> Slicing:
         if cut.kind:
             _TAKE_OVER[cut.kind](model.get_submodule(cut.module), slices, cutting)
     for module in list(model.modules()):
+        left = [name for name, value in module._parameters.items() if id(value) in cutting.cut]
+        assert not left, f"{left} of {type(module).__name__} would no longer be tied"
         _adapt_container(module)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return Slicing(
