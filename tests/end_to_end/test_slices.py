@@ -18,6 +18,7 @@ from tests.support.file_tree import ROOT
 from tests.support.harmed_runs import Yard, assert_same, assert_struck, events, yard
 from tests.support.multi_host_runs import Site, ended_well, site
 from tests.support.sliced_tasks import PACKAGES, TASKS, Mlp, SlicedTask, Table
+from tests.zoo import ZOO
 
 __all__ = ["site", "yard"]  # fixtures
 
@@ -87,6 +88,14 @@ def test_slices_change_results_within_rounding(name: str, slices: int, yard: Yar
     found, wanted = (load_file(each.folder / "model.safetensors") for each in (sliced, whole))
     torch.testing.assert_close(found, wanted, **NEAR)
     assert found.keys() == wanted.keys()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["clip", "frozen", "muon", "tied", "transformer", "wide-branches"])
+def test_tasks_of_the_zoo_in_slices(name: str, yard: Yard) -> None:
+    settings = {**ZOO[name].settings(), "slices": 2}
+    alone = yard.run(ZOO[name].task, workers=1, **settings)
+    assert_same(yard.run(ZOO[name].task, workers=3, **settings), alone)
 
 
 def test_with_other_settings(yard: Yard) -> None:
