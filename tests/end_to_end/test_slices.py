@@ -233,6 +233,18 @@ def test_the_table_of_cuts(tmp_path: Path) -> None:
     assert told["cuts"][0]["pieces"] == [36, 36]
 
 
+@pytest.mark.long
+def test_the_example(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "slices.py"
+    assert len(script.read_text().splitlines()) < 40
+    ended = command.python(str(script), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    *_, whole, alone, shared = (line.split() for line in ended.stdout.splitlines())
+    assert alone[4:] == shared[4:]
+    assert whole[5] != alone[5]
+    assert abs(float(whole[4]) - float(alone[4])) < 1e-6
+
+
 def test_what_names_no_module_is_refused(yard: Yard) -> None:
     with pytest.raises(JobError, match="names no module: 00") as caught:
         yard.run(Mlp(), slices=2, slice_plan={"00": "colwise"}, **SETTINGS)
