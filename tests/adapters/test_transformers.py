@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 import lockstep
+from lockstep.data.order_rules import rule_of
 from lockstep.errors import JobError, TaskError
 from lockstep.job.task import Parameters, Task
 from tests.adapters.test_module import assert_same
@@ -379,3 +381,48 @@ def test_a_model_without_a_loss() -> None:
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
     with pytest.raises(TaskError, match="the model returned no loss"):
         task.loss(task.model(), batch)
+
+
+class Named(Sentences):
+    """Tells each sample's length in a column."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "words": 100 - self.sizes[index]}
+
+
+def test_grouped_by_length(tmp_path: Path) -> None:
+    """The order of the Trainer's `group_by_length`, on any number of workers."""
+    trainer = pytest.importorskip("transformers.trainer_pt_utils", reason="needs transformers")
+    data = Sentences(64, 1)
+    task = lockstep.from_transformers(
+        bert(), data, collate=pad, auto_class="AutoModelForSequenceClassification",
+        group_by_length=True,
+    )  # fmt: skip
+    lengths = task.sample_lengths(data)
+    assert lengths == data.sizes
+    rule = rule_of(task, data, 64, shuffle=True)
+    assert rule is not None
+    drawn = [torch.Generator().manual_seed(4) for _ in range(2)]
+    wanted = trainer.get_length_grouped_indices(lengths, 8, generator=drawn[0])
+    assert rule.draw(drawn[1], 8).tolist() == wanted
+    settings: dict[str, Any] = {"shards": 2, "batch_size": 8, "steps": 4, "quiet": True}
+    runs = [lockstep.run(task, workers=n, out=tmp_path / str(n), **settings) for n in (1, 2)]
+    assert runs[0].fingerprint == runs[1].fingerprint
+    named = lockstep.from_transformers(
+        bert(), Named(64, 1), auto_class="AutoModelForSequenceClassification",
+        group_by_length=True, length_column_name="words",
+    )  # fmt: skip
+    assert named.sample_lengths(Named(64, 1)) == [100 - size for size in data.sizes]
+    plain = lockstep.from_transformers(
+        bert(), data, auto_class="AutoModelForSequenceClassification"
+    )
+    assert plain.sample_lengths(data) is None
+
+
+def test_samples_without_a_length_are_refused() -> None:
+    task = lockstep.from_transformers(
+        bert(), [{"pixels": 1}], auto_class="AutoModelForSequenceClassification",
+        group_by_length=True,
+    )  # fmt: skip
+    with pytest.raises(TaskError, match=r"grouped by length(.|\n)*pixels"):
+        task.sample_lengths([{"pixels": 1}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from lockstep.agent.observer import NullObserver
 from lockstep.agent.time_sampler import TimeSampler, seconds_between
 from lockstep.state.control_segment import Stat
+from lockstep.system.processes import private_bytes
 
 
 class Control:
@@ -75,3 +78,29 @@ def test_looks_that_meet_a_worker_waiting_are_counted() -> None:
     (event,) = told.events
     exchange = event["workers"]["0"][4]
     assert exchange == pytest.approx(0.3 * 2 / 3)  # the first three looks were told
+
+
+def test_memory_of_those_who_have_worked_is_told() -> None:
+    control, told, now = Control(), Told(), [1.0]
+    sizes = {0: 5_000_000, 1: 0}  # of the other it cannot be said: it has died
+    sampler = TimeSampler(control, "a", told, lambda: now[0], memory_of=sizes.__getitem__)  # type: ignore[arg-type]
+    control.seconds[:, Stat.COMPUTE] = 0.5
+    sampler.flush()
+    assert told.events[0]["memory"] == {"0": 5_000_000}
+
+
+def test_private_memory() -> None:
+    """What a process has written to counts, shared memory does not."""
+    code = (
+        "import mmap, sys, time; m = mmap.mmap(-1, 1 << 26); m.write(bytes(1 << 26)); "
+        "own = bytearray(1 << 25); print(len(own), flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert 1 << 25 < private_bytes(child.pid) < 1 << 26
+    finally:
+        child.kill()
+        child.wait()
+    assert private_bytes(child.pid) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -50,28 +49,6 @@ def test_the_example_files(tmp_path: Path) -> None:
     ended = command.lockstep("run", job, "--steps=10", "--quiet", "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["metrics"]["accuracy"] > 0.3
-
-
-@pytest.mark.long
-def test_the_tutorial(tmp_path: Path) -> None:
-    """Its files are written and its commands run, in the order in which they stand."""
-    text = (ROOT / "docs" / "tutorial.md").read_text()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    printed = ""
-    for kind, title, block in re.findall(
-        r'^```(python|console)(?: title="([\w.]+)")?\n(.*?)^```', text, re.DOTALL | re.M
-    ):
-        if kind == "python":
-            (tmp_path / title).write_text(block)
-            continue
-        for line in re.findall(r"^\$ (.*)$", block, re.M):
-            ended = subprocess.run(
-                line, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path},
-                capture_output=True, text=True, timeout=command.LIMIT_SECONDS,
-            )  # fmt: skip
-            assert ended.returncode == 0, f"{line}\n{ended.stderr}"
-            printed += ended.stdout
-    assert len(set(re.findall(r"^fingerprint  (\w+)$", printed, re.M))) == 1
 
 
 def test_the_site(tmp_path: Path) -> None:

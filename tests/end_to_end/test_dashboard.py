@@ -106,6 +106,9 @@ def test_a_run_is_watched_and_steered(page: Any, tmp_path: Path) -> None:
         assert f"worker 1, pid {pid}, was killed by SIGKILL" in text
         until(lambda: pixels(page, 1)[0] > 0, WAIT, "a lane in which worker 1 was dead")
         page.locator(".recoveries li").wait_for()
+        for name in ("Throughput", "Learning rate", "Memory of a worker"):
+            chart = page.locator("figure", has=page.locator("h3", has_text=name))
+            chart.locator("canvas").wait_for()
 
         # Scaling: asked, confirmed and obeyed; refused beyond what the run can have.
         page.fill("#workers", "3")
@@ -154,6 +157,9 @@ def test_runs_are_listed_and_compared(page: Any, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run-0" / "result.json").read_text())
     result["metrics"][hostile] = 1.0
     (tmp_path / "run-0" / "result.json").write_text(json.dumps(result))
+    told = {"event": "predicted", "samples_per_second": 4321.0, "workers": 1, "how": "a trial"}
+    with (tmp_path / "run-0" / "events.jsonl").open("a") as file:
+        file.write(json.dumps(told) + "\n")
     command = [sys.executable, "-m", "lockstep", "watch", str(tmp_path)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -168,6 +174,7 @@ def test_runs_are_listed_and_compared(page: Any, tmp_path: Path) -> None:
         page.get_by_role("link", name="run-0").click()
         page.locator(".pill.finished").wait_for()
         assert hostile in page.locator(".tiles").inner_text()
+        assert "predicted 4,321 for 1 worker" in page.locator(".tiles").inner_text()
         assert page.locator("main img").count() == 0
         page.goto(page.url.partition("/run/")[0] + "/run/nothing")
         page.get_by_text("there is no such run").wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,23 @@ def test_a_folder_that_is_gone_stops_nobody(tmp_path: Path) -> None:
     meter.commit(record(1))
     meter.look(1)
     meter.close()
+
+
+def test_learning_rate_and_memory_are_those_of_the_end(tmp_path: Path) -> None:
+    folder, clock = RunFolder(tmp_path), Clock()
+    meter = Meter(folder, Events(folder.events_path), clock=clock)
+    for step, lr in enumerate((0.4, 0.2, 0.1)):
+        meter.commit(dataclasses.replace(record(step), lr=lr))
+        meter.timed({**times(), "memory": {"0": 1000 + step, "1": 7}})
+        clock.now += 0.3
+        meter.look(2)
+    meter.flush()
+    found = events(folder)
+    assert [e.lr for e in found if isinstance(e, Progressed)][-1] == 0.1
+    assert [e.memory for e in found if isinstance(e, Timed)][-1] == {0: 1002, 1: 7}
+
+
+@pytest.mark.parametrize("memory", [{"0": -1}, {"0": 1 << 70}, {"0": "much"}, [1], {"a": 1}])
+def test_memory_that_cannot_be_is_not_taken(memory: Any) -> None:
+    assert checked_times({**times(), "memory": {"0": 1}}) is not None
+    assert checked_times({**times(), "memory": memory}) is None

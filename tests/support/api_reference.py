@@ -53,7 +53,7 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         yield _text(value)
         yield from _members(value)
     else:
-        yield f"```python\nlockstep.{name}{_signature(value)}\n```\n"
+        yield f"<!-- not run: a signature -->\n```python\nlockstep.{name}{_signature(value)}\n```\n"
         yield _text(value)
 
 

@@ -2,6 +2,8 @@
 
 lockstep data fetch mnist
 python -m tests.support.dashboard_pictures docs/pictures
+
+`python -m tests.support.dashboard_pictures docs/pictures killed` makes the README's alone.
 """
 
 from __future__ import annotations
@@ -108,6 +110,61 @@ def take(place: Path, folder: Path) -> None:
     server.wait(WAIT)
 
 
+def take_killed(place: Path, folder: Path) -> None:
+    """The README's picture: the timeline of a run in which a worker is killed, and below it the
+    comparison with the same run undisturbed."""
+    settings = [*RUN, "--data-epochs", "10", "--run-name"]
+    assert lockstep(*settings, "undisturbed", folder=folder).wait() == 0
+    run = lockstep(*settings, "killed", folder=folder)
+    out = folder / "runs" / "killed-1"
+    until(
+        lambda: (out / "events.jsonl").exists() and len(events(out, "evaluated")) > 3,
+        WAIT,
+        "some epochs",
+    )
+    os.kill(events(out, "joined")[-1]["pid"], signal.SIGKILL)
+    assert run.wait(WAIT) == 0
+    assert len(events(out, "died")) == 1
+    server = lockstep("watch", "--port", "0", folder=folder, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    front, token = server.stdout.readline().split()[-1].split("#")
+    parts = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--headless", "--no-sandbox", "--disable-gpu"],
+        )
+        page = browser.new_page(viewport={"width": 960, "height": 1400})
+        page.goto(f"{front}run/killed-1#{token}")
+        page.locator(".pill.finished").wait_for()
+        page.locator(".recoveries li").wait_for()
+        time.sleep(1)
+        canvas = page.locator(".timeline canvas")
+        parts.append(page.locator("section", has=canvas).screenshot())
+        page.goto(f"{front}#{token}")
+        page.reload()
+        page.get_by_label("compare undisturbed-1").check()
+        page.get_by_label("compare killed-1").check()
+        page.get_by_role("button", name="Compare two").click()
+        page.locator("table.side").first.wait_for()
+        time.sleep(1)
+        parts.append(page.locator("main > p").last.screenshot())
+        parts.append(page.locator("section", has=page.locator("table.side")).first.screenshot())
+        browser.close()
+    server.send_signal(signal.SIGINT)
+    server.wait(WAIT)
+    pictures = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts]
+    height = sum(each.height + 16 for each in pictures) + 16
+    whole = Image.new("RGB", (max(each.width for each in pictures) + 32, height), "white")
+    y = 16
+    for each in pictures:
+        whole.paste(each, (16, y))
+        y += each.height + 16
+    packed = io.BytesIO()
+    whole.save(packed, "PNG")
+    keep(packed.getvalue(), place / "killed.png")
+
+
 LAST_DEATH = """() => {
   const canvas = document.querySelector(".timeline canvas"), ratio = devicePixelRatio;
   const { data, width } = canvas.getContext("2d").getImageData(0, 75 * ratio, canvas.width, 1);
@@ -126,7 +183,7 @@ def main() -> None:
     place = Path(sys.argv[1]).resolve()
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="lockstep-pictures-") as folder:
-        take(place, Path(folder))
+        (take_killed if "killed" in sys.argv[2:] else take)(place, Path(folder))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def tree() -> str:
     """The tree, as the page has it between its marks."""
     blocks = ["\n".join(describe(SOURCE / name)) for name in ORDER]
     errors = f"errors.py  {first_sentence(docstring(SOURCE / 'errors.py'))}"
-    return "\n".join([BEGIN, "```", "\n\n".join([*blocks, errors]), "```", END])
+    return "\n".join([BEGIN, "```text", "\n\n".join([*blocks, errors]), "```", END])
 
 
 def replaced(page: str) -> str:

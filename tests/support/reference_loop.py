@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch.utils.data import WeightedRandomSampler
 
 Sums = list[tuple[int, dict[str, float]]]
 
@@ -82,14 +83,27 @@ def order(seed: int, data_epoch: int, samples: int) -> list[int]:
     return indices
 
 
-def fetch(task: Any, data: Any, seed: int, data_epoch: int, indices: Sequence[int]) -> Any:
-    """The batch of these samples; each is drawn under a seed of its own."""
+def order_of(task: Any, data: Any, seed: int, data_epoch: int) -> list[int]:
+    """The order, or what PyTorch's sampler draws where the task has weights."""
+    weights = task.sample_weights(data) if hasattr(task, "sample_weights") else None
+    if weights is None:
+        return order(seed, data_epoch, len(data))
+    generator = torch.Generator().manual_seed(derive(seed, "order", data_epoch))
+    return list(WeightedRandomSampler(weights, len(data), generator=generator))
+
+
+def fetch(
+    task: Any, data: Any, seed: int, data_epoch: int, indices: Sequence[int],
+    repeats: Sequence[int] = (),
+) -> Any:  # fmt: skip
+    """The batch of these samples; each is drawn under a seed of its own, and so is each time that
+    it is drawn again in the data epoch."""
     if hasattr(data, "__getitems__"):
         seed_all(derive(seed, "sample", data_epoch, indices[0]))
         return task.collate(data.__getitems__(list(indices)))
     samples = []
-    for index in indices:
-        seed_all(derive(seed, "sample", data_epoch, index))
+    for index, again in itertools.zip_longest(indices, repeats, fillvalue=0):
+        seed_all(derive(seed, "sample", data_epoch, index, *([again] if again else [])))
         samples.append(data[index])
     return task.collate(samples)
 
@@ -226,7 +240,10 @@ def train(
         if parts:
             divided = divide_parts(seed, data_epoch, start, stop, parts)
         else:
-            divided = cut(order(seed, data_epoch, len(data))[start:stop], shards)
+            drawn = order_of(task, data, seed, data_epoch)
+            divided = cut(drawn[start:stop], shards)
+            before = [drawn[:at].count(drawn[at]) for at in range(start, stop)]
+            repeats = cut(before, shards)
         size = sum(map(len, divided))
         weights: list[float] = []
         losses: list[float] = []
@@ -239,7 +256,8 @@ def train(
             for parameter in params:
                 parameter.grad = None
             if mine:
-                samples = fetch(task, data, seed, data_epoch, mine)
+                again = () if parts else repeats[shard]
+                samples = fetch(task, data, seed, data_epoch, mine, again)
                 tell(task, training=True, step=step, batch=place, samples=len(mine), **run)
                 seed_all(derive(seed, "shard", step, shard))
                 set_buffers(model, committed)

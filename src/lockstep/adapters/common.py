@@ -82,3 +82,22 @@ def answer_by(
         if function is not None:
             setattr(task, name, function)
             task.made_from = (*task.made_from, function)  # type: ignore[attr-defined]
+
+
+class GivenWeights:
+    """Weights that a caller has given, as `Task.sample_weights` returns them."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+
+    def __call__(self, data: Any) -> Any:
+        return self.weights
+
+
+def draw_by(task: Task, weights: Any) -> None:
+    """Have a task's samples drawn by these weights, or by what a function makes of its data set."""
+    if weights is None:
+        return
+    task.sample_weights = weights if callable(weights) else GivenWeights(weights)  # type: ignore[method-assign]
+    if callable(weights):
+        task.made_from = (*task.made_from, weights)  # type: ignore[attr-defined]

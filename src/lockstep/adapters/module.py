@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lockstep.adapters.common import answer_by, build_data, build_model, check_callable
+from lockstep.adapters.common import (
+    answer_by,
+    build_data,
+    build_model,
+    check_callable,
+    draw_by,
+)
 from lockstep.errors import TaskError
 from lockstep.job.loss_form import split_loss
 from lockstep.job.task import Parameters, Task
@@ -36,6 +42,7 @@ def from_module(
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
     predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
     keep_modes: bool = False,
+    sample_weights: Any = None,
 ) -> Task:
     """Task of a plain PyTorch loop: `loss(model(inputs), targets).backward()` and a step.
 
@@ -62,6 +69,8 @@ def from_module(
         predict: from `(model, batch)`, a mapping for each sample.
         keep_modes: leave modules that are in eval mode in it, such as a frozen backbone;
             by default `model.train()` is called, as plain loops do.
+        sample_weights: one number per sample, by which they are drawn, as `WeightedRandomSampler`
+            takes them; or a function of the data set that returns them.
 
     Raises:
         JobError: an argument is of the wrong kind.
@@ -79,6 +88,7 @@ def from_module(
     if collate is not None:
         task.collate = collate  # type: ignore[method-assign, assignment]
     answer_by(task, from_record, predict)
+    draw_by(task, sample_weights)
     return task
 
 

@@ -138,16 +138,23 @@ class FailureLog:
 
         if what == "shard":
             name, where = f"shard {number} of step {step}", "the training set"
-            order = SampleOrder(self.step_log.sampling, self.step_log.plan.part)
+            plan = self.step_log.plan
+            order = SampleOrder(self.step_log.sampling, plan.part)
             indices = order.indices(step, number).tolist()
+            if plan.sample_order:  # only who has the data knows its weights and lengths
+                indices = []
         else:
             name, where = f"held-out batch {number} after step {step}", "the held-out set"
             size, most = self.step_log.plan.eval_batch_size, self.step_log.plan.eval_samples
             indices = list(range(number * size, min((number + 1) * size, most)))
+        these = f"{describe_samples(indices)}" if indices else "drawn as the task says"
         return PoisonError(
             f"{name} has killed {POISON_DEATHS} workers, one after another",
-            found=f"the last one {how}; its samples are {describe_samples(indices)}",
-            fix=f"look at these samples (indices into {where}), then resume the run",
+            found=f"the last one {how}; its samples are {these}",
+            fix=f"look at these samples (indices into {where}), then resume the run"
+            if indices
+            else "have the task print them in loss(), or look at them without sample_weights() and "
+            "sample_lengths()",
         )
 
     def regrouped(self, resumption: Resumption) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Container
 
@@ -103,6 +104,7 @@ class StepLog:
             for index, unit in enumerate(self.digest_sample.units(step))
         }
         norm = None if self.plan.sum_limit is None else float(control.total_norms[place])
+        rate = float(control.learning_rates[place])
         if step == 0:
             self.observer.event("first_step")
         record = StepRecord(
@@ -113,6 +115,7 @@ class StepLog:
             logged=logged,
             units=units,
             norm=norm,
+            lr=None if math.isnan(rate) else rate,
         )
         self.observer.commit(record)
         if step % MARK_STEPS == 0:

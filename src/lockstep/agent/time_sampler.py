@@ -1,8 +1,9 @@
 """Time sampler: what a host's workers spend their time on, told twice a second.
 
 Workers add up their seconds in the control segment in any case; the agent looks at the sums at its
-ticks, so nothing is asked of a worker. The wait for other hosts has no sum of its own: its part of
-what was spent on reducing and updating is that of the looks that met a worker waiting for it.
+ticks, so nothing is asked of a worker. How much memory each has of its own is read from /proc. The
+wait for other hosts has no sum of its own: its part of what was spent on reducing and updating is
+that of the looks that met a worker waiting for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class TimeSampler:
         host: str,
         observer: RunObserver,
         clock: Callable[[], float] = time.monotonic,
+        memory_of: Callable[[int], int] = lambda _: 0,
     ) -> None:
+        """`memory_of`: how many bytes a worker has of its own; 0: that cannot be said."""
+        self._memory_of = memory_of
         self._control, self._host, self._observer, self._clock = control, host, observer, clock
         self._begun = clock()
         """When the last sample was taken."""
@@ -61,9 +65,11 @@ class TimeSampler:
             for worker_id, (before, after) in enumerate(zip(self._before, sums, strict=True))
             if before != after  # also one that has died since
         }
+        memory = {worker: size for worker in workers if (size := self._memory_of(int(worker)))}
         self._observer.event(
-            "timed", host=self._host, seconds=round(now - self._begun, 4), workers=workers
-        )
+            "timed", host=self._host, seconds=round(now - self._begun, 4), workers=workers,
+            **({"memory": memory} if memory else {}),
+        )  # fmt: skip
         self._begun, self._before = now, sums
         self._looks = 0
         self._waiting.clear()

@@ -50,6 +50,7 @@ from lockstep.planning.worker_messages import (
 from lockstep.state.control_segment import RING
 from lockstep.state.host_memory import HostMemory
 from lockstep.state.snapshot import steps_between
+from lockstep.system.processes import private_bytes
 from lockstep.system.unix_channel import Closed
 
 TICK = 0.05
@@ -92,7 +93,9 @@ class WorkerGroup:
         self.step_log = StepLog(memory, plan, observer, self.throughput, step or 0)
         self.failure_log = FailureLog(host, memory, self.step_log, observer)
         self.failure_detector = FailureDetector(host, self.control, self.step_log, self.failure_log)
-        self.time_sampler = TimeSampler(self.control, host.name, observer)
+        self.time_sampler = TimeSampler(
+            self.control, host.name, observer, memory_of=self._memory_of
+        )
         self.members = WorkerMembership(
             target=plan.workers, max_workers=plan.max_workers, held=held
         )
@@ -283,6 +286,10 @@ class WorkerGroup:
             self.control.snapshot_due[step % RING] = due
             if due:
                 self._marked = step
+
+    def _memory_of(self, worker_id: int) -> int:
+        worker = self.host.workers.get(worker_id)
+        return 0 if worker is None else private_bytes(worker.pid)
 
     # What the workers say.
 

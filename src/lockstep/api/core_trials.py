@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -31,7 +32,12 @@ def decompose_by_trial(
         if time.monotonic() - begun > TRIALS_SECONDS:
             break  # long steps: their times vary less
     best, why = choose(list(rates.items()))
-    return decompose(job, facts, best, why)
+    plan = decompose(job, facts, best, why)
+    if not rates[best]:
+        return plan  # too few steps for a measurement
+    return dataclasses.replace(
+        plan, predicted_rate=round(rates[best], 2), predicted_by="a trial of some steps"
+    )
 
 
 TRIALS, MOST_TRIALS = 2, 4

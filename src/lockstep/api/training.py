@@ -179,6 +179,7 @@ def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
         eval_samples=loaded["eval_samples"],
         cores=machine.cores(),
         loader_settings=loaded["loader_settings"],
+        sample_order=loaded["sample_order"],
     )
     if hosts.networked:
         return decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)

@@ -32,7 +32,12 @@ from lockstep.results.ledger import (
     evaluations_of,
     read_ledger,
 )
-from lockstep.results.manifest import check_manifest, differences, recorded_source
+from lockstep.results.manifest import (
+    check_manifest,
+    check_sample_order,
+    differences,
+    recorded_source,
+)
 from lockstep.results.progress import Progress, announce
 from lockstep.results.run_folder import Events, RunFolder
 from lockstep.state.fingerprint import fingerprint, tensor_digests
@@ -166,6 +171,7 @@ def verify(
     ):
         facts = host.loaded()
         notes = differences(manifest, facts)
+        check_sample_order(run, manifest, facts)
         ready = ready_alone(host, plan)
         start = _restore(ready.memory, lines[0], checkpoints, first)
         comparison = Comparison(lines, display)

@@ -35,7 +35,7 @@ app.add_typer(data_app, name="data")
 INTERRUPTED = 130
 SHOWN_IF_SET = {
     "groups", "servers", "faults", "holdings", "part", "monitor", "stop_patience", "stop_min_delta",
-    "slice_plan",
+    "slice_plan", "sample_order", "predicted_rate", "predicted_by",
 }  # fmt: skip
 """Fields of a plan that most jobs leave empty."""
 JobArgument = Annotated[

@@ -23,7 +23,17 @@ MOST_TIMES = 8000
 """Rows of times that a page gets at first; neighbours are merged until there are no more."""
 BEAT_SECONDS = 5.0
 """A watcher hears something at least this often."""
-TABLES = ("progress", "evaluations", "marks", "lanes", "times", "states", "bands", "events")
+TABLES = (
+    "progress",
+    "evaluations",
+    "marks",
+    "lanes",
+    "times",
+    "states",
+    "bands",
+    "events",
+    "memory",
+)
 
 
 class Feed:

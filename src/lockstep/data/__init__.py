@@ -4,7 +4,8 @@ A *sample* is an item of a data set, a *batch* what the task's `collate` makes o
 *loader* is a process that fetches batches for one worker. A *record* is a row of a file to predict
 from.
 
-sample_order      the permutation of each data epoch, a pure function of the seed
+sample_order      the samples of each data epoch, a pure function of the seed
+order_rules       weighted and length-grouped sampling
 fetching          from steps and shards to sample indices, and to batches
 loader            a worker's batches, fetched by itself or by loader processes
 loader_ipc        tensors from loader processes, in anonymous shared memory

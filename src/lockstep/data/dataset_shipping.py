@@ -2,6 +2,8 @@
 
     the contents of each set | where they are, as JSON | the length of that, in 8 bytes
 
+After the two sets comes what decides the order of the training set, if anything does.
+
 Of a `TensorDataset` that is its tensors, read where they lie. Of any other set it is a record for
 each sample: a tree of tuples, lists and dictionaries in JSON, then the bytes of its arrays. Nothing
 is pickled, so a sample holds nothing else than arrays, numbers, texts and bytes.
@@ -9,6 +11,7 @@ is pickled, so a sample holds nothing else than arrays, numbers, texts and bytes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from lockstep.data.order_rules import ByLength, ByWeight, OrderRule
 from lockstep.data.sample_codec import Tree, pack_sample, pack_tensor, unpack_sample, unpack_tensor
 from lockstep.errors import DataError
 from lockstep.system.machine import check_available
@@ -35,8 +39,10 @@ Sets = tuple[Dataset[Any], Dataset[Any] | None]
 """The training set and the held-out set."""
 
 
-def write_sets(train: Dataset[Any], held_out: Dataset[Any] | None) -> Segment:
-    """Both sets, in memory that can be handed on; the caller closes it.
+def write_sets(
+    train: Dataset[Any], held_out: Dataset[Any] | None, rule: OrderRule | None = None
+) -> Segment:
+    """Both sets, and the order's rule, in memory that can be handed on; the caller closes it.
 
     Raises:
         DataError: a sample holds something else, or is drawn at random.
@@ -46,7 +52,11 @@ def write_sets(train: Dataset[Any], held_out: Dataset[Any] | None) -> Segment:
     try:
         with open(fd, "wb", closefd=False) as file:
             writer = _Writer(file)
-            where = [writer.add_set(train, "training"), writer.add_set(held_out, "held-out")]
+            where = [
+                writer.add_set(train, "training"),
+                writer.add_set(held_out, "held-out"),
+                writer.add_rule(rule),
+            ]
             footer = json.dumps(where).encode()
             writer.add(footer, LENGTH.pack(len(footer)))
         os.truncate(fd, max(writer.position, mmap.PAGESIZE))  # what a segment has at least
@@ -62,18 +72,39 @@ def read_sets(fd: int, nbytes: int) -> Sets:
     Raises:
         DataError: the bytes are not what it writes.
     """
+    with _refused_where_unreadable():
+        content, (train, held_out, _) = _content_and_places(fd, nbytes)
+        return _read_set(content, train), _read_set(content, held_out)
+
+
+def read_rule(fd: int, nbytes: int) -> OrderRule | None:
+    """What decides the order of these sets; raises as `read_sets` does."""
+    with _refused_where_unreadable():
+        content, (_, _, where) = _content_and_places(fd, nbytes)
+        if where is None:
+            return None
+        numbers = np.frombuffer(content, np.float64, where["samples"], where["at"]).copy()
+        return ByWeight(numbers) if where["by"] == "weights" else ByLength(numbers)
+
+
+def _content_and_places(fd: int, nbytes: int) -> tuple[memoryview, tuple[Any, Any, Any]]:
+    """What is in memory, and where there the sets and the rule are."""
     content = memoryview(mmap.mmap(fd, nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE))
+    (size,) = LENGTH.unpack(content[-LENGTH.size :])
+    train, held_out, rule = json.loads(bytes(content[-LENGTH.size - size : -LENGTH.size]))
+    return content, (train, held_out, rule)
+
+
+@contextlib.contextmanager
+def _refused_where_unreadable() -> Iterator[None]:
     try:
-        (size,) = LENGTH.unpack(content[-LENGTH.size :])
-        footer = bytes(content[-LENGTH.size - size : -LENGTH.size])
-        train, held_out = (_read_set(content, where) for where in json.loads(footer))
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, struct.error) as error:
         raise DataError(
             "the data that the master has sent cannot be read",
             expected="what the same version of Lockstep writes",
             found=ascii(error)[:200],
         ) from None
-    return train, held_out
 
 
 def _read_set(content: memoryview, where: Any) -> Any:
@@ -145,6 +176,16 @@ class _Writer:
         where = self._align()
         self.add(np.array(starts, np.int64).tobytes())
         return {"samples": len(starts) - 1, "starts": where, "together": together}
+
+    def add_rule(self, rule: OrderRule | None) -> Any:
+        """Write the order's rule; returns where it is, ready for JSON."""
+        if rule is None:
+            return None
+        by = "weights" if isinstance(rule, ByWeight) else "lengths"
+        numbers = rule.weights if isinstance(rule, ByWeight) else rule.lengths
+        where = self._align()
+        self.add(numbers.tobytes())
+        return {"by": by, "samples": len(numbers), "at": where}
 
     def _tensor(self, tensor: torch.Tensor, name: str) -> tuple[int, Tree]:
         check_available(f"the {name} set that is shipped", tensor.nbytes)

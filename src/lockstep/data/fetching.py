@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from lockstep.data.sample_order import Indices
+from lockstep.data.order_rules import Indices
 from lockstep.errors import DataError
 from lockstep.job.task import Task
 from lockstep.planning.sampling import describe_samples
 from lockstep.system.own_generators import OwnGenerators
 from lockstep.system.seeding import derive
 
-Fetch = Callable[[int, Sequence[int] | Indices], Any]
-"""`(data_epoch, indices) -> batch`."""
+
+class Fetch(Protocol):
+    """Fetches a batch of the samples with these indices."""
+
+    def __call__(
+        self, data_epoch: int, indices: Sequence[int] | Indices, repeats: Indices | None = None
+    ) -> Any:
+        """`repeats`: how often each came before in the data epoch, where samples are drawn with
+        replacement; None: it did not."""
 
 
 @dataclass
@@ -76,8 +83,10 @@ def make_fetch(
     get_all = getattr(dataset, "__getitems__", None)
     if get_all is not None:
 
-        def fetch_all(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
-            generators.seed_all(derive(seed, "sample", data_epoch, int(indices[0])))
+        def fetch_all(
+            data_epoch: int, indices: Sequence[int] | Indices, repeats: Indices | None = None
+        ) -> Any:
+            generators.seed_all(derive(seed, "sample", *_draws(data_epoch, indices, repeats)[0]))
             wanted = _as_list(indices)
             samples = get_all(wanted)
             if absent is not None:
@@ -86,10 +95,13 @@ def make_fetch(
 
         return fetch_all
 
-    def fetch_each(data_epoch: int, indices: Sequence[int] | Indices) -> Any:
+    def fetch_each(
+        data_epoch: int, indices: Sequence[int] | Indices, repeats: Indices | None = None
+    ) -> Any:
         samples = []
-        for index in _as_list(indices):
-            generators.seed_all(derive(seed, "sample", data_epoch, index))
+        for draw in _draws(data_epoch, indices, repeats):
+            generators.seed_all(derive(seed, "sample", *draw))
+            index = draw[1]
             try:
                 samples.append(dataset[index])
             except BaseException as error:  # the user's code may call sys.exit()
@@ -102,6 +114,18 @@ def make_fetch(
     return fetch_each
 
 
+def _draws(
+    data_epoch: int, indices: Sequence[int] | Indices, repeats: Indices | None
+) -> list[tuple[int, ...]]:
+    """What decides the seed of each sample: another one where it is drawn again."""
+    if repeats is None:
+        return [(data_epoch, index) for index in _as_list(indices)]
+    return [
+        (data_epoch, index, again) if again else (data_epoch, index)
+        for index, again in zip(_as_list(indices), repeats.tolist(), strict=True)
+    ]
+
+
 class TensorRows:
     """Fetches batches of a `TensorDataset`: rows of each tensor."""
 
@@ -111,7 +135,9 @@ class TensorRows:
         self._row_bytes = max(sum(sizes), 1)
         self._unit = max((ALIGN // math.gcd(size, ALIGN) for size in sizes if size), default=1)
 
-    def __call__(self, _: int, indices: Sequence[int] | Indices) -> list[torch.Tensor]:
+    def __call__(
+        self, data_epoch: int, indices: Sequence[int] | Indices, repeats: Indices | None = None
+    ) -> list[torch.Tensor]:
         rows = _as_index(indices)
         return [tensor.index_select(0, rows) for tensor in self._tensors]
 

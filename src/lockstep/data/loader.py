@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lockstep.data.fetching import Fetch, TensorRows
 from lockstep.data.loader_ipc import MemfdContext, TensorChannel
+from lockstep.data.order_rules import Indices, OrderRule
 from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import TaskError
 from lockstep.planning.sampling import Sampling
@@ -79,12 +80,15 @@ class Loader:
         spare_cores: int,
         last: int,
         part: int = 0,
+        rule: OrderRule | None = None,
     ) -> None:
-        """`part`: which one of the data's parts `fetch` fetches from."""
+        """`part`: which one of the data's parts `fetch` fetches from; `rule`: what decides its
+        order."""
         self.fetch, self.sampling, self.loaders = fetch, sampling, loaders
         self.spare_cores, self.last = spare_cores, last
         self.decision = "" if loaders is None else f"loaders={loaders} by request"
-        self._order, self._part = SampleOrder(sampling, part), part
+        self._order = SampleOrder(sampling, part, rule)
+        self._new_order = functools.partial(SampleOrder, sampling, part, rule)
         self._shards: Sequence[int] = ()
         self._upcoming: Iterator[Work] = iter(())
         self._planned: deque[Work] = deque()
@@ -149,6 +153,10 @@ class Loader:
         """The samples of a shard of a step: indices into the training set."""
         indices: list[int] = self._order.indices(step, shard).tolist()
         return indices
+
+    def repeats(self, step: int, shard: int) -> Indices | None:
+        """How often each of them came before in the data epoch, as `SampleOrder.repeats`."""
+        return self._order.repeats(step, shard)
 
     def consider(self, compute_seconds: float) -> None:
         """Choose between worker and loader processes, once enough has been measured."""
@@ -226,8 +234,8 @@ class Loader:
             return list(self.fetch.several(indices))
         wall, cpu = time.perf_counter(), time.thread_time()
         batches = [
-            self.fetch(self.sampling.data_epoch(step), rows)
-            for (step, _), rows in zip(works, indices, strict=True)
+            self.fetch(self.sampling.data_epoch(step), rows, self._order.repeats(step, shard))
+            for (step, shard), rows in zip(works, indices, strict=True)
         ]
         if not self.decision:
             self._times.each.append((time.perf_counter() - wall, time.thread_time() - cpu))
@@ -251,13 +259,18 @@ class Loader:
         )
         self._handover.forked()
 
-    def _requests(self) -> Iterator[tuple[int, list[int]]]:
+    def _requests(self) -> Iterator[_Request]:
         """What the loader processes are asked for: they run ahead of `_planned`."""
         if not self._planned:
             return
-        order, first = SampleOrder(self.sampling, self._part), self._planned[0]
+        order, first = self._new_order(), self._planned[0]
         for work in itertools.dropwhile(lambda item: item != first, self._work(first[0])):
-            yield self.sampling.data_epoch(work[0]), order.indices(*work).tolist()
+            epoch, repeats = self.sampling.data_epoch(work[0]), order.repeats(*work)
+            yield epoch, order.indices(*work).tolist(), repeats
+
+
+_Request = tuple[int, list[int], Indices | None]
+"""`(data_epoch, indices, repeats)`, as `Fetch` takes them."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +282,7 @@ class _Loaded:
 
 
 class _Requests(Dataset[Any]):
-    """A data set whose items are whole batches, indexed by `(data_epoch, indices)`.
+    """A data set whose items are whole batches, indexed by requests.
 
     The first batch is pickled for a trial: where that fails, torch's queue would lose the batch
     and wait for it for ever.
@@ -279,7 +292,7 @@ class _Requests(Dataset[Any]):
         self.fetch = fetch
         self._tried = False
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> _Loaded:
+    def __getitem__(self, request: _Request) -> _Loaded:
         batch = self.fetch(*request)
         if not self._tried:
             try:
@@ -293,10 +306,10 @@ class _Requests(Dataset[Any]):
 class _Requested:
     """A sampler over a given sequence of requests."""
 
-    def __init__(self, requests: Iterator[tuple[int, list[int]]]) -> None:
+    def __init__(self, requests: Iterator[_Request]) -> None:
         self.requests = requests
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[_Request]:
         return self.requests
 
 

@@ -54,6 +54,26 @@ class Task:
         the job has none. Called after `train_data` and `eval_data`. Default: nothing."""
         return {}
 
+    def sample_weights(self, data: Any) -> Sequence[float] | torch.Tensor | None:
+        """Weights by which samples are drawn, for classes of unlike sizes: one number per sample of
+        `data`, which is what `train_data` returned; or None, the default: each comes once.
+
+        As with PyTorch's `WeightedRandomSampler`, a data epoch has as many samples as the data set,
+        drawn with replacement, each in proportion to its weight. They need not sum to 1; what has
+        the weight 0 is never drawn. A sample that is drawn again is augmented anew. Weights by
+        class: `(1 / torch.bincount(labels))[labels]` draws all classes equally often.
+        """
+        return None
+
+    def sample_lengths(self, data: Any) -> Sequence[float] | torch.Tensor | None:
+        """Lengths of the samples of `data`, so that samples of about the same length share a batch
+        and little is padded; or None, the default: the order is random.
+
+        As with transformers' `group_by_length`: a random order is cut into megabatches of 50
+        batches (fewer in a small set), each of which is sorted by length. Each sample comes once.
+        """
+        return None
+
     def eval_data(self) -> Dataset[Any] | None:
         """The held-out set, or None. It is evaluated after every data epoch, each sample once."""
         return None

@@ -56,6 +56,12 @@ class LocalSGD(Task):
     def train_data(self) -> Dataset[Any]:
         return self.task.train_data()
 
+    def sample_weights(self, data: Any) -> Sequence[float] | torch.Tensor | None:
+        return self.task.sample_weights(data)
+
+    def sample_lengths(self, data: Any) -> Sequence[float] | torch.Tensor | None:
+        return self.task.sample_lengths(data)
+
     def eval_data(self) -> Dataset[Any] | None:
         return self.task.eval_data()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -67,6 +68,14 @@ class LrSchedule:
     def metric(self) -> str:
         """The held-out metric that it waits for; "": it does not wait."""
         return self._task.scheduler_metric if waits_for_metric(self._scheduler) else ""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group now; not a number: it has none."""
+        try:
+            return float(self._optimizer.param_groups[0]["lr"])
+        except (LookupError, TypeError, ValueError):
+            return math.nan
 
     def tell(self, told: Sequence[Told]) -> None:
         """Say what the metric was at each evaluation since the beginning of the run."""

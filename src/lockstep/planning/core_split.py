@@ -21,6 +21,8 @@ class Facts:
     cores: int
     loader_settings: Mapping[str, Any] = field(default_factory=dict)
     """What the task's own DataLoaders are set to: it counts where the job does not say."""
+    sample_order: str = ""
+    """What decides the order of the training data besides the seed; "": nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

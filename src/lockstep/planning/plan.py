@@ -66,6 +66,14 @@ class Plan:
     slice_plan: Mapping[str, str] | None = None
     cuts: tuple[Mapping[str, Any], ...] = ()
     """What becomes of each module with matrices: known when the model has been cut."""
+    sample_order: str = ""
+    """What decides the order of the training data besides the seed, with its digest; "": nothing.
+    """
+
+    predicted_rate: float | None = None
+    """How many samples a second are predicted for this number of workers; None: nothing is."""
+    predicted_by: str = ""
+    """What that goes by."""
     memory_format: str = "contiguous"
 
     @property
@@ -137,7 +145,11 @@ class Plan:
                 found=f"{workers}",
             )
         max_workers = max(workers, self.max_workers)
-        return dataclasses.replace(self, workers=workers, max_workers=max_workers, faults=())
+        same = workers == self.workers
+        return dataclasses.replace(
+            self, workers=workers, max_workers=max_workers, faults=(),
+            predicted_rate=self.predicted_rate if same else None,
+        )  # fmt: skip
 
     def with_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> Plan:
         """The same plan, with what has become of the model's matrices."""
@@ -238,6 +250,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         reasons.append(f"{steps} steps: {epochs:g} data epochs of {per_epoch}")
     if steps > MAX_STEPS:
         raise JobError("too many steps", expected=f"at most {MAX_STEPS:,}", found=f"{steps:,}")
+    if facts.sample_order:
+        reasons.append(f"samples {facts.sample_order.rpartition(' ')[0]}, as the task says")
     left = facts.train_samples % batch_size
     if left:
         dropped = "are left out" if job.drop_last else "make a short last step"
@@ -276,6 +290,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         compile=job.compile,
         slices=job.slices,
         slice_plan=job.slice_plan,
+        sample_order=facts.sample_order,
         memory_format=job.memory_format,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),

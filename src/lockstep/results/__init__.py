@@ -30,6 +30,7 @@ restart          the state from which a run is resumed
 result           the result as one object and one JSON document
 prediction_file  the rows of a prediction, in order and resumable
 progress         a progress bar, or lines, on stderr
+notebook_display  progress as an output of a notebook's cell
 report           `report.html`, made from the run folder
 timeline_chart   the lanes of a run's workers as SVG, for the report
 charts           the report's curves as SVG

@@ -56,7 +56,8 @@ class FirstStep(Event, tag="first_step"):
 class Progressed(Event, tag="progressed"):
     """Steps have been committed: `steps` of them in `seconds`, of `samples` samples in all, up to
     the state after `step`. `loss`, `low` and `high` are the mean, the least and the largest loss of
-    these steps, `norm` the mean of their gradient norms where there is a limit."""
+    these steps, `norm` the mean of their gradient norms where there is a limit, `lr` the learning
+    rate of the optimizer's first group at the last of them."""
 
     step: int = 0
     steps: int = 0
@@ -66,6 +67,7 @@ class Progressed(Event, tag="progressed"):
     low: float | None = None
     high: float | None = None
     norm: float | None = None
+    lr: float | None = None
     workers: int = 0
 
 
@@ -84,10 +86,21 @@ class Seconds(msgspec.Struct, array_like=True, frozen=True):
 
 class Timed(Event, tag="timed"):
     """What the workers of a host have spent the last `seconds` on, by worker: seconds, as
-    `[compute, data, wait, reduce, exchange, update, evaluate]`."""
+    `[compute, data, wait, reduce, exchange, update, evaluate]`. `memory` is how many bytes each
+    has of its own at the end of it: resident, without the state that all workers share."""
 
     seconds: float = 0.0
     workers: dict[int, Seconds] = {}
+    memory: dict[int, int] = {}
+
+
+class Predicted(Event, tag="predicted"):
+    """How many samples a second the plan predicts for its number of workers, and what it goes
+    by (`how`)."""
+
+    samples_per_second: float = 0.0
+    workers: int = 0
+    how: str = ""
 
 
 class Baseline(Event, tag="baseline"):
@@ -357,7 +370,8 @@ class Unknown(Event, tag="unknown"):
 
 
 KINDS: tuple[type[Event], ...] = (
-    Began, Resumed, FirstStep, Progressed, Timed, Baseline, Evaluated, StoppedEarly, CallbackNoted,
+    Began, Resumed, FirstStep, Progressed, Timed, Predicted, Baseline, Evaluated, StoppedEarly,
+    CallbackNoted,
     Requested, Paused, WentOn, Checkpointed, CheckpointFailed, Spawned, ForkFailed, Joined, Formed,
     Regroup, Dismissed, Died,
     Stalled, Recovered, LostLoader, Corrupt, Traced, Hosts, HostLost, Regrouped, Connection,

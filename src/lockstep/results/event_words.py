@@ -49,6 +49,9 @@ def _words(event: Event, host: str) -> str:
                 for name, value in event.metrics.items()
             ]
             return f"after step {event.step:,}: {', '.join(values)}"
+        case kind.Predicted():
+            workers = "1 worker" if event.workers == 1 else f"{event.workers} workers"
+            return f"{event.samples_per_second:,.0f} samples/s on {workers}, by {event.how}"
         case kind.StoppedEarly():
             return f"after step {event.step:,}: {event.reason}"
         case kind.CallbackNoted():

@@ -40,6 +40,8 @@ class StepRecord:
     norm: float | None = None
     logged: Mapping[str, float] = field(default_factory=dict)
     """What the task logs beside the loss: means over the step's samples."""
+    lr: float | None = None
+    """The learning rate of the optimizer's first group: for the events alone."""
 
     def body(self) -> str:
         """The line without its hash, in canonical form."""

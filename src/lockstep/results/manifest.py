@@ -23,6 +23,7 @@ LATER = {
     "shuffle": True, "drop_last": False, "compile": False, "memory_format": "contiguous",
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
     "slices": 1, "slice_plan": None,
+    "sample_order": "",
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
@@ -169,6 +170,24 @@ def check_fitted(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any
         )
 
 
+def check_sample_order(
+    run: str | Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Check that the task draws the samples of a run by the same weights or lengths.
+
+    Raises:
+        DataError: it does not: its steps would have other samples.
+    """
+    had, has = manifest["plan"].get("sample_order", ""), facts["sample_order"]
+    if had != has:
+        raise DataError(
+            f"the training samples of {run} were drawn in another order than they would be now",
+            expected=had or "no weights or lengths",
+            found=has or "no weights or lengths",
+            fix="restore the data, and what Task.sample_weights and sample_lengths return",
+        )
+
+
 def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, Any]) -> None:
     """Check that a resumed run has the data with which it began, as far as that is recorded.
 
@@ -176,6 +195,7 @@ def check_resumed(run: str | Path, manifest: dict[str, Any], facts: dict[str, An
         DataError: it has others.
     """
     check_fitted(run, manifest, facts)
+    check_sample_order(run, manifest, facts)
     plan = manifest["plan"]
     # Data that stay on their hosts are compared when the hosts have joined.
     if not plan.get("holdings") and facts["train_samples"] != plan["train_samples"]:
@@ -194,6 +214,10 @@ def differences(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[
         notes.append("the task's source file is not the one that the run used")
     if facts["probe"] != manifest["probe"]:
         notes.append("this machine does not compute the same bits as the run's")
+    profile = manifest["profile"]
+    made_by = f"{profile.get('compiler')}, {profile.get('vectors')}"
+    if "compiler" in profile and facts.get("compiler", made_by) != made_by:
+        notes.append(f"its kernels were compiled by {made_by}; here by {facts['compiler']}")
     had = manifest["plan"]["train_samples"]
     parts = manifest["plan"].get("holdings")  # compared when the hosts have joined
     if facts["train_samples"] != had and not parts:

@@ -47,11 +47,14 @@ class Pace:
     high: float = -math.inf
     norms: int = 0
     norm: float = 0.0
+    lr: float | None = None
+    """That of the last step."""
 
     def add(self, record: StepRecord) -> None:
         """Add a committed step."""
         self.steps += 1
         self.samples += record.samples
+        self.lr = record.lr
         loss = record.loss
         if math.isfinite(loss):
             self.finite += 1
@@ -70,6 +73,7 @@ class Pace:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.norms += other.norms
         self.norm += other.norm
+        self.lr = other.lr if other.steps else self.lr
 
     def fields(self, step: int, seconds: float, workers: int) -> dict[str, Any]:
         """The fields of the event `progressed` (see `event_schema`)."""
@@ -83,6 +87,7 @@ class Pace:
             "low": _rounded(self.low) if finite else None,
             "high": _rounded(self.high) if finite else None,
             **({"norm": _rounded(self.norm / self.norms)} if self.norms else {}),
+            **({} if self.lr is None or not math.isfinite(self.lr) else {"lr": _rounded(self.lr)}),
             "workers": workers,
         }
 
@@ -98,6 +103,8 @@ class HostTimes:
 
     seconds: float = 0.0
     workers: dict[int, list[float]] = field(default_factory=dict)
+    memory: dict[int, int] = field(default_factory=dict)
+    """Bytes, by worker, as told last."""
     until: str = ""
     """The UTC time at which it ended, which is before that of its writing."""
 
@@ -105,6 +112,7 @@ class HostTimes:
         """Add the interval that follows; it ends now."""
         self.seconds += timed.seconds
         self.until = utc_now()
+        self.memory = {**self.memory, **timed.memory}
         for worker, spent in timed.workers.items():
             row = self.workers.setdefault(worker, [0.0] * len(Seconds.__struct_fields__))
             for index, name in enumerate(Seconds.__struct_fields__):
@@ -114,6 +122,7 @@ class HostTimes:
         """Add the interval that follows."""
         self.seconds += other.seconds
         self.until = other.until
+        self.memory = {**self.memory, **other.memory}
         for worker, spent in other.workers.items():
             row = self.workers.setdefault(worker, [0.0] * len(spent))
             self.workers[worker] = [a + b for a, b in zip(row, spent, strict=True)]
@@ -128,6 +137,7 @@ class HostTimes:
             "host": host,
             "seconds": round(self.seconds, 4),
             "workers": rows,
+            **({"memory": self.memory} if self.memory else {}),
         }
 
 
@@ -141,7 +151,9 @@ def checked_times(fields: Mapping[str, Any]) -> Timed | None:
         getattr(row, name) for row in timed.workers.values() for name in row.__struct_fields__
     ]
     usable = all(math.isfinite(value) and 0 <= value <= 1e9 for value in (*values, timed.seconds))
-    return timed if usable and len(timed.workers) <= MAX_WORKERS and timed.host else None
+    usable &= all(0 <= value < 1 << 60 for value in timed.memory.values())
+    few = max(len(timed.workers), len(timed.memory)) <= MAX_WORKERS
+    return timed if usable and few and timed.host else None
 
 
 class Meter:

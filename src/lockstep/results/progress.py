@@ -1,4 +1,5 @@
-"""Progress: a bar on a terminal, otherwise a line every few seconds, on stderr.
+"""Progress: a bar on a terminal, an output of a notebook's cell, otherwise a line every few seconds
+on stderr.
 
 There are no threads, since the process forks workers, and an error of the stream never stops the
 run. Rich is imported only for a bar.
@@ -16,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, TextIO
+
+from lockstep.results.notebook_display import NotebookDisplay, in_notebook
 
 REDRAW_SECONDS = 0.1
 """The bar is redrawn at most this often."""
@@ -50,7 +53,7 @@ class Display(Protocol):
     seconds: float
     """The shortest time between two calls of `show`."""
 
-    def show(self, step: int, parts: Sequence[str]) -> None:
+    def show(self, step: int, loss: float, parts: Sequence[str]) -> None:
         """Show the state of the run; the most important parts come first."""
 
     def line(self, text: str) -> None:
@@ -132,7 +135,9 @@ class Progress:
         self._line(_clean(text))
 
     def _open(self, stream: TextIO) -> None:
-        if _is_terminal(stream):
+        if self._stream is None and in_notebook():
+            self._display = NotebookDisplay(self._name, self._steps)
+        elif _is_terminal(stream):
             self._display = _Bar(stream, self._name, self._steps)
         else:
             self._display = _Plain(stream, self._name)
@@ -148,7 +153,7 @@ class Progress:
             return
         self._due, self._stale = now + display.seconds, False
         parts = _describe(moment, self._steps, self._seconds_left(moment.step, now))
-        self._guard(lambda: display.show(moment.step, parts))
+        self._guard(lambda: display.show(moment.step, moment.loss, parts))
 
     def _seconds_left(self, step: int, now: float) -> float | None:
         """Estimated from this process's speed: a resumed run has made earlier steps before."""
@@ -175,7 +180,7 @@ class _Plain:
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name = stream, name
 
-    def show(self, step: int, parts: Sequence[str]) -> None:
+    def show(self, step: int, loss: float, parts: Sequence[str]) -> None:
         self.line("  ".join(parts))
 
     def line(self, text: str) -> None:
@@ -213,7 +218,7 @@ class _Bar:
         self._task = self._rich.add_task(name, total=max(steps, 1), text=f"0/{steps:,}")
         self._rich.start()
 
-    def show(self, step: int, parts: Sequence[str]) -> None:
+    def show(self, step: int, loss: float, parts: Sequence[str]) -> None:
         text = _fit(parts, self._rich.console.width - self._taken)
         self._rich.update(self._task, completed=step, text=text, refresh=True)
 

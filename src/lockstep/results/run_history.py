@@ -58,7 +58,9 @@ class RunHistory:
     """Run history: what has happened in a run, as tables and as facts of now."""
 
     progress: Table = field(default_factory=Table)
-    """`[time, step, loss, low, high, samples a second, gradient norm, workers]`"""
+    """`[time, step, loss, low, high, samples a second, gradient norm, workers, learning rate]`"""
+    memory: Table = field(default_factory=Table)
+    """`[time, step, mean, low, high]`: bytes that a worker has of its own, over those that work"""
     evaluations: Table = field(default_factory=Table)
     """`[time, step, metrics]`"""
     marks: Table = field(default_factory=Table)
@@ -79,6 +81,8 @@ class RunHistory:
     began: kind.Began | None = None
     """The master that has led the run last."""
     first: kind.Began | None = None
+    predicted: kind.Predicted | None = None
+    """What the plan predicts for the number of workers that it begins with."""
     ended: kind.Ended | None = None
     finished: kind.Finished | None = None
     paused_at: float | None = None
@@ -101,6 +105,7 @@ class RunHistory:
     _members: dict[str, set[int]] = field(default_factory=dict)
     _hosts: set[str] = field(default_factory=set)
     _told_to: dict[int, float] = field(default_factory=dict)
+    _memory: dict[Lane, int] = field(default_factory=dict)
 
     # Facts of now.
 
@@ -147,7 +152,10 @@ class RunHistory:
                 for worker, row in event.workers.items():
                     lane = self._lane(event.host or self.master, worker)
                     self.times.add(lane, *self._adjoined(lane, _times_row(at, event, row)))
+                self._remember_memory(at, event)
                 return
+            case kind.Predicted():
+                self.predicted = event
             case kind.Evaluated():
                 self.step = max(self.step, event.step)
                 self.evaluations.add(at, event.step, event.metrics)
@@ -209,6 +217,14 @@ class RunHistory:
             case kind.Corrupt():
                 self._mark(at, "corrupt", describe_event(event, self.master), event.step)
 
+    def _remember_memory(self, at: float, event: kind.Timed) -> None:
+        for worker, size in event.memory.items():
+            self._memory[event.host or self.master, worker] = size
+        sizes = [size for lane, size in self._memory.items() if self._state.get(lane) == "working"]
+        if event.memory and sizes:
+            mean = sum(sizes) // len(sizes)
+            self.memory.add(at, self.step, mean, min(sizes), max(sizes))
+
     def _adjoined(self, lane: int, row: list[Any]) -> list[Any]:
         """A row of times, from the end of the one before where it begins just after that."""
         before = self._told_to.get(lane, 0.0)
@@ -223,7 +239,7 @@ class RunHistory:
             self._end(self.now, None)
             self._shift = clock - self._clock - self.now - GAP_SECONDS
         self.first = self.first or event
-        self.began, self.ended, self.target = event, None, None
+        self.began, self.ended, self.target, self.predicted = event, None, None, None
         self.master = event.host or ""
         self._members.clear()
         self._hosts.clear()
@@ -289,7 +305,10 @@ class RunHistory:
 def _progress_row(at: float, event: kind.Progressed) -> list[Any]:
     rate = event.samples / event.seconds if event.seconds > 0 else None
     rate = None if rate is None else round(rate, 2)
-    return [at, event.step, event.loss, event.low, event.high, rate, event.norm, event.workers]
+    return [
+        at, event.step, event.loss, event.low, event.high, rate, event.norm, event.workers,
+        event.lr,
+    ]  # fmt: skip
 
 
 def _times_row(at: float, event: kind.Timed, row: kind.Seconds) -> list[Any]:

@@ -150,7 +150,7 @@ class RunReader:
         for part in curve.bins:
             mean = part.total / part.count
             self.history.progress.add(
-                None, part.last + 1, mean, part.low, part.high, None, None, None
+                None, part.last + 1, mean, part.low, part.high, None, None, None, None
             )
             self.history.step = max(self.history.step, part.last + 1)
         return bool(curve.bins)

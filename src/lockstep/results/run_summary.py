@@ -31,7 +31,7 @@ def summarise(
     """The summary of a run: `folder` is its name, `status` that of its reader."""
     plan, first = mapping(manifest.get("plan")), history.first
     progress = latest(history.progress.rows)
-    last = progress[-1] if progress else [None] * 8
+    last = progress[-1] if progress else [None] * 9
     live = status in LIVE
     lost = [lane for lane, state in history.states_now() if state == "dead"]
     return {
@@ -48,6 +48,7 @@ def summarise(
         "seconds": number(result.get("wall_seconds")) or history.now,
         "loss": last[2],
         "rate": number(result.get("samples_per_second")) or last[5],
+        "predicted": predicted(history),
         "workers": len(history.working) if live else whole(plan.get("workers")),
         "target": history.target or whole(plan.get("workers")) if live else None,
         "dead": [list(lane) for lane in lost],
@@ -63,6 +64,14 @@ def summarise(
         "verified": merge_spans([(each.first, each.last) for each in history.verified]),
         "final_verified": any(each.final for each in history.verified),
     }
+
+
+def predicted(history: RunHistory) -> dict[str, Any] | None:
+    """What the plan predicts of the throughput; None: nothing."""
+    found = history.predicted
+    if found is None or not found.samples_per_second > 0:
+        return None
+    return {"rate": found.samples_per_second, "workers": found.workers, "how": shown(found.how)}
 
 
 def details(manifest: Mapping[str, Any]) -> dict[str, Any]:

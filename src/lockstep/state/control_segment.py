@@ -98,6 +98,7 @@ class ControlShape:
             "names_kept": (np.int32, (self.shards,)),
             "total_norms": (np.float64, (RING,)),
             "times": (np.float64, (RING,)),
+            "learning_rates": (np.float64, (RING,)),
             "snapshot_due": (np.uint8, (RING,)),
             "digests": (np.uint8, (RING * PER_STEP * DIGEST_BYTES,)),
             "fired": (np.uint8, (MAX_FAULTS,)),
@@ -165,6 +166,8 @@ class ControlSegment:
         """By shard: how long the names are that a worker of this host has found; 0: none yet."""
         self.total_norms = arrays["total_norms"]
         self.times = arrays["times"]
+        self.learning_rates = arrays["learning_rates"]
+        """That of the optimizer's first group; not a number: it has none, or shards have theirs."""
         self.snapshot_due = arrays["snapshot_due"]
         """Whether the snapshot is brought up to date after a step. Set by the agent before it
         grants the step, so that all workers agree."""

@@ -42,6 +42,17 @@ def start_time(pid: int) -> int:
         return 0
 
 
+def private_bytes(pid: int) -> int:
+    """How much memory a process has of its own: resident, and neither shared nor of a file. What a
+    fork has not written to since counts, too. 0: there is no such process."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except (OSError, ValueError):
+        return 0
+    return max(resident - shared, 0) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _stat(pid: int) -> list[str]:
     """What the kernel says of a process, from its state on. The name before may be anything."""
     with open(f"/proc/{pid}/stat") as file:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from lockstep.collectives.grad_norm import GradNormClipper
 from lockstep.data.fetching import AbsentSamples, Fetch, make_fetch
 from lockstep.data.loader import Loader
+from lockstep.data.order_rules import OrderRule
 from lockstep.errors import TaskError
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -44,6 +45,8 @@ class Session:
     train: Dataset[Any]
     fetch: Fetch
     """From the training set."""
+    order_rule: OrderRule | None
+    """What decides the training set's order, besides the seed."""
     held_out: Dataset[Any] | None
     generators: OwnGenerators
     """Those of task and model."""
@@ -61,6 +64,7 @@ class Session:
         train: Dataset[Any],
         held_out: Dataset[Any] | None,
         plan: Plan,
+        order_rule: OrderRule | None = None,
         *,
         networked: bool,
     ) -> Session:
@@ -95,6 +99,7 @@ class Session:
             task=task,
             train=train,
             fetch=fetch,
+            order_rule=order_rule,
             held_out=held_out,
             generators=generators,
             shared=shared,
@@ -159,6 +164,7 @@ class WorkerContext:
             spare_cores=machine.cores() - plan.workers * plan.threads,
             last=plan.steps,
             part=plan.part,
+            rule=session.order_rule,
         )
         faults = FaultInjector(plan.faults, worker_id, shared.control)
         rounds: LocalRounds | None = None

@@ -152,7 +152,8 @@ class ForkServer:
         self.loaded = load(source, request, sent)
         facts = json.dumps(self.loaded.facts)
         if self.loaded.ships:
-            sets = write_sets(self.loaded.train, self.loaded.held_out)
+            loaded = self.loaded
+            sets = write_sets(loaded.train, loaded.held_out, loaded.order_rule)
             with contextlib.closing(sets):
                 self.channel.send(TaskLoaded(facts=facts, data_bytes=sets.nbytes), [sets.fd])
         else:
@@ -168,6 +169,7 @@ class ForkServer:
             self.loaded.train,
             self.loaded.held_out,
             request.plan,
+            self.loaded.order_rule,
             networked=request.networked,
         )
         give_back_freed_memory()  # before forks share it

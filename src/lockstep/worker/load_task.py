@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.data.dataset_digest import digest_of, text_digest
-from lockstep.data.dataset_shipping import Sets, read_sets
+from lockstep.data.dataset_shipping import Sets, read_rule, read_sets
 from lockstep.data.fetching import make_fetch
+from lockstep.data.order_rules import OrderRule, rule_of
 from lockstep.data.records import samples_of
 from lockstep.data.user_datasets import build_sets, length_of
 from lockstep.job.code_digest import code_digest
@@ -25,6 +26,7 @@ from lockstep.optim.local_sgd import LocalSGD
 from lockstep.planning.forkserver_messages import LoadTask
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
+from lockstep.worker.compiled_shard import compiler
 from lockstep.worker.model_checks import check_model
 
 
@@ -37,6 +39,8 @@ class Loaded:
     model: nn.Module
     train: Dataset[Any]
     held_out: Dataset[Any] | None
+    order_rule: OrderRule | None
+    """What decides the order of the training set, besides the seed."""
     facts: dict[str, Any]
     """JSON-ready."""
     ships: bool
@@ -66,9 +70,13 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
     model = task.model()
     check_model(model)
     ships = request.networked and data == "ship" and not request.data_bytes
+    rule = read_rule(sent, request.data_bytes) if _has_sets(request) else None
     train, held_out = _sets(own, task, request, sent, alone=ships)
     samples = length_of(train, "train_data")
     loaders = _loader_settings(own, {**recipe, **settings})
+    if json.loads(request.records) is None and not request.data_bytes:
+        shuffle = settings.get("shuffle", recipe.get("shuffle", loaders.get("shuffle", True)))
+        rule = rule_of(task, train, samples, shuffle=shuffle)
     facts = {
         "settings": {**loaders, **recipe},
         "loader_settings": loaders,
@@ -78,11 +86,24 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         "train_samples": samples,
         "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
         "probe": numerics.probe(),
+        "sample_order": "" if rule is None else rule.description,
     }
+    if setting("compile"):
+        facts["compiler"] = compiler()
     if request.networked:  # with local data there is another one on every host
         local = data == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
-    return Loaded(task=task, model=model, train=train, held_out=held_out, facts=facts, ships=ships)
+        if rule is not None and not local:
+            facts["data"] = text_digest(f"{facts['data']} {rule.description}")
+    return Loaded(
+        task=task, model=model, train=train, held_out=held_out, order_rule=rule, facts=facts,
+        ships=ships,
+    )  # fmt: skip
+
+
+def _has_sets(request: LoadTask) -> bool:
+    """Whether another host has sent the data sets."""
+    return bool(request.data_bytes) and json.loads(request.records) is None
 
 
 def _loader_settings(own: Task, settings: Mapping[str, Any]) -> dict[str, Any]:

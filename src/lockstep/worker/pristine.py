@@ -90,8 +90,9 @@ def compute(
     if isinstance(session.task, LocalSGD):
         rounds = LocalRounds(session.task, shared, plan.sampling, plan.clip_grad_norm)
     loader = _Fetching(
-        session.fetch, plan.sampling, loaders=0, spare_cores=0, last=plan.steps, part=plan.part
-    )
+        session.fetch, plan.sampling, loaders=0, spare_cores=0, last=plan.steps, part=plan.part,
+        rule=session.order_rule,
+    )  # fmt: skip
     forward_backward = ForwardBackward(
         session.task, shared, plan.sampling, loader, rounds, session.generators,
         start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16",
@@ -139,8 +140,8 @@ class _Fetching(Loader):
     samples_of: tuple[int, int] | None = None
 
     def get(self, step: int, shard: int) -> Any:
-        samples = self.samples(*(self.samples_of or (step, shard)))
-        return self.fetch(self.sampling.data_epoch(step), samples)
+        work = self.samples_of or (step, shard)
+        return self.fetch(self.sampling.data_epoch(step), self.samples(*work), self.repeats(*work))
 
 
 def digest_parts(

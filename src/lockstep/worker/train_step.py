@@ -8,6 +8,7 @@ or, where some blocks are updated and others not, be undone from the snapshot.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -53,6 +54,7 @@ class TrainStep:
         """Those of this worker."""
         self._sampling, self._loader = context.sampling, context.loader
         self._schedule, self._faults = context.schedule, context.faults or None
+        self._local = context.plan.local_steps > 1
         self._forward_backward = context.forward_backward
         self._norm_clipper, self._audit = context.norm_clipper, context.gradient_audit
         self._worker_id, self._rank = assignment.worker_id, assignment.rank
@@ -139,6 +141,8 @@ class TrainStep:
         reduced = clock()
         # Update: until all workers have updated their blocks, the state is between two steps.
         control.set_updating(self._worker_id, step)
+        if self._rank == 0:
+            control.learning_rates[step % RING] = self._told_rate()
         self.owner.update(step, presence, scale)
         if self.shared.committed:
             self._combine_buffers(step)
@@ -317,6 +321,10 @@ class TrainStep:
                 self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))
         # Nobody sleeps until a step has started, so nobody is woken: the agent looks by itself.
         self.control.set_progress(self._worker_id, progress_of(step + 1, Phase.STARTED))
+
+    def _told_rate(self) -> float:
+        """The learning rate of this step, for the events; with local steps shards have theirs."""
+        return math.nan if self._local else self._schedule.rate
 
     def _fault(self, phase: str, step: int, shard: int | None = None) -> Fault | None:
         """Let a scripted fault strike here; one that flips a bit is returned."""

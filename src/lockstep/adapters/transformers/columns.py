@@ -57,3 +57,25 @@ def taken(sample: Mapping[str, Any], columns: frozenset[str]) -> dict[str, Any]:
             "batched=True), images by with_transform; or give collate= a function of your own",
         )
     return found
+
+
+def lengths_of(data: Any, column: str) -> list[int]:
+    """The lengths of samples: a column of theirs, else how many `input_ids` each has.
+
+    Raises:
+        TaskError: they have neither.
+    """
+    if column in getattr(data, "column_names", ()):
+        return list(data[column])
+    lengths = []
+    for index in range(len(data)):
+        sample = data[index]
+        if column not in sample and "input_ids" not in sample:
+            raise TaskError(
+                "samples are to be grouped by length, and do not say it",
+                expected=f"a column {column}, or input_ids",
+                found=", ".join(map(str, sample)) or "no columns",
+                fix="name the column: length_column_name=; or leave out group_by_length",
+            )
+        lengths.append(int(sample[column]) if column in sample else len(sample["input_ids"]))
+    return lengths

@@ -11,9 +11,10 @@ from lockstep.adapters.common import (
     build_data,
     build_model,
     check_callable,
+    draw_by,
     need,
 )
-from lockstep.adapters.transformers.columns import columns_of, of_transformers, taken
+from lockstep.adapters.transformers.columns import columns_of, lengths_of, of_transformers, taken
 from lockstep.adapters.transformers.hf_datasets import check_table
 from lockstep.adapters.transformers.predictions import answers
 from lockstep.adapters.transformers.token_metrics import (
@@ -48,6 +49,9 @@ def from_transformers(
     from_record: Callable[[Mapping[str, Any]], Any] | None = None,
     predict: Callable[[nn.Module, Any], Sequence[Mapping[str, Any]]] | None = None,
     generate: Mapping[str, Any] | None = None,
+    sample_weights: Any = None,
+    group_by_length: bool = False,
+    length_column_name: str = "length",
 ) -> Task:
     """Task that fine-tunes, or trains from scratch, a transformers model with AdamW.
 
@@ -76,6 +80,12 @@ def from_transformers(
         predict: from `(model, batch)`, a mapping for each sample of the batch; default: labels and
             scores of a classification, texts of a model that generates (see `answers`).
         generate: arguments of `model.generate` for predictions: `{"max_new_tokens": 40}`.
+        sample_weights: one number per sample, by which they are drawn, as `WeightedRandomSampler`
+            takes them; or a function of the data set that returns them.
+        group_by_length: whether samples of about the same length share a batch, as with the
+            Trainer's `group_by_length`, or `train_sampling_strategy="group_by_length"`.
+        length_column_name: the column that has their lengths, if there is one; without it they are
+            those of `input_ids`.
 
     Raises:
         JobError: transformers is not installed, or an argument is of the wrong kind.
@@ -113,7 +123,9 @@ def from_transformers(
     task = TransformersTask(model, dataset, eval_dataset, collator, loss, lr, weight_decay)
     task.warmup_steps, task.decay_steps = warmup_steps, decay_steps
     task.generate = dict(generate or {})
+    task.length_column = length_column_name if group_by_length else None
     answer_by(task, from_record, predict)
+    draw_by(task, sample_weights)
     return task
 
 
@@ -164,6 +176,8 @@ class TransformersTask(Task):
 
     warmup_steps: int = 0
     decay_steps: int | None = None
+    length_column: str | None = None
+    """Where samples are grouped by length: the column that may have it."""
     generate: Mapping[str, Any]
     """Arguments of `model.generate` for predictions."""
 
@@ -195,6 +209,9 @@ class TransformersTask(Task):
     def train_data(self) -> Dataset[Any]:
         data: Dataset[Any] = build_data(self._dataset)
         return data
+
+    def sample_lengths(self, data: Any) -> Sequence[float] | torch.Tensor | None:
+        return None if self.length_column is None else lengths_of(data, self.length_column)
 
     def eval_data(self) -> Dataset[Any] | None:
         data: Dataset[Any] | None = build_data(self._eval_dataset)

@@ -45,6 +45,7 @@ export class Chart {
     this.marks = [];
     this.weight = 0;
     this.log = false;
+    this.level = null;
     this.value = el("span", { class: "soft" });
     this.hover = el("div", { class: "hover", hidden: true });
     this.plot = el("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": title,
@@ -68,6 +69,13 @@ export class Chart {
   options(weight, log) {
     if (weight === this.weight && log === this.log) return;
     Object.assign(this, { weight, log });
+    this.rebuild();
+  }
+
+  // A level to compare the curve with: {value, label, colour}, or null.
+  compare(level) {
+    if (JSON.stringify(level) === JSON.stringify(this.level)) return;
+    this.level = level;
     this.rebuild();
   }
 
@@ -110,12 +118,14 @@ export class Chart {
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false },
         bind: { dblclick: (u) => () => { u.setData(this.data()); } } },
       scales: { x: { time: false, range: (u, low, high) => [low, high > low ? high : low + 1] },
-        y: { distr: this.log ? 3 : 1 } },
+        y: this.level ? { range: (u, low, high) => uPlot.rangeNum(
+          Math.min(low ?? this.level.value, this.level.value), Math.max(high ?? this.level.value, this.level.value), 0.1, true) }
+          : { distr: this.log ? 3 : 1 } },
       axes: [{ ...axis, grid: { show: false }, size: 26, values: (u, ticks) => ticks.map(figure) },
         { ...axis, size: 56, values: (u, ticks) => ticks.map((t) => (t === null ? "" : figure(t))) }],
       series,
       bands: banded ? [{ series: [first + 1, first], fill: () => `${colour(this.lines[0].colour)}26` }] : [],
-      hooks: { draw: [(u) => this.drawMarks(u)], setCursor: [(u) => this.follow(u)] },
+      hooks: { draw: [(u) => this.drawLevel(u), (u) => this.drawMarks(u)], setCursor: [(u) => this.follow(u)] },
     }, this.data(), this.plot);
     this.chart.over.addEventListener("pointerleave", () => this.hide());
   }
@@ -123,6 +133,21 @@ export class Chart {
   resize() {
     if (!this.chart) this.rebuild();
     else if (this.chart.width !== this.width()) this.chart.setSize({ width: this.width(), height: HEIGHT[this.size] });
+  }
+
+  drawLevel(u) {
+    if (!this.level) return;
+    const { ctx } = u;
+    const y = u.valToPos(this.level.value, "y", true);
+    ctx.save();
+    ctx.strokeStyle = ctx.fillStyle = colour(this.level.colour);
+    ctx.lineWidth = 1.4 * devicePixelRatio;
+    ctx.setLineDash([6 * devicePixelRatio, 4 * devicePixelRatio]);
+    ctx.beginPath();
+    ctx.moveTo(u.bbox.left, y);
+    ctx.lineTo(u.bbox.left + u.bbox.width, y);
+    ctx.stroke();
+    ctx.restore();
   }
 
   drawMarks(u) {
@@ -163,6 +188,7 @@ export class Chart {
     });
     const [low, high] = this.bands();
     if (low && low[idx] !== null) rows.push(el("span", { class: "soft" }, `from ${figure(low[idx])} to ${figure(high[idx])}`));
+    if (this.level) rows.push(el("span", { class: "soft" }, `${figure(this.level.value)}${this.unit} ${this.level.label}`));
     const near = this.marks.filter(([, step, kind]) => MARKS[kind] && Math.abs(u.valToPos(step, "x") - left) < NEAR);
     for (const [, , kind, text] of near.slice(0, 4)) {
       rows.push(el("span", {}, el("i", { class: `mark ${MARKS[kind][0]}` }, MARKS[kind][1]), text));

@@ -40,7 +40,7 @@ export async function runPage(main, name) {
 class RunPage {
   constructor(main, name) {
     Object.assign(this, { main, name, facts: {} });
-    this.rows = { progress: [], evaluations: [], marks: [], lanes: [], times: [], states: [], bands: [], events: [] };
+    this.rows = { progress: [], evaluations: [], marks: [], lanes: [], times: [], states: [], bands: [], events: [], memory: [] };
     this.liveProgress = [];
     this.metrics = new Map();
     this.head = el("header", {});
@@ -54,6 +54,8 @@ class RunPage {
     this.loss = new Chart("Training loss", { size: "large", lines: [{ label: "loss", colour: "line" }] });
     this.speed = new Chart("Throughput", { lines: [{ label: "throughput", colour: "compute" }], unit: " samples/s" });
     this.norm = new Chart("Gradient norm", { lines: [{ label: "norm", colour: "update" }] });
+    this.rate = new Chart("Learning rate", { lines: [{ label: "learning rate", colour: "wait" }] });
+    this.memory = new Chart("Memory of a worker", { lines: [{ label: "mean", colour: "data" }], unit: " MB" });
     this.charts = el("div", { class: "grid" });
     this.timeline = new Timeline();
     this.ledger = el("div", {});
@@ -124,7 +126,7 @@ class RunPage {
       + (left ? `, about ${clock(left)} left` : "") + (facts.why ? `. ${facts.why}` : ""));
     const tiles = [
       ...facts.metrics.map(([name, value, baseline]) => [name.replaceAll("_", " "), figure(value), name === "train_loss" ? "last step" : baseline === null ? "held-out" : `baseline ${figure(baseline)}`]),
-      ["samples/s", rate(facts.rate), ""],
+      ["samples/s", rate(facts.rate), facts.predicted ? `predicted ${rate(facts.predicted.rate)} for ${count(facts.predicted.workers, "worker")}` : ""],
       ["workers", live ? `${facts.workers}${facts.target !== facts.workers ? ` of ${facts.target}` : ""}` : figure(facts.workers),
         facts.hosts.length > 1 ? count(facts.hosts.length, "host") : facts.shards ? `${facts.shards} shards` : ""],
       ["recoveries", figure(facts.recoveries), ""],
@@ -167,17 +169,28 @@ class RunPage {
       }
       this.metrics.get(name).set(evaluations.map((row) => row[1]), [evaluations.map((row) => row[2][name] ?? null)], marks);
     }
-    for (const [chart, index] of [[this.speed, 5], [this.norm, 6]]) {
+    const { predicted } = this.facts;
+    this.speed.compare(predicted && { value: predicted.rate, label: `predicted by ${predicted.how}`, colour: "soft" });
+    for (const [chart, index] of [[this.speed, 5], [this.norm, 6], [this.rate, 8]]) {
       const values = column(index);
       if (values.every((value) => value === null)) continue;
       if (!chart.node.isConnected) this.charts.append(chart.node);
       chart.set(steps, [values], marks);
     }
+    const memory = latest(this.rows.memory);
+    if (memory.length > 1) {
+      if (!this.memory.node.isConnected) this.charts.append(this.memory.node);
+      const megabytes = (index) => memory.map((row) => row[index] / 1e6);
+      this.memory.set(memory.map((row) => row[1]), [megabytes(2), megabytes(3), megabytes(4)], marks);
+    }
   }
 
   options() {
     const weight = Number(this.smoothing.value);
-    for (const chart of [this.loss, this.speed, this.norm, ...this.metrics.values()]) chart.options(weight, this.log.checked && chart !== this.speed);
+    const linear = [this.speed, this.memory];
+    for (const chart of [this.loss, this.norm, this.rate, ...linear, ...this.metrics.values()]) {
+      chart.options(weight, this.log.checked && !linear.includes(chart));
+    }
   }
 
   showTimeline(message) {
