@@ -77,7 +77,11 @@ def run(
         with RunFolder.create(hosts.job.out, hosts.job.run_name or request.source.label) as folder:
             folder.write_manifest(
                 make_manifest(
-                    request.source, hosts.job, plan, ready.memory.profile, hosts.host.facts
+                    request.source,
+                    hosts.job,
+                    plan.with_cuts(ready.memory.cuts),
+                    ready.memory.profile,
+                    hosts.host.facts,
                 )
             )
             with _training(
@@ -161,7 +165,10 @@ def plan(
     request = RunRequest.of(task, args, settings)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, None) as hosts:
-        return _decompose(hosts, quiet=quiet)
+        found = _decompose(hosts, quiet=quiet)
+        if found.slices == 1:
+            return found
+        return found.with_cuts(hosts.initialise(found).memory.cuts)
 
 
 def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:

@@ -14,7 +14,7 @@ import lockstep
 from lockstep.cli import cluster_commands as commands
 from lockstep.cli import run_folder_commands, watch_commands
 from lockstep.cli.job_options import given, takes_settings
-from lockstep.cli.output import show_result
+from lockstep.cli.output import show_cuts, show_result
 from lockstep.cli.rank_command import rank, read_job
 from lockstep.cli.shared_options import WITH_ARGS, Json, On, Quiet, launcher_of
 from lockstep.cli.task_help import CommandOfTask
@@ -35,7 +35,7 @@ app.add_typer(data_app, name="data")
 INTERRUPTED = 130
 SHOWN_IF_SET = {
     "groups", "servers", "faults", "holdings", "part", "monitor", "stop_patience", "stop_min_delta",
-    "sample_order", "predicted_rate", "predicted_by",
+    "slice_plan", "sample_order", "predicted_rate", "predicted_by",
 }  # fmt: skip
 """Fields of a plan that most jobs leave empty."""
 JobArgument = Annotated[
@@ -102,7 +102,7 @@ def plan(
     if as_json:
         print(json.dumps(message))
         return
-    reasons = message.pop("reasons")
+    reasons, cuts = message.pop("reasons"), message.pop("cuts")
     if found.monitor is None:
         del message["monitor_mode"]
     for name, value in message.items():
@@ -111,6 +111,8 @@ def plan(
     print("\nbecause")
     for reason in reasons:
         print(f"  {reason}")
+    if cuts:
+        show_cuts(cuts)
 
 
 @app.command()

@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import ResourceError
 
@@ -70,3 +70,16 @@ def show_notes(notes: Iterable[str]) -> None:
     """Print what is worth knowing about a result, on stderr."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def show_cuts(cuts: Sequence[Mapping[str, Any]]) -> None:
+    """Print what becomes of each module with matrices, as a table."""
+    rows = [("module", "cut", "pieces", "reason")]
+    for cut in cuts:
+        pieces = " ".join(map(str, cut["pieces"]))
+        rows.append((cut["module"] or "(model)", cut["cut"] or "-", pieces, cut["reason"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print("\nmatrices")
+    for row in rows:
+        columns = "  ".join(f"{row[at]:<{width}}" for at, width in enumerate(widths))
+        print(f"  {columns}  {row[3]}".rstrip())

@@ -113,6 +113,24 @@ class Job:
         "thread per worker. See [architecture.md](architecture.md#traced-shards).",
         changes_numbers=True,
     )
+    slices: int = setting(
+        1,
+        help="Fixed slices of each matrix, each a parameter of its own.",
+        detail="The loss differs from that of 1 within rounding. See [slices.md](slices.md).",
+        least=1,
+        most=1024,
+        changes_numbers=True,
+    )
+    slice_plan: Mapping[str, str] | None = setting(
+        None,
+        help="With `slices`: which matrices are cut and how, in the words of transformers.",
+        detail="A mapping such as `{layers.*.mlp.up_proj: colwise, layers.*.mlp.down_proj: "
+        "rowwise}`; nothing else is cut then.",
+        expected="a mapping of modules' names to colwise, rowwise or heads",
+        options=None,
+        unset="by the model's structure",
+        changes_numbers=True,
+    )
     eval_batch_size: int | None = setting(
         None,
         help="Samples per held-out batch; the last bits of the metrics depend on it.",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.errors import JobError
+from lockstep.job.slice_words import check_slices
 
 Settings = Mapping[str, Any]
 """By name."""
@@ -23,6 +24,7 @@ def check_together(job: Settings, defaults: Settings) -> None:
     _check_shards(job)
     _check_monitor(job, defaults)
     _check_name(job)
+    check_slices(job["slices"], job["slice_plan"], job["local_steps"])
 
 
 def _check_compression(job: Settings) -> None:

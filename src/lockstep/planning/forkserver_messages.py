@@ -129,6 +129,8 @@ class StateReady(Message):
     """The numerics that workers compute with."""
     scheduler_metric: str
     """The held-out metric that the task's schedule waits for; "": it does not wait."""
+    cuts: JsonText
+    """What became of each module with matrices, where they are cut into slices."""
 
 
 class WorkerForked(Message):

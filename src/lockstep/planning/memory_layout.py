@@ -41,6 +41,24 @@ class Entry:
     nbytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Part of an entry: some of its elements along one dimension."""
+
+    entry: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedTensor:
+    """A tensor of the module's state dict that lies in slices: the pieces, one after the other."""
+
+    key: str
+    dim: int
+    pieces: tuple[Piece, ...]
+
+
 class Allocator:
     """Hands out aligned byte offsets."""
 
@@ -64,6 +82,8 @@ class Layout:
     slots_bytes: int
     exported: tuple[tuple[str, str], ...]
     """The module's state dict: `(key, entry)`; tied tensors appear under each of their keys."""
+    joined: tuple[JoinedTensor, ...] = ()
+    """The rest of the state dict, where matrices are cut into slices."""
 
     def entry(self, name: str) -> Entry:
         """The tensor of this name."""
@@ -122,4 +142,12 @@ class Layout:
             state_bytes=message["state_bytes"],
             slots_bytes=message["slots_bytes"],
             exported=tuple((key, entry) for key, entry in message["exported"]),
+            joined=tuple(
+                JoinedTensor(
+                    key=each["key"],
+                    dim=each["dim"],
+                    pieces=tuple(Piece(**piece) for piece in each["pieces"]),
+                )
+                for each in message.get("joined", ())
+            ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,10 @@ class Plan:
     stop_min_delta: float = 0.0
     trace: str = "auto"
     compile: bool = False
+    slices: int = 1
+    slice_plan: Mapping[str, str] | None = None
+    cuts: tuple[Mapping[str, Any], ...] = ()
+    """What becomes of each module with matrices: known when the model has been cut."""
     sample_order: str = ""
     """What decides the order of the training data besides the seed, with its digest; "": nothing.
     """
@@ -147,6 +151,16 @@ class Plan:
             predicted_rate=self.predicted_rate if same else None,
         )  # fmt: skip
 
+    def with_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> Plan:
+        """The same plan, with what has become of the model's matrices."""
+        whole = sum(cut["elements"] for cut in cuts)
+        sliced = sum(cut["elements"] for cut in cuts if cut["cut"])
+        reasons = self.reasons
+        if cuts:
+            kept = f"{sliced:,} of {whole:,} elements of matrices are in {self.slices} slices"
+            reasons = (*reasons, kept)
+        return dataclasses.replace(self, cuts=tuple(cuts), reasons=reasons)
+
     def for_host(self, name: str, workers: int) -> Plan:
         """One host's part: its number of workers, and no faults that are for other hosts."""
         faults = tuple(
@@ -167,7 +181,8 @@ class Plan:
 
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Plan:
-        tuples = {name: tuple(message[name]) for name in ("reasons", "faults", "servers")}
+        names = [name for name in ("reasons", "faults", "servers", "cuts") if name in message]
+        tuples = {name: tuple(message[name]) for name in names}
         holdings = from_message(message.get("holdings", ()))
         fields = {"max_workers" if name == "seats" else name: message[name] for name in message}
         return Plan(**{**fields, **tuples, "holdings": holdings})
@@ -273,6 +288,8 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stop_min_delta=job.stop_min_delta,
         trace=job.trace,
         compile=job.compile,
+        slices=job.slices,
+        slice_plan=job.slice_plan,
         sample_order=facts.sample_order,
         memory_format=job.memory_format,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 from blake3 import blake3
 
 from lockstep.errors import IntegrityError, ResourceError
-from lockstep.planning.memory_layout import Entry, Layout
-from lockstep.state.fingerprint import entry_array, fingerprint, tensor_digests
+from lockstep.planning.memory_layout import Layout
+from lockstep.state.exported_tensors import ExportedTensor, entry_tensor, exported_tensors
+from lockstep.state.fingerprint import fingerprint, tensor_digests
 from lockstep.system.json_files import file_digest, write_json
 from lockstep.system.shared_memory import Segment
 
@@ -27,21 +27,19 @@ MODEL, REST, MANIFEST = "model.safetensors", "state.safetensors", "manifest.json
 
 def write_model(path: Path, layout: Layout, state: bytes | memoryview) -> None:
     """Write the module's state dict; `safetensors.torch.load_file` and the module read it."""
-    by_name = {entry.name: entry for entry in layout.entries}
-    _write_tensors(path, [(key, by_name[name]) for key, name in layout.exported], state)
+    _write_tensors(path, list(exported_tensors(layout, memoryview(state))))
 
 
-def _write_tensors(path: Path, named: list[tuple[str, Entry]], state: bytes | memoryview) -> None:
-    view = memoryview(state)
-    arrays = {key: np.ascontiguousarray(entry_array(entry, view)) for key, entry in named}
+def _write_tensors(path: Path, named: list[ExportedTensor]) -> None:
+    arrays = {each.key: each.read() for each in named}
     tensors = {
-        key: safetensors.TensorSpec(
-            dtype=entry.dtype,
-            shape=list(entry.shape),
-            data_ptr=arrays[key].ctypes.data,
-            data_len=entry.nbytes,
+        each.key: safetensors.TensorSpec(
+            dtype=each.dtype,
+            shape=list(each.shape),
+            data_ptr=arrays[each.key].ctypes.data,
+            data_len=arrays[each.key].nbytes,
         )
-        for key, entry in named
+        for each in named
     }
     try:
         safetensors.serialize_file(tensors, str(path), metadata={"format": "pt"})
@@ -72,10 +70,8 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone stays so
         partial.mkdir()
-        exported = {name for _, name in layout.exported}
-        rest = [(e.name, e) for e in layout.entries if e.name not in exported]
         write_model(partial / MODEL, layout, state)
-        _write_tensors(partial / REST, rest, state)
+        _write_tensors(partial / REST, _rest(layout, memoryview(state)))
         digests = tensor_digests(layout, state)
         manifest = {
             "step": step,
@@ -101,6 +97,13 @@ def write_checkpoint(
             fix="free disk space or choose another run folder; earlier checkpoints are kept",
         ) from error
     return final
+
+
+def _rest(layout: Layout, state: memoryview) -> list[ExportedTensor]:
+    """What the state dict does not have, each entry under its own name."""
+    exported = {name for each in exported_tensors(layout, state) for name in each.entries}
+    rest = [entry for entry in layout.entries if entry.name not in exported]
+    return [entry_tensor(entry.name, entry, state) for entry in rest]
 
 
 def _is_good(path: Path, digest: str) -> bool:
@@ -179,11 +182,8 @@ class Checkpoint:
             IntegrityError: they are not those of the task's model and optimizer, and nothing was
                 written; or the state does not have the recorded digests afterwards.
         """
-        fitting = self._fitting(layout)
-        view = memoryview(state.map)
-        for entry, tensor in fitting:
-            array = entry_array(entry, view)
-            array[...] = np.frombuffer(tensor["data"], array.dtype).reshape(entry.shape)
+        for place, data in self._fitting(layout, memoryview(state.map)):
+            place.write(data)
         found = tensor_digests(layout, state)
         wrong = [n for n, d in self.manifest["tensors"].items() if found.get(n) != d]
         if wrong:
@@ -193,22 +193,26 @@ class Checkpoint:
                 found=f"others for {', '.join(wrong[:5])}",
             )
 
-    def _fitting(self, layout: Layout) -> list[tuple[Entry, dict[str, Any]]]:
-        """Each tensor with its entry; the tensors are those of the layout, no more and no fewer."""
-        by_name = {entry.name: entry for entry in layout.entries}
-        names = dict(layout.exported)
+    def _fitting(self, layout: Layout, state: memoryview) -> list[tuple[ExportedTensor, bytes]]:
+        """The bytes of each tensor with where they go; the tensors are those of the layout, no more
+        and no fewer."""
+        places = {
+            MODEL: {each.key: each for each in exported_tensors(layout, state)},
+            REST: {each.key: each for each in _rest(layout, state)},
+        }
         found = []
         for file in (MODEL, REST):
             for key, tensor in _read_tensors(self.path / file):
-                entry = by_name.get(names.get(key, key) if file == MODEL else key)
-                if entry is None or list(entry.shape) != tensor["shape"]:
+                place = places[file].get(key)
+                if place is None or list(place.shape) != tensor["shape"]:
                     raise self._unfit(
                         key,
-                        expected=f"shape {list(entry.shape)}" if entry else "no such tensor",
+                        expected=f"shape {list(place.shape)}" if place else "no such tensor",
                         found=f"shape {tensor['shape']}",
                     )
-                found.append((entry, tensor))
-        missing = by_name.keys() - self.manifest["tensors"].keys()
+                found.append((place, tensor["data"]))
+        names = {entry.name for entry in layout.entries}
+        missing = names - self.manifest["tensors"].keys()
         if missing:
             raise self._unfit(min(missing), expected="it among the tensors", found="no such tensor")
         return found

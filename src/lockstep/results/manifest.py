@@ -22,6 +22,7 @@ from lockstep.system.json_files import plain
 LATER = {
     "shuffle": True, "drop_last": False, "compile": False, "memory_format": "contiguous",
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
+    "slices": 1, "slice_plan": None,
     "sample_order": "",
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they

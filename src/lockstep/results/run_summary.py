@@ -82,7 +82,7 @@ def details(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "changed": changed,
         "same": same,
-        "plan": [[shown(key), shown(plan[key])] for key in plan if key != "reasons"],
+        "plan": [[shown(key), shown(plan[key])] for key in plan if key not in ("reasons", "cuts")],
         "reasons": [shown(each) for each in reasons] if isinstance(reasons, list) else [],
         "machine": [
             [shown(key), shown(value)]

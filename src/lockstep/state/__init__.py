@@ -17,6 +17,7 @@ state_form          how what an undivided optimizer remembers is made of tensors
 embedding_tables    large embedding tables: which, and a shard's touched rows in a slot
 gradient_codecs     codecs that compress a gradient for a slow link
 buffer_rules        how what shards left in a buffer becomes one value: declared, or known
+exported_tensors    the plain module's state dict, joined from slices where there are some
 module_state        buffers and training modes, which a forward pass may change
 fingerprint         digests of tensors and of the whole state
 fault_injection     scripted faults, for tests: a worker harms itself at a step and phase

@@ -12,7 +12,7 @@ from torch import nn
 
 from lockstep.planning.blocks import Block
 from lockstep.planning.byte_ranges import ByteRange
-from lockstep.planning.memory_layout import Allocator, Entry, Kind, Layout
+from lockstep.planning.memory_layout import Allocator, Entry, JoinedTensor, Kind, Layout
 from lockstep.state.buffer_rules import BufferRule
 from lockstep.state.embedding_tables import Table
 from lockstep.state.gradient_codecs import Codec
@@ -51,6 +51,8 @@ class StateContents:
     """Of shards: those whose gradients are made small together."""
     codec: Codec | None
     """What makes them small."""
+    joined: tuple[JoinedTensor, ...] = ()
+    """What of the plain state dict lies in slices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,8 @@ def allocate(contents: StateContents) -> Allocation:
         trainable=tuple(name for name, _ in contents.trainable),
         state_bytes=space.used,
         slots_bytes=slot.used,
-        exported=_exported(contents.model, [*named, *contents.buffers]),
+        exported=_exported(contents, [*named, *contents.buffers]),
+        joined=contents.joined,
     )
     return Allocation(layout=layout, grads=grads, packed=packed, kept=kept, local=local)
 
@@ -181,13 +184,14 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _exported(
-    model: nn.Module, tensors: list[tuple[str, torch.Tensor]]
+    contents: StateContents, tensors: list[tuple[str, torch.Tensor]]
 ) -> tuple[tuple[str, str], ...]:
-    """Which entry each key of the model's state dict stands for."""
-    names = {id(tensor): name for name, tensor in tensors}
+    """Which entry each key of the model's state dict stands for, slices left out."""
+    sliced = {piece.entry for joined in contents.joined for piece in joined.pieces}
+    names = {id(tensor): name for name, tensor in tensors if name not in sliced}
     return tuple(
         (key, names[id(value)])
-        for key, value in model.state_dict(keep_vars=True).items()
+        for key, value in contents.model.state_dict(keep_vars=True).items()
         if id(value) in names
     )
 

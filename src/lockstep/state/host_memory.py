@@ -38,6 +38,8 @@ class HostMemory:
     snapshot: Snapshot
     scheduler_metric: str
     """The held-out metric that the task's schedule waits for; "": it does not wait."""
+    cuts: tuple[Mapping[str, Any], ...] = ()
+    """What became of each module with matrices, where they are cut into slices."""
 
     @staticmethod
     def of(plan: Plan, ready: StateReady, fds: Sequence[int]) -> HostMemory:
@@ -56,6 +58,7 @@ class HostMemory:
             control=control,
             snapshot=Snapshot(control, state, copy),
             scheduler_metric=ready.scheduler_metric,
+            cuts=tuple(json.loads(ready.cuts)),
         )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +95,8 @@ class SharedState:
     """What makes gradients small between hosts."""
     packed_offsets: list[int]
     """Bytes: where each block lies in a slot when it is made small."""
+    cuts: tuple[Mapping[str, Any], ...] = ()
+    """What became of each module with matrices, where they are cut into slices."""
 
     def view(self, name: str) -> torch.Tensor:
         """The state segment's tensor of this name."""

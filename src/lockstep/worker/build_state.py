@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from lockstep.optim.known_optimizers import (
 )
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.optim.probes import Kind, check_independent, may_cut, may_step_rows
+from lockstep.optim.sliced_parameters import NOTHING_SLICED, slice_parameters
 from lockstep.optim.undivided_trial import try_undivided
 from lockstep.planning.blocks import Block, cut_blocks
 from lockstep.planning.memory_layout import Layout
@@ -49,11 +50,13 @@ def build(
     compression: str = "none",
     groups: int = 0,
     ownership: str = "replicated",
+    slices: int = 1,
+    slice_plan: Mapping[str, str] | None = None,
 ) -> SharedState:
     """Move the model into shared memory and lay out everything that its training needs.
 
     `networked`: other hosts may take part. `groups`: how many there are, where gradients are made
-    small. `ownership`: as in the job.
+    small. `ownership`, `slices`, `slice_plan`: as in the job.
 
     Raises:
         TaskError, OptimizerError: the model or the optimizer cannot be used.
@@ -61,6 +64,10 @@ def build(
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = _optimizer_of(task, trainable)
+    sliced = NOTHING_SLICED
+    if slices > 1:
+        sliced = slice_parameters(task, model, optimizer, slices, slice_plan)
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
     sparse = [trainable[index][0] for index, table in tables.items() if table.sparse]
@@ -109,9 +116,10 @@ def build(
         local_keys=_local_keys(task, trainable),
         groups=groups,
         codec=codec,
+        joined=sliced.joined,
     )
     return _allocate(
-        contents, allocate(contents), optimizer, param_groups,
+        contents, allocate(contents), optimizer, param_groups, sliced.cuts,
         max_workers=max_workers, clip=clip, networked=networked,
     )  # fmt: skip
 
@@ -252,6 +260,7 @@ def _allocate(
     allocation: Allocation,
     optimizer: torch.optim.Optimizer,
     param_groups: list[int | None],
+    cuts: tuple[Mapping[str, Any], ...],
     *,
     max_workers: int,
     clip: bool,
@@ -301,6 +310,7 @@ def _allocate(
         grad_offsets=allocation.grads,
         codec=contents.codec,
         packed_offsets=allocation.packed,
+        cuts=cuts,
     )
     with torch.no_grad():
         for number, start in enumerate(starts):

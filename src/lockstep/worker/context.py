@@ -91,6 +91,8 @@ class Session:
             compression=plan.compression,
             groups=plan.groups,
             ownership=plan.ownership,
+            slices=plan.slices,
+            slice_plan=plan.slice_plan,
         )
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(

@@ -181,6 +181,7 @@ class ForkServer:
             segment_bytes=tuple(segment.nbytes for segment in segments),
             profile=json.dumps(self.session.profile()),
             scheduler_metric=self.session.schedule.metric,
+            cuts=json.dumps(shared.cuts),
         )
         self.channel.send(message, [segment.fd for segment in segments])
 

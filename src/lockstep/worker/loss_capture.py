@@ -24,6 +24,7 @@ from torch import nn
 from lockstep.job.task import Task
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.planning.plan import Plan
+from lockstep.slices.slicing import draws_by_slice
 from lockstep.state.shared_state import SharedState
 
 _NAMES = itertools.count()
@@ -166,6 +167,8 @@ def obstacle(task: Task, shared: SharedState, plan: Plan) -> str:
         return "large embeddings have gradients of their own form"
     if type(task).set_position is not Task.set_position:
         return "the task looks at its position"
+    if shared.cuts and draws_by_slice(shared.model):
+        return "slices draw random numbers of their own"
     return ""
 
 
