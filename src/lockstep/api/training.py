@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.api.core_trials import decompose_by_trial
+from lockstep.api.planner import MEASURED, Decision, decide_alone
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import OpenHosts, ReadyHosts, open_hosts
@@ -18,7 +18,7 @@ from lockstep.errors import DataLostError, LockstepError, StoppedError, TaskErro
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest, Taskish
 from lockstep.job.task import Task
-from lockstep.planning.core_split import Facts, divisions
+from lockstep.planning.core_split import Facts
 from lockstep.planning.host_split import computing, decompose_over_hosts
 from lockstep.planning.plan import Plan
 from lockstep.results.callbacks import Callback, check_callbacks
@@ -68,7 +68,8 @@ def run(
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, on) as hosts:
         check_loggers(hosts.job.log)  # a recipe may name some, too
-        plan = _decompose(hosts, quiet=quiet)  # 1 decompose
+        decision = _decompose(hosts, quiet=quiet)  # 1 decompose
+        plan = decision.plan
         if plan.compile:
             announce("compiling the loss and its gradient", quiet=quiet)
         announce(f"starting {plan.division}", quiet=quiet)
@@ -161,10 +162,12 @@ def plan(
     request = RunRequest.of(task, args, settings)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, None) as hosts:
-        return _decompose(hosts, quiet=quiet)
+        return _decompose(hosts, quiet=quiet).plan
 
 
-def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
+def _decompose(
+    hosts: OpenHosts, *, quiet: bool, measure: int = MEASURED, all_sizes: bool = False
+) -> Decision:
     """Stage 1, over the hosts that there are."""
     loaded = hosts.host.facts
     facts = Facts(
@@ -174,12 +177,12 @@ def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
         loader_settings=loaded["loader_settings"],
     )
     if hosts.networked:
-        return decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
-    candidates = divisions(hosts.job, facts)
-    if len(candidates) > 1:
-        counts = " and ".join(str(each.workers) for each in reversed(candidates))
-        announce(f"timing {counts} workers", quiet=quiet)
-    return decompose_by_trial(hosts.job, facts, candidates, hosts.host)
+        plan = decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
+        return Decision(plan=plan)
+    return decide_alone(
+        hosts.job, facts, hosts.host, measure=measure, all_sizes=all_sizes,
+        say=lambda what: announce(what, quiet=quiet),
+    )  # fmt: skip
 
 
 def _check(ready: ReadyHosts, plan: Plan) -> None:

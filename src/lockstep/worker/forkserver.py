@@ -29,7 +29,9 @@ from lockstep.planning.forkserver_messages import (
     ChildExited,
     CloneServer,
     ForkWorker,
+    JobMeasured,
     LoadTask,
+    MeasureJob,
     Preload,
     Preloaded,
     PurityChecked,
@@ -111,6 +113,8 @@ class ForkServer:
                 self.fork_worker(request.worker_id)
             case CheckPurity():
                 self.check_purity()
+            case MeasureJob():
+                self.measure_job(request)
             case CloneServer():
                 return self.clone(request, fds)
         return False
@@ -226,6 +230,14 @@ class ForkServer:
         assert self.session is not None
         PurityCheck(self.session, self.fork_pristine, self.channel.fileno()).run()
         self.channel.send(PurityChecked())
+
+    def measure_job(self, request: MeasureJob) -> None:
+        """Have forks compute shards and steps, and tell what these take."""
+        from lockstep.worker.measuring_forks import MeasuringForks
+
+        assert self.session is not None
+        forks = MeasuringForks(self.session, request, self.channel.fileno(), self._channels())
+        self.channel.send(JobMeasured(found=forks.run()))
 
     def compute_again(self, fd: int) -> None:
         """Fork a process that computes what a worker asks for, or let go of one that has ended."""

@@ -78,11 +78,19 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         "train_samples": samples,
         "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
         "probe": numerics.probe(),
+        "parameters": _shapes_digest(model),
     }
     if request.networked:  # with local data there is another one on every host
         local = data == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)
     return Loaded(task=task, model=model, train=train, held_out=held_out, facts=facts, ships=ships)
+
+
+def _shapes_digest(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of a model's parameters and buffers."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    forms = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors]
+    return text_digest(repr(forms))
 
 
 def _loader_settings(own: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
