@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lockstep.agent.local_host import LocalHost
 from lockstep.api.core_trials import time_step
@@ -44,6 +45,26 @@ class Decision:
     chosen: Ranked | None = None
     planning_seconds: float = 0.0
 
+    def event(self) -> dict[str, Any]:
+        """The fields of the event `plan`; empty where nothing was predicted."""
+        if self.chosen is None:
+            return {}
+        prediction = self.chosen.prediction
+        return {
+            "chosen": str(prediction.candidate),
+            "workers": prediction.candidate.total,
+            "considered": len(self.ranked),
+            "predicted": _rounded(prediction.seconds),
+            "parts": {name: _rounded(value) for name, value in vars(prediction.parts).items()},
+            "measured": None if self.chosen.measured is None else _rounded(self.chosen.measured),
+            "memory": dict(prediction.memory),
+            "planning": round(self.planning_seconds, 3),
+        }
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
 
 def decide_alone(
     job: Job,
@@ -52,6 +73,7 @@ def decide_alone(
     *,
     measure: int = MEASURED,
     all_sizes: bool = False,
+    force: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> Decision:
     """Stage 1 on this host alone.
@@ -62,6 +84,7 @@ def decide_alone(
         host: which has loaded the task.
         measure: how many of the best are timed.
         all_sizes: whether the profile is wanted for other sizes of shards, too.
+        force: whether it is measured though there is nothing to choose.
         say: told what is being done.
 
     Raises:
@@ -72,7 +95,7 @@ def decide_alone(
     found = divisions(job, facts)
     most = found[0]
     decided = decompose(job, facts, most)  # what is wrong with the job shows first
-    if len(found) == 1 and not all_sizes:
+    if len(found) == 1 and not (all_sizes or force):
         profile = read_profile(profile_path(host.facts, job, facts, most))
     else:
         say("measuring what a shard takes")
@@ -87,7 +110,10 @@ def decide_alone(
     chosen = choose(ranked)
     if chosen.error is not None and abs(chosen.error) > LEAVES:
         forget_profile(profile_path(host.facts, job, facts, most))
-    plan = decompose(job, facts, division_of(chosen, most), reason(chosen, ranked, most))
+    if len(found) == 1:
+        plan = replace(decided, reasons=(*decided.reasons, describe(chosen)))
+    else:
+        plan = decompose(job, facts, division_of(chosen, most), reason(chosen, ranked, most))
     return Decision(
         plan=plan,
         ranked=tuple(sorted(ranked, key=lambda each: each is not chosen)),
@@ -130,8 +156,6 @@ def division_of(ranked: Ranked, like: Division) -> Division:
 def reason(chosen: Ranked, ranked: list[Ranked], like: Division) -> str:
     """Why a candidate was chosen, in words."""
     division = division_of(chosen, like)
-    if len(ranked) == 1:
-        return f"{division}: as asked, {describe(chosen)}"
     listed = "; ".join(f"{each.prediction.candidate}: {describe(each)}" for each in ranked[:4])
     more = f"; and {len(ranked) - 4} more" if len(ranked) > 4 else ""
     return f"{division}: fastest of {len(ranked)} ({listed}{more})"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.api.planner import MEASURED, Decision, decide_alone
+from lockstep.api.tuning import Tried, try_settings
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import OpenHosts, ReadyHosts, open_hosts
@@ -32,6 +34,14 @@ from lockstep.results.restart import Restart, find_restart
 from lockstep.results.result import Result
 from lockstep.results.run_folder import RunFolder
 from lockstep.system import machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """A plan, with all that was considered, and other settings that were tried, the best first."""
+
+    decision: Decision
+    tried: tuple[Tried, ...] = ()
 
 
 def run(
@@ -91,6 +101,8 @@ def run(
                 callbacks,
                 quiet,
             ) as (coordinator, recorder):
+                if decision.chosen is not None:
+                    recorder.event("plan", **decision.event())
                 coordinator.run()  # 3 compute, 4 synchronise
                 return recorder.finish(  # 5 aggregate
                     coordinator.step, coordinator.throughput, begun, request.source
@@ -156,26 +168,45 @@ def plan(
 ) -> Plan:
     """What `run` would do with the same arguments, and why. Trains nothing.
 
-    Where the division of the cores is open, the candidates are timed for a moment. `quiet`: do not
-    say so on stderr.
+    Where the number of workers is open, what a step takes is predicted for each, and the best two
+    are timed for a moment. `quiet`: do not say so on stderr.
+    """
+    return explain(task, args=args, quiet=quiet, **settings).decision.plan
+
+
+def explain(
+    task: Taskish,
+    *,
+    args: Mapping[str, Any] | None = None,
+    measure: int = MEASURED,
+    tune: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> Explanation:
+    """The plan with all that was considered: what `lockstep plan` shows.
+
+    Args:
+        measure: how many of the best are timed.
+        tune: whether settings that change the numbers are tried, too.
     """
     request = RunRequest.of(task, args, settings)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, None) as hosts:
-        return _decompose(hosts, quiet=quiet).plan
+        decision = _decompose(hosts, quiet=quiet, measure=measure, all_sizes=True)
+        tried: list[Tried] = []
+        if tune and decision.chosen is not None:
+            tried = try_settings(
+                hosts.job, _facts(hosts), hosts.host, decision.chosen,
+                say=lambda what: announce(what, quiet=quiet),
+            )  # fmt: skip
+    return Explanation(decision=decision, tried=tuple(tried))
 
 
 def _decompose(
     hosts: OpenHosts, *, quiet: bool, measure: int = MEASURED, all_sizes: bool = False
 ) -> Decision:
     """Stage 1, over the hosts that there are."""
-    loaded = hosts.host.facts
-    facts = Facts(
-        train_samples=loaded["train_samples"],
-        eval_samples=loaded["eval_samples"],
-        cores=machine.cores(),
-        loader_settings=loaded["loader_settings"],
-    )
+    facts = _facts(hosts)
     if hosts.networked:
         plan = decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
         return Decision(plan=plan)
@@ -183,6 +214,16 @@ def _decompose(
         hosts.job, facts, hosts.host, measure=measure, all_sizes=all_sizes,
         say=lambda what: announce(what, quiet=quiet),
     )  # fmt: skip
+
+
+def _facts(hosts: OpenHosts) -> Facts:
+    loaded = hosts.host.facts
+    return Facts(
+        train_samples=loaded["train_samples"],
+        eval_samples=loaded["eval_samples"],
+        cores=machine.cores(),
+        loader_settings=loaded["loader_settings"],
+    )
 
 
 def _check(ready: ReadyHosts, plan: Plan) -> None:

@@ -86,17 +86,28 @@ def plan(
     ctx: typer.Context,
     job: JobArgument,
     *,
+    measure: Annotated[
+        int, typer.Option("--measure", min=0, help="Time so many of the best, in short trials.")
+    ] = 2,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Also try settings that change the numbers; none is chosen."),
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Show the plan that `run` would make with the same options, with its reasons."""
-    from lockstep.api.training import plan as plan_job
+    """Show the plan that `run` would make with the same options, and what else was considered."""
+    from lockstep.api.training import explain
+    from lockstep.cli.plan_tables import ranking_message, show_ranking
 
-    found = plan_job(*_job(job, ctx.args), quiet=quiet, **given(settings))
+    explanation = explain(
+        *_job(job, ctx.args), measure=measure, tune=tune, quiet=quiet, **given(settings)
+    )
+    found = explanation.decision.plan
     message = found.to_message()
     if as_json:
-        print(json.dumps(message))
+        print(json.dumps({**message, "ranking": ranking_message(explanation)}))
         return
     reasons = message.pop("reasons")
     if found.monitor is None:
@@ -107,6 +118,7 @@ def plan(
     print("\nbecause")
     for reason in reasons:
         print(f"  {reason}")
+    show_ranking(explanation)
 
 
 @app.command()

@@ -26,6 +26,10 @@ def _words(event: Event, host: str) -> str:
             return f"{' '.join(event.command)}, pid {event.pid} on {event.host}"
         case kind.Resumed():
             return f"from the state after step {event.step:,}"
+        case kind.Planned():
+            tried = "" if event.measured is None else f", {event.measured * 1e3:.3g} ms in a trial"
+            step = f"{(event.predicted or 0.0) * 1e3:.3g} ms a step predicted{tried}"
+            return f"{event.chosen}, of {event.considered} considered: {step}"
         case kind.Note():
             return event.text
         case kind.Died():

@@ -79,6 +79,8 @@ class RunHistory:
     began: kind.Began | None = None
     """The master that has led the run last."""
     first: kind.Began | None = None
+    planned: kind.Planned | None = None
+    """How the run was planned."""
     ended: kind.Ended | None = None
     finished: kind.Finished | None = None
     paused_at: float | None = None
@@ -158,6 +160,8 @@ class RunHistory:
                 self.checkpoints.append(event.step)
                 text = f"checkpoint after step {event.step:,}"
                 self.bands.add(max(at - event.seconds, 0.0), at, "checkpoint", text)
+            case kind.Planned():
+                self.planned = event
             case kind.Verified():
                 self.verified.append(event)
             case kind.Requested(request="scale"):

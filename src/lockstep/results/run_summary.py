@@ -48,6 +48,7 @@ def summarise(
         "seconds": number(result.get("wall_seconds")) or history.now,
         "loss": last[2],
         "rate": number(result.get("samples_per_second")) or last[5],
+        **_step_seconds(plan, number(result.get("samples_per_second")) or last[5], history),
         "workers": len(history.working) if live else whole(plan.get("workers")),
         "target": history.target or whole(plan.get("workers")) if live else None,
         "dead": [list(lane) for lane in lost],
@@ -62,6 +63,17 @@ def summarise(
         "checkpoints": history.checkpoints[-20:],
         "verified": merge_spans([(each.first, each.last) for each in history.verified]),
         "final_verified": any(each.final for each in history.verified),
+    }
+
+
+def _step_seconds(
+    plan: Mapping[str, Any], rate: float | None, history: RunHistory
+) -> dict[str, float | None]:
+    """What a step takes, and what it was predicted to take."""
+    batch = whole(plan.get("batch_size"))
+    return {
+        "step_seconds": batch / rate if batch and rate else None,
+        "predicted_step_seconds": history.planned.predicted if history.planned else None,
     }
 
 

@@ -292,7 +292,8 @@ class Timekeeper:
 
 def _median(call: Callable[[], float], seconds: float) -> float:
     """The median of what a call returns in so many seconds; one call at least."""
-    taken, limit = [], time.perf_counter() + seconds
+    taken: list[float] = []
+    limit = time.perf_counter() + seconds
     while not taken or time.perf_counter() < limit:
         taken.append(call())
     return statistics.median(taken)
