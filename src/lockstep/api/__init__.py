@@ -4,7 +4,7 @@ Each function reads as the stages that it goes through; the work is done in the 
 
 training       run, resume and plan
 planner        the ways to run a job predicted, the best timed, one chosen
-profiling      what a job costs on this machine: measured in forks, or from the cache
+host_planner   which hosts take part, and with how many workers
 tuning         settings that change numbers, tried for what they would save
 core_trials    what a step takes with so many workers, timed in a fork
 background     start: a run in the background, and the handle that steers it

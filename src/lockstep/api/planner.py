@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.agent.local_host import LocalHost
-from lockstep.api.core_trials import time_step
-from lockstep.api.profiling import forget_profile, profile_job, profile_path, read_profile
+from lockstep.agent.profiling import (
+    forget_profile,
+    job_digest,
+    profile_job,
+    profile_path,
+    read_profile,
+)
+from lockstep.api.core_trials import quick_plan, time_step
 from lockstep.job.job import Job
 from lockstep.planning.candidates import Host, candidates
 from lockstep.planning.core_split import Division, Facts, divisions
@@ -95,11 +101,13 @@ def decide_alone(
     found = divisions(job, facts)
     most = found[0]
     decided = decompose(job, facts, most)  # what is wrong with the job shows first
+    quick = quick_plan(job, facts, most)
+    path = profile_path(job_digest(host.facts, job, quick), quick)
     if len(found) == 1 and not (all_sizes or force):
-        profile = read_profile(profile_path(host.facts, job, facts, most))
+        profile = read_profile(path)
     else:
         say("measuring what a shard takes")
-        profile = profile_job(host, job, facts, most, all_sizes=all_sizes)
+        profile = profile_job(host, quick, path, all_sizes=all_sizes)
     if profile is None:
         return Decision(plan=decided)
     predictions = predictions_alone(job, decided, host.name, found, profile)
@@ -109,7 +117,7 @@ def decide_alone(
         ranked = _measured(ranked, measure, job, facts, most, host, say)
     chosen = choose(ranked)
     if chosen.error is not None and abs(chosen.error) > LEAVES:
-        forget_profile(profile_path(host.facts, job, facts, most))
+        forget_profile(path)
     if len(found) == 1:
         plan = replace(decided, reasons=(*decided.reasons, describe(chosen)))
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.api.host_planner import decide_hosts, leave_out
 from lockstep.api.planner import MEASURED, Decision, decide_alone
 from lockstep.api.tuning import Tried, try_settings
 from lockstep.coordinator.coordinator import Coordinator
@@ -21,7 +22,7 @@ from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest, Taskish
 from lockstep.job.task import Task
 from lockstep.planning.core_split import Facts
-from lockstep.planning.host_split import computing, decompose_over_hosts
+from lockstep.planning.host_split import computing
 from lockstep.planning.plan import Plan
 from lockstep.results.callbacks import Callback, check_callbacks
 from lockstep.results.checkpoint import list_checkpoints
@@ -80,6 +81,8 @@ def run(
         check_loggers(hosts.job.log)  # a recipe may name some, too
         decision = _decompose(hosts, quiet=quiet)  # 1 decompose
         plan = decision.plan
+        if hosts.networked:
+            leave_out(decision, hosts)
         if plan.compile:
             announce("compiling the loss and its gradient", quiet=quiet)
         announce(f"starting {plan.division}", quiet=quiet)
@@ -178,6 +181,7 @@ def explain(
     task: Taskish,
     *,
     args: Mapping[str, Any] | None = None,
+    on: Launcher | None = None,
     measure: int = MEASURED,
     tune: bool = False,
     quiet: bool = True,
@@ -186,15 +190,16 @@ def explain(
     """The plan with all that was considered: what `lockstep plan` shows.
 
     Args:
-        measure: how many of the best are timed.
-        tune: whether settings that change the numbers are tried, too.
+        on: what brings agents to other hosts; None: this host alone.
+        measure: how many of the best are timed, on this host alone.
+        tune: whether settings that change the numbers are tried, too, on this host alone.
     """
     request = RunRequest.of(task, args, settings)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
-    with open_hosts(request, None) as hosts:
+    with open_hosts(request, on) as hosts:
         decision = _decompose(hosts, quiet=quiet, measure=measure, all_sizes=True)
         tried: list[Tried] = []
-        if tune and decision.chosen is not None:
+        if tune and decision.chosen is not None and not hosts.networked:
             tried = try_settings(
                 hosts.job, _facts(hosts), hosts.host, decision.chosen,
                 say=lambda what: announce(what, quiet=quiet),
@@ -207,13 +212,13 @@ def _decompose(
 ) -> Decision:
     """Stage 1, over the hosts that there are."""
     facts = _facts(hosts)
+
+    def say(what: str) -> None:
+        announce(what, quiet=quiet)
+
     if hosts.networked:
-        plan = decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
-        return Decision(plan=plan)
-    return decide_alone(
-        hosts.job, facts, hosts.host, measure=measure, all_sizes=all_sizes,
-        say=lambda what: announce(what, quiet=quiet),
-    )  # fmt: skip
+        return decide_hosts(hosts, facts, all_sizes=all_sizes, explain=all_sizes, say=say)
+    return decide_alone(hosts.job, facts, hosts.host, measure=measure, all_sizes=all_sizes, say=say)
 
 
 def _facts(hosts: OpenHosts) -> Facts:

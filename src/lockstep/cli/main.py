@@ -86,6 +86,8 @@ def plan(
     ctx: typer.Context,
     job: JobArgument,
     *,
+    on: On = None,
+    state: commands.StateOption = None,
     measure: Annotated[
         int, typer.Option("--measure", min=0, help="Time so many of the best, in short trials.")
     ] = 2,
@@ -101,9 +103,11 @@ def plan(
     from lockstep.api.training import explain
     from lockstep.cli.plan_tables import ranking_message, show_ranking
 
-    explanation = explain(
-        *_job(job, ctx.args), measure=measure, tune=tune, quiet=quiet, **given(settings)
-    )
+    with launcher_of(on, state) as launcher:
+        explanation = explain(
+            *_job(job, ctx.args), on=launcher, measure=measure, tune=tune, quiet=quiet,
+            **given(settings),
+        )  # fmt: skip
     found = explanation.decision.plan
     message = found.to_message()
     if as_json:

@@ -197,6 +197,12 @@ class Job:
         detail="`replicated`: each all; `sharded`: each its part; `servers`: the hosts in "
         "`servers`, which compute no gradients. See [hosts.md](hosts.md#who-updates-what).",
     )
+    hosts: Literal["all", "planned"] = setting(
+        "all",
+        help="With other hosts: whether all take part, or those with which a step is quickest.",
+        detail="`planned`: what a step takes is predicted for each choice of hosts, from what a "
+        "shard takes on each and what the links move. See [planning.md](planning.md).",
+    )
     servers: Sequence[str] = setting(
         (),
         help="Names of the hosts that are servers, where `ownership` is servers.",

@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
 from lockstep.planning.memory_layout import Layout
 from lockstep.system.messages import Bytes, Count, Seconds
 
+Signed = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+Samples = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
-class ShardTime(msgspec.Struct, frozen=True, kw_only=True):
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers that another host may have sent: they are bounded, and finite."""
+
+    def __post_init__(self) -> None:
+        values = (getattr(self, name) for name in self.__struct_fields__)
+        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+            raise ValueError("a number that is not finite")
+
+
+class ShardTime(Costs, frozen=True, kw_only=True):
     """The seconds of a shard of so many samples."""
 
-    samples: int
+    samples: Samples
     seconds: Seconds
 
 
-class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+class Measurement(Costs, frozen=True, kw_only=True):
     """What is measured while so many workers compute side by side."""
 
-    workers: Count
-    shards: tuple[ShardTime, ...]
+    workers: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    shards: Annotated[tuple[ShardTime, ...], msgspec.Meta(min_length=1, max_length=16)]
     """By size, the smallest first, computed the plain way; fetching included."""
     own: ShardTime
     """Of the job's own size, as most of the run's steps have it: traced, where the job is."""
@@ -35,12 +49,12 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """To add one more slot to the sum of a worker's blocks."""
     optimizer_seconds: Seconds
     """To update a worker's blocks, from one slot."""
-    rest_seconds: float
+    rest_seconds: Signed
     """What a step takes beside: meetings, digests, buffers, the code between. It may be negative
     where shards in a row are quicker than single ones."""
     steps: Count
     """How many whole steps that is measured in; 0: they are too long, and it is a guess."""
-    copy_rate: float
+    copy_rate: Rate
     """Bytes per second that one worker copies in shared memory."""
     worker_bytes: Bytes
     """Private memory of a worker at its peak: activations, libraries' work space, Python."""

@@ -76,8 +76,8 @@ def check_fits(ranked: Sequence[Prediction]) -> None:
 
 def close(ranked: Sequence[Ranked]) -> bool:
     """Whether the two fastest of those measured are too close to be told apart by one trial."""
-    best, *others = sorted(each.seconds for each in ranked if each.measured is not None)
-    return any(other < best * CLOSE for other in others[:1])
+    measured = sorted(each.measured for each in ranked if each.measured is not None)
+    return len(measured) > 1 and measured[1] < measured[0] * CLOSE
 
 
 def choose(ranked: Sequence[Ranked]) -> Ranked:

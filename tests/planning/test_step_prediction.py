@@ -258,3 +258,5 @@ def test_close_ones_are_measured_once_more() -> None:
     assert close([Ranked(prediction=two, measured=0.1), Ranked(prediction=one, measured=0.11)])
     assert not close([Ranked(prediction=two, measured=0.1), Ranked(prediction=one, measured=0.2)])
     assert not close([Ranked(prediction=two, measured=0.1), Ranked(prediction=one)])
+    assert not close([Ranked(prediction=two), Ranked(prediction=one)])
+    assert choose([Ranked(prediction=one), Ranked(prediction=two)]).prediction is one

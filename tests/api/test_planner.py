@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from lockstep.agent.local_host import LocalHost
+from lockstep.agent.profiling import job_digest, profile_job, profile_path, read_profile
+from lockstep.api.core_trials import quick_plan
 from lockstep.api.planner import decide_alone
-from lockstep.api.profiling import profile_job, profile_path, read_profile
 from lockstep.errors import ResourceError
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest
 from lockstep.planning.core_split import Facts, divisions
+from lockstep.planning.job_profile import JobProfile
 from lockstep.system import machine
 from tests.support import command
 from tests.zoo import ZOO
@@ -35,6 +37,11 @@ class Loaded:
         self.host, self.job = host, job
         self.facts = Facts(train_samples=host.facts["train_samples"], eval_samples=0, cores=cores)
         self.most = divisions(job, self.facts)[0]
+        self.plan = quick_plan(job, self.facts, self.most)
+        self.path = profile_path(job_digest(host.facts, job, self.plan), self.plan)
+
+    def profile(self, *, all_sizes: bool) -> JobProfile | None:
+        return profile_job(self.host, self.plan, self.path, all_sizes=all_sizes)
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def blobs() -> Iterator[Loaded]:
 
 
 def test_what_a_profile_holds(blobs: Loaded, cache: Path) -> None:
-    found = profile_job(blobs.host, blobs.job, blobs.facts, blobs.most, all_sizes=True)
+    found = blobs.profile(all_sizes=True)
     assert found is not None
     assert (found.alone.workers, found.busy.workers) == (1, 2)
     for each in (found.alone, found.busy):
@@ -64,7 +71,7 @@ def test_what_a_profile_holds(blobs: Loaded, cache: Path) -> None:
     assert memory.slots == blobs.most.shards
     (kept,) = cache.glob("*.json")
     assert read_profile(kept) == found
-    again = profile_job(blobs.host, blobs.job, blobs.facts, blobs.most, all_sizes=True)
+    again = blobs.profile(all_sizes=True)
     assert again == found
 
 
@@ -76,7 +83,7 @@ def _blobs_model() -> nn.Module:
 
 def test_what_decides_about_a_profile(blobs: Loaded) -> None:
     def path(job: Job, **facts: object) -> Path:
-        return profile_path({**blobs.host.facts, **facts}, job, blobs.facts, blobs.most)
+        return profile_path(job_digest({**blobs.host.facts, **facts}, job, blobs.plan), blobs.plan)
 
     same = path(blobs.job)
     assert path(blobs.job.replace(out="elsewhere", workers=1, tags=("a",))) == same
@@ -127,7 +134,7 @@ def test_a_job_that_fails_has_no_profile(cache: Path) -> None:
 
 
 def test_too_little_memory(blobs: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile_job(blobs.host, blobs.job, blobs.facts, blobs.most, all_sizes=False)
+    blobs.profile(all_sizes=False)
     monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 20)
     with pytest.raises(ResourceError, match="no plan for this job fits") as raised:
         decide_alone(blobs.job, blobs.facts, blobs.host)
@@ -141,6 +148,6 @@ def test_models_of_all_kinds(name: str) -> None:
     request = RunRequest.of(entry.task, None, {**entry.settings(), "steps": 40})
     with LocalHost.start(request.source, dict(request.given)) as host:
         loaded = Loaded(host, request.completed(host.loaded()["settings"]))
-        found = profile_job(host, loaded.job, loaded.facts, loaded.most, all_sizes=True)
+        found = loaded.profile(all_sizes=True)
     assert found is not None
     assert found.busy.own.seconds > 0

@@ -1,4 +1,4 @@
-"""Profiling: a job's costs on this machine, measured in a forked clone or kept from an earlier run.
+"""Profiling: a job's costs on this host, measured in a forked clone or kept from an earlier run.
 
 A profile is kept in the user's cache under a digest of all that decides about it: the task's code,
 the model's shapes, the settings that change numbers, torch, the processor, the cores, the limit of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from blake3 import blake3
 from lockstep.agent.local_host import LocalHost
 from lockstep.errors import LockstepError, ResourceError
 from lockstep.job.job import SETTINGS, Job
-from lockstep.planning.core_split import Division, Facts
 from lockstep.planning.job_profile import JobProfile, StateMemory, shard_sizes
-from lockstep.planning.plan import decompose
+from lockstep.planning.plan import Plan
 from lockstep.system import cgroup, machine
 from lockstep.system.folders import user_cache
 from lockstep.system.private_files import replace_private
@@ -37,48 +37,38 @@ ALSO = ("trace", "loaders", "audit")
 """Settings that change no number, and what a step takes."""
 
 
-def profile_job(
-    host: LocalHost, job: Job, facts: Facts, most: Division, *, all_sizes: bool
-) -> JobProfile | None:
+def profile_job(host: LocalHost, plan: Plan, path: Path, *, all_sizes: bool) -> JobProfile | None:
     """The profile of a job, from the cache or measured now; None where it cannot be measured.
 
     Args:
-        host: a host that has loaded the task.
-        job: with the recipe's settings.
-        facts: about the task and the machine.
-        most: the division with the most workers that there may be.
+        host: which has loaded the task.
+        plan: of a job without what is no part of a step, for the most workers that there may be.
+        path: where it is kept, see `profile_path`.
         all_sizes: whether other sizes of shards than the job's own are wanted, too.
 
     Raises:
         ResourceError: there is not enough memory for the job's state.
     """
-    path = profile_path(host.facts, job, facts, most)
     kept = read_profile(path)
     if kept is not None and (len(kept.alone.shards) > 1 or not all_sizes):
         return kept
-    found = _measure(host, job, facts, most, all_sizes=all_sizes)
+    found = _measure(host, plan, all_sizes=all_sizes)
     if found is not None:
         with contextlib.suppress(OSError):  # no cache, no harm
             _keep(path, found)
     return found
 
 
-def _measure(
-    host: LocalHost, job: Job, facts: Facts, most: Division, *, all_sizes: bool
-) -> JobProfile | None:
-    plan = decompose(quick_job(job), facts, most)
+def _measure(host: LocalHost, plan: Plan, *, all_sizes: bool) -> JobProfile | None:
     sizes = shard_sizes(plan.batch_size, plan.shards, plan.train_samples, plan.local_steps)
     sizes = sizes if all_sizes else sizes[:1]
+    limits = {"budget": BUDGET_SECONDS / 2, "limit": LIMIT_SECONDS}
     try:
         with host.clone() as clone:
             memory = clone.set_up(plan)
+            alone = clone.measure_job(1, sizes, **limits)
+            busy = alone if plan.workers == 1 else clone.measure_job(plan.workers, sizes, **limits)
             state = StateMemory.of(memory.layout, memory.slots.nbytes)
-            alone, busy = (
-                clone.measure_job(
-                    workers, sizes, budget=BUDGET_SECONDS / 2, limit=LIMIT_SECONDS
-                )
-                for workers in (1, most.workers)
-            )  # fmt: skip
     except ResourceError:
         raise
     except LockstepError:
@@ -88,34 +78,37 @@ def _measure(
     return JobProfile(alone=alone, busy=busy, memory=state)
 
 
-def quick_job(job: Job) -> Job:
-    """The job without what is no part of a step, and without what takes long to begin."""
-    return job.replace(
-        evaluate=False, purity=0.0, compile=False, faults=(),
-        monitor=None, monitor_mode="min", stop_patience=None, stop_min_delta=0.0,
-    )  # fmt: skip
-
-
-def profile_path(loaded: dict[str, Any], job: Job, facts: Facts, most: Division) -> Path:
-    """Where the profile of a job is kept."""
+def job_digest(loaded: Mapping[str, Any], job: Job, plan: Plan) -> str:
+    """A digest of what of a job decides about its profile. `loaded`: the facts about the task."""
     settings = {
         name: getattr(job, name)
         for name, setting in SETTINGS.items()
         if setting.declared.changes_numbers or name in ALSO
     }
     decides = {
-        "form": FORM,
-        "lockstep": version("lockstep-dlp"),
-        "torch": version("torch"),
         "task": [loaded["task"], loaded["code"], loaded["fitted"], loaded["parameters"]],
         "args": dict(job.args),
         "settings": settings,
-        "samples": facts.train_samples,
-        "cores": [facts.cores, most.workers, most.threads, machine.cpu_model()],
+        "samples": plan.train_samples,
+        "shards": plan.shards,
+    }
+    return _digest(json.dumps(decides, sort_keys=True, default=repr))
+
+
+def profile_path(job_digest: str, plan: Plan) -> Path:
+    """Where the profile of a job is kept on this host."""
+    decides = {
+        "form": FORM,
+        "versions": [version("lockstep-dlp"), version("torch")],
+        "job": job_digest,
+        "cores": [machine.cores(), plan.workers, plan.threads, machine.cpu_model()],
         "memory": cgroup.memory_limit(),
     }
-    text = json.dumps(decides, sort_keys=True, default=repr)
-    return user_cache() / "profiles" / f"{blake3(text.encode()).hexdigest()[:32]}.json"
+    return user_cache() / "profiles" / f"{_digest(json.dumps(decides))}.json"
+
+
+def _digest(text: str) -> str:
+    return blake3(text.encode()).hexdigest()[:32]
 
 
 def read_profile(path: Path) -> JobProfile | None:
