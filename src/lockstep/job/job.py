@@ -173,7 +173,8 @@ class Job:
     workers: int | None = setting(
         None,
         help="Worker processes, at most `shards`.",
-        detail="Without it the plan times 1, 2, 4, ... workers, up to one a core.",
+        detail="Without it, as many as make a step quickest, up to one a core: predicted from what "
+        "a shard takes, and the best two timed. See [planning.md](planning.md).",
         least=1,
         unset="measured",
         options=("--workers", "-w"),
