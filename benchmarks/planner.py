@@ -53,14 +53,14 @@ def member(args: argparse.Namespace) -> dict[str, Any]:
         explained = explain(task, on=on, measure=2, steps=10_000, **settings)
     cold = time.monotonic() - planning
     ranked = [
-        (dict(each.prediction.candidate.workers), each.prediction.seconds, each.measured)
+        (dict(each.prediction.candidate.workers), each.prediction.seconds)
         for each in explained.decision.ranked
     ]
     chosen = explained.decision.chosen
     assert chosen is not None
-    rows = []
-    for number, (workers, predicted, _) in enumerate(ranked):
-        steps = max(LEAST_STEPS, int(args.seconds / predicted))
+    rows: list[dict[str, Any]] = []
+    steps = max(LEAST_STEPS, int(args.seconds / chosen.seconds))
+    for number, (workers, predicted) in enumerate(ranked):
         several = len(workers) > 1
         with (
             _agents(args if several else argparse.Namespace(network=""), str(number)) as on,
@@ -82,10 +82,8 @@ def member(args: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
     best = min(rows, key=lambda row: row["measured"])
     own = next(r for r in rows if r["workers"] == dict(chosen.prediction.candidate.workers))
-    by_prediction = rows[min(range(len(rows)), key=lambda i: rows[i]["predicted"])]
     return {
         "model": args.model, "cold": cold, "rows": rows, "best": best, "chosen": own,
-        "predicted_best": by_prediction,
     }  # fmt: skip
 
 
@@ -223,7 +221,7 @@ def main() -> int:
     print(f"\nLoad per core: {process.load():.1f}. {within(found)}")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))
-    return 0
+    return 0 if len(found) == len(args.models.split(",")) * len(places) else 1
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from lockstep.job.task import Parameters, Task
 
 SAMPLES, LENGTH, TOKENS, CLASSES = 2048, 32, 1000, 10
 WIDTH, LAYERS, HEADS = 128, 2, 4
+LABELS = {number: str(number) for number in range(CLASSES)}
 
 
 def _bert() -> nn.Module:
@@ -25,7 +26,7 @@ def _bert() -> nn.Module:
 
     return BertForSequenceClassification(BertConfig(
         vocab_size=TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH, max_position_embeddings=LENGTH, num_labels=CLASSES,
+        intermediate_size=4 * WIDTH, max_position_embeddings=LENGTH, id2label=LABELS,
     ))  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def _gpt2() -> nn.Module:
 
     return GPT2ForSequenceClassification(GPT2Config(
         vocab_size=TOKENS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=LENGTH,
-        num_labels=CLASSES, pad_token_id=0,
+        id2label=LABELS, pad_token_id=0,
     ))  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def _llama() -> nn.Module:
 
     return LlamaForSequenceClassification(LlamaConfig(
         vocab_size=TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH, max_position_embeddings=LENGTH, num_labels=CLASSES,
+        intermediate_size=4 * WIDTH, max_position_embeddings=LENGTH, id2label=LABELS,
         pad_token_id=0,
     ))  # fmt: skip
 
@@ -53,7 +54,7 @@ def _vit() -> nn.Module:
 
     return ViTForImageClassification(ViTConfig(
         image_size=32, patch_size=8, hidden_size=WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, intermediate_size=4 * WIDTH, num_labels=CLASSES,
+        num_attention_heads=HEADS, intermediate_size=4 * WIDTH, id2label=LABELS,
     ))  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def _resnet() -> nn.Module:
 
     return ResNetForImageClassification(ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1],
-        layer_type="basic", num_labels=CLASSES,
+        layer_type="basic", id2label=LABELS,
     ))  # fmt: skip
 
 

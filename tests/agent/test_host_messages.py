@@ -104,6 +104,13 @@ SAID: list[tuple[Codec[Any], Message]] = [
 ]  # fmt: skip
 
 
+WRONG_COSTS: tuple[dict[str, Any], ...] = (
+    {"rest_seconds": math.nan}, {"rest_seconds": math.inf}, {"sum_seconds": -1.0}, {"workers": 0},
+    {"shards": []}, {"own": {"samples": 0, "seconds": 1.0}},
+    {"own": {"samples": 1, "seconds": math.nan}}, {"copy_rate": "1"},
+)  # fmt: skip
+
+
 def changed_profile(**change: object) -> dict[str, Any]:
     """A profile with something wrong in it."""
     profile: dict[str, Any] = msgspec.to_builtins(PROFILE)
@@ -155,16 +162,7 @@ def test_unknown_fields_operations_and_nests(codec: Codec[Any], message: Message
         (FROM_AGENTS, "HostMeasured", {"memory": -1}),
         *(
             (FROM_AGENTS, "HostMeasured", {"profile": changed_profile(**change)})
-            for change in (
-                {"rest_seconds": math.nan},
-                {"rest_seconds": math.inf},
-                {"sum_seconds": -1.0},
-                {"workers": 0},
-                {"shards": []},
-                {"own": {"samples": 0, "seconds": 1.0}},
-                {"own": {"samples": 1, "seconds": math.nan}},
-                {"copy_rate": "1"},
-            )
+            for change in WRONG_COSTS
         ),
         (FROM_MASTER, "LinkProbe", {"content": bytes(1 << 20)}),
         (FROM_MASTER, "MeasureHost", {"job": "../../x"}),

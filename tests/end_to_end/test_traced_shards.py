@@ -65,6 +65,13 @@ def test_random_numbers(run_folder: str) -> None:
     assert all(forms > 0 for forms, _ in last_words(run_folder))
 
 
+def test_nothing_is_traced_where_that_could_pass_for_a_stall(run_folder: str) -> None:
+    """Tracing gives no heartbeat; on a busy machine it takes longer than this timeout."""
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 26, "stall_seconds": 0.5}
+    lockstep.run(Vectors(), shards=4, workers=2, out=run_folder, **ALWAYS, **settings)
+    assert last_words(run_folder) == []
+
+
 def test_workers_die(run_folder: str) -> None:
     """Before, while and after a worker has traced; its replacement computes the plain way first."""
     settings: dict[str, Any] = {"steps": 20, "batch_size": 26, "seed": 3}

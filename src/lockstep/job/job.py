@@ -98,6 +98,13 @@ class Job:
         help="Instruction set of the kernels; `portable` is AVX2, so that processors agree.",
         changes_numbers=True,
     )
+    memory_format: Literal["contiguous", "channels_last"] = setting(
+        "contiguous",
+        help="Order of the elements in 4-D parameters, that is, in the weights of convolutions.",
+        detail="`channels_last`: as by `model.to(memory_format=torch.channels_last)`; faster for "
+        "some convolutions, slower for others. Exported models are contiguous.",
+        changes_numbers=True,
+    )
     compile: bool = setting(
         False,
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
@@ -268,7 +275,8 @@ class Job:
         "auto",
         help="Shards that are run as one list of kernels, without autograd and modules.",
         detail="The same kernels in the same order: no bit depends on it. `auto`: where shards are "
-        "small and many are left. See [architecture.md](architecture.md#traced-shards).",
+        "small and many are left. Not with `stall_seconds` below 10: tracing takes a second or "
+        "more, without a heartbeat. See [architecture.md](architecture.md#traced-shards).",
     )
     stall_seconds: float | None = setting(
         None,

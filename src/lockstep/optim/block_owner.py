@@ -25,6 +25,7 @@ from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.optimizer_state import load_value, store_value
 from lockstep.state.shared_state import PRESENT, SharedState, storage_run
+from lockstep.system.machine import give_back_freed_memory
 
 
 class BlockOwner:
@@ -198,12 +199,15 @@ class BlockOwner:
             self._loaded = group
         self._step(self.optimizer)
         if not group.settled:
+            begins = not _have_begun(group)
             for owned, gradient in zip(group.blocks, grads, strict=True):
                 if gradient is not None and (owned.rebound or not owned.begun):
                     self._share(owned)
             group.settled = all(owned.begun and not owned.rebound for owned in group.blocks)
             if group.settled and table is None:
                 group.direct = self._direct(group)
+            if begins and all(map(_have_begun, self.groups)):
+                give_back_freed_memory()  # the optimizer has made its state, and then it was moved
 
     def _direct(self, group: UpdateGroup) -> DirectUpdate | None:
         groups = self.shared.groups
@@ -245,3 +249,7 @@ class BlockOwner:
             state[key.name] = load_value(stored, key)
         self._present[owned.number] = 1
         owned.begun = True
+
+
+def _have_begun(group: UpdateGroup) -> bool:
+    return all(owned.begun for owned in group.blocks)

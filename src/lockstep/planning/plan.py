@@ -62,6 +62,7 @@ class Plan:
     stop_min_delta: float = 0.0
     trace: str = "auto"
     compile: bool = False
+    memory_format: str = "contiguous"
 
     @property
     def division(self) -> Division:
@@ -258,6 +259,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stop_min_delta=job.stop_min_delta,
         trace=job.trace,
         compile=job.compile,
+        memory_format=job.memory_format,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

@@ -20,7 +20,7 @@ from lockstep.results.origin_mark import is_own, mark_of
 from lockstep.system.json_files import plain
 
 LATER = {
-    "shuffle": True, "drop_last": False, "compile": False,
+    "shuffle": True, "drop_last": False, "compile": False, "memory_format": "contiguous",
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they

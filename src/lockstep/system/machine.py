@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -48,3 +49,11 @@ def cpu_model() -> str:
         if name.strip() == "model name":
             return value.strip()
     return ""
+
+
+def give_back_freed_memory() -> None:
+    """Give the memory that this process has freed back to the kernel. Otherwise what was needed
+    once, to build a state, is kept for good (decision 9). Without glibc nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

@@ -14,6 +14,7 @@ context            what a worker process keeps while memberships change
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 loss_capture       a loss as a graph of operations, and when the graph may stand for it
 traced_shard       a shard as one list of kernels
+direct_calls       less Python around these kernels
 shard_tracer       which shards are run so, and the comparison with the plain way
 kernel_cache       machine code that was compiled earlier
 compiled_shard     a shard as machine code, where the job asks for it

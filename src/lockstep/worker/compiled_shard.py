@@ -117,7 +117,7 @@ class CompiledShard:
         inputs = [each.detach() for each in fakes]
         with fake, torch.no_grad():
             pure = make_fx(
-                torch.func.functionalize(traced, remove="mutations_and_views"),
+                torch.func.functionalize(traced, remove="mutations"),
                 decomposition_table=select_decomp_table(),
             )(*inputs)
         sizes = [(str(each.dtype), tuple(each.shape), each.stride()) for each in inputs]

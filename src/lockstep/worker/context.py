@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from lockstep.collectives.grad_norm import GradNormClipper
 from lockstep.data.fetching import AbsentSamples, Fetch, make_fetch
 from lockstep.data.loader import Loader
+from lockstep.errors import TaskError
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.optim.local_sgd import LocalSGD
@@ -67,6 +69,8 @@ class Session:
         Raises:
             LockstepError: the task cannot be trained.
         """
+        if plan.memory_format == "channels_last":
+            _to_channels_last(model)
         absent = AbsentSamples(allowed=plan.shards == 1)
         fetch = make_fetch(task, train, plan.seed, absent)
         generators = OwnGenerators({"task": task, "model": model})
@@ -105,6 +109,17 @@ class Session:
     def tracer(self, report: Report) -> ShardTracer | CompiledPasses:
         """What finds other ways to compute a shard than the plain one, for a worker."""
         return self.compiled or ShardTracer(self.task, self.shared, self.plan, report)
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    if not any(parameter.dim() == 4 for parameter in model.parameters()):
+        raise TaskError(
+            "memory_format: channels_last would change nothing",
+            expected="a model with 4-D parameters, such as weights of Conv2d",
+            found=f"none in {type(model).__name__}",
+            fix="leave memory_format out",
+        )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -52,6 +52,7 @@ from lockstep.planning.forkserver_messages import (
 )
 from lockstep.planning.worker_messages import to_agent
 from lockstep.system import numerics, torch_patches
+from lockstep.system.machine import give_back_freed_memory
 from lockstep.system.process_title import set_title
 from lockstep.system.processes import die_with_parent, ends_within
 from lockstep.system.unix_channel import Channel, Closed
@@ -173,6 +174,7 @@ class ForkServer:
             request.plan,
             networked=request.networked,
         )
+        give_back_freed_memory()  # before forks share it
         shared = self.session.shared
         segments = [shared.segments[name] for name in ("state", "snapshot", "control", "slots")]
         message = StateReady(
@@ -233,11 +235,9 @@ class ForkServer:
 
     def measure_job(self, request: MeasureJob) -> None:
         """Have forks compute shards and steps, and tell what these take."""
-        from lockstep.worker.measuring_forks import MeasuringForks
+        from lockstep.worker.measuring_forks import measure_job
 
-        assert self.session is not None
-        forks = MeasuringForks(self.session, request, self.channel.fileno(), self._channels())
-        self.channel.send(JobMeasured(found=forks.run()))
+        self.channel.send(JobMeasured(found=measure_job(self.session, request, self._channels())))
 
     def compute_again(self, fd: int) -> None:
         """Fork a process that computes what a worker asks for, or let go of one that has ended."""

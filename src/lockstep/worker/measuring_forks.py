@@ -105,3 +105,11 @@ class MeasuringForks:
             code = 0
         finally:
             os._exit(code)
+
+
+def measure_job(
+    session: Session | None, request: MeasureJob, inherited: Sequence[Channel]
+) -> Measurement | None:
+    """Measure once; see `MeasuringForks`. The first channel is the one to the agent."""
+    assert session is not None
+    return MeasuringForks(session, request, inherited[0].fileno(), inherited).run()

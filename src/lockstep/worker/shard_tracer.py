@@ -40,6 +40,8 @@ QUICK_SECONDS = 0.004
 """A shard that takes longer has little to gain: what is saved is some 0.1 ms."""
 LEAST_SECONDS = 5.0
 """Tracing takes a second; so much is left to compute at least."""
+MOST_SILENCE = 10.0
+"""Seconds that tracing may take where the machine is busy, without a heartbeat."""
 MOST_BYTES = 1 << 28
 """A traced pass holds all gradients at once."""
 MOST_FORMS = 6
@@ -178,6 +180,8 @@ def why_not(task: Task, shared: SharedState, plan: Plan) -> str:
     """Why no shard of this job is ever traced; empty if some may be."""
     if plan.trace == "never":
         return "by request"
+    if plan.stall_seconds is not None and plan.stall_seconds < MOST_SILENCE:
+        return "stall_seconds leaves no time to trace"
     if sum(parameter.nbytes for parameter in shared.params) > MOST_BYTES:
         return "the gradients are large"
     return obstacle(task, shared, plan)

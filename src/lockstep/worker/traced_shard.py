@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
+from lockstep.worker.direct_calls import call_directly, take_out_views
 from lockstep.worker.loss_capture import CapturedLoss, UntraceableError
 
 aten = torch.ops.aten
@@ -72,15 +73,20 @@ class TracedShard:
         joint = Joint(captured, shared, leaves)
         traced = make_fx(joint)(*joint.inputs, *leaves, torch.ones_like(captured.loss))
         graph, self._with_gradient = simplify(traced, joint.used)
-        self._in_place = _compute_in_place(graph, [shared.params[i] for i in self._with_gradient])
-        traced.recompile()
-        self._run: Callable[..., list[torch.Tensor]] = traced.forward
+        self.draws = draws(graph)
+        """Whether it draws random numbers."""
+        params = [shared.params[index] for index in self._with_gradient]
+        self._in_place = _compute_in_place(graph, params)
         self._fixed = [each.detach() for each in joint.inputs]
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self._views = take_out_views(traced, dict(zip(inputs, self._fixed, strict=False)))
+        targets = [torch.empty_like(params[place]) for place in self._in_place]
+        root = torch.ones_like(captured.loss)
+        call_directly(traced, [*self._fixed, *leaves, root, *targets, *self._views])
+        self._run: Callable[..., list[torch.Tensor]] = traced.forward
         self._targets: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self.flags = flags_of(shared, self._with_gradient)
         """By parameter: whether there is a gradient of it."""
-        self.draws = draws(graph)
-        """Whether it draws random numbers."""
 
     def run(
         self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot
@@ -91,7 +97,7 @@ class TracedShard:
             self._targets[id(slot)] = self._targets_in(slot)
         direct, copied = self._targets[id(slot)]
         with torch.no_grad():
-            loss, *grads = self._run(*self._fixed, *leaves, root, *direct)
+            loss, *grads = self._run(*self._fixed, *leaves, root, *direct, *self._views)
             if copied:
                 torch._foreach_copy_(copied, grads)
         return loss
