@@ -31,6 +31,7 @@ OWN = ("softmax", "mlp", "cnn", "transformer", "embedding")
 PLACES = ("here", "1gbit", "100mbit")
 BATCH, LIMIT = 64, 240.0
 LEAST_STEPS = 20
+LOOK_SECONDS = 0.05
 GOOD_CHOICE, GOOD_STEP, GOOD_MEMORY = 0.05, 0.15, 0.20
 
 
@@ -48,6 +49,7 @@ def member(args: argparse.Namespace) -> dict[str, Any]:
 
     settings = {**job_of(args.model), "evaluate": False, "purity": 0.0, "quiet": True}
     task = settings.pop("task")
+    loaded = _loaded(task, settings)
     planning = time.monotonic()
     with _agents(args, "plan") as on:
         explained = explain(task, on=on, measure=2, steps=10_000, **settings)
@@ -77,7 +79,7 @@ def member(args: argparse.Namespace) -> dict[str, Any]:
             )
         rows.append({
             "workers": workers, "predicted": predicted, "fingerprint": result.fingerprint[:16],
-            "measured": BATCH / result.samples_per_second, "used": used["peak"] - used["base"],
+            "measured": BATCH / result.samples_per_second, "used": used["peak"] - loaded,
             "memory": sum(explained.decision.ranked[number].prediction.memory.values()),
         })  # fmt: skip
     best = min(rows, key=lambda row: row["measured"])
@@ -103,18 +105,25 @@ def _agents(args: argparse.Namespace, name: str) -> Iterator[Any]:
     agents.wait(30.0)
 
 
+def _loaded(task: str, settings: Mapping[str, Any]) -> int:
+    """The memory of the processes of a job that has loaded its task, and nothing else."""
+    from lockstep.coordinator.open_hosts import open_hosts
+    from lockstep.job.run_request import RunRequest
+
+    given = {name: value for name, value in settings.items() if name not in ("args", "quiet")}
+    with open_hosts(RunRequest.of(task, settings["args"], given), None):
+        return process.pss(process.descendants(os.getpid())) or 0
+
+
 @contextlib.contextmanager
 def _memory() -> Iterator[dict[str, int]]:
-    """The memory of this process's descendants: at the peak, and of the forkserver before it has
-    workers, which is the least that is seen of it once it has grown no more."""
-    found, ended, seen = {"peak": 0, "base": 0}, threading.Event(), list[tuple[int, int]]()
+    """The most memory that this process's descendants have together."""
+    found, ended = {"peak": 0}, threading.Event()
 
     def look() -> None:
-        while not ended.wait(0.03):
-            pids = process.descendants(os.getpid())
-            used = process.pss(pids)
-            if used is not None and pids:
-                seen.append((len(pids), used))
+        while not ended.wait(LOOK_SECONDS):
+            used = process.pss(process.descendants(os.getpid()))
+            found["peak"] = max(found["peak"], used or 0)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -123,9 +132,6 @@ def _memory() -> Iterator[dict[str, int]]:
     finally:
         ended.set()
         thread.join()
-        alone = [used for count, used in seen if count == 1]
-        found["base"] = max(alone, default=0)
-        found["peak"] = max((used for _, used in seen), default=0)
 
 
 def ask(model: str, place: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
