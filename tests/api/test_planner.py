@@ -145,7 +145,7 @@ def test_too_little_memory(blobs: Loaded, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", ["muon", "clip", "embedding", "cnn", "bf16", "onecycle"])
 def test_models_of_all_kinds(name: str) -> None:
     entry = ZOO[name]
-    request = RunRequest.of(entry.task, None, {**entry.settings(), "steps": 40})
+    request = RunRequest.of(entry.task, None, entry.settings())
     with LocalHost.start(request.source, dict(request.given)) as host:
         loaded = Loaded(host, request.completed(host.loaded()["settings"]))
         found = loaded.profile(all_sizes=True)
