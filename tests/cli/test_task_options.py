@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Made(lockstep.Task):
     lr: float = 0.1
 
 def anything(**options): ...
+
+def chosen(by: "Literal['sgd', 'adam', 2] | None" = None): ...
 
 def job(label: str = "x", sizes: list[int] | None = None): ...
 
@@ -106,6 +109,24 @@ def test_wrong_options_are_refused_by_name(given: list[str], says: str) -> None:
 def mine(tmp_path: Path) -> str:
     (tmp_path / "mine.py").write_text(MINE)
     return str(tmp_path / "mine.py")
+
+
+def test_one_of_several_values(mine: str) -> None:
+    options = options_of(f"{mine}:chosen")
+    for text, value in {"SGD": "sgd", "2": 2, "none": None}.items():
+        assert options.read(["--by", text]) == {"by": value}
+    for given in (["--by", "lion"], ["--by"]):
+        with pytest.raises(JobError, match=r"(?s)sgd or adam or 2 or None.*(lion|none)"):
+            options.read(given)
+
+
+@pytest.mark.parametrize("task", ["mnist", "absent.py:Task"])
+def test_wrong_names_are_refused_before_torch_is_loaded(task: str, tmp_path: Path) -> None:
+    given = ("-X", "importtime", "-m", "lockstep", "run", task, "--model", "cmn")
+    done = command.python(*given, cwd=tmp_path)
+    assert done.returncode == 2
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    assert ("softmax or mlp or cnn" if task == "mnist" else "there is no file") in done.stderr
 
 
 def test_options_of_a_task_in_a_file(mine: str) -> None:

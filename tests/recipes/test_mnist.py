@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ def accuracy(task: Mnist, model: nn.Module) -> float:
 @pytest.mark.parametrize(
     ("model", "data_epochs", "least"), [("softmax", 5, 0.86), ("mlp", 5, 0.91), ("cnn", 2, 0.94)]
 )
-def test_models_learn(model: str, data_epochs: int, least: float) -> None:
+def test_models_learn(model: Any, data_epochs: int, least: float) -> None:
     job = mnist(model)
     assert isinstance(job.task, Mnist)
     assert accuracy(job.task, train(job, data_epochs)) >= least
@@ -67,7 +69,7 @@ def test_models_learn(model: str, data_epochs: int, least: float) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("model", DATA_EPOCHS)
-def test_defaults_reach_what_the_recipe_promises(model: str) -> None:
+def test_defaults_reach_what_the_recipe_promises(model: Any) -> None:
     job = mnist(model)
     assert isinstance(job.task, Mnist)
     reached = accuracy(job.task, train(job, DATA_EPOCHS[model]))
@@ -159,7 +161,8 @@ def test_job_has_the_models_settings() -> None:
 
 
 def test_unknown_model_names_the_choices() -> None:
-    for make in (mnist, Mnist):
+    makes: tuple[Callable[..., Any], ...] = (mnist, Mnist)
+    for make in makes:
         with pytest.raises(JobError, match="softmax or mlp or cnn") as caught:
             make("resnet")
         assert "resnet" in caught.value.found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,8 @@ from lockstep.cli.task_help import CommandOfTask
 from lockstep.cli.task_options import options_of
 from lockstep.cli.watch_commands import Dashboard, page_beside
 from lockstep.errors import LockstepError
+from lockstep.job.task_resolution import check_file
+from lockstep.system.folders import working_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -173,6 +176,9 @@ app.command()(rank)
 def _job(name: str, extra: list[str]) -> tuple[Any]:
     """The job that the command line names, with the recipe's arguments."""
     job = read_job(name)
+    where, colon, _ = str(job.task).rpartition(":")
+    if colon and where.endswith(".py"):
+        check_file(Path(working_folder(), where))
     options = options_of(str(job.task))
     options.check(job.args)
     return (job.replace_args({**job.args, **options.read(extra)}),)

@@ -62,6 +62,9 @@ class TaskOption:
         Raises:
             JobError: it is not what the annotation says.
         """
+        choices = _choices(self.annotation)
+        if choices is not None:
+            return self._chosen(choices, text)
         kinds = {kind.strip() for kind in self.annotation.split("|")}
         if text is None:
             if kinds <= {"int", "float", "str", "None"}:
@@ -78,6 +81,12 @@ class TaskOption:
             return READ[kind](text)
         except (KeyError, ValueError):
             raise self._wrong(EXPECTED[kind], repr(text)) from None
+
+    def _chosen(self, choices: Sequence[Any], text: str | None) -> Any:
+        for choice in choices:
+            if text is not None and str(choice).lower() == text.lower():
+                return choice
+        raise self._wrong(" or ".join(map(str, choices)), "none" if text is None else repr(text))
 
     def _wrong(self, expected: str, found: str) -> JobError:
         return JobError(
@@ -173,6 +182,18 @@ def plain_value(text: str) -> Any:
         except yaml.YAMLError:
             return text
     return text
+
+
+def _choices(annotation: str) -> list[Any] | None:
+    """What `Literal["a", "b"]`, perhaps with `| None`, allows; None: it is something else."""
+    found = re.fullmatch(r"(?:typing\.)?Literal\[(.+)\](\s*\|\s*None)?", annotation)
+    if found is None:
+        return None
+    try:
+        choices = list(ast.literal_eval(f"({found[1]},)"))
+    except (SyntaxError, ValueError):
+        return None
+    return [*choices, None] if found[2] else choices
 
 
 def _dashed(name: str) -> str:

@@ -152,9 +152,18 @@ def _find(source: TaskSource) -> Any:
     return found
 
 
-def _import_file(path: Path) -> ModuleType:
+def check_file(path: Path) -> None:
+    """Check that a task's file is there: early, before torch is loaded.
+
+    Raises:
+        JobError: it is not.
+    """
     if not path.is_file():
         raise JobError(f"there is no file {path}", fix="give the path of a Python file, then :Task")
+
+
+def _import_file(path: Path) -> ModuleType:
+    check_file(path)
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

@@ -7,7 +7,7 @@ the CNN, depending on the seed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lockstep.errors import DataError, JobError
 from lockstep.job.job import Job
@@ -26,7 +26,7 @@ DATA_EPOCHS = {"softmax": 20, "mlp": 15, "cnn": 10}
 """The models, with their default data epochs."""
 
 
-def mnist(model: str = "softmax", data: str | None = None) -> Job:
+def mnist(model: Literal["softmax", "mlp", "cnn"] = "softmax", data: str | None = None) -> Job:
     """Classify handwritten digits.
 
     Args:
