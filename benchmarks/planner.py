@@ -30,7 +30,7 @@ from benchmarks.namespaces import Network
 OWN = ("softmax", "mlp", "cnn", "transformer", "embedding")
 PLACES = ("here", "1gbit", "100mbit")
 BATCH, LIMIT = 64, 240.0
-LEAST_STEPS = 20
+LEAST_STEPS, MANY_STEPS = 20, 10_000
 LOOK_SECONDS = 0.05
 GOOD_CHOICE, GOOD_STEP, GOOD_MEMORY = 0.05, 0.15, 0.20
 
@@ -50,9 +50,12 @@ def member(args: argparse.Namespace) -> dict[str, Any]:
     settings = {**job_of(args.model), "evaluate": False, "purity": 0.0, "quiet": True}
     task = settings.pop("task")
     loaded = _loaded(task, settings)
+    quick = explain(task, measure=0, steps=MANY_STEPS, **settings).decision.chosen
+    assert quick is not None
+    steps = max(LEAST_STEPS, int(args.seconds / quick.prediction.seconds))
     planning = time.monotonic()
     with _agents(args, "plan") as on:
-        explained = explain(task, on=on, measure=2, steps=10_000, **settings)
+        explained = explain(task, on=on, measure=2, steps=steps, **settings)
     cold = time.monotonic() - planning
     ranked = [
         (dict(each.prediction.candidate.workers), each.prediction.seconds)
@@ -61,7 +64,6 @@ def member(args: argparse.Namespace) -> dict[str, Any]:
     chosen = explained.decision.chosen
     assert chosen is not None
     rows: list[dict[str, Any]] = []
-    steps = max(LEAST_STEPS, int(args.seconds / chosen.seconds))
     for number, (workers, predicted) in enumerate(ranked):
         several = len(workers) > 1
         with (

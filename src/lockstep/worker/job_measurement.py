@@ -14,6 +14,7 @@ forkserver. Times are medians, since what disturbs a machine only ever adds to t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import statistics
@@ -196,6 +197,7 @@ class Timekeeper:
         """Everything, the most important first."""
         fork, (own, *others) = self._fork, self._sizes
         times = {own: self._shard(own)}
+        reset_peak()
         each = -(-self._plan.shards // fork.workers)
         steps = self._steps(times[own] * each)
         sums, optimizer = self._update()
@@ -330,6 +332,13 @@ def _assignment(plan: Plan, control: ControlSegment, rank: int, workers: int) ->
         epoch=control.epoch, step=0, todo=(), refresh=False, loaders=True, ahead_from=0,
     )  # fmt: skip
     return assignment
+
+
+def reset_peak() -> None:
+    """Let the peak of memory be counted from now on: what a fork has inherited and let go of was
+    not its own."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def private_bytes() -> int:
