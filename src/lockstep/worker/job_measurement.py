@@ -342,22 +342,34 @@ def reset_peak() -> None:
 
 
 def private_bytes() -> int:
-    """The most memory of its own that this process has had: what it has now, and what has been
-    given back since the peak."""
-    rollup = _kilobytes(Path("/proc/self/smaps_rollup"))
+    """The most memory of its own that this process has had since `reset_peak`: what it has now, and
+    what it has given back. Segments of the run are counted elsewhere, whoever maps them."""
     status = _kilobytes(Path("/proc/self/status"))
-    private = rollup.get("Private_Dirty", status.get("RssAnon", 0))
-    return 1024 * (private + max(0, status.get("VmHWM", 0) - status.get("VmRSS", 0)))
+    given_back = max(0, status.get("VmHWM", 0) - status.get("VmRSS", 0))
+    return 1024 * (private_kilobytes(Path("/proc/self/smaps")) + given_back)
+
+
+def private_kilobytes(smaps: Path) -> int:
+    """What is written and not shared with another process, by a file such as /proc/self/smaps;
+    without memory files, which are private as long as nobody else has touched them."""
+    total, counts = 0, True
+    try:
+        lines = smaps.read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, value = line.partition(":")
+        if "-" in name and value and " " in name:  # the head of a mapping
+            counts = "/memfd:" not in line
+        elif name == "Private_Dirty" and counts:
+            total += int(value.split()[0])
+    return total
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
     """The fields of such a file that are sizes."""
     found = {}
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return {}
-    for line in lines:
+    for line in path.read_text().splitlines():
         name, _, value = line.partition(":")
         if value.endswith(" kB"):
             found[name] = int(value.split()[0])
