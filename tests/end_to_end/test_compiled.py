@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import lockstep
-from lockstep.errors import TaskError
+from lockstep.errors import RefusedError, TaskError
 from lockstep.job.faults import Fault
 from lockstep.system.folders import user_cache
-from tests.support.harmed_runs import assert_struck, events
+from tests.support.harmed_runs import assert_same, assert_struck, events, yard
+from tests.support.multi_host_runs import Site, ended_well, site
 from tests.zoo import ZOO
 from tests.zoo.vectors import CLASSES, FEATURES, Vectors, normal, whole
+
+__all__ = ["site", "yard"]  # fixtures
 
 COMPILED: dict[str, Any] = {
     "steps": 10, "batch_size": 26, "seed": 3, "shards": 4, "compile": True, "quiet": True,
@@ -83,6 +87,29 @@ def test_one_fingerprint_for_any_number_of_workers(
         assert all(torch.allclose(one, other, atol=1e-3) for one, other in pairs)
     verified = lockstep.verify(harmed.folder, task=task, quiet=True)
     assert verified.final
+
+
+@pytest.mark.long
+def test_several_hosts(kernels: None, site: Site) -> None:
+    """A worker dies on one; the bits are those of one host, whose manifest names the compiler."""
+    fault = Fault(worker_id=0, step=3, phase="backward")
+    on = site.agents({"b": 2}, 1)
+    found = site.run("mlp", on, compile=True, faults=(fault,))
+    assert_struck(found.folder, [fault])
+    assert_same(found, site.alone("mlp", compile=True))
+    ended_well(on)
+
+
+@pytest.mark.long
+def test_a_host_without_a_compiler_is_refused(
+    kernels: None, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = site.agents({"b": 1}, 1)
+    bare = partial(on.start, environment={"CXX": "/nowhere/g++", "PATH": "/nowhere"})
+    monkeypatch.setattr(on, "start", bare)
+    with pytest.raises(RefusedError, match="host b") as raised:
+        site.run("mlp", on, compile=True)
+    assert "compiler is none" in raised.value.found
 
 
 @pytest.mark.long

@@ -173,7 +173,8 @@ def _fetched_data(link: ControlLink, offer: JobOffer, silence: float) -> Iterato
 
 def facts_of(loaded: Mapping[str, Any]) -> dict[str, str]:
     """What has to be the same on all hosts, from what the forkserver knows of its task."""
-    return gather(**{name: loaded[name] for name in ("probe", "code", "data", "fitted")})
+    facts = gather(**{name: loaded[name] for name in ("probe", "code", "data", "fitted")})
+    return facts | {"compiler": loaded["compiler"]} if "compiler" in loaded else facts
 
 
 class Agent:

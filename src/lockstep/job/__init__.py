@@ -16,6 +16,7 @@ offered_names    checks of a task name that another host has sent
 position         where in a run a call of the task's methods belongs
 job              a task with its settings
 settings         fields that declare their limits, their option and their documentation
+setting_checks   those that have to fit each other
 settings_table   the generated tables of docs/job-files.md
 run_request      a job as it was asked for, with the settings that were given
 job_file         YAML files that describe a job

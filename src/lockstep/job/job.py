@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lockstep.errors import JobError
 from lockstep.job.faults import Fault
+from lockstep.job.setting_checks import check_together
 from lockstep.job.settings import setting, settings_of
 from lockstep.job.task import Task
 
@@ -108,7 +109,7 @@ class Job:
     compile: bool = setting(
         False,
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
-        detail="Other bits than without, the same for any number of workers; on one host, with one "
+        detail="Other bits than without, the same for any number of workers and hosts; with one "
         "thread per worker. See [architecture.md](architecture.md#traced-shards).",
         changes_numbers=True,
     )
@@ -325,13 +326,15 @@ class Job:
     def __post_init__(self) -> None:
         for name, each in SETTINGS.items():
             object.__setattr__(self, name, each.checked(getattr(self, name)))
-        _check_args(self)
-        _check_compression(self)
-        _check_local_data(self)
-        _check_servers(self)
-        _check_shards(self)
-        _check_monitor(self)
-        _check_name(self)
+        defaults = {name: each.default for name, each in SETTINGS.items()}
+        check_together({name: getattr(self, name) for name in defaults}, defaults)
+        if self.args and not isinstance(self.task, str):
+            raise JobError(
+                "args are given, but the task is an object",
+                expected="args with a task that is named",
+                found=", ".join(self.args),
+                fix="give them to the task's constructor",
+            )
 
     def replace(self, **changes: Any) -> Job:
         """A copy with the given settings changed."""
@@ -349,87 +352,3 @@ class Job:
 
 SETTINGS = settings_of(Job)
 """The settings of a job, by name."""
-
-
-def _check_args(job: Job) -> None:
-    if job.args and not isinstance(job.task, str):
-        raise JobError(
-            "args are given, but the task is an object",
-            expected="args with a task that is named",
-            found=", ".join(job.args),
-            fix="give them to the task's constructor",
-        )
-
-
-def _check_compression(job: Job) -> None:
-    if job.compression == "none":
-        if job.groups is not None:
-            raise JobError(
-                "groups are given without compression",
-                expected="compression = bf16, int8 or topk, with groups",
-                found=f"groups = {job.groups}, compression = none",
-                fix="leave groups out, or choose a compression",
-            )
-    elif job.ownership != "replicated":
-        raise JobError(
-            "compression does not go with this ownership: values of parameters are returned",
-            expected="ownership = replicated",
-            found=job.ownership,
-            fix="leave one out",
-        )
-
-
-def _check_local_data(job: Job) -> None:
-    if job.data == "local" and (job.ownership, job.compression) != ("replicated", "none"):
-        raise JobError(
-            "data = local goes with no other division of the work among hosts",
-            expected="ownership = replicated, compression = none",
-            found=f"ownership = {job.ownership}, compression = {job.compression}",
-            fix="leave one out",
-        )
-
-
-def _check_servers(job: Job) -> None:
-    if bool(job.servers) != (job.ownership == "servers"):
-        raise JobError(
-            "servers and ownership do not fit each other",
-            expected="names of servers with ownership = servers, and with no other",
-            found=f"ownership = {job.ownership}, servers = {list(job.servers)}",
-            fix="set both, or neither",
-        )
-
-
-def _check_monitor(job: Job) -> None:
-    for name, needed in (
-        ("monitor_mode", "monitor"),
-        ("stop_patience", "monitor"),
-        ("stop_min_delta", "stop_patience"),
-    ):
-        if getattr(job, name) != SETTINGS[name].default and getattr(job, needed) is None:
-            raise JobError(
-                f"{name} is given without {needed}",
-                expected=f"{needed}, with {name}",
-                found=f"{name} = {getattr(job, name)}, {needed} = None",
-                fix=f"set {needed}, or leave {name} out",
-            )
-
-
-def _check_name(job: Job) -> None:
-    name = job.run_name
-    if name is not None and (not name.isprintable() or "/" in name or name.startswith(".")):
-        raise JobError(
-            "run_name cannot be the name of a folder",
-            expected="printable characters without /, the first no dot",
-            found=repr(name),
-            fix="choose another; out says in which folder the run is",
-        )
-
-
-def _check_shards(job: Job) -> None:
-    if job.workers and job.shards and job.shards < job.workers:
-        raise JobError(
-            "there are more workers than shards: some would never have work",
-            expected=f"shards >= workers = {job.workers}",
-            found=f"shards = {job.shards}",
-            fix=f"set shards to {job.workers} or more, or workers to {job.shards} or fewer",
-        )

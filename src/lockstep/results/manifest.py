@@ -193,6 +193,10 @@ def differences(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[
         notes.append("the task's source file is not the one that the run used")
     if facts["probe"] != manifest["probe"]:
         notes.append("this machine does not compute the same bits as the run's")
+    profile = manifest["profile"]
+    made_by = f"{profile.get('compiler')}, {profile.get('vectors')}"
+    if "compiler" in profile and facts.get("compiler", made_by) != made_by:
+        notes.append(f"its kernels were compiled by {made_by}; here by {facts['compiler']}")
     had = manifest["plan"]["train_samples"]
     parts = manifest["plan"].get("holdings")  # compared when the hosts have joined
     if facts["train_samples"] != had and not parts:

@@ -225,15 +225,24 @@ def versions() -> dict[str, str]:
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     return {
         "torch": torch.__version__,
-        "compiler": version.stdout.splitlines()[0],
+        "compiler": version.stdout.splitlines()[0].encode("ascii", "replace").decode()[:120],
         "vectors": str(pick_vec_isa()),
     }
+
+
+def compiler() -> str:
+    """What kernels are compiled by here, in words: to be the same on all hosts of a job."""
+    try:
+        made_by = versions()
+    except Exception as error:  # the reason for refusing the job, where it is set up here
+        return f"none: {first_line(error)}".encode("ascii", "replace").decode()[:200]
+    return f"{made_by['compiler']}, {made_by['vectors']}"
 
 
 def _refused(reason: str) -> TaskError:
     return TaskError(
         "the loss cannot be compiled",
-        expected="a loss that is a graph of tensor operations, one host, one thread per worker",
+        expected="a loss that is a graph of tensor operations, one thread per worker, and g++",
         found=reason,
         fix=FIX,
     )

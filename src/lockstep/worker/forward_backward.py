@@ -163,7 +163,13 @@ class ForwardBackward:
             raise _not_finite(value, step, shard, self.sampling)
         self._buffers.save(slot.buffers)
         self._watch.check(slot.buffers, step)
+        if self._is_early(shard, slot):
+            self._writer.all_are_there(step, shard, written)
         return ShardOutcome(value, {})
+
+    def _is_early(self, shard: int, slot: GradientSlot) -> bool:
+        """Whether other hosts may have this shard's gradients before all workers have met."""
+        return self.early and slot is self.shared.slots[shard]
 
     def _trace(
         self,
@@ -196,8 +202,8 @@ class ForwardBackward:
         self._buffers.restore(self.shared.committed)
         self._modes.restore()
         versions = [tensor._version for _, tensor in self._kept]
-        early = self.early and slot is self.shared.slots[shard]
-        self._writer.begin(slot, written, (step, shard) if early else None)
+        early = (step, shard) if self._is_early(shard, slot) else None
+        self._writer.begin(slot, written, early)
         self._fault("forward", step, shard)
         with self._precision():
             if self._rounds is None:

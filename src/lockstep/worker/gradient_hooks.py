@@ -65,6 +65,11 @@ class GradientHooks:
         self._slot, self._written = slot, written
         written[:] = 0
 
+    def all_are_there(self, step: int, shard: int, written: npt.NDArray[np.uint8]) -> None:
+        """Say that other hosts may have a shard's gradients, which were all computed at once."""
+        self._control.ready[shard, written != 0] = step + 1
+        self._control.notify()
+
     def abandon(self) -> None:
         """Drop what a backward pass that was cut short has left."""
         for parameter in self._params:

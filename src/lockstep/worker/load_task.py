@@ -25,6 +25,7 @@ from lockstep.optim.local_sgd import LocalSGD
 from lockstep.planning.forkserver_messages import LoadTask
 from lockstep.system import numerics
 from lockstep.system.seeding import seed_everything
+from lockstep.worker.compiled_shard import compiler
 from lockstep.worker.model_checks import check_model
 
 
@@ -80,6 +81,8 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         "probe": numerics.probe(),
         "parameters": _shapes_digest(model),
     }
+    if setting("compile"):
+        facts["compiler"] = compiler()
     if request.networked:  # with local data there is another one on every host
         local = data == "local"
         facts["data"] = "local" if local else digest_of(make_fetch(task, train, seed), samples)

@@ -162,8 +162,6 @@ def obstacle(task: Task, shared: SharedState, plan: Plan) -> str:
         return "under autocast, casts are kept from one operation to another"
     if isinstance(task, LocalSGD):
         return "a step has several updates"
-    if shared.networked:
-        return "other hosts get gradients while the backward pass goes on"
     if shared.tables:
         return "large embeddings have gradients of their own form"
     if type(task).set_position is not Task.set_position:

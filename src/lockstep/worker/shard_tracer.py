@@ -184,6 +184,8 @@ def why_not(task: Task, shared: SharedState, plan: Plan) -> str:
         return "stall_seconds leaves no time to trace"
     if sum(parameter.nbytes for parameter in shared.params) > MOST_BYTES:
         return "the gradients are large"
+    if shared.networked:
+        return "other hosts get gradients while the backward pass goes on"
     return obstacle(task, shared, plan)
 
 

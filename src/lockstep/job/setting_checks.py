@@ -1,0 +1,99 @@
+"""Setting checks: settings of a job have to fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lockstep.errors import JobError
+
+Settings = Mapping[str, Any]
+"""By name."""
+
+
+def check_together(job: Settings, defaults: Settings) -> None:
+    """Check that a job's settings fit each other. Each is valid by itself.
+
+    Raises:
+        JobError: two do not.
+    """
+    _check_compression(job)
+    _check_local_data(job)
+    _check_servers(job)
+    _check_shards(job)
+    _check_monitor(job, defaults)
+    _check_name(job)
+
+
+def _check_compression(job: Settings) -> None:
+    if job["compression"] == "none":
+        if job["groups"] is not None:
+            raise JobError(
+                "groups are given without compression",
+                expected="compression = bf16, int8 or topk, with groups",
+                found=f"groups = {job['groups']}, compression = none",
+                fix="leave groups out, or choose a compression",
+            )
+    elif job["ownership"] != "replicated":
+        raise JobError(
+            "compression does not go with this ownership: values of parameters are returned",
+            expected="ownership = replicated",
+            found=job["ownership"],
+            fix="leave one out",
+        )
+
+
+def _check_local_data(job: Settings) -> None:
+    if job["data"] == "local" and (job["ownership"], job["compression"]) != ("replicated", "none"):
+        raise JobError(
+            "data = local goes with no other division of the work among hosts",
+            expected="ownership = replicated, compression = none",
+            found=f"ownership = {job['ownership']}, compression = {job['compression']}",
+            fix="leave one out",
+        )
+
+
+def _check_servers(job: Settings) -> None:
+    if bool(job["servers"]) != (job["ownership"] == "servers"):
+        raise JobError(
+            "servers and ownership do not fit each other",
+            expected="names of servers with ownership = servers, and with no other",
+            found=f"ownership = {job['ownership']}, servers = {list(job['servers'])}",
+            fix="set both, or neither",
+        )
+
+
+def _check_monitor(job: Settings, defaults: Settings) -> None:
+    for name, needed in (
+        ("monitor_mode", "monitor"),
+        ("stop_patience", "monitor"),
+        ("stop_min_delta", "stop_patience"),
+    ):
+        if job[name] != defaults[name] and job[needed] is None:
+            raise JobError(
+                f"{name} is given without {needed}",
+                expected=f"{needed}, with {name}",
+                found=f"{name} = {job[name]}, {needed} = None",
+                fix=f"set {needed}, or leave {name} out",
+            )
+
+
+def _check_name(job: Settings) -> None:
+    name = job["run_name"]
+    if name is not None and (not name.isprintable() or "/" in name or name.startswith(".")):
+        raise JobError(
+            "run_name cannot be the name of a folder",
+            expected="printable characters without /, the first no dot",
+            found=repr(name),
+            fix="choose another; out says in which folder the run is",
+        )
+
+
+def _check_shards(job: Settings) -> None:
+    if job["workers"] and job["shards"] and job["shards"] < job["workers"]:
+        raise JobError(
+            "there are more workers than shards: some would never have work",
+            expected=f"shards >= workers = {job['workers']}",
+            found=f"shards = {job['shards']}",
+            fix=f"set shards to {job['workers']} or more, or workers to {job['shards']} or fewer",
+        )
