@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from lockstep.worker.job_measurement import private_kilobytes
+from lockstep.worker.job_measurement import COMPUTE, END, UPDATE, Board, private_kilobytes
+
+
+def test_what_is_told_is_told_at_once() -> None:
+    """Who reads while something else is told sees the one or the other, and no mixture."""
+    board = Board()
+    assert board.told() == (0, 0, 0)
+    board.tell(COMPUTE, 1 << 30)
+    assert board.told() == (1, COMPUTE, 1 << 30)
+    pairs, seen = {(COMPUTE, 1 << 30), (UPDATE, 4)}, set()
+    child = os.fork()
+    if child == 0:
+        for _ in range(200_000):
+            board.tell(UPDATE, 4)
+            board.tell(COMPUTE, 1 << 30)
+        board.tell(END, 0)
+        os._exit(0)
+    while (told := board.told()[1:])[0] != END:
+        seen.add(told)
+    os.waitpid(child, 0)
+    assert seen <= pairs
+
 
 SMAPS = """\
 55fb4bb31000-55fb4bb32000 r--p 00000000 fe:00 26723                      /usr/bin/python3.11

@@ -43,7 +43,7 @@ from lockstep.worker.context import Session, WorkerContext
 from lockstep.worker.train_step import TrainStep
 
 COMPUTE, STEPS, UPDATE, END = 1, 2, 3, 4
-KINDS = 8
+KINDS, NUMBER_BITS = 8, 40
 STEPS_SECONDS, CHUNK_SECONDS = 0.25, 0.02
 """For how long whole steps are run, and how many of them before the board is looked at again."""
 LEAST_STEPS = 4
@@ -60,20 +60,25 @@ SPINS, WAIT_SECONDS = 5000, 2e-5
 
 
 class Board:
-    """What the first fork tells the others; made before they are forked."""
+    """What the first fork tells the others; made before they are forked.
+
+    It is one word, so that nobody reads half of what is told: the turn, what to do, its number.
+    """
 
     def __init__(self) -> None:
-        self._words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)
+        self._word = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)
+        self._turn = 0
 
     def tell(self, doing: int, number: int) -> None:
-        """What to do now: shards of so many samples, or the steps before this number."""
-        self._words[1] = number
-        self._words[0] = doing + (int(self._words[0]) // KINDS + 1) * KINDS
+        """What to do now: shards of so many samples, the steps before this number, updates from so
+        many slots."""
+        self._turn += 1
+        self._word[0] = (self._turn * KINDS + doing) << NUMBER_BITS | number
 
     def told(self) -> tuple[int, int, int]:
         """The turn, what to do in it, and its number."""
-        word = int(self._words[0])
-        return word // KINDS, word % KINDS, int(self._words[1])
+        head, number = divmod(int(self._word[0]), 1 << NUMBER_BITS)
+        return *divmod(head, KINDS), number
 
 
 class SizedBatches(Loader):
