@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from lockstep.agent.host_messages import (
     BatchChunk,
     EventForwarded,
     ExchangeTrouble,
+    HostMeasured,
     HostPaused,
     HostPresent,
     HostReady,
@@ -27,6 +29,9 @@ from lockstep.agent.host_messages import (
     InferBatches,
     JobEnded,
     LeaseExtended,
+    LinkProbe,
+    LinkProbed,
+    MeasureHost,
     PauseWorkers,
     PlanAssigned,
     Recovered,
@@ -39,6 +44,7 @@ from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
 from lockstep.errors import JobError, ProtocolError
 from lockstep.net.blob_transfer import BlobInfo
 from lockstep.net.control_link import FetchPiece, Heartbeat
+from lockstep.planning.job_profile import JobProfile, Measurement, ShardTime, StateMemory
 from lockstep.system.messages import Codec, ErrorMessage, Message, encode
 from tests.support.fuzzing import ended, fuzz
 from tests.support.message_values import ODD, body, fields_of, nested, refuses
@@ -49,8 +55,16 @@ ORDER = RegroupOrder(
     step=3, workers={"a": 1, "b": 2}, addresses=ADDRESSES,
     actions={"a": "keep", "b": "copy"}, source="a",
 )  # fmt: skip
+MEASURED = Measurement(
+    workers=2, shards=(ShardTime(samples=8, seconds=0.5),), own=ShardTime(samples=8, seconds=0.5),
+    traced=False, sum_seconds=0.1, optimizer_seconds=0.1, rest_seconds=-0.1, steps=3, copy_rate=1e9,
+    worker_bytes=1 << 20,
+)  # fmt: skip
+PROFILE = JobProfile(alone=MEASURED, busy=MEASURED, memory=StateMemory(state=64, slot=64, slots=4))
 AGENTS: tuple[Message, ...] = (
     HostPresent(workers=2, facts={"torch": "2"}, train_samples=100, eval_samples=0),
+    LinkProbed(number=3),
+    HostMeasured(profile=PROFILE, memory=1 << 30),
     HostReady(workers=2),
     HostPaused(
         generation=1, status=HostStatus(whole=3, snapshot=None, address=("127.0.0.1", 4000))
@@ -65,6 +79,8 @@ AGENTS: tuple[Message, ...] = (
     FetchPiece(blob="code", piece=0),
 )
 MASTER: tuple[Message, ...] = (
+    LinkProbe(number=3, content=b"x" * 100),
+    MeasureHost(plan={"workers": 1}, job="0f" * 16, all_sizes=True),
     PlanAssigned(plan={"workers": 1}),
     HostRefused(error=ERROR),
     PauseWorkers(generation=2),
@@ -86,6 +102,19 @@ SAID: list[tuple[Codec[Any], Message]] = [
         ),
     ),
 ]  # fmt: skip
+
+
+WRONG_COSTS: tuple[dict[str, Any], ...] = (
+    {"rest_seconds": math.nan}, {"rest_seconds": math.inf}, {"sum_seconds": -1.0}, {"workers": 0},
+    {"shards": []}, {"own": {"samples": 0, "seconds": 1.0}},
+    {"own": {"samples": 1, "seconds": math.nan}}, {"copy_rate": "1"},
+)  # fmt: skip
+
+
+def changed_profile(**change: object) -> dict[str, Any]:
+    """A profile with something wrong in it."""
+    profile: dict[str, Any] = msgspec.to_builtins(PROFILE)
+    return {**profile, "alone": {**profile["alone"], **change}}
 
 
 def name_of(value: object) -> str:
@@ -129,6 +158,14 @@ def test_unknown_fields_operations_and_nests(codec: Codec[Any], message: Message
             {"status": {"op": "HostStatus", "whole": 2**62, "snapshot": 1}},
         ),
         (FROM_AGENTS, "HostPaused", {"generation": -1}),
+        (FROM_AGENTS, "LinkProbed", {"number": -1}),
+        (FROM_AGENTS, "HostMeasured", {"memory": -1}),
+        *(
+            (FROM_AGENTS, "HostMeasured", {"profile": changed_profile(**change)})
+            for change in WRONG_COSTS
+        ),
+        (FROM_MASTER, "LinkProbe", {"content": bytes(1 << 20)}),
+        (FROM_MASTER, "MeasureHost", {"job": "../../x"}),
         (FROM_AGENTS, "ExchangeTrouble", {"why": "x" * 100_000}),
         (FROM_AGENTS, "StepRecorded", {"step": 1.5}),
         (FROM_AGENTS, "StepRecorded", {"digest": "\n"}),

@@ -335,7 +335,7 @@ def test_every_setting_that_an_option_can_give_has_one() -> None:
     from lockstep.cli.main import plan, run
     from lockstep.job.job import SETTINGS
 
-    own = {"ctx", "job", "on", "state", "dashboard", "quiet", "as_json"}
+    own = {"ctx", "job", "on", "state", "dashboard", "measure", "tune", "quiet", "as_json"}
     for each in (run, plan):
         options = set(inspect.signature(each).parameters) - own
         without = {"evaluate", "keep_checkpoints", "cluster", "slice_plan"}

@@ -157,7 +157,7 @@ def test_runs_are_listed_and_compared(page: Any, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run-0" / "result.json").read_text())
     result["metrics"][hostile] = 1.0
     (tmp_path / "run-0" / "result.json").write_text(json.dumps(result))
-    told = {"event": "predicted", "samples_per_second": 4321.0, "workers": 1, "how": "a trial"}
+    told = {"event": "plan", "predicted": 0.5, "workers": 1}
     with (tmp_path / "run-0" / "events.jsonl").open("a") as file:
         file.write(json.dumps(told) + "\n")
     command = [sys.executable, "-m", "lockstep", "watch", str(tmp_path)]
@@ -174,7 +174,7 @@ def test_runs_are_listed_and_compared(page: Any, tmp_path: Path) -> None:
         page.get_by_role("link", name="run-0").click()
         page.locator(".pill.finished").wait_for()
         assert hostile in page.locator(".tiles").inner_text()
-        assert "predicted 4,321 for 1 worker" in page.locator(".tiles").inner_text()
+        assert "predicted 32 for 1 worker" in page.locator(".tiles").inner_text()
         assert page.locator("main img").count() == 0
         page.goto(page.url.partition("/run/")[0] + "/run/nothing")
         page.get_by_text("there is no such run").wait_for()

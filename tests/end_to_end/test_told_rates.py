@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-import lockstep
 from lockstep.job.faults import Fault
 from lockstep.results.run_reader import RunReader
-from lockstep.results.run_summary import details
 from tests.support.drawing_task import Weighted
 from tests.support.harmed_runs import Yard, events, ledger, yard
 
@@ -50,17 +48,15 @@ def test_memory_is_told_of_each_worker(yard: Yard) -> None:
     assert all(1 << 20 < size < 1 << 32 for memory in told for size in memory.values())
 
 
-def test_what_a_trial_predicts_is_told(yard: Yard) -> None:
-    """Where the number of workers is measured, the plan knows what it gives."""
+def test_what_the_plan_predicts_is_told(yard: Yard) -> None:
+    """Where the number of workers is open."""
     long = {**SETTINGS, "steps": 1500}
     found = yard.run(Weighted(), workers=None, **long)
     reader = RunReader(found.folder)
     reader.refresh()
     predicted = reader.summary("x")["predicted"]
-    if lockstep.plan(Weighted(), quiet=True, **long).predicted_rate is None:
-        pytest.skip("one core: there is nothing to try")
-    assert predicted["rate"] > 0
+    (planned,) = events(found.folder, "plan")
+    assert predicted["rate"] == pytest.approx(15 / planned["predicted"])
     assert predicted["workers"] == found.workers
-    assert "predicted_rate" in {key for key, _ in details(reader.manifest)["plan"]}
     asked = yard.run(Weighted(), workers=2, **SETTINGS)
-    assert not events(asked.folder, "predicted")
+    assert not events(asked.folder, "plan")

@@ -13,6 +13,7 @@ followed_part       a host's part in a job whose coordinator is on another host
 host_regroup        one host's part when the hosts of a job are regrouped
 forkserver_client   the forkserver as its owner sees it: a process that answers over a channel
 preload             preloaded(): keeps a forkserver with torch for many runs
+profiling           what a job costs on this host: measured in a clone, or from the cache
 membership          pure: who works, who joins, who is replaced
 recovery            pure: where to go on after a death
 stall_policy        how long a worker may show no heartbeat

@@ -18,13 +18,18 @@ from lockstep.agent.followed_part import FollowedPart
 from lockstep.agent.host_messages import (
     FROM_MASTER,
     AgentFailed,
+    HostMeasured,
     HostPresent,
     HostRefused,
     JobEnded,
+    LinkProbe,
+    LinkProbed,
+    MeasureHost,
     PlanAssigned,
 )
 from lockstep.agent.job_offer import JobOffer, without_contents
 from lockstep.agent.local_host import LocalHost
+from lockstep.agent.profiling import profile_job, profile_path
 from lockstep.collectives.host_mesh import HostMesh
 from lockstep.errors import (
     JobError,
@@ -33,6 +38,7 @@ from lockstep.errors import (
     PeerTimeoutError,
     ProtocolError,
     RefusedError,
+    ResourceError,
     disk_errors,
 )
 from lockstep.job.code_archive import unpack
@@ -44,6 +50,7 @@ from lockstep.net.identity import Identity
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.planning.plan import Plan
+from lockstep.system import machine
 from lockstep.system.messages import ErrorMessage, Message
 from lockstep.system.shared_memory import Segment
 
@@ -229,6 +236,10 @@ class Agent:
 
     def _do(self, message: Message) -> None:
         match message:
+            case LinkProbe(number=number) if self._part is None:
+                self.link.tell(self.master, LinkProbed(number=number))
+            case MeasureHost() if self._part is None:
+                self._measure(message)
             case PlanAssigned() if self._part is None:
                 self._set_up(message)
             case HostRefused(error=refusal):
@@ -250,16 +261,28 @@ class Agent:
         Raises:
             ProtocolError: it is no plan.
         """
-        try:
-            plan = Plan.from_message(message.plan)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ProtocolError(
-                f"host {self.master} has sent a plan that is none", found=ascii(str(error))[:200]
-            ) from error
+        plan = self._plan_of(message.plan)
         memory = self.host.set_up(plan, networked=True)
         self._part = FollowedPart(
             self.host, memory, plan, self.link, self.mesh, self.master, self._moved
         )
+
+    def _plan_of(self, message: Mapping[str, Any]) -> Plan:
+        try:
+            return Plan.from_message(message)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(
+                f"host {self.master} has sent a plan that is none", found=ascii(str(error))[:200]
+            ) from error
+
+    def _measure(self, message: MeasureHost) -> None:
+        """Tell what the job costs here. What cannot be measured, the run will tell of."""
+        plan, found = self._plan_of(message.plan), None
+        memory = machine.available_bytes()
+        with contextlib.suppress(ResourceError):
+            path = profile_path(message.job, plan)
+            found = profile_job(self.host, plan, path, all_sizes=message.all_sizes)
+        self.link.tell(self.master, HostMeasured(profile=found, memory=memory))
 
     def _check_master(self) -> None:
         silent = self.link.silent_for(self.master)

@@ -4,6 +4,10 @@
     HostPresent     its task is loaded      ->
                                             <-   PlanAssigned    set up memory, start workers
                                             <-   HostRefused     or: it differs from the others
+                                            <-   LinkProbe       what the link to it moves
+    LinkProbed      one has come            ->
+                                            <-   MeasureHost     what the job costs there
+    HostMeasured    that                    ->
     HostReady       its workers wait        ->
                                             <-   PauseWorkers    a generation of hosts begins
     HostPaused      they are at rest        ->
@@ -31,7 +35,9 @@ import msgspec
 from lockstep.agent.regroup_messages import HostStatus, RegroupOrder
 from lockstep.net.control_link import LINK_KINDS
 from lockstep.net.handshake import FactsMap
+from lockstep.planning.job_profile import JobProfile
 from lockstep.system.messages import (
+    Bytes,
     Codec,
     Count,
     ErrorMessage,
@@ -47,6 +53,7 @@ MAX_EVENTS = 1000
 CHUNK_CHARACTERS = 400_000
 """Of JSON in a message."""
 MAX_CHUNKS = 1000
+PROBE_BYTES = 1 << 19
 
 Samples = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Workers = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
@@ -72,6 +79,21 @@ class HostPresent(Message):
     facts: FactsMap
     train_samples: Samples
     eval_samples: Samples
+
+
+class LinkProbed(Message):
+    """A probe has come."""
+
+    number: Count
+
+
+class HostMeasured(Message):
+    """What the job costs on this host."""
+
+    profile: JobProfile | None
+    """None: it cannot be measured."""
+    memory: Bytes
+    """What can still be had here."""
 
 
 class HostReady(Message):
@@ -146,6 +168,26 @@ class BatchChunk(Message):
 # From the master.
 
 
+class LinkProbe(Message):
+    """Say that this has come."""
+
+    number: Count
+    content: Annotated[bytes, msgspec.Meta(max_length=PROBE_BYTES)]
+
+
+class MeasureHost(Message):
+    """Measure what the job costs there, by this plan."""
+
+    plan: Plain
+    job: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    """The digest under which the profile is kept."""
+    all_sizes: bool
+    """Whether other sizes of shards than the job's own are wanted, too."""
+
+    def __post_init__(self) -> None:
+        check_plain(self.plan)
+
+
 class PlanAssigned(Message):
     """Set up memory for this plan, and start workers."""
 
@@ -210,6 +252,8 @@ class JobEnded(Message):
 
 FromAgent = (
     HostPresent
+    | LinkProbed
+    | HostMeasured
     | HostReady
     | HostPaused
     | ExchangeTrouble
@@ -220,7 +264,9 @@ FromAgent = (
     | BatchChunk
 )
 FromMaster = (
-    PlanAssigned
+    LinkProbe
+    | MeasureHost
+    | PlanAssigned
     | HostRefused
     | PauseWorkers
     | ResumeWorkers

@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ from lockstep.job.task_source import TaskSource
 from lockstep.planning.forkserver_messages import (
     CheckPurity,
     ForkWorker,
+    JobMeasured,
     LoadTask,
+    MeasureJob,
     PurityChecked,
     SetUp,
     StateReady,
     TaskLoaded,
     WorkerForked,
 )
+from lockstep.planning.job_profile import Measurement
 from lockstep.planning.plan import Plan
 from lockstep.planning.worker_messages import ToWorker, WorkerMessage, to_worker
 from lockstep.state.host_memory import HostMemory
@@ -239,6 +242,15 @@ class LocalHost:
             TaskError: it does.
         """
         self._forkserver.ask(CheckPurity(), PurityChecked, LOAD_SECONDS)
+
+    def measure_job(
+        self, workers: int, sizes: Sequence[int], *, budget: float, limit: float
+    ) -> Measurement | None:
+        """What shards of these sizes, the job's own first, and steps take while so many workers
+        compute; for a clone that is set up. None: it failed, or took longer than `limit` seconds.
+        """
+        request = MeasureJob(workers=workers, sizes=tuple(sizes), budget=budget, limit=limit)
+        return self._forkserver.ask(request, JobMeasured, LOAD_SECONDS)[0].found
 
     def spawn(self, worker_id: int) -> WorkerHandle:
         """Fork a worker."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.api.core_trials import decompose_by_trial
+from lockstep.api.host_planner import decide_hosts, leave_out
+from lockstep.api.planner import MEASURED, Decision, decide_alone
+from lockstep.api.tuning import Tried, try_settings
 from lockstep.coordinator.coordinator import Coordinator
 from lockstep.coordinator.launcher import Launcher
 from lockstep.coordinator.open_hosts import OpenHosts, ReadyHosts, open_hosts
@@ -18,8 +22,8 @@ from lockstep.errors import DataLostError, LockstepError, StoppedError, TaskErro
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest, Taskish
 from lockstep.job.task import Task
-from lockstep.planning.core_split import Facts, divisions
-from lockstep.planning.host_split import computing, decompose_over_hosts
+from lockstep.planning.core_split import Facts
+from lockstep.planning.host_split import computing
 from lockstep.planning.plan import Plan
 from lockstep.results.callbacks import Callback, check_callbacks
 from lockstep.results.checkpoint import list_checkpoints
@@ -32,6 +36,14 @@ from lockstep.results.restart import Restart, find_restart
 from lockstep.results.result import Result
 from lockstep.results.run_folder import RunFolder
 from lockstep.system import machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """A plan, with all that was considered, and other settings that were tried, the best first."""
+
+    decision: Decision
+    tried: tuple[Tried, ...] = ()
 
 
 def run(
@@ -68,7 +80,10 @@ def run(
     announce(f"loading torch and {request.source.label}", quiet=quiet)
     with open_hosts(request, on) as hosts:
         check_loggers(hosts.job.log)  # a recipe may name some, too
-        plan = _decompose(hosts, quiet=quiet)  # 1 decompose
+        decision = _decompose(hosts, quiet=quiet)  # 1 decompose
+        plan = decision.plan
+        if hosts.networked:
+            leave_out(decision, hosts)
         if plan.compile:
             announce("compiling the loss and its gradient", quiet=quiet)
         announce(f"starting {plan.division}", quiet=quiet)
@@ -94,6 +109,8 @@ def run(
                 callbacks,
                 quiet,
             ) as (coordinator, recorder):
+                if decision.chosen is not None:
+                    recorder.event("plan", **decision.event())
                 coordinator.run()  # 3 compute, 4 synchronise
                 return recorder.finish(  # 5 aggregate
                     coordinator.step, coordinator.throughput, begun, request.source
@@ -159,35 +176,68 @@ def plan(
 ) -> Plan:
     """What `run` would do with the same arguments, and why. Trains nothing.
 
-    Where the division of the cores is open, the candidates are timed for a moment. `quiet`: do not
-    say so on stderr.
+    Where the number of workers is open, what a step takes is predicted for each, and the best two
+    are timed for a moment. `quiet`: do not say so on stderr.
+    """
+    return explain(task, args=args, quiet=quiet, **settings).decision.plan
+
+
+def explain(
+    task: Taskish,
+    *,
+    args: Mapping[str, Any] | None = None,
+    on: Launcher | None = None,
+    measure: int = MEASURED,
+    tune: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> Explanation:
+    """The plan with all that was considered: what `lockstep plan` shows.
+
+    Args:
+        on: what brings agents to other hosts; None: this host alone.
+        measure: how many of the best are timed, on this host alone.
+        tune: whether settings that change the numbers are tried, too, on this host alone.
     """
     request = RunRequest.of(task, args, settings)
     announce(f"loading torch and {request.source.label}", quiet=quiet)
-    with open_hosts(request, None) as hosts:
-        found = _decompose(hosts, quiet=quiet)
-        if found.slices == 1:
-            return found
-        return found.with_cuts(hosts.initialise(found).memory.cuts)
+    with open_hosts(request, on) as hosts:
+        decision = _decompose(hosts, quiet=quiet, measure=measure, all_sizes=True)
+        tried: list[Tried] = []
+        if tune and decision.chosen is not None and not hosts.networked:
+            tried = try_settings(
+                hosts.job, _facts(hosts), hosts.host, decision.chosen,
+                say=lambda what: announce(what, quiet=quiet),
+            )  # fmt: skip
+        if decision.plan.slices > 1:
+            cuts = hosts.initialise(decision.plan).memory.cuts
+            decision = dataclasses.replace(decision, plan=decision.plan.with_cuts(cuts))
+    return Explanation(decision=decision, tried=tuple(tried))
 
 
-def _decompose(hosts: OpenHosts, *, quiet: bool) -> Plan:
+def _decompose(
+    hosts: OpenHosts, *, quiet: bool, measure: int = MEASURED, all_sizes: bool = False
+) -> Decision:
     """Stage 1, over the hosts that there are."""
+    facts = _facts(hosts)
+
+    def say(what: str) -> None:
+        announce(what, quiet=quiet)
+
+    if hosts.networked:
+        return decide_hosts(hosts, facts, all_sizes=all_sizes, explain=all_sizes, say=say)
+    return decide_alone(hosts.job, facts, hosts.host, measure=measure, all_sizes=all_sizes, say=say)
+
+
+def _facts(hosts: OpenHosts) -> Facts:
     loaded = hosts.host.facts
-    facts = Facts(
+    return Facts(
         train_samples=loaded["train_samples"],
         eval_samples=loaded["eval_samples"],
         cores=machine.cores(),
         loader_settings=loaded["loader_settings"],
         sample_order=loaded["sample_order"],
     )
-    if hosts.networked:
-        return decompose_over_hosts(hosts.job, facts, hosts.capacities, hosts.samples)
-    candidates = divisions(hosts.job, facts)
-    if len(candidates) > 1:
-        counts = " and ".join(str(each.workers) for each in reversed(candidates))
-        announce(f"timing {counts} workers", quiet=quiet)
-    return decompose_by_trial(hosts.job, facts, candidates, hosts.host)
 
 
 def _check(ready: ReadyHosts, plan: Plan) -> None:

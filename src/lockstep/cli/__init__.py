@@ -10,6 +10,7 @@ task_options         options for the arguments of a recipe or task, read from it
 task_help            `lockstep run RECIPE --help`
 shared_options       options of several commands
 output               results on stdout, notes on stderr
+plan_tables          what was considered for a plan, as tables and as JSON
 launchers            the launcher that `--on` names
 doctor               `lockstep doctor`: the checks of this machine
 """

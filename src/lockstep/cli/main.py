@@ -35,7 +35,7 @@ app.add_typer(data_app, name="data")
 INTERRUPTED = 130
 SHOWN_IF_SET = {
     "groups", "servers", "faults", "holdings", "part", "monitor", "stop_patience", "stop_min_delta",
-    "slice_plan", "sample_order", "predicted_rate", "predicted_by",
+    "slice_plan", "sample_order",
 }  # fmt: skip
 """Fields of a plan that most jobs leave empty."""
 JobArgument = Annotated[
@@ -90,17 +90,32 @@ def plan(
     ctx: typer.Context,
     job: JobArgument,
     *,
+    on: On = None,
+    state: commands.StateOption = None,
+    measure: Annotated[
+        int, typer.Option("--measure", min=0, help="Time so many of the best, in short trials.")
+    ] = 2,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Also try settings that change the numbers; none is chosen."),
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Show the plan that `run` would make with the same options, with its reasons."""
-    from lockstep.api.training import plan as plan_job
+    """Show the plan that `run` would make with the same options, and what else was considered."""
+    from lockstep.api.training import explain
+    from lockstep.cli.plan_tables import ranking_message, show_ranking
 
-    found = plan_job(*_job(job, ctx.args), quiet=quiet, **given(settings))
+    with launcher_of(on, state) as launcher:
+        explanation = explain(
+            *_job(job, ctx.args), on=launcher, measure=measure, tune=tune, quiet=quiet,
+            **given(settings),
+        )  # fmt: skip
+    found = explanation.decision.plan
     message = found.to_message()
     if as_json:
-        print(json.dumps(message))
+        print(json.dumps({**message, "ranking": ranking_message(explanation)}))
         return
     reasons, cuts = message.pop("reasons"), message.pop("cuts")
     if found.monitor is None:
@@ -113,6 +128,7 @@ def plan(
         print(f"  {reason}")
     if cuts:
         show_cuts(cuts)
+    show_ranking(explanation)
 
 
 @app.command()

@@ -101,6 +101,7 @@ def status(
         ("loss now", "" if row["loss"] is None else format(row["loss"], LOSS_DIGITS)),
         *((name, f"{value:.6g}") for name, value, _ in row["metrics"] if value is not None),
         ("speed", f"{row['rate']:,.0f} samples/s" if row["rate"] else ""),
+        ("a step", _step(row)),
         ("plan", _plan(row)),
         ("recoveries", str(row["recoveries"] or "")),
         ("checkpoint", f"after step {row['checkpoints'][-1]:,}" if row["checkpoints"] else ""),
@@ -155,6 +156,14 @@ def _summary(run: Path) -> tuple[RunReader, dict[str, Any]]:
     reader = RunReader(run)
     reader.refresh()
     return reader, reader.summary(run.resolve().name)
+
+
+def _step(row: dict[str, Any]) -> str:
+    """What a step takes, beside what it was predicted to take; empty if it was not."""
+    seconds, predicted = row["step_seconds"], row["predicted_step_seconds"]
+    if not seconds or not predicted:
+        return ""
+    return f"{seconds * 1e3:.3g} ms, {predicted * 1e3:.3g} ms predicted"
 
 
 def _plan(row: dict[str, Any]) -> str:

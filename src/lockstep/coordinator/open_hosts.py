@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lockstep.agent.agent import facts_of
-from lockstep.agent.host_messages import FROM_AGENTS, JobEnded
+from lockstep.agent.host_messages import FROM_AGENTS, HostMeasured, JobEnded
 from lockstep.agent.host_regroup import HostRegroup
 from lockstep.agent.job_offer import JobOffer, RecordsRequest
 from lockstep.agent.local_host import LocalHost
@@ -35,6 +35,7 @@ from lockstep.net.blob_transfer import BlobInfo, BlobServer
 from lockstep.net.control_link import ControlLink
 from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import ignore
+from lockstep.planning.candidates import Link
 from lockstep.planning.data_partition import Samples, check_same, check_together
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
@@ -73,6 +74,14 @@ class OpenHosts(Protocol):
     @property
     def samples(self) -> Mapping[str, Samples]:
         """By host, how many samples it has."""
+
+    def measure(
+        self, plans: Mapping[str, Plan], digest: str, *, all_sizes: bool
+    ) -> dict[str, tuple[HostMeasured, Link]]:
+        """What the job costs on other hosts, by the plan for each, and their links to this one."""
+
+    def leave_out(self, name: str) -> None:
+        """Let a host go before the job begins."""
 
     def initialise(self, plan: Plan) -> ReadyHosts:
         """Have every host allocate what the plan needs."""
@@ -123,6 +132,14 @@ class SingleHost:
     @property
     def samples(self) -> Mapping[str, Samples]:
         return {self.host.name: samples_of(self.host)}
+
+    def measure(
+        self, plans: Mapping[str, Plan], digest: str, *, all_sizes: bool
+    ) -> dict[str, tuple[HostMeasured, Link]]:
+        return {}
+
+    def leave_out(self, name: str) -> None:
+        raise NotImplementedError("a host that is alone takes part")
 
     def initialise(self, plan: Plan) -> ReadyHosts:
         return ready_alone(self.host, plan)
@@ -198,6 +215,22 @@ class NetworkHosts:
     @property
     def samples(self) -> Mapping[str, Samples]:
         return self._rendezvous.samples
+
+    def measure(
+        self, plans: Mapping[str, Plan], digest: str, *, all_sizes: bool
+    ) -> dict[str, tuple[HostMeasured, Link]]:
+        """What the job costs on other hosts, by the plan for each, and their links to this one.
+
+        Raises:
+            LockstepError: one of them does not answer.
+        """
+        links = {name: self._rendezvous.measure_link(name) for name in plans}
+        found = self._rendezvous.measure_hosts(plans, digest, all_sizes=all_sizes)
+        return {name: (found[name], links[name]) for name in plans}
+
+    def leave_out(self, name: str) -> None:
+        """Let a host go before the job begins."""
+        self._rendezvous.leave_out(name)
 
     def gather(
         self,

@@ -10,13 +10,19 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lockstep.agent.host_messages import (
+    PROBE_BYTES,
     AgentFailed,
+    HostMeasured,
     HostPresent,
     HostReady,
     HostRefused,
+    JobEnded,
+    LinkProbe,
+    LinkProbed,
+    MeasureHost,
     PlanAssigned,
 )
 from lockstep.agent.job_offer import JobOffer
@@ -32,6 +38,7 @@ from lockstep.errors import (
 from lockstep.net.control_link import ControlLink
 from lockstep.net.handshake import check_facts
 from lockstep.net.transport import Heard
+from lockstep.planning.candidates import Link
 from lockstep.planning.data_partition import Samples, check_open
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan
@@ -42,6 +49,9 @@ from lockstep.system.messages import ErrorMessage, Message
 
 GATHER_SECONDS = 600.0
 """How long hosts that are known of may take to load the task and its data."""
+PROBES, MOST_PROBES = 5, 64
+PROBE_SECONDS, LINK_SECONDS = 0.1, 60.0
+"""How long probes travel for a rate to be taken of them, and how long they may."""
 MAX_REPORTS = 10_000
 """That wait to be looked at."""
 
@@ -69,6 +79,9 @@ class Rendezvous:
         self.reports: deque[tuple[str, str]] = deque(maxlen=MAX_REPORTS)
         """Connections that were closed or refused: who, and why."""
         self._plan: Plan | None = None
+        self._measured: dict[str, HostMeasured] = {}
+        self._probed: dict[str, int] = {}
+        """By host, the last probe of its link that it has told of."""
         self._expected: tuple[str, ...] = ()
         """The hosts that were there when the job was offered."""
 
@@ -89,6 +102,51 @@ class Rendezvous:
         """
         self._expected = self._launcher.offer(offer)
         self._await(self.capacities, "to load the task and its data")
+
+    def measure_hosts(
+        self, plans: Mapping[str, Plan], digest: str, *, all_sizes: bool
+    ) -> dict[str, HostMeasured]:
+        """What the job costs on other hosts, by the plan for each of them."""
+        for name, plan in plans.items():
+            message = MeasureHost(plan=plan.to_message(), job=digest, all_sizes=all_sizes)
+            self.link.tell(name, message)
+        self._measured = {}
+        self._await(self._measured, "to measure what a shard takes", plans)
+        return self._measured
+
+    def measure_link(self, name: str) -> Link:
+        """The latency and the rate of the link to a host, as messages move on it."""
+        times = [self._probe(name, 1, 0) for _ in range(PROBES)]
+        there_and_back = min(times)
+        count = 1
+        while True:
+            taken = self._probe(name, count, PROBE_BYTES) - there_and_back
+            if taken > PROBE_SECONDS or count >= MOST_PROBES:
+                break
+            count *= 4
+        rate = count * PROBE_BYTES / max(taken, 1e-6)
+        return Link(latency=there_and_back / 2, rate=rate)
+
+    def _probe(self, name: str, count: int, nbytes: int) -> float:
+        """Seconds until a host has told of so many probes."""
+        begun, self._probed[name] = time.monotonic(), 0
+        for number in range(1, count + 1):
+            self.link.tell(name, LinkProbe(number=number, content=bytes(nbytes)))
+        while self._probed[name] < count:
+            for heard in self.hear(0.2):
+                self._heard(heard)
+            if not self.knows(name) or time.monotonic() - begun > LINK_SECONDS:
+                raise PeerTimeoutError(
+                    f"host {name} did not answer in time",
+                    expected=f"{count} probes within {LINK_SECONDS:.0f} s",
+                )
+        return time.monotonic() - begun
+
+    def leave_out(self, name: str) -> None:
+        """Let a host go: the job is quicker without it."""
+        self.link.tell(name, JobEnded())
+        self._expected = tuple(each for each in self._expected if each != name)
+        self.lost(name)
 
     def share_out(self, workers: int) -> dict[str, int]:
         """How many workers each host gets. Hosts that compute nothing run as many as they would.
@@ -168,9 +226,12 @@ class Rendezvous:
         select.select([self.link], [], [], seconds)
         return self.link.take()
 
-    def _await(self, known: Mapping[str, int], what: str) -> None:
+    def _await(
+        self, known: Mapping[str, object], what: str, wanted: Collection[str] | None = None
+    ) -> None:
+        """Return when hosts are known: those that are wanted, or all that are expected."""
         limit = time.monotonic() + GATHER_SECONDS
-        while missing := sorted(set(self._expected) - known.keys()):
+        while missing := sorted(set(self._expected if wanted is None else wanted) - known.keys()):
             if time.monotonic() > limit:
                 raise PeerTimeoutError(
                     f"host {', '.join(missing)} did not answer in time",
@@ -203,6 +264,10 @@ class Rendezvous:
                 raise about(name, message)
             case HostPresent():
                 self.present(name, message, running=False)
+            case HostMeasured() if self.knows(name):
+                self._measured[name] = message
+            case LinkProbed(number=number) if self.knows(name):
+                self._probed[name] = number
             case HostReady() if self.knows(name):
                 self.is_ready(name, message)
 

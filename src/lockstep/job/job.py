@@ -199,7 +199,8 @@ class Job:
     workers: int | None = setting(
         None,
         help="Worker processes, at most `shards`.",
-        detail="Without it the plan times 1, 2, 4, ... workers, up to one a core.",
+        detail="Without it, as many as make a step quickest, up to one a core: predicted from what "
+        "a shard takes, and the best two timed. See [planning.md](planning.md).",
         least=1,
         unset="measured",
         options=("--workers", "-w"),
@@ -222,6 +223,12 @@ class Job:
         help="On several hosts: which host sums and updates which parameters.",
         detail="`replicated`: each all; `sharded`: each its part; `servers`: the hosts in "
         "`servers`, which compute no gradients. See [hosts.md](hosts.md#who-updates-what).",
+    )
+    hosts: Literal["all", "planned"] = setting(
+        "all",
+        help="With other hosts: whether all take part, or those with which a step is quickest.",
+        detail="`planned`: what a step takes is predicted for each choice of hosts, from what a "
+        "shard takes on each and what the links move. See [planning.md](planning.md).",
     )
     servers: Sequence[str] = setting(
         (),

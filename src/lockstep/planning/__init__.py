@@ -7,7 +7,12 @@ binary tree over shard indices along which gradients are summed; a *subtree* of 
 sums before hosts exchange anything. A *slot* is where a shard's gradients are stored.
 
 plan                 Plan: hosts, workers, threads and shards, each decision with its reason
-core_split           ways to split the cores into workers and threads, and the choice among them
+core_split           ways to split the cores into workers and threads; V, where it is left open
+job_profile          what a shard, an update and a meeting cost on a machine, and the memory
+candidates           the ways to run a job that change no bit: how many workers on which hosts
+step_prediction      how long a step takes in such a way, of what parts, and how much memory
+ranking              predictions from the best to the worst, and the choice
+variations           settings that change a job's numbers and may make it faster
 host_split           how many workers each host gets, and the plan over all hosts
 sampling             from a step to its shards, and from these to spans of the sample order
 data_partition       which host has how much of the data (`data: local`), and so which shards

@@ -1,8 +1,8 @@
-"""Core split: ways to divide the cores into workers and threads, and which is best."""
+"""Core split: ways to divide the cores into workers and threads, and V where it is left open."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,40 +76,22 @@ def shards_of(job: Job) -> int:
 
 
 def divisions(job: Job, facts: Facts) -> list[Division]:
-    """The numbers of workers worth trying, the preferred one first. One: nothing to choose.
+    """The numbers of workers that there may be, the most first. One: nothing to choose.
 
     They differ in workers alone: shards and threads change the numbers, and are the job's.
     """
     shards, threads = shards_of(job), job.threads or 1
-    if job.workers is not None:
-        counts = [job.workers]
-    else:
-        most = max(1, min(facts.cores // threads, shards))
-        counts = list(dict.fromkeys([*(most >> k for k in range(most.bit_length())), 1]))
+    most = max(1, min(facts.cores // threads, shards))
+    counts = worker_counts(most) if job.workers is None else [job.workers]
     return [Division(workers=count, threads=threads, shards=shards) for count in counts]
 
 
-PREFERENCE = 1.03
-"""A later division must be faster by this factor: near ties always go the same way."""
+MOST_COUNTS = 16
+"""Up to so many workers all numbers are tried; above, the most, its half, its quarter, ..."""
 
 
-CLOSE = 1.15
-"""The fastest must beat the next by this factor, or they are measured once more."""
-
-
-def close(rates: Sequence[float]) -> bool:
-    """Whether the two fastest are too close to be told apart by a short trial."""
-    best, *others = sorted(rates, reverse=True)
-    return any(best < other * CLOSE for other in others[:1])
-
-
-def choose(rates: Sequence[tuple[Division, float]]) -> tuple[Division, str]:
-    """Pick a division by its measured samples per second, and say why."""
-    best, best_rate = rates[0]
-    for division, rate in rates[1:]:
-        if rate > best_rate * PREFERENCE:
-            best, best_rate = division, rate
-    if len(rates) == 1:
-        return best, f"{best}: nothing else fits the settings"
-    listed = "; ".join(f"{division}: {rate:,.0f} samples/s" for division, rate in rates)
-    return best, f"{best}: fastest of those measured ({listed})"
+def worker_counts(most: int) -> list[int]:
+    """Numbers of workers, the most first."""
+    if most <= MOST_COUNTS:
+        return list(range(most, 0, -1))
+    return list(dict.fromkeys([*(most >> k for k in range(most.bit_length())), 1]))

@@ -7,6 +7,7 @@
     SetUp          the segments, by the plan         StateReady      state, snapshot, control, slots
     ForkWorker     a worker                          WorkerForked    its channel, its pidfd
     CheckPurity    a trial of the first step         PurityChecked
+    MeasureJob     shards and steps, for the plan    JobMeasured
     ComputeShard   a worker's shard once more        ShardForked     its pidfd
 
 The last is a worker's own request, on a channel that it has from its fork.
@@ -15,11 +16,12 @@ Instead of an answer there may be `RequestFailed`. When a child ends, `ChildExit
 
 from __future__ import annotations
 
+from lockstep.planning.job_profile import Measurement
 from lockstep.planning.memory_layout import Layout
 from lockstep.planning.metric_decisions import Told
 from lockstep.planning.plan import Plan
 from lockstep.planning.slot_map import SlotMap
-from lockstep.system.messages import Codec, ErrorMessage, JsonText, Message, OsText
+from lockstep.system.messages import Codec, Count, ErrorMessage, JsonText, Message, OsText
 from lockstep.system.unix_channel import Channel, MessageChannel
 
 # Requests.
@@ -82,6 +84,20 @@ class CheckPurity(Message):
     """Find out whether a shard's gradient depends on what its process has computed before."""
 
 
+class MeasureJob(Message):
+    """Compute shards and steps for a moment, in forks, and tell what they take. The state is not
+    that of the job afterwards."""
+
+    workers: Count
+    """How many compute side by side."""
+    sizes: tuple[int, ...]
+    """Of shards, in samples; the job's own first."""
+    budget: float
+    """Seconds, after which no other size is begun."""
+    limit: float
+    """Seconds, after which it is given up."""
+
+
 class ComputeShard(Message):
     """Compute a shard in a fork in which nothing has been computed. It writes a `pristine.Outcome`
     to the descriptor that comes along."""
@@ -94,7 +110,7 @@ class ComputeShard(Message):
     """What the task's schedule has been told, where it waits for a metric."""
 
 
-Request = Preload | LoadTask | CloneServer | SetUp | ForkWorker | CheckPurity
+Request = Preload | LoadTask | CloneServer | SetUp | ForkWorker | CheckPurity | MeasureJob
 
 # Answers.
 
@@ -143,6 +159,12 @@ class PurityChecked(Message):
     """It does not, or that cannot be told."""
 
 
+class JobMeasured(Message):
+    """What they take; None: a shard failed, which the workers will tell of, or it took too long."""
+
+    found: Measurement | None
+
+
 class ShardForked(Message):
     """A shard is being computed."""
 
@@ -170,6 +192,7 @@ Answer = (
     | StateReady
     | WorkerForked
     | PurityChecked
+    | JobMeasured
     | ChildExited
     | RequestFailed
 )

@@ -69,11 +69,6 @@ class Plan:
     sample_order: str = ""
     """What decides the order of the training data besides the seed, with its digest; "": nothing.
     """
-
-    predicted_rate: float | None = None
-    """How many samples a second are predicted for this number of workers; None: nothing is."""
-    predicted_by: str = ""
-    """What that goes by."""
     memory_format: str = "contiguous"
 
     @property
@@ -145,11 +140,7 @@ class Plan:
                 found=f"{workers}",
             )
         max_workers = max(workers, self.max_workers)
-        same = workers == self.workers
-        return dataclasses.replace(
-            self, workers=workers, max_workers=max_workers, faults=(),
-            predicted_rate=self.predicted_rate if same else None,
-        )  # fmt: skip
+        return dataclasses.replace(self, workers=workers, max_workers=max_workers, faults=())
 
     def with_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> Plan:
         """The same plan, with what has become of the model's matrices."""

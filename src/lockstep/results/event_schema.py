@@ -49,6 +49,21 @@ class Note(Event, tag="note"):
     text: str = ""
 
 
+class Planned(Event, tag="plan"):
+    """The way that was chosen to run the job, out of `considered`: the seconds of a step that were
+    `predicted`, of which `parts`, those `measured` in a trial (null: there was none), and the bytes
+    of `memory` by host. `planning` seconds were spent on it."""
+
+    chosen: str = ""
+    workers: int = 0
+    considered: int = 0
+    predicted: float | None = None
+    parts: dict[str, float] = {}
+    measured: float | None = None
+    memory: dict[str, int] = {}
+    planning: float = 0.0
+
+
 class FirstStep(Event, tag="first_step"):
     """The first step has been committed."""
 
@@ -92,15 +107,6 @@ class Timed(Event, tag="timed"):
     seconds: float = 0.0
     workers: dict[int, Seconds] = {}
     memory: dict[int, int] = {}
-
-
-class Predicted(Event, tag="predicted"):
-    """How many samples a second the plan predicts for its number of workers, and what it goes
-    by (`how`)."""
-
-    samples_per_second: float = 0.0
-    workers: int = 0
-    how: str = ""
 
 
 class Baseline(Event, tag="baseline"):
@@ -370,10 +376,9 @@ class Unknown(Event, tag="unknown"):
 
 
 KINDS: tuple[type[Event], ...] = (
-    Began, Resumed, FirstStep, Progressed, Timed, Predicted, Baseline, Evaluated, StoppedEarly,
-    CallbackNoted,
-    Requested, Paused, WentOn, Checkpointed, CheckpointFailed, Spawned, ForkFailed, Joined, Formed,
-    Regroup, Dismissed, Died,
+    Began, Resumed, Planned, FirstStep, Progressed, Timed, Baseline, Evaluated, StoppedEarly,
+    CallbackNoted, Requested, Paused, WentOn, Checkpointed, CheckpointFailed, Spawned, ForkFailed,
+    Joined, Formed, Regroup, Dismissed, Died,
     Stalled, Recovered, LostLoader, Corrupt, Traced, Hosts, HostLost, Regrouped, Connection,
     Refused, Note, Failed, NotSaved, Faults, Finished, Ended, Verified,
 )  # fmt: skip

@@ -26,6 +26,10 @@ def _words(event: Event, host: str) -> str:
             return f"{' '.join(event.command)}, pid {event.pid} on {event.host}"
         case kind.Resumed():
             return f"from the state after step {event.step:,}"
+        case kind.Planned():
+            tried = "" if event.measured is None else f", {event.measured * 1e3:.3g} ms in a trial"
+            step = f"{(event.predicted or 0.0) * 1e3:.3g} ms a step predicted{tried}"
+            return f"{event.chosen}, of {event.considered} considered: {step}"
         case kind.Note():
             return event.text
         case kind.Died():
@@ -49,9 +53,6 @@ def _words(event: Event, host: str) -> str:
                 for name, value in event.metrics.items()
             ]
             return f"after step {event.step:,}: {', '.join(values)}"
-        case kind.Predicted():
-            workers = "1 worker" if event.workers == 1 else f"{event.workers} workers"
-            return f"{event.samples_per_second:,.0f} samples/s on {workers}, by {event.how}"
         case kind.StoppedEarly():
             return f"after step {event.step:,}: {event.reason}"
         case kind.CallbackNoted():

@@ -101,11 +101,6 @@ class Recorder:
             self.ledger.begin(self.folder.read_manifest()["digest"], fingerprint(digests))
         else:
             self.event("resumed", step=self._start.step)
-        if self.plan.predicted_rate is not None:
-            self._add_event(
-                "predicted", samples_per_second=self.plan.predicted_rate,
-                workers=self.plan.workers, how=self.plan.predicted_by,
-            )  # fmt: skip
         for note in self._start.notes:
             self.event("note", text=note)
             self.display.note(note)

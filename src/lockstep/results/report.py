@@ -85,7 +85,7 @@ def _page(folder: Path) -> str:
         started=summary["started"][:19].replace("T", " "),
         fingerprint=_text(result["fingerprint"]) if result.get("fingerprint") else "",
         finished=bool(result),
-        figures=_figures({**_so_far(summary), **result}),
+        figures=_figures({**_so_far(summary), **result, **_step_times(summary)}),
         loss=loss_panel(read_lines(folder / "ledger.jsonl")),
         metrics=metric_panels(_list(result.get("history")) or _evaluations(reader.history)),
         final_metrics=_final_metrics(summary["metrics"]),
@@ -116,6 +116,12 @@ def _so_far(summary: Mapping[str, Any]) -> dict[str, Any]:
         "shards": summary["shards"],
         "threads": summary["threads"],
     }
+
+
+def _step_times(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step takes, beside what it was predicted to take, if it was."""
+    names = ("step_seconds", "predicted_step_seconds")
+    return {name: summary[name] for name in names if summary["predicted_step_seconds"]}
 
 
 def _evaluations(history: RunHistory) -> list[dict[str, Any]]:
@@ -221,6 +227,8 @@ def _figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     labels = {
         "steps": "steps",
         "samples_per_second": "samples per second",
+        "step_seconds": "a step",
+        "predicted_step_seconds": "a step, as predicted",
         "wall_seconds": "wall time",
         "startup_seconds": "start-up",
         "workers": "workers",

@@ -81,8 +81,8 @@ class RunHistory:
     began: kind.Began | None = None
     """The master that has led the run last."""
     first: kind.Began | None = None
-    predicted: kind.Predicted | None = None
-    """What the plan predicts for the number of workers that it begins with."""
+    planned: kind.Planned | None = None
+    """How the run was planned."""
     ended: kind.Ended | None = None
     finished: kind.Finished | None = None
     paused_at: float | None = None
@@ -154,8 +154,6 @@ class RunHistory:
                     self.times.add(lane, *self._adjoined(lane, _times_row(at, event, row)))
                 self._remember_memory(at, event)
                 return
-            case kind.Predicted():
-                self.predicted = event
             case kind.Evaluated():
                 self.step = max(self.step, event.step)
                 self.evaluations.add(at, event.step, event.metrics)
@@ -166,6 +164,8 @@ class RunHistory:
                 self.checkpoints.append(event.step)
                 text = f"checkpoint after step {event.step:,}"
                 self.bands.add(max(at - event.seconds, 0.0), at, "checkpoint", text)
+            case kind.Planned():
+                self.planned = event
             case kind.Verified():
                 self.verified.append(event)
             case kind.Requested(request="scale"):
@@ -239,7 +239,7 @@ class RunHistory:
             self._end(self.now, None)
             self._shift = clock - self._clock - self.now - GAP_SECONDS
         self.first = self.first or event
-        self.began, self.ended, self.target, self.predicted = event, None, None, None
+        self.began, self.ended, self.target, self.planned = event, None, None, None
         self.master = event.host or ""
         self._members.clear()
         self._hosts.clear()

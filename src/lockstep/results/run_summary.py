@@ -48,7 +48,8 @@ def summarise(
         "seconds": number(result.get("wall_seconds")) or history.now,
         "loss": last[2],
         "rate": number(result.get("samples_per_second")) or last[5],
-        "predicted": predicted(history),
+        "predicted": predicted(history, plan),
+        **_step_seconds(plan, number(result.get("samples_per_second")) or last[5], history),
         "workers": len(history.working) if live else whole(plan.get("workers")),
         "target": history.target or whole(plan.get("workers")) if live else None,
         "dead": [list(lane) for lane in lost],
@@ -66,12 +67,23 @@ def summarise(
     }
 
 
-def predicted(history: RunHistory) -> dict[str, Any] | None:
+def predicted(history: RunHistory, plan: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the plan predicts of the throughput; None: nothing."""
-    found = history.predicted
-    if found is None or not found.samples_per_second > 0:
+    found, batch = history.planned, whole(plan.get("batch_size"))
+    if found is None or not found.predicted or not batch:
         return None
-    return {"rate": found.samples_per_second, "workers": found.workers, "how": shown(found.how)}
+    return {"rate": batch / found.predicted, "workers": found.workers, "how": "the plan"}
+
+
+def _step_seconds(
+    plan: Mapping[str, Any], rate: float | None, history: RunHistory
+) -> dict[str, float | None]:
+    """What a step takes, and what it was predicted to take."""
+    batch = whole(plan.get("batch_size"))
+    return {
+        "step_seconds": batch / rate if batch and rate else None,
+        "predicted_step_seconds": history.planned.predicted if history.planned else None,
+    }
 
 
 def details(manifest: Mapping[str, Any]) -> dict[str, Any]:

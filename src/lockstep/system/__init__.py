@@ -3,6 +3,7 @@
 No file here knows of jobs, workers or hosts. A *segment* is anonymous shared memory (a memfd),
 passed on as a file descriptor; a *channel* is a Unix socket between processes of one host.
 
+cgroup          the limits that control groups put on memory and cores, of both versions
 dtypes          tables of dtypes: which can be stored, and which stay constant in training
 folders         the working folder, and temporary folders that are removed with their owner
 futex           waiting on a 32-bit word in shared memory, in the kernel

@@ -7,20 +7,15 @@ import os
 from pathlib import Path
 
 from lockstep.errors import ResourceError
+from lockstep.system import cgroup
 
 
 def available_bytes() -> int:
     """Memory that can still be had: the machine's, or the control group's if that is less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(used.read_text()))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, or no limit
-    return available
+    left = cgroup.memory_left()
+    return available if left is None else min(available, left)
 
 
 def check_available(what: str, nbytes: int) -> None:
@@ -43,14 +38,17 @@ def not_enough_memory(what: str, nbytes: int, available: int) -> ResourceError:
 def cores() -> int:
     """The cores that this process may use: its affinity, and the control group's quota."""
     count = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here
-    return count
+    limit = cgroup.core_limit()
+    return count if limit is None else min(count, limit)
+
+
+def cpu_model() -> str:
+    """The processor's name, as the kernel has it; "" where it does not say."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return ""
 
 
 def give_back_freed_memory() -> None:

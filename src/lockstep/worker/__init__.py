@@ -25,6 +25,8 @@ sparse_autograd    large embeddings in sparse form, with a fallback to dense
 pristine           computes shards in a fork in which nothing has been computed before
 purity_check       before the first step: a shard is computed after two histories, and compared
 purity_watch       while a job runs: shards are computed again by pristine forks, and compared
+job_measurement    forks that compute shards and steps for a moment, for the planner
+measuring_forks    starts and ends these forks
 shard_claims       which worker computes which shard, when there are more shards than workers
 evaluate           held-out batches and predictions, computed without learning
 audit              recomputes shards and digests blocks, to find silent corruption

@@ -29,7 +29,9 @@ from lockstep.planning.forkserver_messages import (
     ChildExited,
     CloneServer,
     ForkWorker,
+    JobMeasured,
     LoadTask,
+    MeasureJob,
     Preload,
     Preloaded,
     PurityChecked,
@@ -112,6 +114,8 @@ class ForkServer:
                 self.fork_worker(request.worker_id)
             case CheckPurity():
                 self.check_purity()
+            case MeasureJob():
+                self.measure_job(request)
             case CloneServer():
                 return self.clone(request, fds)
         return False
@@ -231,6 +235,12 @@ class ForkServer:
         assert self.session is not None
         PurityCheck(self.session, self.fork_pristine, self.channel.fileno()).run()
         self.channel.send(PurityChecked())
+
+    def measure_job(self, request: MeasureJob) -> None:
+        """Have forks compute shards and steps, and tell what these take."""
+        from lockstep.worker.measuring_forks import measure_job
+
+        self.channel.send(JobMeasured(found=measure_job(self.session, request, self._channels())))
 
     def compute_again(self, fd: int) -> None:
         """Fork a process that computes what a worker asks for, or let go of one that has ended."""

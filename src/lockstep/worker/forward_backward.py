@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,16 @@ class ForwardBackward:
         """For how many seconds batches were waited for since the last call."""
         fetching, self._fetching = self._fetching, 0.0
         return fetching
+
+    @contextlib.contextmanager
+    def plainly(self, loader: Loader) -> Iterator[None]:
+        """Take batches from another loader, and trace nothing."""
+        kept = self.loader, self._tracer
+        self.loader, self._tracer = loader, None
+        try:
+            yield
+        finally:
+            self.loader, self._tracer = kept
 
     def make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]

@@ -87,6 +87,7 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
         "eval_samples": 0 if held_out is None else length_of(held_out, "eval_data"),
         "probe": numerics.probe(),
         "sample_order": "" if rule is None else rule.description,
+        "parameters": _shapes_digest(model),
     }
     if setting("compile"):
         facts["compiler"] = compiler()
@@ -104,6 +105,13 @@ def load(source: TaskSource, request: LoadTask, sent: int) -> Loaded:
 def _has_sets(request: LoadTask) -> bool:
     """Whether another host has sent the data sets."""
     return bool(request.data_bytes) and json.loads(request.records) is None
+
+
+def _shapes_digest(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of a model's parameters and buffers."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    forms = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors]
+    return text_digest(repr(forms))
 
 
 def _loader_settings(own: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
