@@ -66,7 +66,7 @@ class ForkServerClient:
         command = [
             sys.executable,
             "-m",
-            "lockstep.worker.forkserver",
+            "lockstep.worker.forkserver_loop",
             str(child_end.fileno()),
             str(os.getpid()),
         ]

@@ -6,6 +6,7 @@ sample of the shards again, and compares. A *pristine* fork is one in which noth
 computed: what it makes of a shard shows whether others' results depend on what they did before.
 
 forkserver         the forkserver: preloads torch and the task, then forks workers in milliseconds
+forkserver_loop    its entry point, and the loop that hears agent and children
 fork_setup         what a fork of it does before it is a worker, a clone or a check
 load_task          what it loads: the task, its model and data sets, and the facts for the plan
 build_state        builds the shared state, once a host
