@@ -224,7 +224,7 @@ def test_the_table_of_cuts(tmp_path: Path) -> None:
     )
     ended = command.lockstep("plan", str(job), "--quiet", cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
-    table = ended.stdout.partition("\nmatrices\n")[2].splitlines()
+    table = ended.stdout.partition("\nmatrices\n")[2].partition("\n\n")[0].splitlines()
     assert [row.split()[:2] for row in table] == [
         ["module", "cut"], ["0", "column"], ["3", "-"], ["5", "row"]
     ]  # fmt: skip
