@@ -47,9 +47,7 @@ def summarise(
         "steps": whole(plan.get("steps")),
         "seconds": number(result.get("wall_seconds")) or history.now,
         "loss": last[2],
-        "rate": number(result.get("samples_per_second")) or last[5],
-        "predicted": predicted(history, plan),
-        **_step_seconds(plan, number(result.get("samples_per_second")) or last[5], history),
+        **_pace(plan, number(result.get("samples_per_second")) or last[5], history),
         "workers": len(history.working) if live else whole(plan.get("workers")),
         "target": history.target or whole(plan.get("workers")) if live else None,
         "dead": [list(lane) for lane in lost],
@@ -67,22 +65,18 @@ def summarise(
     }
 
 
-def predicted(history: RunHistory, plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the plan predicts of the throughput; None: nothing."""
-    found, batch = history.planned, whole(plan.get("batch_size"))
-    if found is None or not found.predicted or not batch:
-        return None
-    return {"rate": batch / found.predicted, "workers": found.workers, "how": "the plan"}
-
-
-def _step_seconds(
-    plan: Mapping[str, Any], rate: float | None, history: RunHistory
-) -> dict[str, float | None]:
-    """What a step takes, and what it was predicted to take."""
-    batch = whole(plan.get("batch_size"))
+def _pace(plan: Mapping[str, Any], rate: float | None, history: RunHistory) -> dict[str, Any]:
+    """The throughput and what a step takes, each beside what the plan has predicted of it."""
+    batch, planned = whole(plan.get("batch_size")), history.planned
+    seconds = planned.predicted if planned else None
+    predicted = None
+    if planned and seconds and batch:
+        predicted = {"rate": batch / seconds, "workers": planned.workers, "how": "the plan"}
     return {
+        "rate": rate,
+        "predicted": predicted,
         "step_seconds": batch / rate if batch and rate else None,
-        "predicted_step_seconds": history.planned.predicted if history.planned else None,
+        "predicted_step_seconds": seconds,
     }
 
 
