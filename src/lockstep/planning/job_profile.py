@@ -73,11 +73,6 @@ class StateMemory(msgspec.Struct, frozen=True, kw_only=True):
     """One slot: the gradients and buffers of a shard."""
     slots: Count = 0
 
-    @property
-    def shared(self) -> int:
-        """All segments: the state, its snapshot, and the slots."""
-        return 2 * self.state + self.slots * self.slot
-
     @staticmethod
     def of(layout: Layout, slots_bytes: int) -> StateMemory:
         """That of a host that is set up, whose slots have so many bytes together."""

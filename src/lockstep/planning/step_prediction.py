@@ -30,7 +30,6 @@ class Work:
     groups: int = 0
     """With compression: into how many groups the shards are divided."""
     compression: str = "none"
-    ownership: str = "replicated"
 
 
 @dataclass(frozen=True, kw_only=True)
