@@ -56,7 +56,7 @@ class StoredModel:
             Plan.from_message(self.manifest["plan"]),
             steps=self.checkpoint.step, ownership="replicated", servers=(),
             faults=(), audit=0.0, purity=0.0, compile=False, loaders=None,
-            monitor=None, stop_patience=None, **changes,
+            monitor=None, stop_patience=None, team=1, **changes,
         )  # fmt: skip
         most = sum(hosts.capacities.values()) if hosts.networked else plan.workers
         count = workers or most
@@ -126,4 +126,7 @@ def _newest(run: str | Path, folder: RunFolder) -> StoredModel:
 
 def request_of(source: TaskSource, settings: Mapping[str, Any]) -> RunRequest:
     """The request to load a stored model's task: every host then has the whole state."""
-    return RunRequest.recorded(source, {**settings, "ownership": "replicated", "servers": ()})
+    alone = {"ownership": "replicated", "servers": (), "team": 1}
+    if settings.get("team", 1) > 1:  # there may be more workers than shards
+        alone |= {"workers": None, "max_workers": None}
+    return RunRequest.recorded(source, {**settings, **alone})

@@ -121,6 +121,7 @@ def resume(
     run: str | Path,
     *,
     workers: int | None = None,
+    team: int | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
@@ -133,6 +134,7 @@ def resume(
     Args:
         run: the run folder.
         workers: how many workers go on; default: as many as before.
+        team: how many of them compute a shard together; default: as before.
         task: the task, where the run was given an object and not a name.
         trust: whether the code that the run folder names may be run though somebody else has made
             the folder.
@@ -152,10 +154,14 @@ def resume(
         folder.check_unfinished()
         source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
-        with open_hosts(RunRequest.recorded(source, manifest["job"]), on) as hosts:
+        recorded = manifest["job"]
+        if team is not None:
+            recorded = {**recorded, "team": team, "workers": None, "max_workers": None}
+        with open_hosts(RunRequest.recorded(source, recorded), on) as hosts:
             check_loggers(hosts.job.log)
             check_resumed(run, manifest, hosts.host.facts)
-            plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
+            recorded_plan = Plan.from_message(manifest["plan"])
+            plan = _resized(recorded_plan, workers, team, hosts)
             ready = hosts.initialise(plan)
             _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)
@@ -254,11 +260,12 @@ def _check(ready: ReadyHosts, plan: Plan) -> None:
         ready.host.check_purity()
 
 
-def _resized(plan: Plan, workers: int | None, hosts: OpenHosts) -> Plan:
-    """The plan of an earlier run for as many workers as asked, or as the hosts would run."""
+def _resized(plan: Plan, workers: int | None, team: int | None, hosts: OpenHosts) -> Plan:
+    """The plan of an earlier run for as many workers as asked, or as the hosts would run, and for
+    teams of another size, if that is asked."""
     if workers is None and hosts.networked:
         workers = min(sum(computing(hosts.job, hosts.capacities).values()), plan.shards)
-    return plan.with_workers(workers)
+    return plan.resized(workers, team)
 
 
 @contextlib.contextmanager

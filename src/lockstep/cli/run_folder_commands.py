@@ -36,6 +36,10 @@ def add_to(app: typer.Typer) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     workers: Workers = None,
+    team: Annotated[
+        int | None,
+        typer.Option("--team", help="With slices: workers that compute a shard together."),
+    ] = None,
     on: On = None,
     state: commands.StateOption = None,
     trust: Trust = False,
@@ -48,7 +52,7 @@ def resume(
 
     with launcher_of(on, state) as launcher, page_beside(dashboard) as control:
         result = resume_run(
-            run, workers=workers, quiet=quiet, on=launcher, control=control, trust=trust
+            run, workers=workers, team=team, quiet=quiet, on=launcher, control=control, trust=trust
         )
     show_result(result, as_json)
 

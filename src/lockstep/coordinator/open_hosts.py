@@ -30,6 +30,7 @@ from lockstep.errors import JobError
 from lockstep.job.code_archive import Archive, pack
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest
+from lockstep.job.slice_words import several_hosts
 from lockstep.job.task_source import TaskSource
 from lockstep.net.blob_transfer import BlobInfo, BlobServer
 from lockstep.net.control_link import ControlLink
@@ -106,6 +107,8 @@ def open_hosts(
     ) as host:
         job = request.completed(host.loaded()["settings"])
         check_together(job.data, alone=on is None)
+        if on is not None and job.team > 1:
+            raise several_hosts(job.team, "other hosts")
         if on is None:
             yield SingleHost(job, host)
             return

@@ -52,6 +52,7 @@ from lockstep.worker.evaluate import (
     score,
 )
 from lockstep.worker.purity_watch import PurityWatch
+from lockstep.worker.team_work import team_work_of
 from lockstep.worker.train_step import TrainStep
 
 
@@ -123,6 +124,7 @@ class Worker:
             scheduled=context.schedule.changed,
         )
         train_step = TrainStep(context, assignment, share, barrier, owner, self.watch)
+        train_step.team = team_work_of(context, assignment, barrier)
         self.told = assignment.told
         self.tell_schedule()
         if assignment.refresh:
