@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.end_to_end.test_slices import task_of
 from tests.support import command
 from tests.support.file_tree import ROOT
 from tests.support.harmed_runs import Yard, assert_same, assert_struck, events, until, yard
+from tests.support.paced_task import PACE
 from tests.support.sliced_tasks import Mlp, Table
 
 __all__ = ["yard"]  # fixtures
@@ -149,14 +151,15 @@ class Slow(Mlp):
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         if model.training:
-            time.sleep(0.02)
+            time.sleep(float(os.environ.get(PACE, "0")))
         return super().loss(model, batch)
 
 
-def test_scaled_while_it_runs(yard: Yard) -> None:
+def test_scaled_while_it_runs(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teams are made anew: a smaller one, some, and one of a single worker."""
     settings = {**SETTINGS, **QUICK, "slices": 2, "steps": 60, "threads": 1}
     wanted = yard.run(Slow(0.2), workers=1, **settings)
+    monkeypatch.setenv(PACE, "0.02")
     folder = yard.path()
     run = lockstep.start(
         Slow(0.2), workers=2, team=2, max_workers=4, out=folder, quiet=True, **settings
@@ -216,6 +219,8 @@ class Penalised(Mlp):
     """Gradients of gradients, a matrix that is read, and a pass without gradients."""
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # it is evaluated
+            return super().loss(model, batch)
         x, y = batch
         with torch.no_grad():
             target = model(x).tanh()
@@ -251,8 +256,6 @@ class Biased(Mlp):
     """What it computes depends on the process: a fault, as far as a team can see."""
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        import os
-
         return super().loss(model, batch) * (1.0 + 1e-6 * (os.getpid() % 1000))
 
 

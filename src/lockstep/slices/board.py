@@ -190,7 +190,7 @@ class Board:
         self.show(FINISHED, own)
         for other in self.others:
             value, beside = (each for each in self.shown(other, FINISHED) if each is not None)
-            theirs = value.item()
+            theirs = float(value)
             if struct.pack("d", theirs) != struct.pack("d", loss) or beside.item() != logged:
                 what = "other values beside the loss" if theirs == loss else "another loss"
                 raise _differing(
