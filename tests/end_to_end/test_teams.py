@@ -19,10 +19,11 @@ from tests.end_to_end.test_slices import task_of
 from tests.support import command
 from tests.support.file_tree import ROOT
 from tests.support.harmed_runs import Yard, assert_same, assert_struck, events, until, yard
+from tests.support.multi_host_runs import Site, site
 from tests.support.paced_task import PACE
 from tests.support.sliced_tasks import Mlp, Table
 
-__all__ = ["yard"]  # fixtures
+__all__ = ["site", "yard"]  # fixtures
 
 SETTINGS: dict[str, Any] = {"shards": 3, "batch_size": 12, "steps": 4}
 QUICK: dict[str, Any] = {"purity": 0.0, "trace": "never"}
@@ -262,6 +263,13 @@ class Biased(Mlp):
 def test_members_that_get_another_loss_are_named(yard: Yard) -> None:
     with pytest.raises(IntegrityError, match=r"workers . and . of one team .* another loss"):
         yard.run(Biased(), workers=2, slices=2, team=2, **QUICK, **SETTINGS)
+
+
+def test_other_hosts_are_refused(site: Site) -> None:
+    on = site.agents({"b": 1}, 1)
+    with pytest.raises(JobError, match="teams are for one host, for now") as caught:
+        site.run("transformer", on, slices=2, team=2)
+    assert "the results are the same" in caught.value.fix
 
 
 def test_the_plan_and_the_summary_show_teams(yard: Yard) -> None:

@@ -220,7 +220,10 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
     reasons += _loader_reasons(job, facts)
     if job.team > 1:
         teams = describe_teams(range(division.workers), job.team)
-        reasons.append(f"{teams}; a team computes a shard together, each member some slices")
+        reasons.append(
+            f"{teams}; a team computes a shard together, each member some slices: predicted as if "
+            "nothing were exchanged"
+        )
     if job.local_steps > 1:
         reasons.append(f"a step is a round of {job.local_steps} batches, {batch_size} samples")
     if facts.train_samples < batch_size:
