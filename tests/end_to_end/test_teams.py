@@ -197,6 +197,36 @@ def test_resumed_with_another_team_and_verified(yard: Yard) -> None:
     assert_same(resumed, alone(yard, "mlp", 4))
 
 
+HELD_OUT: dict[str, Any] = {"slices": 4, "eval_batch_size": 48}
+"""One held-out batch, which a team computes together."""
+
+
+def test_held_out_batches_in_teams(yard: Yard) -> None:
+    """The same metrics; and when a member dies in the middle of one, it is asked for again."""
+    settings = {**SETTINGS, **QUICK, **HELD_OUT}
+    wanted = yard.run(task_of("encoder", 0.2), workers=1, **settings)
+    for worker_id in (0, 1):
+        fault = Fault(worker_id=worker_id, step=settings["steps"], phase="team_forward")
+        found = yard.run(task_of("encoder", 0.2), workers=3, team=3, faults=(fault,), **settings)
+        assert_struck(found.folder, [fault])
+        assert_same(found, wanted)
+
+
+def test_predictions_in_teams(yard: Yard, tmp_path: Path) -> None:
+    task = Mlp(0.2)
+    result = yard.run(task, workers=2, team=2, **SETTINGS, **QUICK, **HELD_OUT)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"x": 1}\n{"x": -2}\n{"x": 3}\n')
+    rows = []
+    for workers in (1, 2, 4):
+        out = tmp_path / f"{workers}.jsonl"
+        lockstep.predict(result.folder, data, out=out, task=task, workers=workers, batch_size=2)
+        rows.append(out.read_text())
+        found = lockstep.evaluate(result.folder, task=task, workers=workers)
+        assert found.metrics["loss"] == result.metrics["loss"]
+    assert rows[0] == rows[1] == rows[2]
+
+
 def test_an_embedding_that_turns_out_to_need_its_dense_form(yard: Yard) -> None:
     """One member finds it, and all begin the shard again; one that is new, once more."""
     settings = {**SETTINGS, **QUICK, "slices": 2}

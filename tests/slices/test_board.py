@@ -192,7 +192,7 @@ def test_members_at_odds_are_named(memory: BoardMemory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "what"), [((1.0 + 2**-52, 7), "another loss"), ((1.0, 8), "values beside the loss")]
+    ("theirs", "what"), [((1.0 + 2**-52, 7), "another loss"), ((1.0, 8), "other results")]
 )
 def test_another_loss_is_an_error(
     memory: BoardMemory, theirs: tuple[float, int], what: str

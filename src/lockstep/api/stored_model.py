@@ -56,14 +56,16 @@ class StoredModel:
             Plan.from_message(self.manifest["plan"]),
             steps=self.checkpoint.step, ownership="replicated", servers=(),
             faults=(), audit=0.0, purity=0.0, compile=False, loaders=None,
-            monitor=None, stop_patience=None, team=1, **changes,
+            monitor=None, stop_patience=None, **changes,
         )  # fmt: skip
         most = sum(hosts.capacities.values()) if hosts.networked else plan.workers
         count = workers or most
         if plan.holdings or plan.groups or plan.local_steps > 1:
             count = min(count, plan.shards)  # the state, or the data, has a part for each shard
-        shards = max(count, plan.shards)
-        return dataclasses.replace(plan, workers=count, max_workers=count, shards=shards)
+        return dataclasses.replace(
+            plan, workers=count, max_workers=count, shards=max(count, plan.shards),
+            team=1 if hosts.networked else plan.team,
+        )  # fmt: skip
 
     def coordinator(
         self,

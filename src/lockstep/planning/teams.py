@@ -32,6 +32,12 @@ def slices_of(slices: int, members: int, position: int) -> range:
     return home_shards(slices, members, position)
 
 
+def batches_together(batches: int, workers: int, team: int) -> bool:
+    """Whether teams compute held-out batches together: where some workers would have none. Else
+    each worker computes its own, and exchanges nothing."""
+    return team > 1 and batches < workers
+
+
 def describe_teams(worker_ids: Sequence[int], team: int) -> str:
     """The teams of workers, in words."""
     count = team_count(len(worker_ids), team)

@@ -192,7 +192,7 @@ class Board:
             value, beside = (each for each in self.shown(other, FINISHED) if each is not None)
             theirs = float(value)
             if struct.pack("d", theirs) != struct.pack("d", loss) or beside.item() != logged:
-                what = "other values beside the loss" if theirs == loss else "another loss"
+                what = "other results" if theirs == loss else "another loss"
                 raise _differing(
                     self.worker_id, other, what,
                     f"a loss of {loss.hex()} of worker {self.worker_id}, {theirs.hex()} of {other}",

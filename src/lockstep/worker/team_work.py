@@ -7,6 +7,7 @@ its slices' gradients; the leader writes what all have, and counts the shard as 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -104,6 +105,33 @@ class TeamWork:
         with computing_with(self.team), self._forward_backward.in_team(self, self._others):
             return self._forward_backward.make(step, shard, slot, self._flags)
 
+    # Held-out batches, which all members of the team are given in the same order.
+
+    def computing_batches(self) -> contextlib.AbstractContextManager[None]:
+        """Compute held-out batches together with the others."""
+        return computing_with(self.team)
+
+    def begin_batch(self, step: int, batch: int) -> None:
+        """Begin a held-out batch, when the leader does.
+
+        Raises:
+            Regroup: the membership has changed.
+        """
+        self._step, self._shard = step, batch
+        if self.leads:
+            self.board.announce(batch)
+        else:
+            self.board.follow()
+        self.team.begin("forward")
+
+    def finish_batch(self, result: str) -> None:
+        """Wait until all members have made this of the batch.
+
+        Raises:
+            IntegrityError: a member has got something else.
+        """
+        self.board.finish(0.0, _word(result.encode()))
+
     # Called from within the pass.
 
     def begin(self, phase: str) -> None:
@@ -160,7 +188,11 @@ def team_work_of(
 
 
 def _digest(outcome: ShardOutcome) -> int:
-    """A digest of what is logged, which fits a word."""
+    """A digest of what is logged."""
     values = np.array(list(outcome.logged.values()), np.float64).tobytes()
-    found = blake3.blake3(repr(list(outcome.logged)).encode() + values).digest(8)
-    return int.from_bytes(found, "little", signed=True)
+    return _word(repr(list(outcome.logged)).encode() + values)
+
+
+def _word(data: bytes) -> int:
+    """A digest that fits a word."""
+    return int.from_bytes(blake3.blake3(data).digest(8), "little", signed=True)
