@@ -291,8 +291,9 @@ class Biased(Mlp):
 
 
 def test_members_that_get_another_loss_are_named(yard: Yard) -> None:
-    with pytest.raises(IntegrityError, match=r"workers . and . of one team .* another loss"):
-        yard.run(Biased(), workers=2, slices=2, team=2, **QUICK, **SETTINGS)
+    for evaluate, what in ((False, "another loss"), (True, "other results")):
+        with pytest.raises(IntegrityError, match=rf"workers . and . of one team .* {what}"):
+            yard.run(Biased(), workers=2, slices=2, team=2, evaluate=evaluate, **QUICK, **SETTINGS)
 
 
 def test_other_hosts_are_refused(site: Site) -> None:
