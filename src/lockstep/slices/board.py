@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lockstep.errors import IntegrityError
+from lockstep.errors import IntegrityError, ResourceError
 from lockstep.slices.shown_tensors import Buffer, Shown, read_tensors, write_tensors
 from lockstep.system import futex
 from lockstep.system.shared_memory import Segment
@@ -51,14 +51,28 @@ class BoardMemory:
     """The memory of all boards of a host. Made in the forkserver, inherited by its forks."""
 
     def __init__(self, max_workers: int) -> None:
+        """Allocate the words, and empty buffers.
+
+        Raises:
+            ResourceError: there is not that much memory, or not so many file descriptors.
+        """
         self.words = Segment.create("team words", max_workers * LINE)
-        self.fds = [
-            [os.memfd_create(f"lockstep-team-{worker_id}", os.MFD_CLOEXEC) for _ in range(2)]
-            for worker_id in range(max_workers)
-        ]
-        for pair in self.fds:
-            for fd in pair:
-                os.ftruncate(fd, mmap.PAGESIZE)
+        self.fds: list[list[int]] = []
+        try:
+            for worker_id in range(max_workers):
+                self.fds.append([])
+                for _ in range(2):
+                    fd = os.memfd_create(f"lockstep-team-{worker_id}", os.MFD_CLOEXEC)
+                    self.fds[-1].append(fd)
+                    os.posix_fallocate(fd, 0, mmap.PAGESIZE)
+        except OSError as error:
+            self.close()
+            raise ResourceError(
+                f"the boards of teams cannot be allocated: {error}",
+                expected=f"{2 * max_workers} file descriptors, two for each worker that there may "
+                "be, and a page of memory for each",
+                fix="set max_workers to fewer, or look at ulimit -n",
+            ) from error
 
     def close(self) -> None:
         """Let go of it all."""
