@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -111,6 +112,8 @@ class Board:
         self.others = [each for each in members if each != worker_id]
         self.count = 0
         """How many exchanges there were in this turn."""
+        self.waited = 0.0
+        """For how many seconds others were waited for."""
         self._before = 0
         """How many there were in all turns before: buffers go on by turns from one to the next."""
         self._cut_short: Exception | None = None
@@ -268,7 +271,7 @@ class Board:
         return True  # in a later turn: it has finished this one
 
     def _wait(self, other: int, is_there: Callable[[], bool]) -> None:
-        spins, slept = self.spins, False
+        spins, slept, begun = self.spins, False, time.perf_counter()
         index, address = self._sign_index[other], self._sign_addresses[other]
         while True:
             seen = self._signs[index]  # before the words: a change since then ends the sleep
@@ -281,6 +284,7 @@ class Board:
             slept = True
             self._awaits(other)
             futex.wait(address, seen, NAP)
+        self.waited += time.perf_counter() - begun
         if slept:
             self._awaits(None)
 

@@ -121,7 +121,8 @@ class TrainStep:
             self._watch.check(step, self._computed(step), computed - begun, froze_at)
             computed = clock()
         fetching = self._forward_backward.pop_fetching_seconds()
-        seconds[Stat.COMPUTE] += computed - begun - fetching
+        waited = 0.0 if self.team is None else self.team.pop_waiting_seconds()
+        seconds[Stat.COMPUTE] += computed - begun - fetching - waited
         self._loader.consider(seconds[Stat.COMPUTE])
         # Meet: all gradients of this host are in their slots.
         barrier.arrive(progress_of(step, Phase.COMPUTED))
@@ -173,7 +174,7 @@ class TrainStep:
             self._guard.close(step)
         self._record_digests(step)
         seconds[Stat.DATA] += waiting - computed + fetching
-        seconds[Stat.WAIT] += (meeting - waiting) + (committed - updated)
+        seconds[Stat.WAIT] += waited + (meeting - waiting) + (committed - updated)
         seconds[Stat.REDUCE] += reduced - meeting
         seconds[Stat.UPDATE] += (updated - reduced) + (copied - committed)
 
