@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from lockstep.state.control_segment import ControlSegment
@@ -14,10 +15,27 @@ SPINS = 20_000
 """Looks at a word before sleeping, where every worker has a core: about a millisecond, more than
 workers usually differ by. A core that has gone to sleep takes up to 0.1 ms to wake in a virtual
 machine, which short steps would pay at each meeting."""
+SHORT_SECONDS = 1e-3
+"""A wait of this length is a short one: what workers usually differ by."""
 
 
 class Regroup(Exception):
     """The membership epoch has changed: stop at this barrier and ask the agent."""
+
+
+class SpinBudget:
+    """Spin budget: how often a worker looks at a word before it sleeps, by how long it has waited.
+
+    Who waits for a worker that computes does best to look: it is there at once. Who waits for one
+    that has no core, since other processes have them, keeps the core from it by looking.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.spins, self._most = most, most
+
+    def learn(self, seconds: float) -> None:
+        """A wait has taken so long: one look after a long one, twice as many after a short one."""
+        self.spins = min(2 * self.spins, self._most) if seconds < SHORT_SECONDS else 1
 
 
 class Barrier:
@@ -39,7 +57,7 @@ class Barrier:
         self.control, self.worker_id, self.epoch = control, worker_id, epoch
         self.others = [other for other in worker_ids if other != worker_id]
         crowded = len(worker_ids) * threads > cores()
-        self.spins = 1 if crowded else SPINS
+        self._budget = SpinBudget(1 if crowded else SPINS)
 
     def arrive(self, progress: int, *, notify: bool = False) -> None:
         """Publish this worker's progress. `notify`: the exchange thread waits for it, too."""
@@ -59,14 +77,20 @@ class Barrier:
         if not self.others and control.epoch != self.epoch:
             raise Regroup  # a lone worker waits for nobody who could hold it up
         for other in self.others:
-            spins = self.spins
-            while (seen := control.progress(other)) < progress:
-                if control.epoch != self.epoch:
-                    raise Regroup
-                if spins:
-                    spins -= 1
-                    continue
-                futex.wait(control.progress_address(other), seen, NAP)
+            if control.progress(other) < progress:
+                self._await(other, progress)
+
+    def _await(self, other: int, progress: int) -> None:
+        """Return when another worker has come so far: by looking, and then by sleeping."""
+        control, spins, begun = self.control, self._budget.spins, time.perf_counter()
+        while (seen := control.progress(other)) < progress:
+            if control.epoch != self.epoch:
+                raise Regroup
+            if spins:
+                spins -= 1
+                continue
+            futex.wait(control.progress_address(other), seen, NAP)
+        self._budget.learn(time.perf_counter() - begun)
 
     def await_exchange(self, word: int) -> None:
         """Return when the exchange between hosts has come so far. This worker has done its part.

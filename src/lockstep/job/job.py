@@ -330,8 +330,8 @@ class Job:
     log: Sequence[str] = setting(
         (),
         help="Where metrics are written besides: tensorboard, mlflow, wandb or trackio.",
-        detail="Each needs its package. TensorBoard's files are in the run folder: "
-        "`tensorboard --logdir runs`.",
+        detail="Each needs its package. They have the first 1,000 steps, and then up to four in a "
+        "second. TensorBoard's files are in the run folder: `tensorboard --logdir runs`.",
         expected="names of loggers",
         options=("--log",),
     )
