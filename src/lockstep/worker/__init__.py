@@ -12,6 +12,7 @@ load_task          what it loads: the task, its model and data sets, and the fac
 build_state        builds the shared state, once a host
 main               a worker process: messages from its agent, steps between them
 context            what a worker process keeps while memberships change
+moves              what a worker's home and its host's segments give each other in a step
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 loss_capture       a loss as a graph of operations, and when the graph may stand for it
 traced_shard       a shard as one list of kernels

@@ -6,7 +6,7 @@ of it once; what belongs to one membership alone is made anew with each (see `tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lockstep.collectives.grad_norm import GradNormClipper
 from lockstep.data.fetching import AbsentSamples, Fetch, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.data.order_rules import OrderRule
+from lockstep.device.device import Device
 from lockstep.errors import TaskError
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -138,7 +139,9 @@ class WorkerContext:
     held_out: Dataset[Any] | None
     generators: OwnGenerators
     plan: Plan
+    device: Device
     shared: SharedState
+    """This worker's home: what it computes with."""
     sampling: Sampling
     loader: Loader
     schedule: LrSchedule
@@ -153,8 +156,9 @@ class WorkerContext:
     """Tells the agent of corruption, and of what is traced."""
 
     @staticmethod
-    def of(session: Session, worker_id: int, report: Report) -> WorkerContext:
-        """The context of a worker that has just been forked."""
+    def of(session: Session, worker_id: int, report: Report, device: Device) -> WorkerContext:
+        """The context of a worker that has just been forked; its home is made."""
+        session = replace(session, shared=device.home(session.shared))
         plan, task, shared = session.plan, session.task, session.shared
         sampling = plan.sampling
         loader = Loader(
@@ -174,7 +178,7 @@ class WorkerContext:
         elif plan.clip_grad_norm is not None:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
-            task, shared, sampling, loader, rounds, session.generators,
+            task, shared, sampling, loader, rounds, session.generators, device,
             start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
             tracer=session.tracer(report),
         )  # fmt: skip
@@ -189,6 +193,7 @@ class WorkerContext:
             held_out=session.held_out,
             generators=session.generators,
             plan=plan,
+            device=device,
             shared=shared,
             sampling=sampling,
             loader=loader,
