@@ -40,6 +40,7 @@ def resume(
     snapshot_step: int,
     workers: int,
     mine: range | None = None,
+    mirror_step: int | None = None,
 ) -> Resumption:
     """Decide where `workers` workers go on.
 
@@ -52,12 +53,18 @@ def resume(
             before.
         workers: how many there will be.
         mine: the shards that are theirs to compute; None: all.
+        mirror_step: where workers have homes of their own, after how many steps the host's state
+            was last that of all of them. Of any other step it lacks what a dead worker had, and
+            so do the slots: then all goes back to the snapshot, and every shard is computed anew.
+            None: workers have no other state than the host's.
     """
     shards = range(len(shard_done)) if mine is None else mine
     step = step_in_flight(words)
-    back = step - snapshot_step if step in updating else None
-    if back:
-        step, open_shards = snapshot_step, list(shards)
+    corrupted = step in updating or mirror_step not in (None, step)
+    back = step - snapshot_step if corrupted else None
+    if back or mirror_step is not None:
+        step = snapshot_step if back else step
+        open_shards = list(shards)
     else:
         open_shards = [shard for shard in shards if shard_done[shard] != step]
     count = len(open_shards)

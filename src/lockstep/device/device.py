@@ -58,6 +58,14 @@ class Device(Protocol):
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which the loss is computed in bfloat16 where that is safe."""
 
+    def confirm(self, step: int, shard: int) -> None:
+        """Return where the shard just computed is what any other device of this profile makes of
+        it.
+
+        Raises:
+            ResourceError: it may not be.
+        """
+
     def digest(self, offset: int, nbytes: int) -> bytes:
         """The digest of a run of the home's state, as the ledger has it."""
 

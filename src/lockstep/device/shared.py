@@ -48,6 +48,9 @@ class SharedDevice:
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16)
 
+    def confirm(self, step: int, shard: int) -> None:
+        pass
+
     def digest(self, offset: int, nbytes: int) -> bytes:
         return blake3(self._state[offset : offset + nbytes]).digest(DIGEST_BYTES)
 

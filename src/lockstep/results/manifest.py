@@ -23,10 +23,12 @@ LATER = {
     "shuffle": True, "drop_last": False, "compile": False, "memory_format": "contiguous",
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
     "slices": 1, "slice_plan": None,
-    "sample_order": "",
+    "sample_order": "", "device": "cpu",
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
+SAME_NUMBERS = {"device": {"cpu-apart": "cpu"}}
+"""By field: values that compute the very numbers of another."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}
 IDENTITY = (
     *(
@@ -54,7 +56,7 @@ def make_manifest(
         "args": dict(source.args),
         "code": facts["code"],
         **{name: message[name] for name in IDENTITY},
-        **{name: message[name] for name in LATER if message[name] != LATER[name]},
+        **{n: counted(n, message[n]) for n in LATER if counted(n, message[n]) != LATER[n]},
         **({"holdings": message["holdings"]} if plan.holdings else {}),
     }
     recorded = {
@@ -79,6 +81,11 @@ def make_manifest(
     }
 
 
+def counted(name: str, value: Any) -> Any:
+    """A field of a plan as it counts in an identity."""
+    return SAME_NUMBERS[name].get(value, value) if name in SAME_NUMBERS else value
+
+
 def scope_of(manifest: Mapping[str, Any]) -> str:
     """Where the fingerprint of a run holds, in words."""
     plan, profile = manifest["plan"], manifest["profile"]
@@ -97,7 +104,8 @@ def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
     """
     identity, plan = manifest["identity"], manifest["plan"]
     had, planned = {**LATER, **identity}, {**LATER, **plan}
-    wrong = [name for name in (*IDENTITY, *LATER) if had[name] != planned[name]]
+    names = (*IDENTITY, *LATER)
+    wrong = [name for name in names if had[name] != counted(name, planned[name])]
     if wrong or manifest["digest"] != recorded or _digest(identity) != recorded:
         raise IntegrityError(
             f"{path} is not the manifest that the run began with",

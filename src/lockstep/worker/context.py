@@ -34,6 +34,7 @@ from lockstep.system.own_generators import OwnGenerators
 from lockstep.worker.audit import GradientAudit
 from lockstep.worker.build_state import build
 from lockstep.worker.compiled_shard import CompiledPasses, compile_passes, versions
+from lockstep.worker.device_facts import device_facts
 from lockstep.worker.forward_backward import ForwardBackward
 from lockstep.worker.shard_tracer import ShardTracer
 
@@ -94,6 +95,7 @@ class Session:
             ownership=plan.ownership,
             slices=plan.slices,
             slice_plan=plan.slice_plan,
+            device=plan.device,
         )
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(
@@ -112,6 +114,7 @@ class Session:
     def profile(self) -> dict[str, Any]:
         """The numerics profile."""
         profile = numerics.profile(self.plan.numerics, self.plan.threads)
+        profile |= device_facts(self.plan.device)
         return profile | versions() if self.compiled is not None else profile
 
     def tracer(self, report: Report) -> ShardTracer | CompiledPasses:

@@ -7,6 +7,7 @@ import os
 import traceback
 from pathlib import Path
 
+from lockstep.device.determinism import nondeterministic_operation, not_deterministic
 from lockstep.errors import LockstepError, ResourceError, TaskError
 from lockstep.system.messages import ErrorMessage
 
@@ -35,5 +36,9 @@ def describe_error(error: BaseException, doing: str) -> ErrorMessage:
         )
     if not isinstance(error, LockstepError):
         text = user_traceback(error)
-        error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")
+        operation = nondeterministic_operation(error)
+        if operation is not None:
+            error = not_deterministic(operation, f"while {doing}\n\n{text}\n")
+        else:
+            error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")
     return ErrorMessage.of(error)

@@ -222,6 +222,7 @@ class ForwardBackward:
         self._fault("backward", step, shard)
         loss.backward(None if weight == 1 else self._root(weight, loss))
         self._writer.finish()
+        self.device.confirm(step, shard)
         self._buffers.save(slot.buffers)
         self._watch.check(slot.buffers, step)
         if versions != [tensor._version for _, tensor in self._kept]:
@@ -262,7 +263,7 @@ class ForwardBackward:
         """
         key = (weight, loss.dtype, loss.shape)
         if key not in self._roots:
-            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype)
+            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype, device=loss.device)
         return self._roots[key]
 
     def _fault(self, phase: str, step: int, shard: int) -> None:

@@ -16,7 +16,7 @@ from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
 from lockstep.data.fetching import AbsentSamples, make_fetch
 from lockstep.data.records import RecordDataset
-from lockstep.device.shared import SharedDevice
+from lockstep.device.choice import device_of
 from lockstep.optim.block_owner import BlockOwner
 from lockstep.planning.assignment import Assignment, share_of
 from lockstep.planning.byte_ranges import ByteRange
@@ -68,11 +68,13 @@ class Worker:
         channel: ToAgent,
         to_forkserver: ToPristine | None = None,
     ) -> None:
-        self.context = WorkerContext.of(session, worker_id, channel.send, SharedDevice())
+        self.context = WorkerContext.of(
+            session, worker_id, channel.send, device_of(session.plan.device, worker_id)
+        )
         self.worker_id, self.channel = worker_id, channel
         self.control, self.loader = session.shared.control, self.context.loader
         self.watch: PurityWatch | None = None
-        if to_forkserver is not None:
+        if to_forkserver is not None and session.plan.device != "cuda":  # forks compute on the CPU
             seen = replace(session, shared=self.context.shared)
             self.watch = PurityWatch(seen, worker_id, to_forkserver)
         self.told: tuple[Told, ...] = ()

@@ -13,6 +13,9 @@ from lockstep.device.device import Device
 class Moves:
     """One worker's, in one membership. In the order of a step."""
 
+    subtrees: tuple[range, ...] = ()
+    """What workers give each other the sums of; none where they give each shard's gradients."""
+
     def __init__(self, device: Device) -> None:
         self.device = device
         self.apart = device.apart
@@ -25,7 +28,7 @@ class Moves:
     def give_gradients(self, step: int) -> None:
         """Let others have what this worker's shards have left."""
 
-    def take_gradients(self) -> None:
+    def take_gradients(self, step: int) -> None:
         """Get what others' shards have left, as far as this worker sums it."""
 
     def give_sums(self) -> None:

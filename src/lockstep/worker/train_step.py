@@ -30,6 +30,7 @@ from lockstep.state.shard_outcomes import NOTHING, check_agreement, write_outcom
 from lockstep.state.snapshot import SnapshotPart
 from lockstep.worker.audit import StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.context import WorkerContext
+from lockstep.worker.home_moves import HomeMoves
 from lockstep.worker.moves import Moves
 from lockstep.worker.purity_watch import PurityWatch
 from lockstep.worker.shard_claims import ShardClaims
@@ -83,6 +84,9 @@ class TrainStep:
         own = self._own_ranges(share)
         self._snapshot = SnapshotPart(shared.segments["state"], shared.segments["snapshot"], own)
         self._moves = Moves(context.device)
+        if context.device.apart:
+            self._moves = HomeMoves(context, assignment, share, own)
+        self._summed = self._moves.subtrees or self._subtrees
         self._guard = StateGuard(shared, share.blocks, context.plan.seed, context.plan.audit)
         if self._audit is not None:
             self._guard.close(assignment.step - 1)
@@ -131,7 +135,7 @@ class TrainStep:
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
         # Reduce.
-        self._moves.take_gradients()
+        self._moves.take_gradients(step)
         self._fault("reduce", step)
         active = self._sampling.active(step)
         if self._audit is not None:
@@ -184,7 +188,7 @@ class TrainStep:
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
         host_shards = self._host_shards
-        if len(host_shards) == self._workers:
+        if len(host_shards) == self._workers or self._moves.apart:
             for shard in todo:
                 self._compute(step, shard)
             return
@@ -259,7 +263,7 @@ class TrainStep:
             self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
         if self._compressor is not None:
             self._compressor.restore()
-        presence = GradientPresence.of_step(control, active, self._subtrees)
+        presence = GradientPresence.of_step(control, active, self._summed)
         if self._returns == "sums":
             if control.exchanged < exchange_of(step, Stage.RETURNING):
                 self._share_sum.sum(presence)
@@ -297,10 +301,11 @@ class TrainStep:
     # Update.
 
     def _combine_buffers(self, step: int) -> None:
-        """Merge this worker's share of the buffers."""
+        """Merge this worker's share of the buffers; in a home of its own, all of them."""
         weights = self._sampling.weights(step)
         committed, rules = self.shared.committed, self.shared.buffer_rules
-        for index in range(self._rank, len(committed), self._workers):
+        first, every = (0, 1) if self._moves.apart else (self._rank, self._workers)
+        for index in range(first, len(committed), every):
             left = [slot.buffers[index] for slot in self.shared.slots]
             combine_buffers(committed[index], left, weights, rules[index])
 

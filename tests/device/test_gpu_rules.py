@@ -1,0 +1,192 @@
+"""What of the CUDA device a machine without a GPU can test: rules, refusals, profile, staging.
+
+That it computes the same bits for any number of workers can be tested on a GPU alone: see
+`make device-check`, and docs/devices.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict, namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.device import determinism
+from lockstep.device.cuda import profile_of
+from lockstep.device.placement import place
+from lockstep.device.staging import Staging
+from lockstep.errors import ResourceError, TaskError
+from lockstep.system import numerics, processes
+from lockstep.worker import device_facts
+from tests.support import no_gpu
+from tests.support.harmed_runs import Yard, yard
+from tests.zoo.vectors import Vectors
+
+__all__ = ["yard"]  # a fixture
+
+
+# What decides bits.
+
+
+def test_the_environment_is_set_before_torch_is_loaded() -> None:
+    environment = {"NVIDIA_TF32_OVERRIDE": "1", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+    numerics.set_environment("native", environment)
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert environment["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+    assert "NVIDIA_TF32_OVERRIDE" not in environment
+
+
+def test_what_is_chosen_is_what_is_recorded() -> None:
+    before = torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    try:
+        choices = determinism.configure()
+        assert choices == {"tf32": False, "reduced_precision_sums": False, "sdpa": "math"}
+        matmul = torch.backends.cuda.matmul
+        assert not matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.backends.cudnn.deterministic = before[0]
+        torch.use_deterministic_algorithms(before[1])
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_the_profile_names_what_bits_depend_on() -> None:
+    driver = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1  Tue\nGCC version: gcc 13\n"
+    profile = profile_of(
+        gpu="H200", capability=(9, 0), processors=132, driver=driver, choices={"sdpa": "math"}
+    )
+    assert set(profile) == {
+        "device", "gpu", "gpu_capability", "gpu_processors", "driver", "cuda", "cudnn", "sdpa",
+    }  # fmt: skip
+    assert profile["driver"] == "NVIDIA UNIX x86_64 Kernel Module  570.1  Tue"
+    assert (profile["gpu_capability"], profile["gpu_processors"]) == ("9.0", 132)
+
+
+class Puts(Vectors):
+    """Writes to positions that might be the same: which one is last is left to chance."""
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        loss = super().loss(model, batch)
+        return loss + torch.zeros(3).put_(torch.tensor([1, 1]), torch.ones(2)).sum()
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(yard: Yard) -> None:
+    """The same message as a GPU's, from one that torch refuses on the CPU, too."""
+    with pytest.raises(TaskError, match=r"put_ has no deterministic kernel") as caught:
+        yard.run(Puts(), batch_size=24, steps=3, purity=0.0)
+    assert caught.value.found == "put_"
+    assert "test_gpu_rules.py" in caught.value.what
+
+
+def test_other_errors_name_no_operation() -> None:
+    assert determinism.nondeterministic_operation(RuntimeError("out of memory")) is None
+    assert determinism.nondeterministic_operation(ValueError("does not have a")) is None
+
+
+def test_a_shard_for_which_the_allocator_tried_again_is_refused() -> None:
+    determinism.check_retries(2, 2, "shard 0 of step 0")
+    with pytest.raises(ResourceError, match="shard 3 of step 7") as caught:
+        determinism.check_retries(2, 5, "shard 3 of step 7")
+    assert "3 allocations" in str(caught.value.found)
+
+
+# Moves.
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_staging_moves_every_byte(size: int) -> None:
+    """Through a room that is larger, or many times smaller."""
+    waited: list[int] = []
+    staging = Staging(torch.empty(size, dtype=torch.uint8), lambda: waited.append(1))
+    source = bytearray(range(250)) + bytearray(range(50))
+    home = torch.zeros(300, dtype=torch.uint8)
+    staging.to_device(home[:120], memoryview(source)[:120])
+    staging.to_device(home[120:], memoryview(source)[120:])
+    staging.settle()
+    assert bytes(home.tolist()) == bytes(source)
+    target = bytearray(300)
+    staging.to_segment(memoryview(target)[:10], home[:10])
+    staging.to_segment(memoryview(target)[10:], home[10:])
+    if size == 1000:
+        assert not any(target)  # before it has settled
+    staging.settle()
+    assert target == source
+    assert waited
+
+
+Pair = namedtuple("Pair", "x y")  # as users have them
+
+
+def test_a_batch_is_placed_in_its_own_containers() -> None:
+    device = torch.device("meta")
+    batch = {"pair": Pair(torch.ones(2), "name"), "list": [torch.ones(1), 3]}
+    placed = place(batch, device)
+    assert type(placed["pair"]) is Pair
+    assert (placed["pair"].x.device, placed["pair"].y) == (device, "name")
+    assert (placed["list"][0].device, placed["list"][1]) == (device, 3)
+    ordered = place(OrderedDict(x=torch.ones(1)), device)
+    assert type(ordered) is OrderedDict
+    assert ordered["x"].device == device
+    assert batch["list"][0].device == torch.device("cpu")
+
+
+# Processes.
+
+
+def test_the_forkserver_never_reaches_for_the_gpu(
+    yard: Yard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork of it does, and has none here; so the run ends, and says so."""
+    told = tmp_path / "told"
+    monkeypatch.setenv(no_gpu.TOLD, str(told))
+    with pytest.raises(ResourceError, match="no GPU that torch can use") as caught:
+        yard.run(
+            "tests.support.no_gpu:NoGpu", batch_size=24, steps=3, workers=1, device="cuda",
+            experimental=True,
+        )  # fmt: skip
+    assert "this is a test" in str(caught.value.found)
+    lines = [line.split() for line in told.read_text().splitlines()]
+    (forkserver,) = {pid for what, pid, _ in lines if what == "loaded"}
+    reached = [(pid, parent) for what, pid, parent in lines if what == "reached"]
+    assert reached
+    assert all(pid != forkserver and parent == forkserver for pid, parent in reached)
+    assert not any(what == "descriptor" for what, *_ in lines)
+
+
+def test_a_task_that_has_touched_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_facts.check_untouched()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(TaskError, match="before workers were forked"):
+        device_facts.check_untouched()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(device_facts, "_driver_is_initialized", lambda: True)
+    with pytest.raises(TaskError, match="before workers were forked"):
+        device_facts.check_untouched()
+
+
+def test_a_loader_lets_go_of_the_device(tmp_path: Path) -> None:
+    device, other = tmp_path / "device0", tmp_path / "other"
+    device.touch()
+    other.touch()
+    fds = [os.open(path, os.O_RDONLY) for path in (device, device, other)]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            processes.close_device_files(str(tmp_path / "device"))
+            links = [os.path.exists(f"/proc/self/fd/{fd}") for fd in fds]
+            os._exit(0 if links == [False, False, True] else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(pid, 0)
+    for fd in fds:
+        os.close(fd)
+    assert os.waitstatus_to_exitcode(status) == 0
