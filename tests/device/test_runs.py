@@ -28,7 +28,7 @@ from tests.support.harmed_runs import (
     yard,
 )
 from tests.support.paced_task import PACE
-from tests.support.watched_device import Counts, Forgetful
+from tests.support.watched_device import Counts, Forgetful, Staged
 from tests.zoo import MORE, ZOO, Entry
 from tests.zoo.buffers import Images
 
@@ -59,6 +59,22 @@ def test_numbers_of_workers(workers: int, yard: Yard) -> None:
     """Five shards: none of these numbers divides them, and the tree is uneven."""
     task, settings = settings_of("channels-last")  # with buffers and clip_grad_norm
     yard.check(task, workers=workers, shards=5, **APART, **settings)
+
+
+class Unevaluated(Images):
+    """Nothing is evaluated before the first step: nobody comes to rest there."""
+
+    def eval_data(self) -> None:
+        return None
+
+
+def test_shards_that_workers_do_not_divide(yard: Yard) -> None:
+    """From the very first step on, and in a step that is begun again."""
+    settings = {"batch_size": 24, "steps": 8, "shards": 4}
+    faults = (Fault(worker_id=1, step=4, phase="update_end"),)
+    task = Unevaluated("Adam", lr=0.01)
+    result = yard.check(task, workers=3, faults=faults, **APART, **settings)
+    assert_struck(result.folder, faults)
 
 
 @pytest.mark.long
@@ -104,6 +120,7 @@ def in_every_phase() -> tuple[Fault, ...]:
         ("cnn", 3),
         pytest.param("cnn", 1, marks=pytest.mark.long),
         pytest.param("cnn", 2, marks=pytest.mark.long),
+        pytest.param("cnn", 5, marks=pytest.mark.long),
         pytest.param("channels-last", 4, marks=pytest.mark.long),  # with clip_grad_norm
         pytest.param("transformer", 3, marks=pytest.mark.long),
         pytest.param("wide-branches", 2, marks=pytest.mark.long),
@@ -253,6 +270,20 @@ def test_a_settle_that_is_left_out_gives_another_fingerprint(caller: str, yard: 
     except LockstepError:
         return
     assert found != wanted
+
+
+def test_what_cuda_is_made_of_computes_the_same_on_a_cpu(yard: Yard) -> None:
+    """Staging, placement, and homes that torch allocates: with deaths, with `cpu-apart` named."""
+    settings = {**ZOO["cnn"].settings(), "clip_grad_norm": 0.5}
+    faults = (
+        Fault(worker_id=1, step=4, phase="update_begin"),
+        Fault(worker_id=-1, step=8, phase="backward"),
+    )
+    staged = yard.run(Staged(), workers=3, faults=faults, **APART, **settings)
+    assert_struck(staged.folder, faults)
+    plain = yard.run(Images("Adam", lr=0.01), **settings)
+    assert staged.fingerprint == plain.fingerprint
+    assert (staged.metrics, staged.history) == (plain.metrics, plain.history)
 
 
 # What is refused.
