@@ -78,12 +78,17 @@ def test_shards_that_workers_do_not_divide(yard: Yard) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shards", [1, 4, 6, 7, 8])
+@pytest.mark.parametrize("shards", [3, 4, 6, 7, 8])
 @pytest.mark.parametrize("name", ["cnn", "wide-clipped"])
 def test_numbers_of_shards(name: str, shards: int, yard: Yard) -> None:
     task, settings = settings_of(name)
     for workers in range(1, min(shards, 4) + 1):
         yard.check(task, workers=workers, shards=shards, **APART, **settings)
+
+
+def test_one_shard(yard: Yard) -> None:
+    task, settings = settings_of("channels-last", workers=1, shards=1)
+    assert_same(yard.run(task, **APART, **settings), yard.run(task, **settings))
 
 
 @pytest.mark.long
