@@ -18,6 +18,7 @@ import lockstep
 from lockstep.agent import worker_group as worker_group
 from lockstep.errors import JobError, LockstepError, StoppedError, TaskError
 from lockstep.job.faults import PHASES, Fault
+from lockstep.job.task import Task
 from tests.support.harmed_runs import (
     Yard,
     assert_same,
@@ -30,6 +31,7 @@ from tests.support.harmed_runs import (
 from tests.support.paced_task import PACE
 from tests.support.watched_device import Counts, Forgetful, Staged
 from tests.zoo import MORE, ZOO, Entry
+from tests.zoo import optimizers as own
 from tests.zoo.buffers import Images
 
 __all__ = ["yard"]  # a fixture
@@ -37,7 +39,15 @@ TASKS = {**ZOO, **MORE}
 APART: dict[str, Any] = {"device": "cpu-apart"}
 QUICK = {"cnn": 2, "transformer": 4, "clip-sometimes": 3, "wide-branches": 2, "mixture": 3}
 """Tasks of each kind, with a number of workers: buffers and BatchNorm, dropout, a limited norm of
-gradients that some shards lack, blocks of a cut weight, an optimizer that cannot be divided."""
+gradients that some shards lack, blocks of a cut weight, shards without any gradient."""
+UNDIVIDED: dict[str, Task] = {
+    "distance": own.WithOwn(own.Distance),
+    "soap": own.WithOwn(own.Soap),
+    "clips": own.WithOwn(own.Clips, lr=0.1),
+    "lamb": own.WideWithOwn(own.Lamb),
+    "galore": own.WithOwn(own.GaLore),
+}
+"""Optimizers that one worker steps alone, with options and attributes that they change."""
 
 
 def settings_of(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
@@ -165,6 +175,25 @@ def test_steps_since_the_snapshot_are_computed_again(
     result = yard.check(task, workers=2, faults=(fault,), **APART, **settings)
     assert_struck(result.folder, (fault,))
     assert result.recoveries[0]["steps_back"] == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("distance", "soap") else pytest.param(n, marks=pytest.mark.long)
+        for n in UNDIVIDED
+    ],
+)
+def test_undivided_optimizers(name: str, yard: Yard) -> None:
+    """The worker that has all of the state dies, and so does another; a successor has to know."""
+    faults = (
+        Fault(worker_id=0, step=3, phase="update_end"),
+        Fault(worker_id=1, step=6, phase="forward"),
+        Fault(worker_id=0, step=9, phase="commit"),
+    )
+    settings = {"batch_size": 26, "steps": 12, "seed": 3, "shards": 4}
+    result = yard.check(UNDIVIDED[name], workers=2, faults=faults, **APART, **settings)
+    assert_struck(result.folder, faults)
 
 
 # Workers come and go; the run is stopped, goes on, and is verified.

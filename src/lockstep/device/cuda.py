@@ -88,8 +88,9 @@ class CudaDevice(StagedDevice):
 
 
 def _alloc_retries() -> int:
-    """How often the allocator has tried again after it was out of memory."""
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+    """How often the allocator was out of memory, and tried again or gave up."""
+    stats = torch.cuda.memory_stats()
+    return int(stats.get("num_alloc_retries", 0)) + int(stats.get("num_ooms", 0))
 
 
 def profile_of(
