@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import lockstep
 from lockstep.agent import worker_group as worker_group
@@ -257,6 +259,26 @@ def test_checkpoints_and_verification(yard: Yard) -> None:
     assert found
     checked = lockstep.verify(apart.folder, task=task, workers=3)
     assert (checked.first, checked.last, checked.final) == (0, settings["steps"], True)
+
+
+class Remembers(Unevaluated):
+    """Nothing comes of it in the first calls."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        return super().loss(model, batch) * (1 + max(0, self.calls - 10))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pristine_forks_compute_from_the_mirror(workers: int, yard: Yard) -> None:
+    """In each step a shard is computed again, by a fork that has no home: from the parameters and
+    buffers of just then. What remembers is found."""
+    settings = {"batch_size": 24, "steps": 6, "shards": 4, "purity": 1.0}
+    yard.check(Unevaluated("Adam", lr=0.01), workers=workers, **APART, **settings)
+    with pytest.raises(TaskError, match="something remembers"):
+        yard.run(Remembers("Adam", lr=0.01), workers=workers, **APART, **settings)
 
 
 # What is moved.
