@@ -121,6 +121,7 @@ def resume(
     run: str | Path,
     *,
     workers: int | None = None,
+    device: str | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
@@ -133,6 +134,7 @@ def resume(
     Args:
         run: the run folder.
         workers: how many workers go on; default: as many as before.
+        device: where they compute, if not where they did; only where that gives the same numbers.
         task: the task, where the run was given an object and not a name.
         trust: whether the code that the run folder names may be run though somebody else has made
             the folder.
@@ -152,10 +154,12 @@ def resume(
         folder.check_unfinished()
         source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
-        with open_hosts(RunRequest.recorded(source, manifest["job"]), on) as hosts:
+        settings = manifest["job"] | ({"device": device} if device is not None else {})
+        with open_hosts(RunRequest.recorded(source, settings), on) as hosts:
             check_loggers(hosts.job.log)
             check_resumed(run, manifest, hosts.host.facts)
-            plan = _resized(Plan.from_message(manifest["plan"]), workers, hosts)
+            plan = Plan.from_message(manifest["plan"]).with_device(device)
+            plan = _resized(plan, workers, hosts)
             ready = hosts.initialise(plan)
             _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)

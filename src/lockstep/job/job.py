@@ -106,6 +106,14 @@ class Job:
         "some convolutions, slower for others. Exported models are contiguous.",
         changes_numbers=True,
     )
+    device: Literal["cpu", "cpu-apart", "cuda"] = setting(
+        "cpu",
+        help="Where shards are computed and blocks updated.",
+        detail="`cpu-apart`: workers with memory of their own, for tests of what a GPU needs; the "
+        "same bits as `cpu`. `cuda`: a GPU a worker, other bits; it has not been run, and needs "
+        "`experimental`. See [devices.md](devices.md).",
+        changes_numbers=True,
+    )
     compile: bool = setting(
         False,
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
@@ -314,6 +322,11 @@ class Job:
         detail="Hosts are regrouped first; it is lost if it goes on. Its heartbeat does not count.",
         least=0.5,
         unset="twenty times the longest step, at least 60; 600 while a host begins",
+    )
+    experimental: bool = setting(
+        False,
+        help="Allow what has been written and not been run: `device` cuda.",
+        options=("--experimental",),
     )
     run_name: str | None = setting(
         None,
