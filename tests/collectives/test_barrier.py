@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.collectives.barrier import SHORT_SECONDS, SPINS, Barrier, Regroup, SpinBudget
+from lockstep.collectives.barrier import SPINS, Barrier, Regroup
 from lockstep.state.control_segment import ControlSegment, ControlShape
 from lockstep.system.shared_memory import Segment
+from lockstep.system.spin_budget import SpinBudget
 
 WAIT = 20.0
 
@@ -20,27 +21,6 @@ def control() -> Iterator[ControlSegment]:
     shape = ControlShape(shards=2, max_workers=2, params=1)
     with contextlib.closing(ControlSegment(Segment.create("c", shape.nbytes()), shape)) as control:
         yield control
-
-
-def test_the_budget_falls_at_once_and_grows_by_short_waits() -> None:
-    budget = SpinBudget(SPINS)
-    budget.learn(SHORT_SECONDS / 2)
-    assert budget.spins == SPINS
-    budget.learn(2 * SHORT_SECONDS)
-    assert budget.spins == 1
-    seen = []
-    while budget.spins < SPINS:
-        budget.learn(0.0)
-        seen.append(budget.spins)
-    assert seen[:3] == [2, 4, 8]
-    assert seen[-1] == SPINS
-    assert len(seen) < 20
-
-
-def test_a_budget_of_one_stays_one() -> None:
-    budget = SpinBudget(1)
-    budget.learn(0.0)
-    assert budget.spins == 1
 
 
 class Waiter:

@@ -173,7 +173,7 @@ def _step(row: dict[str, Any]) -> str:
 def _plan(row: dict[str, Any]) -> str:
     from lockstep.planning.core_split import Division
 
-    counts = {name: row[name] or 0 for name in ("workers", "threads", "shards")}
+    counts = {name: row[name] or 0 for name in ("workers", "threads", "shards", "team")}
     hosts = f" on {len(row['hosts'])} hosts" if len(row["hosts"]) > 1 else ""
     return f"{Division(**counts)}{hosts}"
 

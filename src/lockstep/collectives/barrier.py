@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lockstep.state.control_segment import ControlSegment
 from lockstep.system import futex
 from lockstep.system.machine import cores
+from lockstep.system.spin_budget import SpinBudget
 
 NAP = 0.02
 """Seconds: the longest single sleep before the epoch and the parent are looked at again."""
@@ -15,27 +16,10 @@ SPINS = 20_000
 """Looks at a word before sleeping, where every worker has a core: about a millisecond, more than
 workers usually differ by. A core that has gone to sleep takes up to 0.1 ms to wake in a virtual
 machine, which short steps would pay at each meeting."""
-SHORT_SECONDS = 1e-3
-"""A wait of this length is a short one: what workers usually differ by."""
 
 
 class Regroup(Exception):
     """The membership epoch has changed: stop at this barrier and ask the agent."""
-
-
-class SpinBudget:
-    """Spin budget: how often a worker looks at a word before it sleeps, by how long it has waited.
-
-    Who waits for a worker that computes does best to look: it is there at once. Who waits for one
-    that has no core, since other processes have them, keeps the core from it by looking.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.spins, self._most = most, most
-
-    def learn(self, seconds: float) -> None:
-        """A wait has taken so long: one look after a long one, twice as many after a short one."""
-        self.spins = min(2 * self.spins, self._most) if seconds < SHORT_SECONDS else 1
 
 
 class Barrier:
@@ -56,8 +40,9 @@ class Barrier:
     ) -> None:
         self.control, self.worker_id, self.epoch = control, worker_id, epoch
         self.others = [other for other in worker_ids if other != worker_id]
-        crowded = len(worker_ids) * threads > cores()
-        self._budget = SpinBudget(1 if crowded else SPINS)
+        self.crowded = len(worker_ids) * threads > cores()
+        """Whether there are more workers than cores: then nobody spins."""
+        self._budget = SpinBudget(1 if self.crowded else SPINS)
 
     def arrive(self, progress: int, *, notify: bool = False) -> None:
         """Publish this worker's progress. `notify`: the exchange thread waits for it, too."""

@@ -213,6 +213,14 @@ class Job:
         unset="measured",
         options=("--workers", "-w"),
     )
+    team: int = setting(
+        1,
+        help="With `slices`: how many workers compute a shard together, each some of its slices.",
+        detail="At most `slices` and `workers`; there may be `shards` times `team` workers. On one "
+        "host, and not with `compile`. See [slices.md](slices.md#teams).",
+        least=1,
+        most=1024,
+    )
     max_workers: int | None = setting(
         None,
         help="Largest number of workers that `lockstep scale` may ask for, at most `shards`.",
