@@ -27,7 +27,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format docs docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes bench-dashboard chaos chaos-hosts clean
+.PHONY: help run test test-long fuzz check format docs docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes bench-dashboard device-check chaos chaos-hosts clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -96,6 +96,9 @@ bench-recipes: $(READY) ## Measure the recipes compared with DistributedDataPara
 
 bench-dashboard: $(READY) ## Measure what the events and the page cost
 	$(BIN)/python -m benchmarks.dashboard $(ARGS)
+
+device-check: $(INSTALLED) ## Check that a GPU keeps the promise; ARGS="--device cpu-apart" without one
+	$(BIN)/python -m benchmarks.device_check $(ARGS)
 
 chaos: $(READY) ## Disturb runs at random and compare them with undisturbed ones
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -221,3 +223,82 @@ def test_every_block_is_updated_once_by_every_step(seed: int) -> None:
             assert shards <= count <= shards * (1 + world.times_back) + world.deaths
     finally:
         world.close()
+
+
+# Workers with homes of their own: the mirror is whole, or the snapshot is.
+
+
+@pytest.mark.parametrize(
+    ("reached", "updating", "mirror", "step", "back"),
+    [
+        ([(7, C), (7, S)], [6, 6], 7, 7, None),
+        ([(7, C), (7, S)], [6, 6], 4, 4, 3),
+        ([(7, U), (7, C)], [7, 6], 7, 4, 3),  # it had been whole, and is being overwritten
+        ([(7, U), (7, C)], [7, 7], 8, 4, 3),  # rank 0 was ready, and not all others
+        ([(7, U), (7, U)], [7, 7], 8, 8, None),
+        ([(7, U), (7, U)], [7, 7], 4, 4, 4),
+    ],
+)
+def test_homes_go_back_unless_the_mirror_is_whole(
+    reached: list[tuple[int, Phase]], updating: list[int], mirror: int, step: int, back: int | None
+) -> None:
+    """And all shards are computed anew: what was in a dead worker's home is gone."""
+    found = resume(words(*reached), updating, [7, 7, 8], 4, 2, mirror_step=mirror)
+    assert found == Resumption(step=step, back=back, todo=((0, 1), (2,)))
+
+
+class Homes:
+    """Workers that do as `worker.home_moves` does, one small act at a time, until all are killed.
+
+    Each keeps its part of the state in its home: the number of steps that it has made.
+    """
+
+    def __init__(self, workers: int, due: set[int]) -> None:
+        self.due, self.homes = due, [0] * workers
+        self.mirror, self.snapshot = [0] * workers, [0] * workers
+        self.mirror_step = self.snapshot_step = 0
+        self.words = [progress_of(0, S)] * workers
+        self.updating = [-1] * workers
+        self.acts = [self.live(rank) for rank in range(workers)]
+
+    def all_at(self, word: int) -> bool:
+        return min(self.words) >= word
+
+    def live(self, rank: int) -> Iterator[None]:
+        for step in itertools.count():
+            self.words[rank] = progress_of(step, C)
+            while not self.all_at(progress_of(step, C)):
+                yield
+            self.updating[rank] = step
+            yield
+            self.homes[rank] = step + 1
+            if step in self.due:
+                self.mirror[rank] = step + 1
+                yield
+                if rank == 0:
+                    self.mirror_step = step + 1
+                    yield
+            self.words[rank] = progress_of(step, U)
+            while not self.all_at(progress_of(step, U)):
+                yield
+            if step in self.due:
+                self.snapshot[rank] = self.mirror[rank]
+                yield
+                if rank == 0:
+                    self.snapshot_step = step + 1
+                    yield
+
+
+@given(st.integers(1, 4), st.sets(st.integers(0, 6)), st.lists(st.integers(0, 3), max_size=120))
+def test_whenever_all_are_killed_one_of_the_two_is_whole(
+    workers: int, due: set[int], order: list[int]
+) -> None:
+    """What recovery chooses has the parts of all workers, after the very steps that it says."""
+    homes = Homes(workers, due)
+    for rank in order:
+        next(homes.acts[rank % workers])
+    found = resume(
+        homes.words, homes.updating, [-1], homes.snapshot_step, 1, mirror_step=homes.mirror_step
+    )
+    state = homes.mirror if found.back is None else homes.snapshot
+    assert state == [found.step] * workers

@@ -24,7 +24,7 @@ HOW = {
 
 IRRELEVANT = (
     "faults", "stall_seconds", "out", "workers", "max_workers", "checkpoint_steps",
-    "checkpoint_seconds", "keep_checkpoints", "loaders", "ownership", "servers",
+    "checkpoint_seconds", "keep_checkpoints", "loaders", "ownership", "servers", "device",
 )  # fmt: skip
 """Settings that no number depends on."""
 

@@ -48,6 +48,7 @@ def _last_state(group: WorkerGroup) -> tuple[int, memoryview]:
         control.shard_done.tolist(),
         control.snapshot_step,
         1,
+        mirror_step=control.mirror_step if group.plan.apart else None,
     )
     if resumption.back is not None or group.role.parted:
         return control.snapshot_step, snapshot.view

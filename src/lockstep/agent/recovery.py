@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.planning.sampling import home_shards
 from lockstep.planning.step_phases import PHASES_PER_STEP, Phase
 
 POISON_DEATHS = 3
@@ -40,6 +42,7 @@ def resume(
     snapshot_step: int,
     workers: int,
     mine: range | None = None,
+    mirror_step: int | None = None,
 ) -> Resumption:
     """Decide where `workers` workers, or teams, go on.
 
@@ -52,17 +55,25 @@ def resume(
             before.
         workers: how many there will be.
         mine: the shards that are theirs to compute; None: all.
+        mirror_step: where workers have homes of their own, after how many steps the host's state
+            was last that of all of them. Of any other step it lacks what a dead worker had, and
+            so do the slots: then all goes back to the snapshot, and every shard is computed anew.
+            None: workers have no other state than the host's.
     """
     shards = range(len(shard_done)) if mine is None else mine
     step = step_in_flight(words)
-    back = step - snapshot_step if step in updating else None
-    if back:
-        step, open_shards = snapshot_step, list(shards)
+    corrupted = step in updating or mirror_step not in (None, step)
+    back = step - snapshot_step if corrupted else None
+    if back or mirror_step is not None:
+        step = snapshot_step if back else step
+        open_shards = list(shards)
     else:
         open_shards = [shard for shard in shards if shard_done[shard] != step]
     count = len(open_shards)
-    todo = tuple(
-        tuple(open_shards[count * rank // workers : count * (rank + 1) // workers])
-        for rank in range(workers)
-    )
+    if mirror_step is not None:  # as in every step: what is summed together follows from it
+        runs = [home_shards(count, workers, rank) for rank in range(workers)]
+    else:
+        edges = [count * rank // workers for rank in range(workers + 1)]
+        runs = [range(*run) for run in itertools.pairwise(edges)]
+    todo = tuple(tuple(open_shards[run.start : run.stop]) for run in runs)
     return Resumption(step=step, back=back, todo=todo)

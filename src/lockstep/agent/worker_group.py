@@ -120,6 +120,7 @@ class WorkerGroup:
         self.reset_words(step or 0)
         if step is not None:
             memory.snapshot.take(step)
+            self.control.mirror_step = step
 
     @property
     def step(self) -> int:
@@ -178,6 +179,7 @@ class WorkerGroup:
             self.control.snapshot_step,
             team_count(len(worker_ids), self.plan.team),
             self.role.shards,
+            self.control.mirror_step if self.plan.apart else None,
         )
         if resumption.back is None:
             self.step_log.mend(resumption.step)
@@ -237,7 +239,12 @@ class WorkerGroup:
         """Put the snapshot in the place of a state that is corrupted."""
         self.step_log.drain()
         self.memory.snapshot.roll_back()
-        self.control.snapshot_due[:] = 0  # later steps' marks may lie where those redone will
+        control = self.control
+        control.snapshot_due[:] = 0  # later steps' marks may lie where those redone will
+        control.mirror_step = control.snapshot_step
+        if self.plan.apart:  # every death leads back here: it is not to stay as far behind
+            self._marked = control.snapshot_step
+            self._mark(max(self._marked, control.lease - RING), control.lease, self._pace)
 
     def reset_words(self, step: int) -> None:
         """Let nobody be in the middle of anything: everybody is at the start of a step."""
@@ -271,7 +278,7 @@ class WorkerGroup:
         if self.members.regrouping:
             return
         lease = max(self.control.lease, self._lease())
-        self._mark(self.control.lease, lease, self.throughput.rate / self.plan.batch_size)
+        self._mark(self.control.lease, lease, self._pace)
         self.control.lease = lease
         woken = [worker_id for worker_id, step in self.idle.items() if step < lease]
         for worker_id in woken:
@@ -279,6 +286,11 @@ class WorkerGroup:
             self.tell(worker_id, RunSteps())
         if woken:
             self.decide(membership.WorkersResumed())
+
+    @property
+    def _pace(self) -> float:
+        """Steps per second."""
+        return self.throughput.rate / self.plan.batch_size
 
     def _mark(self, first: int, last: int, steps_per_second: float) -> None:
         """Mark the steps of a new lease at whose end the snapshot is brought up to date: none while
@@ -329,6 +341,7 @@ class WorkerGroup:
                 self.idle[worker_id] = message.step
                 self.decide(membership.WorkerRested(worker_id))
                 if self.at_rest:  # before whatever is asked of those who rest: it may be the end
+                    self.control.mirror_step = message.step
                     self.time_sampler.flush()
             case Interrupted() | BatchesDone():
                 self.decide(membership.WorkerRested(worker_id))
@@ -361,7 +374,7 @@ class WorkerGroup:
         )
 
     def _admit(self, worker_id: int, probe: str) -> None:
-        expected = self.host.facts["probe"]
+        expected = self.memory.profile.get("device_probe", self.host.facts["probe"])
         if probe != expected and self.plan.threads == 1:
             raise NumericsError(
                 f"worker {worker_id} does not compute the same bits as the forkserver",

@@ -121,6 +121,7 @@ def resume(
     run: str | Path,
     *,
     workers: int | None = None,
+    device: str | None = None,
     team: int | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
@@ -134,6 +135,7 @@ def resume(
     Args:
         run: the run folder.
         workers: how many workers go on; default: as many as before.
+        device: where they compute, if not where they did; only where that gives the same numbers.
         team: how many of them compute a shard together; default: as before.
         task: the task, where the run was given an object and not a name.
         trust: whether the code that the run folder names may be run though somebody else has made
@@ -154,14 +156,14 @@ def resume(
         folder.check_unfinished()
         source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
-        recorded = manifest["job"]
+        settings = manifest["job"] | ({"device": device} if device is not None else {})
         if team is not None:
-            recorded = {**recorded, "team": team, "workers": None, "max_workers": None}
-        with open_hosts(RunRequest.recorded(source, recorded), on) as hosts:
+            settings |= {"team": team, "workers": None, "max_workers": None}
+        with open_hosts(RunRequest.recorded(source, settings), on) as hosts:
             check_loggers(hosts.job.log)
             check_resumed(run, manifest, hosts.host.facts)
-            recorded_plan = Plan.from_message(manifest["plan"])
-            plan = _resized(recorded_plan, workers, team, hosts)
+            recorded = Plan.from_message(manifest["plan"]).with_device(device)
+            plan = _resized(recorded, workers, team, hosts)
             ready = hosts.initialise(plan)
             _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)

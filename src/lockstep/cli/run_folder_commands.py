@@ -21,6 +21,10 @@ Trust = Annotated[
     bool,
     typer.Option("--trust", help="Run the code that the folder names, though it is not your run."),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cpu-apart, where the run began on the other: the same numbers."),
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(help="best, by the run's --monitor, or a checkpoint's name or step."),
@@ -36,6 +40,7 @@ def add_to(app: typer.Typer) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     workers: Workers = None,
+    device: Device = None,
     team: Annotated[
         int | None,
         typer.Option("--team", help="With slices: workers that compute a shard together."),
@@ -52,8 +57,9 @@ def resume(
 
     with launcher_of(on, state) as launcher, page_beside(dashboard) as control:
         result = resume_run(
-            run, workers=workers, team=team, quiet=quiet, on=launcher, control=control, trust=trust
-        )
+            run, workers=workers, device=device, team=team, quiet=quiet, on=launcher,
+            control=control, trust=trust,
+        )  # fmt: skip
     show_result(result, as_json)
 
 

@@ -61,10 +61,13 @@ class SubtreeSums:
         host_shards: range,
         rank: int,
         workers: int,
+        into: Sequence[GradientSlot] | None = None,
     ) -> None:
+        """`into`: by a subtree's first shard, where its sum goes; it may be that shard's own slot.
+        None: the sums have slots of their own."""
         self.shared = shared
         self._reducer = Reducer(shared)
-        leaves = leaves_of(shared, subtrees, host_shards)
+        leaves = leaves_of(shared, subtrees, host_shards) if into is None else into
         self._sums = [
             (tree, leaves[tree.start])
             for tree in subtrees

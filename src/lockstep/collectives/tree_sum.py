@@ -49,16 +49,19 @@ class Reducer:
         if isinstance(node, int):
             out.copy_(leaves[node])
         elif depth(node) == 1 or size <= CHUNK:
-            tree_sum(node, leaves, out, self._temporaries(out.dtype))
+            tree_sum(node, leaves, out, self._temporaries(out))
         else:
-            spare = self._temporaries(out.dtype)
+            spare = self._temporaries(out)
             for start in range(0, size, CHUNK):
                 piece = [leaf[start : start + CHUNK] for leaf in leaves]
                 tree_sum(node, piece, out[start : start + CHUNK], spare)
 
-    def _temporaries(self, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _temporaries(self, out: torch.Tensor) -> list[torch.Tensor]:
+        dtype = out.dtype
         if dtype not in self._spare:
-            self._spare[dtype] = [torch.empty(CHUNK, dtype=dtype) for _ in range(self._levels)]
+            self._spare[dtype] = [
+                torch.empty(CHUNK, dtype=dtype, device=out.device) for _ in range(self._levels)
+            ]
         return self._spare[dtype]
 
 

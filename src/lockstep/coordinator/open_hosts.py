@@ -107,6 +107,13 @@ def open_hosts(
     ) as host:
         job = request.completed(host.loaded()["settings"])
         check_together(job.data, alone=on is None)
+        if on is not None and job.device != "cpu":
+            raise JobError(
+                f"device: {job.device} is for one host so far",
+                expected="a job without --on, or device = cpu",
+                found=f"device = {job.device} and other hosts",
+                fix="leave one out",
+            )
         if on is not None and job.team > 1:
             raise several_hosts(job.team, "other hosts")
         if on is None:

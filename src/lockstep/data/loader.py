@@ -23,7 +23,11 @@ from lockstep.data.sample_order import SampleOrder
 from lockstep.errors import TaskError
 from lockstep.planning.sampling import Sampling
 from lockstep.system.process_title import set_title
-from lockstep.system.processes import die_with_parent, own_file_positions
+from lockstep.system.processes import (
+    close_device_files,
+    die_with_parent,
+    own_file_positions,
+)
 
 
 @dataclass
@@ -324,6 +328,7 @@ def follow_worker(worker: int) -> None:
     ever where the worker was killed just after the fork.
     """
     die_with_parent(worker)
+    close_device_files()
     own_file_positions()
 
 

@@ -106,6 +106,14 @@ class Job:
         "some convolutions, slower for others. Exported models are contiguous.",
         changes_numbers=True,
     )
+    device: Literal["cpu", "cpu-apart", "cuda"] = setting(
+        "cpu",
+        help="Where shards are computed and blocks updated.",
+        detail="`cpu-apart`: workers with memory of their own, for tests of what a GPU needs; the "
+        "same bits as `cpu`. `cuda`: a GPU a worker, other bits; it has not been run, and needs "
+        "`experimental`. See [devices.md](devices.md).",
+        changes_numbers=True,
+    )
     compile: bool = setting(
         False,
         help="Compile the loss and its gradient with `torch.compile`'s compiler; needs g++.",
@@ -324,6 +332,11 @@ class Job:
         least=0.5,
         unset="twenty times the longest step, at least 60; 600 while a host begins",
     )
+    experimental: bool = setting(
+        False,
+        help="Allow what has been written and not been run: `device` cuda.",
+        options=("--experimental",),
+    )
     run_name: str | None = setting(
         None,
         help="Name of the run: of its folder, and for loggers.",
@@ -339,8 +352,8 @@ class Job:
     log: Sequence[str] = setting(
         (),
         help="Where metrics are written besides: tensorboard, mlflow, wandb or trackio.",
-        detail="Each needs its package. TensorBoard's files are in the run folder: "
-        "`tensorboard --logdir runs`.",
+        detail="Each needs its package. They have the first 1,000 steps, and then up to four in a "
+        "second. TensorBoard's files are in the run folder: `tensorboard --logdir runs`.",
         expected="names of loggers",
         options=("--log",),
     )

@@ -24,6 +24,7 @@ def check_together(job: Settings, defaults: Settings) -> None:
     _check_shards(job)
     _check_monitor(job, defaults)
     _check_name(job)
+    _check_device(job, defaults)
     check_slices(job["slices"], job["slice_plan"], job["local_steps"])
     check_team(job["team"], job["slices"], job["workers"], compiled=job["compile"])
     _check_team_host(job)
@@ -91,6 +92,48 @@ def _check_name(job: Settings) -> None:
             found=repr(name),
             fix="choose another; out says in which folder the run is",
         )
+
+
+WITHOUT_HOMES = {
+    "compression": "what a codec leaves out is kept in the host's segment",
+    "local_steps": "what a shard's own optimizer keeps is in the host's segment",
+    "audit": "it compares what workers have left in the host's segments",
+    "team": "its members compute in the host's segments",
+    "compile": "kernels are bound to the host's segments before the first fork",
+}
+"""Settings that do not go with homes of workers' own, and why."""
+
+
+WITHOUT_GPU = {"slices": "their random numbers come from generators on the CPU"}
+"""The same with a GPU alone."""
+
+
+def _check_device(job: Settings, defaults: Settings) -> None:
+    if job["device"] == "cuda" and not job["experimental"]:
+        raise JobError(
+            "device: cuda has been written and reviewed, and has not been run on a GPU",
+            expected="device = cpu, or experimental = true with it",
+            found="device = cuda, experimental = false",
+            fix="leave device out; or, to try it, give --experimental (experimental: true)",
+        )
+    if job["device"] == "cuda" and job["workers"] is None:
+        raise JobError(
+            "device: cuda, and the number of workers is left open",
+            expected="workers: one for each GPU that is to take part",
+            found="workers = None",
+            fix="set workers; nothing is measured on a GPU to choose it",
+        )
+    refused = {} if job["device"] == "cpu" else WITHOUT_HOMES
+    if job["device"] == "cuda":
+        refused = WITHOUT_HOMES | WITHOUT_GPU
+    for name, why in refused.items():
+        if job[name] != defaults[name]:
+            raise JobError(
+                f"{name} does not go with device: {job['device']}: {why}",
+                expected=f"device = cpu, or {name} left out",
+                found=f"device = {job['device']}, {name} = {job[name]}",
+                fix="leave one out",
+            )
 
 
 def _check_team_host(job: Settings) -> None:

@@ -137,7 +137,7 @@ class Grouping:
         leaves = [slot.flat[start:stop].view(dtype) for slot in self._dense]
         # The sum of a sparse table has memory of its own; this is never touched then.
         room = torch.zeros if self._table(numbers[0]) is None else torch.empty
-        total = room((stop - start) // dtype.itemsize, dtype=dtype)
+        total = room((stop - start) // dtype.itemsize, dtype=dtype, device=leaves[0].device)
         owned = [self._own(number, start, leaves, total) for number in numbers]
         members: list[list[nn.Parameter]] = [[] for _ in self.shared.optimizer.param_groups]
         for item in owned:

@@ -74,6 +74,12 @@ class Plan:
     """What decides the order of the training data besides the seed, with its digest; "": nothing.
     """
     memory_format: str = "contiguous"
+    device: str = "cpu"
+
+    @property
+    def apart(self) -> bool:
+        """Whether workers have homes of their own, of which the host's segment is a mirror."""
+        return self.device != "cpu"
 
     @property
     def division(self) -> Division:
@@ -147,6 +153,23 @@ class Plan:
             )
         max_workers = max(workers, self.max_workers)
         return dataclasses.replace(self, workers=workers, max_workers=max_workers, faults=())
+
+    def with_device(self, device: str | None) -> Plan:
+        """The same plan, and so the same bits, on another device.
+
+        Raises:
+            JobError: it gives other bits.
+        """
+        if device is None:
+            return self
+        if (device == "cuda") != (self.device == "cuda"):
+            raise JobError(
+                "a run that began on the one does not go on to the same numbers on the other",
+                expected=f"device = {self.device}, or one that computes the same bits",
+                found=f"device = {device}",
+                fix="leave device out, or start another run",
+            )
+        return dataclasses.replace(self, device=device)
 
     @property
     def most_workers(self) -> int:
@@ -314,6 +337,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         team=job.team,
         sample_order=facts.sample_order,
         memory_format=job.memory_format,
+        device=job.device,
         faults=tuple(dataclasses.asdict(fault) for fault in job.faults),
         reasons=tuple(reasons),
     )

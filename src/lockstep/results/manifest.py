@@ -23,10 +23,14 @@ LATER = {
     "shuffle": True, "drop_last": False, "compile": False, "memory_format": "contiguous",
     "monitor": None, "monitor_mode": "min", "stop_patience": None, "stop_min_delta": 0.0,
     "slices": 1, "slice_plan": None,
-    "sample_order": "",
+    "sample_order": "", "device": "cpu",
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
+GPU_FIELDS = ("gpu", "gpu_processors", "driver", "cuda", "cudnn", "device_probe")
+"""Of a numerics profile: what a GPU's bits depend on."""
+SAME_NUMBERS = {"device": {"cpu-apart": "cpu"}}
+"""By field: values that compute the very numbers of another."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}
 IDENTITY = (
     *(
@@ -54,7 +58,7 @@ def make_manifest(
         "args": dict(source.args),
         "code": facts["code"],
         **{name: message[name] for name in IDENTITY},
-        **{name: message[name] for name in LATER if message[name] != LATER[name]},
+        **{n: counted(n, message[n]) for n in LATER if counted(n, message[n]) != LATER[n]},
         **({"holdings": message["holdings"]} if plan.holdings else {}),
     }
     recorded = {
@@ -79,6 +83,11 @@ def make_manifest(
     }
 
 
+def counted(name: str, value: Any) -> Any:
+    """A field of a plan as it counts in an identity."""
+    return SAME_NUMBERS[name].get(value, value) if name in SAME_NUMBERS else value
+
+
 def scope_of(manifest: Mapping[str, Any]) -> str:
     """Where the fingerprint of a run holds, in words."""
     plan, profile = manifest["plan"], manifest["profile"]
@@ -86,8 +95,21 @@ def scope_of(manifest: Mapping[str, Any]) -> str:
     workers = "1 worker" if most == 1 else f"1 to {most} workers"
     threads = "1 thread" if plan["threads"] == 1 else f"{plan['threads']} threads"
     kernels = "AVX2" if plan["numerics"] == "portable" else profile["capability"]
+    if "gpu" in profile:
+        kernels = f"{profile['gpu']} ({profile['gpu_processors']} multiprocessors), driver "
+        kernels += f"{profile['driver']}, CUDA {profile['cuda']}, cuDNN {profile['cudnn']}"
     kernels += f", compiled by {profile['compiler']}" if "compiler" in profile else ""
     return f"{workers} of {threads}, on machines with torch {profile['torch']} and {kernels}"
+
+
+def device_differences(manifest: Mapping[str, Any], profile: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of the GPU of a recorded run is another one here: the numbers may be."""
+    had = manifest["profile"]
+    return tuple(
+        f"{name} is {profile.get(name)} here; the run had {had[name]}"
+        for name in GPU_FIELDS
+        if name in had and profile.get(name) != had[name]
+    )
 
 
 def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
@@ -98,7 +120,8 @@ def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:
     """
     identity, plan = manifest["identity"], manifest["plan"]
     had, planned = {**LATER, **identity}, {**LATER, **plan}
-    wrong = [name for name in (*IDENTITY, *LATER) if had[name] != planned[name]]
+    names = (*IDENTITY, *LATER)
+    wrong = [name for name in names if had[name] != counted(name, planned[name])]
     if wrong or manifest["digest"] != recorded or _digest(identity) != recorded:
         raise IntegrityError(
             f"{path} is not the manifest that the run began with",

@@ -26,6 +26,7 @@ from lockstep.errors import IntegrityError, ResourceError
 from lockstep.slices.shown_tensors import Buffer, Shown, read_tensors, write_tensors
 from lockstep.system import futex
 from lockstep.system.shared_memory import Segment
+from lockstep.system.spin_budget import SpinBudget
 
 LINE = 64
 """Bytes: one cache line; each has one writer."""
@@ -104,7 +105,7 @@ class Board:
             members: the team's worker ids; the first one leads it.
             worker_id: this worker's.
             epoch: of the membership.
-            spins: how often words are looked at before this process sleeps.
+            spins: how often words are looked at, at the most, before this process sleeps.
             look: called while something is waited for: raises if the membership has changed.
             awaits: told before each sleep which member is waited for, and None when it has come.
         """
@@ -118,7 +119,8 @@ class Board:
         """How many there were in all turns before: buffers go on by turns from one to the next."""
         self._cut_short: Exception | None = None
         """What has ended this pass: nothing more is shown in it."""
-        self.spins, self._look, self._awaits = spins, look, awaits
+        self._budget = SpinBudget(spins)
+        self._look, self._awaits = look, awaits
         words = memoryview(memory.words.map).cast("q")
         self._words = words
         self._signs = memoryview(memory.words.map).cast("i")
@@ -271,7 +273,7 @@ class Board:
         return True  # in a later turn: it has finished this one
 
     def _wait(self, other: int, is_there: Callable[[], bool]) -> None:
-        spins, slept, begun = self.spins, False, time.perf_counter()
+        spins, slept, begun = self._budget.spins, False, time.perf_counter()
         index, address = self._sign_index[other], self._sign_addresses[other]
         while True:
             seen = self._signs[index]  # before the words: a change since then ends the sleep
@@ -284,7 +286,9 @@ class Board:
             slept = True
             self._awaits(other)
             futex.wait(address, seen, NAP)
-        self.waited += time.perf_counter() - begun
+        taken = time.perf_counter() - begun
+        self._budget.learn(taken)
+        self.waited += taken
         if slept:
             self._awaits(None)
 

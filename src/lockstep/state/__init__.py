@@ -5,6 +5,7 @@ It is in four segments that all workers map: *state* (parameters, buffers, optim
 *control* (progress words, the lease, the ring buffer of step records).
 
 shared_state        SharedState: parameters, buffers and optimizer state, one copy a host
+private_state       the same views in memory of one worker
 host_memory         HostMemory: the mapped segments of a host that is set up
 allocation          where each tensor goes: in the state segment, and in each slot
 control_segment     the words that workers and their agent share between messages

@@ -201,5 +201,5 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors of one shape and type are the same bytes."""
     word = _WORDS[left.dtype.itemsize]
-    one, other = (value.flatten().view(word).numpy() for value in (left, right))
+    one, other = (value.flatten().view(word).cpu().numpy() for value in (left, right))
     return bool((one == other).all())

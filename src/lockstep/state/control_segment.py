@@ -40,8 +40,8 @@ COUNTER_MASK = 0x7FFFFFFF
 
 
 # The words of the header; each has a line of its own. Plain numbers: an enum's are slow to look up.
-LEASE, EPOCH, SNAPSHOT_STEP, EXCHANGED, NOTIFICATIONS = range(5)
-HEADER_LINES = 5
+LEASE, EPOCH, SNAPSHOT_STEP, EXCHANGED, NOTIFICATIONS, MIRROR_STEP = range(6)
+HEADER_LINES = 6
 # The words of a worker's line.
 PROGRESS, SHARD, BEATS, UPDATING, AWAITED, MEMBER = range(6)
 
@@ -212,6 +212,17 @@ class ControlSegment:
     @snapshot_step.setter
     def snapshot_step(self, step: int) -> None:
         self._header[SNAPSHOT_STEP] = step
+
+    @property
+    def mirror_step(self) -> int:
+        """After how many steps the state segment had the part of every worker, where these have
+        homes of their own: it does as long as nobody has begun to update the next. Written by rank
+        0, before it has committed the step, and by the agent at rest."""
+        return self._header[MIRROR_STEP]
+
+    @mirror_step.setter
+    def mirror_step(self, step: int) -> None:
+        self._header[MIRROR_STEP] = step
 
     @property
     def exchanged(self) -> int:

@@ -17,6 +17,16 @@ PORTABLE = {
 }
 """Variables that hold ATen, oneDNN and MKL to AVX2, so that hosts with newer processors agree."""
 
+GPU = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+"""Variables that make cuBLAS add in one order, number GPUs alike in all processes, and let a task
+ask `torch.cuda.is_available()` before workers are forked. They change nothing on a CPU."""
+GPU_OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""Variables that would choose other kernels than the job says."""
+
 HASH_SEED = "0"
 """PYTHONHASHSEED of every process that loads a task: a set of texts is iterated in one order, in
 all hosts, runs and commands. What the user's environment says is not asked: it would differ."""
@@ -26,6 +36,9 @@ def set_environment(numerics: str, environment: MutableMapping[str, str]) -> Non
     """Prepare the environment of a process that will import torch and load a task."""
     if numerics == "portable":
         environment.update(PORTABLE)
+    environment.update(GPU)
+    for name in GPU_OVERRIDES:
+        environment.pop(name, None)
     environment.setdefault("OMP_DYNAMIC", "FALSE")
     environment["PYTHONHASHSEED"] = HASH_SEED
 

@@ -86,6 +86,22 @@ def own_file_positions() -> None:
                 os.close(again)
 
 
+GPU_FILES = "/dev/nvidia"
+"""What the names of a GPU's device files begin with."""
+
+
+def close_device_files(beginning: str = GPU_FILES) -> None:
+    """Close what this process has inherited of a GPU's device files.
+
+    A loader is forked by a worker that may have a GPU open; with the descriptors it would keep the
+    dead worker's memory there from being freed. Nothing of CUDA may be called afterwards.
+    """
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the descriptor that lists
+            if os.readlink(f"/proc/self/fd/{entry}").startswith(beginning):
+                os.close(int(entry))
+
+
 @contextlib.contextmanager
 def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` at the first signal; a second one raises `KeyboardInterrupt`.

@@ -9,9 +9,12 @@ forkserver         the forkserver: preloads torch and the task, then forks worke
 forkserver_loop    its entry point, and the loop that hears agent and children
 fork_setup         what a fork of it does before it is a worker, a clone or a check
 load_task          what it loads: the task, its model and data sets, and the facts for the plan
+device_facts       what a device is and computes, found by a fork
 build_state        builds the shared state, once a host
 main               a worker process: messages from its agent, steps between them
 context            what a worker process keeps while memberships change
+moves              what a worker's home and its host's segments give each other in a step
+home_moves         the same for homes of the workers' own: sums, parameters, and what is due
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 loss_capture       a loss as a graph of operations, and when the graph may stand for it
 traced_shard       a shard as one list of kernels

@@ -52,11 +52,12 @@ def build(
     ownership: str = "replicated",
     slices: int = 1,
     slice_plan: Mapping[str, str] | None = None,
+    device: str = "cpu",
 ) -> SharedState:
     """Move the model into shared memory and lay out everything that its training needs.
 
     `networked`: other hosts may take part. `groups`: how many there are, where gradients are made
-    small. `ownership`, `slices`, `slice_plan`: as in the job.
+    small. `ownership`, `slices`, `slice_plan`, `device`: as in the job.
 
     Raises:
         TaskError, OptimizerError: the model or the optimizer cannot be used.
@@ -70,6 +71,8 @@ def build(
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     param_groups = param_groups_of(optimizer, trainable)
     tables = find_tables(model, [parameter for _, parameter in trainable])
+    if tables and device != "cpu":
+        raise _no_tables(device, [trainable[index][0] for index in tables])
     sparse = [trainable[index][0] for index, table in tables.items() if table.sparse]
     _check_sparse(sparse, clip=clip, local=isinstance(task, LocalSGD))
     kinds = [
@@ -80,6 +83,8 @@ def build(
     undivided: UndividedState | None = None
     if rule == "together":
         _check_ownership(optimizer, ownership)
+        if device == "cuda":
+            raise _not_on_gpus(optimizer)
         undivided = try_undivided(optimizer, trainable, sparse)
     cuttable = {kind: _may_cut(optimizer, kind, rule) for kind in set(kinds)}
     tables = {
@@ -122,6 +127,25 @@ def build(
         contents, allocate(contents), optimizer, param_groups, sliced.cuts,
         max_workers=max_workers, clip=clip, networked=networked,
     )  # fmt: skip
+
+
+def _no_tables(device: str, names: Sequence[str]) -> TaskError:
+    return TaskError(
+        f"large embedding tables do not go with device: {device} so far",
+        expected="embeddings whose gradients are small enough to be dense, or device = cpu",
+        found=", ".join(names),
+        fix="leave device out; or smaller tables, without sparse=True",
+    )
+
+
+def _not_on_gpus(optimizer: torch.optim.Optimizer) -> OptimizerError:
+    return OptimizerError(
+        f"{name_of(optimizer)} is not known to update tensors one by one: what it keeps is tried "
+        "on the CPU, and not moved to a GPU",
+        expected="with device = cuda, a class of torch.optim, or one that declares lockstep_update",
+        found=name_of(optimizer),
+        fix="choose another class, or declare lockstep_update in it, if it is so",
+    )
 
 
 def _may_cut(optimizer: torch.optim.Optimizer, kind: Kind, rule: Rule) -> bool:

@@ -6,7 +6,7 @@ of it once; what belongs to one membership alone is made anew with each (see `tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lockstep.collectives.grad_norm import GradNormClipper
 from lockstep.data.fetching import AbsentSamples, Fetch, make_fetch
 from lockstep.data.loader import Loader
 from lockstep.data.order_rules import OrderRule
+from lockstep.device.device import Device
 from lockstep.errors import TaskError
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
@@ -34,6 +35,7 @@ from lockstep.system.own_generators import OwnGenerators
 from lockstep.worker.audit import GradientAudit
 from lockstep.worker.build_state import build
 from lockstep.worker.compiled_shard import CompiledPasses, compile_passes, versions
+from lockstep.worker.device_facts import device_facts
 from lockstep.worker.forward_backward import ForwardBackward
 from lockstep.worker.shard_tracer import ShardTracer
 
@@ -96,6 +98,7 @@ class Session:
             ownership=plan.ownership,
             slices=plan.slices,
             slice_plan=plan.slice_plan,
+            device=plan.device,
         )
         schedule = LrSchedule(task, shared.optimizer, plan.sampling)
         return Session(
@@ -115,6 +118,7 @@ class Session:
     def profile(self) -> dict[str, Any]:
         """The numerics profile."""
         profile = numerics.profile(self.plan.numerics, self.plan.threads)
+        profile |= device_facts(self.plan.device)
         return profile | versions() if self.compiled is not None else profile
 
     def tracer(self, report: Report) -> ShardTracer | CompiledPasses:
@@ -142,7 +146,9 @@ class WorkerContext:
     held_out: Dataset[Any] | None
     generators: OwnGenerators
     plan: Plan
+    device: Device
     shared: SharedState
+    """This worker's home: what it computes with."""
     sampling: Sampling
     loader: Loader
     schedule: LrSchedule
@@ -159,8 +165,9 @@ class WorkerContext:
     """Where teams compute shards."""
 
     @staticmethod
-    def of(session: Session, worker_id: int, report: Report) -> WorkerContext:
-        """The context of a worker that has just been forked."""
+    def of(session: Session, worker_id: int, report: Report, device: Device) -> WorkerContext:
+        """The context of a worker that has just been forked; its home is made."""
+        session = replace(session, shared=device.home(session.shared))
         plan, task, shared = session.plan, session.task, session.shared
         sampling = plan.sampling
         loader = Loader(
@@ -180,7 +187,7 @@ class WorkerContext:
         elif plan.clip_grad_norm is not None:
             norm_clipper = GradNormClipper(shared, plan.clip_grad_norm)
         forward_backward = ForwardBackward(
-            task, shared, sampling, loader, rounds, session.generators,
+            task, shared, sampling, loader, rounds, session.generators, device,
             start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16", faults=faults,
             tracer=session.tracer(report),
         )  # fmt: skip
@@ -195,6 +202,7 @@ class WorkerContext:
             held_out=session.held_out,
             generators=session.generators,
             plan=plan,
+            device=device,
             shared=shared,
             sampling=sampling,
             loader=loader,

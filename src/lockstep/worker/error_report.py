@@ -7,6 +7,7 @@ import os
 import traceback
 from pathlib import Path
 
+from lockstep.device.determinism import nondeterministic_operation, not_deterministic
 from lockstep.errors import LockstepError, ResourceError, TaskError
 from lockstep.system.messages import ErrorMessage
 
@@ -33,7 +34,18 @@ def describe_error(error: BaseException, doing: str) -> ErrorMessage:
             expected="room for the run's own, and for those of the task",
             fix="allow more, with ulimit -n",
         )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; it need not be loaded here
+        error = ResourceError(
+            f"the GPU has no memory left while {doing}",
+            expected="memory for the state twice, a gradient a shard, and what a shard computes",
+            found=str(error).splitlines()[0],
+            fix="use more shards, so that each is smaller, or a GPU that nobody else uses",
+        )
     if not isinstance(error, LockstepError):
         text = user_traceback(error)
-        error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")
+        operation = nondeterministic_operation(error)
+        if operation is not None:
+            error = not_deterministic(operation, f"while {doing}\n\n{text}\n")
+        else:
+            error = TaskError(f"the task raised an error while {doing}\n\n{text}\n")
     return ErrorMessage.of(error)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lockstep.data.fetching import AbsentSamples, Fetch
+from lockstep.device.device import Device
 from lockstep.errors import LockstepError, TaskError
 from lockstep.job.position import Position
 from lockstep.job.task import Task
@@ -37,6 +38,7 @@ class Inference:
         task: Task,
         shared: SharedState,
         generators: OwnGenerators,
+        device: Device,
         position: Position,
         seed: int,
         *,
@@ -45,7 +47,7 @@ class Inference:
         """`position`: after how many steps the state is."""
         self.task, self.model, self.position, self.seed = task, shared.model, position, seed
         self._committed = shared.committed
-        self._generators = generators
+        self._generators, self.device = generators, device
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
         self._contexts = contextlib.ExitStack()
         self._autocast = autocast
@@ -53,7 +55,7 @@ class Inference:
     def __enter__(self) -> Inference:
         self._contexts.enter_context(torch.no_grad())
         if self._autocast:
-            self._contexts.enter_context(torch.autocast("cpu", torch.bfloat16))
+            self._contexts.enter_context(self.device.autocast())
         self._contexts.callback(self.model.train)
         self.model.eval()
         self._modes = Modes(self.model)
@@ -67,7 +69,7 @@ class Inference:
         seed = derive(self.seed, purpose, batch)
         self._generators.seed(seed)  # first: set_position may seed them itself
         self.task.set_position(self.position.at_batch(self.position.step, batch, samples))
-        seed_everything(seed)
+        self.device.seed(seed)
         self._buffers.restore(self._committed)
         self._modes.restore()
 
@@ -86,7 +88,7 @@ def evaluate_batches(
     for index in batches:
         rows = batch_range(index, samples, batch_size)
         with _named(index, rows):
-            batch = fetch(-1, rows)
+            batch = inference.device.place(fetch(-1, rows))
             left = len(rows) - absent.count
             inference.reset("eval", index, left)
             sums = _sums(task.metrics(model, batch), left)
@@ -121,7 +123,7 @@ def predict_batches(
     """For each of the given batches its number, and a row of predictions per sample."""
     for index in batches:
         rows = batch_range(index, samples, batch_size)
-        batch = fetch(-1, rows)
+        batch = inference.device.place(fetch(-1, rows))
         inference.reset("predict", index, len(rows))
         yield index, _rows(inference.task.predict(inference.model, batch), len(rows))
 

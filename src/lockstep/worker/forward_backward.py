@@ -14,6 +14,7 @@ import torch
 
 from lockstep.collectives.barrier import Regroup
 from lockstep.data.loader import Loader
+from lockstep.device.device import Device
 from lockstep.errors import LockstepError, NonFiniteError, TaskError
 from lockstep.job.loss_form import split_loss
 from lockstep.job.position import Position
@@ -29,7 +30,7 @@ from lockstep.state.module_state import Modes, PrivateBuffers
 from lockstep.state.shard_outcomes import ShardOutcome
 from lockstep.state.shared_state import SharedState
 from lockstep.system.own_generators import OwnGenerators
-from lockstep.system.seeding import derive, seed_everything
+from lockstep.system.seeding import derive
 from lockstep.worker.compiled_shard import CompiledPasses, CompiledShard
 from lockstep.worker.gradient_hooks import GradientHooks
 from lockstep.worker.lone_samples import LoneSamples
@@ -71,6 +72,7 @@ class ForwardBackward:
         loader: Loader,
         rounds: LocalRounds | None,
         generators: OwnGenerators,
+        device: Device,
         *,
         start: Position,
         seed: int,
@@ -81,7 +83,7 @@ class ForwardBackward:
         """`rounds` replaces the task's loss, where a step is a round of local ones.
         `start` is the run's beginning. Without a `tracer` all passes are plain."""
         self.task, self.shared, self.sampling, self.loader = task, shared, sampling, loader
-        self.seed, self.autocast, self.faults = seed, autocast, faults or None
+        self.device, self.seed, self.autocast, self.faults = device, seed, autocast, faults or None
         self._tracer = tracer
         self._rounds = rounds
         self._start = start if type(task).set_position is not Task.set_position else None
@@ -152,7 +154,7 @@ class ForwardBackward:
     ) -> ShardOutcome:
         begun = time.perf_counter()
         self._fault("load", step, shard)
-        batch = self.loader.get(step, shard)
+        batch = self.device.place(self.loader.get(step, shard))
         self._fetching += time.perf_counter() - begun
         if self._tracer is not None:
             traced = self._tracer.find(batch)
@@ -170,7 +172,8 @@ class ForwardBackward:
                 self._writer.abandon()
                 if self.team is not None:
                     self.team.again()
-                batch = self.loader.get(step, shard)  # the loss may have changed it
+                # The loss may have changed it.
+                batch = self.device.place(self.loader.get(step, shard))
         if logged:  # a list of kernels gives the loss alone
             return ShardOutcome(loss.item(), logged)
         tracer = self._tracer
@@ -190,7 +193,7 @@ class ForwardBackward:
         """As `_differentiate`. What it checks after the pass a captured loss cannot do."""
         self._fault("forward", step, shard)
         if traced.draws:
-            seed_everything(derive(self.seed, "shard", step, shard))
+            self.device.seed(derive(self.seed, "shard", step, shard))
         self._buffers.restore(self.shared.committed)
         written[:] = traced.flags
         root = self._root(self.sampling.weights(step)[shard], traced.captured.loss)
@@ -219,8 +222,8 @@ class ForwardBackward:
     ) -> None:
         """Trace batches such as that of this shard, which has just been computed."""
         tracer.trace(
-            fresh=lambda: self.loader.get(step, shard),
-            seed=lambda: seed_everything(derive(self.seed, "shard", step, shard)),
+            fresh=lambda: self.device.place(self.loader.get(step, shard)),
+            seed=lambda: self.device.seed(derive(self.seed, "shard", step, shard)),
             root=self._root(self.sampling.weights(step)[shard], loss),
             plain=PlainPass(loss=loss.item(), slot=slot, written=written),
         )
@@ -235,7 +238,7 @@ class ForwardBackward:
         if self._start is not None:
             start, stop = self.sampling.shard_span(step, shard)
             self.task.set_position(self._start.at_step(step, stop - start))
-        seed_everything(seed)
+        self.device.seed(seed)
         self._buffers.restore(self.shared.committed)
         self._modes.restore()
         versions = [tensor._version for _, tensor in self._kept]
@@ -260,6 +263,7 @@ class ForwardBackward:
             self.team.begin("backward")
         loss.backward(None if weight == 1 else self._root(weight, loss))
         self._writer.finish()
+        self.device.confirm(step, shard)
         self._buffers.save(slot.buffers)
         self._watch.check(slot.buffers, step)
         if versions != [tensor._version for _, tensor in self._kept]:
@@ -288,7 +292,7 @@ class ForwardBackward:
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast:
-            return torch.autocast("cpu", torch.bfloat16)
+            return self.device.autocast()
         return contextlib.nullcontext()
 
     def _root(self, weight: float, loss: torch.Tensor) -> torch.Tensor:
@@ -300,7 +304,7 @@ class ForwardBackward:
         """
         key = (weight, loss.dtype, loss.shape)
         if key not in self._roots:
-            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype)
+            self._roots[key] = torch.full(loss.shape, weight, dtype=loss.dtype, device=loss.device)
         return self._roots[key]
 
     def _fault(self, phase: str, step: int, shard: int) -> None:

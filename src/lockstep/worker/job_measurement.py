@@ -29,6 +29,7 @@ import torch
 from lockstep.collectives.barrier import Barrier
 from lockstep.collectives.gradient_presence import GradientPresence
 from lockstep.data.loader import Loader
+from lockstep.device.shared import SharedDevice
 from lockstep.optim.block_owner import BlockOwner
 from lockstep.planning.assignment import Assignment, assign, share_of
 from lockstep.planning.host_role import HostRole
@@ -101,7 +102,7 @@ class MeasuringFork:
         numerics.configure(self.plan.threads)
         session = dataclasses.replace(session, plan=self.plan)
         self._forms = 0
-        self._context = context = WorkerContext.of(session, rank, self._report)
+        self._context = context = WorkerContext.of(session, rank, self._report, SharedDevice())
         self._sized = SizedBatches(
             session.fetch, self.plan.sampling, loaders=0, spare_cores=0, last=0
         )

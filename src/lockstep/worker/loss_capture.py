@@ -161,6 +161,8 @@ def obstacle(task: Task, shared: SharedState, plan: Plan) -> str:
     """Why a captured loss cannot stand for the plain pass; empty if it may."""
     if plan.precision == "bf16":
         return "under autocast, casts are kept from one operation to another"
+    if plan.device == "cuda":
+        return "tracing has not been tried on a GPU"
     if isinstance(task, LocalSGD):
         return "a step has several updates"
     if shared.tables:

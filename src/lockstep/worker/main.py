@@ -9,14 +9,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.subtree_sum import dense_leaves, leaves_of
 from lockstep.data.fetching import AbsentSamples, make_fetch
 from lockstep.data.records import RecordDataset
+from lockstep.device.choice import device_of
 from lockstep.optim.block_owner import BlockOwner
 from lockstep.planning.assignment import Assignment, share_of
+from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.eval_batches import batch_range
 from lockstep.planning.forkserver_messages import ToPristine
 from lockstep.planning.metric_decisions import Told
@@ -66,12 +69,15 @@ class Worker:
         channel: ToAgent,
         to_forkserver: ToPristine | None = None,
     ) -> None:
-        self.context = WorkerContext.of(session, worker_id, channel.send)
+        self.context = WorkerContext.of(
+            session, worker_id, channel.send, device_of(session.plan.device, worker_id)
+        )
         self.worker_id, self.channel = worker_id, channel
         self.control, self.loader = session.shared.control, self.context.loader
         self.watch: PurityWatch | None = None
-        if to_forkserver is not None:
-            self.watch = PurityWatch(session, worker_id, to_forkserver)
+        if to_forkserver is not None and session.plan.device != "cuda":  # forks compute on the CPU
+            seen = replace(session, shared=self.context.shared)
+            self.watch = PurityWatch(seen, worker_id, to_forkserver)
         self.told: tuple[Told, ...] = ()
         """What the task's schedule has been told, where it waits for a metric."""
         self.team: TeamWork | None = None
@@ -85,7 +91,7 @@ class Worker:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         step, _ = describe_progress(self.control.progress(self.worker_id))
         self.context.faults.at("start", step)
-        self.channel.send(Started(probe=numerics.probe()), [stack])
+        self.channel.send(Started(probe=self.context.device.probe()), [stack])
         while True:
             self.doing = "waiting for the agent"
             message, _ = self.channel.receive()
@@ -111,6 +117,9 @@ class Worker:
         self.doing, self.step = "joining", assignment.step
         context, shared = self.context, self.context.shared
         context.faults.at("join", self.step)
+        whole = ByteRange(offset=0, nbytes=shared.layout.state_bytes)
+        context.device.load("state", [whole])
+        context.device.settle()
         sizes = [parameter.numel() for parameter in shared.params]
         share = share_of(assignment, shared.blocks, sizes, undivided=shared.undivided is not None)
         threads = context.plan.threads
@@ -155,6 +164,7 @@ class Worker:
         except Regroup:
             self.channel.send(Interrupted())
             return
+        train_step.rest(self.step)
         self.channel.send(Rested(step=self.step))
 
     def infer(self, request: InferBatches) -> None:
@@ -193,8 +203,9 @@ class Worker:
         context, plan = self.context, self.context.plan
         position = plan.position.at_batch(self.step, 0, plan.position.samples)
         return Inference(
-            context.task, context.shared, context.generators, position, plan.seed, autocast=autocast
-        )
+            context.task, context.shared, context.generators, context.device, position, plan.seed,
+            autocast=autocast,
+        )  # fmt: skip
 
     def _one_by_one(self, batches: Sequence[int], team: TeamWork | None) -> Iterator[int]:
         for batch in batches:

@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from lockstep.data.fetching import AbsentSamples, make_fetch
 from lockstep.data.loader import Loader
+from lockstep.device.shared import SharedDevice
 from lockstep.errors import ProtocolError, TaskError
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.optim.local_sgd import LocalSGD
@@ -95,7 +96,7 @@ def compute(
     )  # fmt: skip
     forward_backward = ForwardBackward(
         session.task, shared, plan.sampling, loader, rounds, session.generators,
-        start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16",
+        SharedDevice(), start=plan.position, seed=plan.seed, autocast=plan.precision == "bf16",
         faults=FaultInjector((), -1, shared.control), tracer=session.compiled,
     )  # fmt: skip
     target = private_copy(shared.slots[0]) if slot is None else slot
@@ -126,7 +127,7 @@ def _of_held_out(session: Session) -> dict[str, bytes]:
     absent = AbsentSamples(allowed=True)
     fetch = make_fetch(session.task, session.held_out, plan.seed, absent)
     with Inference(
-        session.task, session.shared, session.generators, position, plan.seed,
+        session.task, session.shared, session.generators, SharedDevice(), position, plan.seed,
         autocast=plan.precision == "bf16",
     ) as inference:  # fmt: skip
         size = {"samples": samples, "batch_size": plan.eval_batch_size}

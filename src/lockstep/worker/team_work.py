@@ -44,7 +44,7 @@ class TeamWork:
             members,
             assignment.worker_id,
             assignment.epoch,
-            spins=SPINS if barrier.spins > 1 else 1,
+            spins=1 if barrier.crowded else SPINS,
             look=self._look,
             awaits=self._await,
         )

@@ -13,8 +13,6 @@ import math
 import time
 from collections.abc import Generator, Sequence
 
-import blake3
-
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.gradient_compression import Compressor
 from lockstep.collectives.gradient_presence import GradientPresence
@@ -25,13 +23,16 @@ from lockstep.optim.block_owner import BlockOwner
 from lockstep.optim.local_rounds import LocalUpdate
 from lockstep.planning.assignment import Assignment, WorkerShare
 from lockstep.planning.blocks import Block
+from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.step_phases import Phase, Stage, exchange_of, progress_of
 from lockstep.planning.worker_messages import StateCorrupted
-from lockstep.state.control_segment import DIGEST_BYTES, RING, Stat
+from lockstep.state.control_segment import RING, Stat
 from lockstep.state.shard_outcomes import NOTHING, check_agreement, write_outcome
 from lockstep.state.snapshot import SnapshotPart
 from lockstep.worker.audit import StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.context import WorkerContext
+from lockstep.worker.home_moves import HomeMoves
+from lockstep.worker.moves import Moves
 from lockstep.worker.purity_watch import PurityWatch
 from lockstep.worker.shard_claims import ShardClaims
 from lockstep.worker.team_work import TeamWork
@@ -75,7 +76,6 @@ class TrainStep:
         """Whether all shards are known to log the same values."""
         self._seconds = self.control.seconds[self._worker_id]
         self._claims = ShardClaims(self.control)
-        self._state = memoryview(shared.segments["state"].map)
         self._forward_backward.early = self._several_hosts and self._audit is None
         self._subtree_sums = SubtreeSums(
             shared, self._subtrees, self._host_shards, self._rank, self._workers
@@ -87,19 +87,23 @@ class TrainStep:
             )
         self._share_sum = ShareSum(shared, owner.slots, share.sums)
         self._local_update = LocalUpdate(shared, self._host_shards, self._rank, self._workers)
-        self._snapshot = self._snapshot_part(share)
+        own = self._own_ranges(share)
+        self._snapshot = SnapshotPart(shared.segments["state"], shared.segments["snapshot"], own)
+        self._moves = Moves(context.device)
+        if context.device.apart:
+            self._moves = HomeMoves(context, assignment, share, own)
+        self._summed = self._moves.subtrees or self._subtrees
         self._guard = StateGuard(shared, share.blocks, context.plan.seed, context.plan.audit)
         if self._audit is not None:
             self._guard.close(assignment.step - 1)
 
-    def _snapshot_part(self, share: WorkerShare) -> SnapshotPart:
+    def _own_ranges(self, share: WorkerShare) -> list[ByteRange]:
         """What of the state this worker alone writes to."""
         shared = self.shared
         ranges = [run for number in share.blocks for run in shared.block_ranges(number)]
         if self._rank == 0:
             ranges += [*shared.buffer_ranges(), *shared.remembered_ranges()]
-        ranges += self._local_update.ranges
-        return SnapshotPart(shared.segments["state"], shared.segments["snapshot"], ranges)
+        return ranges + self._local_update.ranges
 
     def run(self, step: int, todo: Sequence[int]) -> None:
         """Run one step to its commit.
@@ -118,7 +122,11 @@ class TrainStep:
         computed = clock()
         froze_at = self._forward_backward.froze_at
         if self._watch is not None and self._watch.is_due(step, computed, froze_at):
+            self._moves.give_model()
             self._watch.check(step, self._computed(step), computed - begun, froze_at)
+            computed = clock()
+        if self._moves.apart:
+            self._moves.give_gradients(step)
             computed = clock()
         fetching = self._forward_backward.pop_fetching_seconds()
         waited = 0.0 if self.team is None else self.team.pop_waiting_seconds()
@@ -134,6 +142,7 @@ class TrainStep:
         barrier.wait(progress_of(step, Phase.COMPUTED))
         meeting = clock()
         # Reduce.
+        self._moves.take_gradients(step)
         self._fault("reduce", step)
         active = self._sampling.active(step)
         if self._audit is not None:
@@ -157,14 +166,17 @@ class TrainStep:
         self._fault("update_done", step)
         if self._returns == "parameters":
             self._await_parameters(step, presence)
+        due = bool(control.snapshot_due[step % RING])
+        self._moves.give_state(step, due=due)
         updated = clock()
         # Meet: committed.
         barrier.arrive(progress_of(step, Phase.UPDATED), notify=self._several_hosts)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
         committed = clock()
+        self._moves.take_parameters()
         self._schedule.go_to(step + 1)
-        if control.snapshot_due[step % RING]:
+        if due:
             self.refresh_snapshot(step + 1)
         copied = clock()
         self._fault("audit", step)
@@ -182,7 +194,10 @@ class TrainStep:
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
-        if self.team is None and len(self._host_shards) == self._workers:
+        if self._moves.apart:
+            todo = self.shards  # what is summed together follows from them
+        alone = self.team is None and len(self._host_shards) == self._workers
+        if self._moves.apart or alone:
             for shard in todo:
                 self._compute(step, shard)
             return
@@ -275,7 +290,7 @@ class TrainStep:
             self.barrier.await_exchange(exchange_of(step, Stage.GATHERED))
         if self._compressor is not None:
             self._compressor.restore()
-        presence = GradientPresence.of_step(control, active, self._subtrees)
+        presence = GradientPresence.of_step(control, active, self._summed)
         if self._returns == "sums":
             if control.exchanged < exchange_of(step, Stage.RETURNING):
                 self._share_sum.sum(presence)
@@ -284,7 +299,9 @@ class TrainStep:
             presence = presence.summed(self.shared.tables)
         if self._norm_clipper is not None:
             self.owner.reduce(presence)
+            self._moves.give_sums()
             self._meet(progress_of(step, Phase.REDUCED))
+            self._moves.take_sums()
         return presence
 
     def _sum_subtrees(self, step: int, active: Sequence[int]) -> None:
@@ -311,10 +328,11 @@ class TrainStep:
     # Update.
 
     def _combine_buffers(self, step: int) -> None:
-        """Merge this worker's share of the buffers."""
+        """Merge this worker's share of the buffers; in a home of its own, all of them."""
         weights = self._sampling.weights(step)
         committed, rules = self.shared.committed, self.shared.buffer_rules
-        for index in range(self._rank, len(committed), self._workers):
+        first, every = (0, 1) if self._moves.apart else (self._rank, self._workers)
+        for index in range(first, len(committed), every):
             left = [slot.buffers[index] for slot in self.shared.slots]
             combine_buffers(committed[index], left, weights, rules[index])
 
@@ -329,6 +347,10 @@ class TrainStep:
 
     # Commit.
 
+    def rest(self, step: int) -> None:
+        """Leave the state after so many steps where the agent finds it."""
+        self._moves.rest(step)
+
     def refresh_snapshot(self, committed: int) -> None:
         """Bring this worker's part of the snapshot to the state after so many committed steps."""
         self._snapshot.refresh()
@@ -341,8 +363,8 @@ class TrainStep:
         _, everywhere = self.context.digest_sample.split(step, self._owned_params)
         for index, unit in everywhere.items():
             if (step + index) % self._workers == self._rank:
-                view = self._state[unit.offset : unit.offset + unit.nbytes]
-                self.control.set_digest(step, index, blake3.blake3(view).digest(DIGEST_BYTES))
+                digest = self._moves.digest(unit.offset, unit.nbytes)
+                self.control.set_digest(step, index, digest)
         # Nobody sleeps until a step has started, so nobody is woken: the agent looks by itself.
         self.control.set_progress(self._worker_id, progress_of(step + 1, Phase.STARTED))
 
