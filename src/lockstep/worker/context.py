@@ -27,6 +27,7 @@ from lockstep.planning.digest_sample import DigestSample, plan_digest_sample
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import Sampling
 from lockstep.planning.worker_messages import Report
+from lockstep.slices.board import BoardMemory
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine, numerics
@@ -58,6 +59,8 @@ class Session:
     plan: Plan
     compiled: CompiledPasses | None
     """Where the job asks for it."""
+    boards: BoardMemory | None = None
+    """Where teams compute shards."""
 
     @staticmethod
     def build(
@@ -109,6 +112,7 @@ class Session:
             schedule=schedule,
             plan=plan,
             compiled=compile_passes(task, shared, plan, fetch) if plan.compile else None,
+            boards=BoardMemory(plan.max_workers) if plan.team > 1 else None,
         )
 
     def profile(self) -> dict[str, Any]:
@@ -157,6 +161,8 @@ class WorkerContext:
     faults: FaultInjector
     report: Report
     """Tells the agent of corruption, and of what is traced."""
+    boards: BoardMemory | None
+    """Where teams compute shards."""
 
     @staticmethod
     def of(session: Session, worker_id: int, report: Report, device: Device) -> WorkerContext:
@@ -207,4 +213,5 @@ class WorkerContext:
             digest_sample=plan_digest_sample(shared.layout),
             faults=faults,
             report=report,
+            boards=session.boards,
         )
