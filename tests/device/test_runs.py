@@ -230,9 +230,10 @@ def test_a_loss_that_is_not_finite_keeps_a_sound_state(yard: Yard) -> None:
 # Workers come and go; the run is stopped, goes on, and is verified.
 
 
+@pytest.mark.long
 def test_scaled_while_running(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     task, folder = "tests.support.paced_task:Paced", yard.path()
-    settings: dict[str, Any] = {"batch_size": 24, "seed": 5, "steps": 60}
+    settings: dict[str, Any] = {"batch_size": 24, "seed": 5, "steps": 150}
     monkeypatch.setenv(PACE, "0.01")
     run = lockstep.start(
         task, out=folder, quiet=True, workers=1, shards=6, threads=1, **APART, **settings
@@ -378,6 +379,7 @@ def test_what_cuda_is_made_of_computes_the_same_on_a_cpu(yard: Yard) -> None:
     "settings",
     [
         {"compression": "bf16"}, {"local_steps": 2}, {"audit": 0.5}, {"compile": True},
+        {"team": 2, "slices": 2},
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_with_homes(settings: dict[str, Any]) -> None:
@@ -408,3 +410,5 @@ def test_a_run_does_not_go_on_to_other_numbers() -> None:
     assert plan.with_device("cpu-apart") == dataclasses.replace(plan, device="cpu-apart")
     with pytest.raises(JobError, match="does not go on to the same numbers"):
         plan.with_device("cuda")
+    with pytest.raises(JobError, match="team does not go with device"):
+        dataclasses.replace(plan, device="cpu-apart", slices=2).resized(2, 2)
