@@ -379,7 +379,7 @@ def test_what_cuda_is_made_of_computes_the_same_on_a_cpu(yard: Yard) -> None:
     "settings",
     [
         {"compression": "bf16"}, {"local_steps": 2}, {"audit": 0.5}, {"compile": True},
-        {"team": 2, "slices": 2},
+        {"team": 2, "slices": 2, "workers": 2},
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_with_homes(settings: dict[str, Any]) -> None:
