@@ -186,6 +186,14 @@ class Plan:
         if team is None:
             return self.with_workers(workers)
         check_team(team, self.slices, workers or self.workers, compiled=self.compile)
+        if self.apart and team > 1:
+            raise JobError(
+                f"team does not go with device: {self.device}: its members compute in the host's "
+                "segments",
+                expected="team = 1, or a run with device = cpu",
+                found=f"team = {team}",
+                fix="leave team out",
+            )
         return dataclasses.replace(self, team=team).with_workers(workers)
 
     def with_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> Plan:
