@@ -2,6 +2,7 @@
 
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_arg_parser.h>
 
 #include "kernel_list.h"
 #include "step_tail.h"
@@ -37,6 +38,9 @@ void add_call(KernelList& list, const std::string& name, const std::string& over
   call.operation = KernelList::find(name, overload);
   const auto& schema = call.operation->schema();
   TORCH_CHECK(schema.arguments().size() == arguments.size(), "an argument for each of the schema");
+  // Some operations take numbers for tensors when they are called from Python: they do so here.
+  const std::string bare = name.substr(name.find("::") + 2);
+  torch::jit::ToIValueAllowNumbersAsTensors allowing(torch::should_allow_numbers_as_tensors(bare));
   for (size_t i = 0; i < arguments.size(); ++i) {
     call.arguments.push_back(argument_of(arguments[i], schema.arguments()[i].real_type()));
   }
