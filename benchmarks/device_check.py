@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,11 @@ def _replacement_ms(folder: Path) -> float | None:
     lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
     events = [event for event in lines if event["event"] in ("spawned", "joined")]
     spawned = [event for event in events if event["event"] == "spawned"][-1]
-    joined = [
-        event
-        for event in events
-        if event["event"] == "joined" and event["worker"] == spawned["worker"]
-    ][-1]
-    taken = float(joined["time"]) - float(spawned["time"])
-    return round(1000 * taken, 1) if taken >= 0 else None
+    ready = [event for event in events if event["event"] == "joined"][-1]
+    if ready["worker"] != spawned["worker"]:  # the run ended before it was
+        return None
+    taken = datetime.fromisoformat(ready["time"]) - datetime.fromisoformat(spawned["time"])
+    return round(1000 * taken.total_seconds(), 1)
 
 
 def _ask(*arguments: str) -> float:

@@ -56,6 +56,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "loader processes, evaluations": _of_zoo("augmented", (1, 2), evaluate=True, loaders=1),
     "one worker": _of_zoo("buffers", (1, 1), clip_grad_norm=0.5),
+    "homes of the workers' own": _of_zoo("channels-last", device="cpu-apart"),
 }
 
 

@@ -49,7 +49,6 @@ def test_it_finds_one_fingerprint_of_each_model(tmp_path: Path) -> None:
     assert found["short_of_memory"] == "not tried"
 
 
-@pytest.mark.long
 def test_what_there_is_no_time_for_is_left_out_and_counts(tmp_path: Path) -> None:
     out = tmp_path / "device.json"
     arguments = ("--device", "cpu-apart", "--models", "mlp", "--seconds", "0", "--out", str(out))

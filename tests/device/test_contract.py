@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from lockstep.device.choice import device_of
 from lockstep.device.device import Device
+from lockstep.device.staged import StagedDevice
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.state.control_segment import DIGEST_BYTES
 from lockstep.state.shared_state import SharedState
@@ -21,7 +22,15 @@ from lockstep.system import numerics
 from lockstep.worker import build_state as building
 from tests.zoo import ZOO
 
-NAMES = ("cpu", "cpu-apart")
+NAMES = ("cpu", "cpu-apart", "staged")
+
+
+def made(name: str) -> Device:
+    """A device. `staged` is what `cuda` is made of, on the CPU, with very little pinned memory."""
+    if name == "staged":
+        room = torch.empty(1000, dtype=torch.uint8)
+        return StagedDevice(torch.device("cpu"), room, lambda: None)
+    return device_of(name)
 
 
 class Host:
@@ -29,7 +38,7 @@ class Host:
 
     def __init__(self, name: str) -> None:
         task = ZOO["cnn"].task
-        self.device: Device = device_of(name)
+        self.device = made(name)
         self.shared = building.build(task, task.model(), shards=3, max_workers=1, clip=True)
         self.whole = [ByteRange(offset=0, nbytes=self.shared.layout.state_bytes)]
 
@@ -51,21 +60,21 @@ class Host:
 
 @pytest.fixture(params=NAMES)
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
-    made = Host(cast("str", request.param))
-    yield made
-    made.close()
+    host = Host(cast("str", request.param))
+    yield host
+    host.close()
 
 
 @pytest.fixture(params=NAMES)
 def device(request: pytest.FixtureRequest) -> Device:
-    return device_of(cast("str", request.param))
+    return made(cast("str", request.param))
 
 
 @pytest.fixture
 def apart() -> Iterator[Host]:
-    made = Host("cpu-apart")
-    yield made
-    made.close()
+    host = Host("cpu-apart")
+    yield host
+    host.close()
 
 
 def test_a_home_has_the_offsets_of_the_segments(host: Host) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+import lockstep
 from lockstep.device import determinism
 from lockstep.device.cuda import profile_of
 from lockstep.device.placement import place
 from lockstep.device.staging import Staging
-from lockstep.errors import ResourceError, TaskError
+from lockstep.errors import JobError, OptimizerError, ResourceError, TaskError
+from lockstep.results.manifest import device_differences
 from lockstep.system import numerics, processes
-from lockstep.worker import device_facts
+from lockstep.worker import build_state, device_facts
 from tests.support import no_gpu
 from tests.support.harmed_runs import Yard, yard
 from tests.zoo.vectors import Vectors
@@ -97,6 +99,55 @@ def test_a_shard_for_which_the_allocator_tried_again_is_refused() -> None:
     with pytest.raises(ResourceError, match="shard 3 of step 7") as caught:
         determinism.check_retries(2, 5, "shard 3 of step 7")
     assert "3 allocations" in str(caught.value.found)
+
+
+class Full(Vectors):
+    """Raises what torch raises where a GPU has no memory left."""
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_gpu_without_memory_is_no_fault_of_the_task(yard: Yard) -> None:
+    with pytest.raises(ResourceError, match="no memory left while computing step 0"):
+        yard.run(Full(), batch_size=24, steps=3, purity=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"workers": 1}, "has not been run on a GPU"),
+        ({"experimental": True}, "the number of workers is left open"),
+        ({"experimental": True, "workers": 1, "slices": 2}, "slices does not go with device"),
+        ({"experimental": True, "workers": 1, "audit": 0.5}, "audit does not go with device"),
+    ],
+)
+def test_what_a_job_on_gpus_needs(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(JobError, match=says):
+        lockstep.Job(task=Vectors(), device="cuda", **settings)
+
+
+class Own(torch.optim.SGD):
+    """A subclass: what it does is not known."""
+
+
+class ByOwn(Vectors):
+    def optimizer(self, params: lockstep.Parameters) -> torch.optim.Optimizer:
+        return Own(params, lr=0.1)
+
+
+def test_optimizers_that_cannot_be_divided_are_refused_by_name() -> None:
+    task = ByOwn()
+    with pytest.raises(OptimizerError, match="Own is not known to update tensors one by one"):
+        build_state.build(task, task.model(), shards=2, max_workers=1, clip=False, device="cuda")
+
+
+def test_another_gpu_is_told_of() -> None:
+    had = {"gpu": "H200", "gpu_processors": 132, "cuda": "12.8", "device_probe": "aa"}
+    assert device_differences({"profile": {}}, {}) == ()
+    assert device_differences({"profile": had}, had) == ()
+    (note,) = device_differences({"profile": had}, {**had, "gpu_processors": 114})
+    assert note == "gpu_processors is 114 here; the run had 132"
 
 
 # Moves.

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import lockstep
 from lockstep.agent import worker_group as worker_group
 from lockstep.errors import JobError, LockstepError, StoppedError, TaskError
 from lockstep.job.faults import PHASES, Fault
+from lockstep.job.task import Task
 from tests.support.harmed_runs import (
     Yard,
     assert_same,
@@ -28,8 +31,9 @@ from tests.support.harmed_runs import (
     yard,
 )
 from tests.support.paced_task import PACE
-from tests.support.watched_device import Counts, Forgetful
+from tests.support.watched_device import Counts, Forgetful, Staged
 from tests.zoo import MORE, ZOO, Entry
+from tests.zoo import optimizers as own
 from tests.zoo.buffers import Images
 
 __all__ = ["yard"]  # a fixture
@@ -37,7 +41,15 @@ TASKS = {**ZOO, **MORE}
 APART: dict[str, Any] = {"device": "cpu-apart"}
 QUICK = {"cnn": 2, "transformer": 4, "clip-sometimes": 3, "wide-branches": 2, "mixture": 3}
 """Tasks of each kind, with a number of workers: buffers and BatchNorm, dropout, a limited norm of
-gradients that some shards lack, blocks of a cut weight, an optimizer that cannot be divided."""
+gradients that some shards lack, blocks of a cut weight, shards without any gradient."""
+UNDIVIDED: dict[str, Task] = {
+    "distance": own.WithOwn(own.Distance),
+    "soap": own.WithOwn(own.Soap),
+    "clips": own.WithOwn(own.Clips, lr=0.1),
+    "lamb": own.WideWithOwn(own.Lamb),
+    "galore": own.WithOwn(own.GaLore),
+}
+"""Optimizers that one worker steps alone, with options and attributes that they change."""
 
 
 def settings_of(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
@@ -61,13 +73,34 @@ def test_numbers_of_workers(workers: int, yard: Yard) -> None:
     yard.check(task, workers=workers, shards=5, **APART, **settings)
 
 
+class Unevaluated(Images):
+    """Nothing is evaluated before the first step: nobody comes to rest there."""
+
+    def eval_data(self) -> None:
+        return None
+
+
+def test_shards_that_workers_do_not_divide(yard: Yard) -> None:
+    """From the very first step on, and in a step that is begun again."""
+    settings = {"batch_size": 24, "steps": 8, "shards": 4}
+    faults = (Fault(worker_id=1, step=4, phase="update_end"),)
+    task = Unevaluated("Adam", lr=0.01)
+    result = yard.check(task, workers=3, faults=faults, **APART, **settings)
+    assert_struck(result.folder, faults)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("shards", [1, 4, 6, 7, 8])
+@pytest.mark.parametrize("shards", [3, 4, 6, 7, 8])
 @pytest.mark.parametrize("name", ["cnn", "wide-clipped"])
 def test_numbers_of_shards(name: str, shards: int, yard: Yard) -> None:
     task, settings = settings_of(name)
     for workers in range(1, min(shards, 4) + 1):
         yard.check(task, workers=workers, shards=shards, **APART, **settings)
+
+
+def test_one_shard(yard: Yard) -> None:
+    task, settings = settings_of("channels-last", workers=1, shards=1)
+    assert_same(yard.run(task, **APART, **settings), yard.run(task, **settings))
 
 
 @pytest.mark.long
@@ -104,6 +137,7 @@ def in_every_phase() -> tuple[Fault, ...]:
         ("cnn", 3),
         pytest.param("cnn", 1, marks=pytest.mark.long),
         pytest.param("cnn", 2, marks=pytest.mark.long),
+        pytest.param("cnn", 5, marks=pytest.mark.long),
         pytest.param("channels-last", 4, marks=pytest.mark.long),  # with clip_grad_norm
         pytest.param("transformer", 3, marks=pytest.mark.long),
         pytest.param("wide-branches", 2, marks=pytest.mark.long),
@@ -143,6 +177,25 @@ def test_steps_since_the_snapshot_are_computed_again(
     result = yard.check(task, workers=2, faults=(fault,), **APART, **settings)
     assert_struck(result.folder, (fault,))
     assert result.recoveries[0]["steps_back"] == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("distance", "soap") else pytest.param(n, marks=pytest.mark.long)
+        for n in UNDIVIDED
+    ],
+)
+def test_undivided_optimizers(name: str, yard: Yard) -> None:
+    """The worker that has all of the state dies, and so does another; a successor has to know."""
+    faults = (
+        Fault(worker_id=0, step=3, phase="update_end"),
+        Fault(worker_id=1, step=6, phase="forward"),
+        Fault(worker_id=0, step=9, phase="commit"),
+    )
+    settings = {"batch_size": 26, "steps": 12, "seed": 3, "shards": 4}
+    result = yard.check(UNDIVIDED[name], workers=2, faults=faults, **APART, **settings)
+    assert_struck(result.folder, faults)
 
 
 # Workers come and go; the run is stopped, goes on, and is verified.
@@ -208,6 +261,26 @@ def test_checkpoints_and_verification(yard: Yard) -> None:
     assert (checked.first, checked.last, checked.final) == (0, settings["steps"], True)
 
 
+class Remembers(Unevaluated):
+    """Nothing comes of it in the first calls."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        return super().loss(model, batch) * (1 + max(0, self.calls - 10))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pristine_forks_compute_from_the_mirror(workers: int, yard: Yard) -> None:
+    """In each step a shard is computed again, by a fork that has no home: from the parameters and
+    buffers of just then. What remembers is found."""
+    settings = {"batch_size": 24, "steps": 6, "shards": 4, "purity": 1.0}
+    yard.check(Unevaluated("Adam", lr=0.01), workers=workers, **APART, **settings)
+    with pytest.raises(TaskError, match="something remembers"):
+        yard.run(Remembers("Adam", lr=0.01), workers=workers, **APART, **settings)
+
+
 # What is moved.
 
 
@@ -253,6 +326,20 @@ def test_a_settle_that_is_left_out_gives_another_fingerprint(caller: str, yard: 
     except LockstepError:
         return
     assert found != wanted
+
+
+def test_what_cuda_is_made_of_computes_the_same_on_a_cpu(yard: Yard) -> None:
+    """Staging, placement, and homes that torch allocates: with deaths, with `cpu-apart` named."""
+    settings = {**ZOO["cnn"].settings(), "clip_grad_norm": 0.5}
+    faults = (
+        Fault(worker_id=1, step=4, phase="update_begin"),
+        Fault(worker_id=-1, step=8, phase="backward"),
+    )
+    staged = yard.run(Staged(), workers=3, faults=faults, **APART, **settings)
+    assert_struck(staged.folder, faults)
+    plain = yard.run(Images("Adam", lr=0.01), **settings)
+    assert staged.fingerprint == plain.fingerprint
+    assert (staged.metrics, staged.history) == (plain.metrics, plain.history)
 
 
 # What is refused.

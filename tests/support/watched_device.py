@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from lockstep.device.apart import ApartDevice
+from lockstep.device.staged import StagedDevice
 from lockstep.state.shared_state import SharedState
+from lockstep.worker import main as worker_main
 from lockstep.worker.home_moves import HomeMoves
 from tests.zoo.buffers import Images
 from tests.zoo.vectors import Vectors
@@ -42,6 +45,21 @@ class Counts(Vectors):
         loss = super().loss(model, batch)
         moved = DEVICES[-1].moved if DEVICES else 0
         return loss, {"moved": float(moved), "rests": float(len(RESTS))}
+
+
+class Staged(Images):
+    """Its workers have the device that `cuda` is made of, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("Adam", lr=0.01)
+
+    def model(self) -> nn.Module:
+        def device_of(name: str, worker_id: int = 0) -> StagedDevice:
+            room = torch.empty(5000, dtype=torch.uint8)
+            return StagedDevice(torch.device("cpu"), room, lambda: None)
+
+        setattr(worker_main, "device_of", device_of)  # noqa: B010  # it is imported there
+        return super().model()
 
 
 class Forgetful(Images):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.planning.sampling import home_shards
 from lockstep.planning.step_phases import PHASES_PER_STEP, Phase
 
 POISON_DEATHS = 3
@@ -68,8 +70,10 @@ def resume(
     else:
         open_shards = [shard for shard in shards if shard_done[shard] != step]
     count = len(open_shards)
-    todo = tuple(
-        tuple(open_shards[count * rank // workers : count * (rank + 1) // workers])
-        for rank in range(workers)
-    )
+    if mirror_step is not None:  # as in every step: what is summed together follows from it
+        runs = [home_shards(count, workers, rank) for rank in range(workers)]
+    else:
+        edges = [count * rank // workers for rank in range(workers + 1)]
+        runs = [range(*run) for run in itertools.pairwise(edges)]
+    todo = tuple(tuple(open_shards[run.start : run.stop]) for run in runs)
     return Resumption(step=step, back=back, todo=todo)

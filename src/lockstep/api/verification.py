@@ -35,6 +35,7 @@ from lockstep.results.ledger import (
 from lockstep.results.manifest import (
     check_manifest,
     check_sample_order,
+    device_differences,
     differences,
     recorded_source,
 )
@@ -173,6 +174,7 @@ def verify(
         notes = differences(manifest, facts)
         check_sample_order(run, manifest, facts)
         ready = ready_alone(host, plan)
+        notes = (*notes, *device_differences(manifest, ready.memory.profile))
         start = _restore(ready.memory, lines[0], checkpoints, first)
         comparison = Comparison(lines, display)
         schedule = StopSchedule(

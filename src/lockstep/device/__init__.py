@@ -8,6 +8,7 @@ state and gradient slots, laid out as the host's segments are. What it has made 
 device              Device: the contract, and what follows each call
 shared              homes that are the host's segments: CPU workers, by default
 apart               homes of the workers' own on the CPU: moves as for a GPU, seen by any test
+staged              homes in the memory of a torch device, moved through pinned memory
 cuda                a GPU for each worker: written, and not run yet
 staging             runs of bytes on their way between a GPU and a segment, in pinned memory
 placement           a batch's tensors on a device

@@ -101,6 +101,10 @@ WITHOUT_HOMES = {
 """Settings that do not go with homes of workers' own, and why."""
 
 
+WITHOUT_GPU = {"slices": "their random numbers come from generators on the CPU"}
+"""The same with a GPU alone."""
+
+
 def _check_device(job: Settings, defaults: Settings) -> None:
     if job["device"] == "cuda" and not job["experimental"]:
         raise JobError(
@@ -109,8 +113,18 @@ def _check_device(job: Settings, defaults: Settings) -> None:
             found="device = cuda, experimental = false",
             fix="leave device out; or, to try it, give --experimental (experimental: true)",
         )
-    for name, why in WITHOUT_HOMES.items():
-        if job["device"] != "cpu" and job[name] != defaults[name]:
+    if job["device"] == "cuda" and job["workers"] is None:
+        raise JobError(
+            "device: cuda, and the number of workers is left open",
+            expected="workers: one for each GPU that is to take part",
+            found="workers = None",
+            fix="set workers; nothing is measured on a GPU to choose it",
+        )
+    refused = {} if job["device"] == "cpu" else WITHOUT_HOMES
+    if job["device"] == "cuda":
+        refused = WITHOUT_HOMES | WITHOUT_GPU
+    for name, why in refused.items():
+        if job[name] != defaults[name]:
             raise JobError(
                 f"{name} does not go with device: {job['device']}: {why}",
                 expected=f"device = cpu, or {name} left out",

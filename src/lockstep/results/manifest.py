@@ -27,6 +27,8 @@ LATER = {
 }  # fmt: skip
 """Fields that earlier manifests lack, with what held then: they are in an identity where they
 differ, so that the identities of other runs stay as they are."""
+GPU_FIELDS = ("gpu", "gpu_processors", "driver", "cuda", "cudnn", "device_probe")
+"""Of a numerics profile: what a GPU's bits depend on."""
 SAME_NUMBERS = {"device": {"cpu-apart": "cpu"}}
 """By field: values that compute the very numbers of another."""
 _PLANNED = {field.name for field in dataclasses.fields(Plan)}
@@ -92,8 +94,21 @@ def scope_of(manifest: Mapping[str, Any]) -> str:
     workers = "1 worker" if plan["shards"] == 1 else f"1 to {plan['shards']} workers"
     threads = "1 thread" if plan["threads"] == 1 else f"{plan['threads']} threads"
     kernels = "AVX2" if plan["numerics"] == "portable" else profile["capability"]
+    if "gpu" in profile:
+        kernels = f"{profile['gpu']} ({profile['gpu_processors']} multiprocessors), driver "
+        kernels += f"{profile['driver']}, CUDA {profile['cuda']}, cuDNN {profile['cudnn']}"
     kernels += f", compiled by {profile['compiler']}" if "compiler" in profile else ""
     return f"{workers} of {threads}, on machines with torch {profile['torch']} and {kernels}"
+
+
+def device_differences(manifest: Mapping[str, Any], profile: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of the GPU of a recorded run is another one here: the numbers may be."""
+    had = manifest["profile"]
+    return tuple(
+        f"{name} is {profile.get(name)} here; the run had {had[name]}"
+        for name in GPU_FIELDS
+        if name in had and profile.get(name) != had[name]
+    )
 
 
 def check_manifest(path: Path, manifest: dict[str, Any], recorded: str) -> None:

@@ -17,7 +17,7 @@ from lockstep.results.checkpoint import (
     remove_partial,
 )
 from lockstep.results.ledger import Line, evaluations_of, numbers_of, read_ledger
-from lockstep.results.manifest import differences
+from lockstep.results.manifest import device_differences, differences
 from lockstep.results.run_folder import RunFolder
 from lockstep.state.host_memory import HostMemory
 from lockstep.system.json_files import with_nan
@@ -50,7 +50,8 @@ def find_restart(folder: RunFolder, memory: HostMemory, facts: Mapping[str, Any]
     """
     with disk_errors("the run folder"):
         remove_partial(folder.checkpoints)
-    notes = list(differences(folder.read_manifest(), facts))
+    manifest = folder.read_manifest()
+    notes = [*differences(manifest, facts), *device_differences(manifest, memory.profile)]
     lines = _readable_lines(folder, notes)
     for path in list_checkpoints(folder.checkpoints):
         try:

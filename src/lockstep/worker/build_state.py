@@ -83,6 +83,8 @@ def build(
     undivided: UndividedState | None = None
     if rule == "together":
         _check_ownership(optimizer, ownership)
+        if device == "cuda":
+            raise _not_on_gpus(optimizer)
         undivided = try_undivided(optimizer, trainable, sparse)
     cuttable = {kind: _may_cut(optimizer, kind, rule) for kind in set(kinds)}
     tables = {
@@ -133,6 +135,16 @@ def _no_tables(device: str, names: Sequence[str]) -> TaskError:
         expected="embeddings whose gradients are small enough to be dense, or device = cpu",
         found=", ".join(names),
         fix="leave device out; or smaller tables, without sparse=True",
+    )
+
+
+def _not_on_gpus(optimizer: torch.optim.Optimizer) -> OptimizerError:
+    return OptimizerError(
+        f"{name_of(optimizer)} is not known to update tensors one by one: what it keeps is tried "
+        "on the CPU, and not moved to a GPU",
+        expected="with device = cuda, a class of torch.optim, or one that declares lockstep_update",
+        found=name_of(optimizer),
+        fix="choose another class, or declare lockstep_update in it, if it is so",
     )
 
 

@@ -34,6 +34,13 @@ def describe_error(error: BaseException, doing: str) -> ErrorMessage:
             expected="room for the run's own, and for those of the task",
             fix="allow more, with ulimit -n",
         )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; it need not be loaded here
+        error = ResourceError(
+            f"the GPU has no memory left while {doing}",
+            expected="memory for the state twice, a gradient a shard, and what a shard computes",
+            found=str(error).splitlines()[0],
+            fix="use more shards, so that each is smaller, or a GPU that nobody else uses",
+        )
     if not isinstance(error, LockstepError):
         text = user_traceback(error)
         operation = nondeterministic_operation(error)

@@ -216,7 +216,9 @@ class TrainStep:
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
         host_shards = self._host_shards
-        if len(host_shards) == self._workers or self._moves.apart:
+        if self._moves.apart:
+            todo = self.shards  # what is summed together follows from them
+        if self._moves.apart or len(host_shards) == self._workers:
             for shard in todo:
                 self._compute(step, shard)
             return
