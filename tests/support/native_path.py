@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +43,3 @@ def taken(folder: str | Path) -> set[int]:
 def refused(folder: str | Path) -> set[str]:
     """Why workers' steps were not."""
     return {event["why_not"] for event in events(folder, "native")} - {""}
-
-
-def hide_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Let there be no compiler."""
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    return monkeypatch.undo

@@ -66,7 +66,7 @@ def arguments(command: Sequence[str], output: Path) -> list[str]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    about = f"{_version_of(command)}".replace("\\", "").replace('"', "")
+    about = _version_of(command).replace("\\", "").replace('"', "")
     python = sysconfig.get_paths()
     headers = [*include_paths(), python["include"], python["platinclude"]]
     return [

@@ -43,7 +43,7 @@ def load_library() -> Library:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except FileNotFoundError:
-        return Library(why_not=f"not built for this version: {BUILD}")
+        return Library(why_not=f"not built for this version of it; to build it: {BUILD}")
     except (OSError, RuntimeError, ImportError) as error:
         first = str(error).partition("\n")[0][:200]
         return Library(why_not=f"it cannot be loaded: {first}")
