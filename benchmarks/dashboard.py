@@ -2,10 +2,9 @@
 
     python -m benchmarks.dashboard --write docs/page-cost.md
 
-Cost: the same steps in turns, with nobody told of the pace and the workers' times; told; and told
-while a client follows the page's stream. Noise between runs is larger than the cost, so the
-processor time of the coordinator and of the page's server is told beside it. Lateness: a worker is
-killed, and the stream is read until it says so. Opening: a run of a million steps, made up.
+Cost: one run, in parts of a second by turns: everything told (events of pace and times, a logger,
+and the page's server with a client that follows it), and nothing. Lateness: a worker is killed, and
+the stream is read until it says so. Opening: a run of a million steps, made up.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,29 +33,96 @@ from benchmarks.models import CASES, WORLD
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
 from lockstep.agent.time_sampler import TimeSampler
+from lockstep.errors import StoppedError
+from lockstep.results.callbacks import CallbackThreads
 from lockstep.results.ledger import Ledger, StepRecord
 from lockstep.results.metering import Meter
+from lockstep.results.recorder import Recorder
 from lockstep.results.run_folder import Events, RunFolder
 from lockstep.results.run_reader import RunReader
 
 MILLION = 1_000_000
-ARMS = ("untold", "told", "watched")
 TICKS = os.sysconf("SC_CLK_TCK")
+SLICE = 1.0
+"""Seconds of a run in which everything is told, and then nothing, in turns."""
 
 
-def _nothing(*_: object) -> None:
-    return None
+class Turns:
+    """Parts of one run, by turns with and without events of pace and times, page and loggers.
+
+    One run, since two runs of the same job differ by far more than what is looked for. The parts
+    come as told, untold, untold, told, so that what drifts falls on both alike.
+    """
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+        self._commits, self._began_with, self._begun = 0, 0, 0.0
+        self._part = -4  # the first ones are the start, and are not counted
+        self.rates: dict[bool, list[float]] = {True: [], False: []}
+        """Steps per second of the parts, by whether they were told."""
+
+    @property
+    def telling(self) -> bool:
+        return self._part % 4 in (0, 3)
+
+    def commit(self) -> None:
+        """A step is committed; the turn may end with it."""
+        self._commits += 1
+        now = time.monotonic()
+        if now - self._begun < SLICE:
+            return
+        if self._part >= 0:
+            rate = (self._commits - self._began_with) / (now - self._begun)
+            self.rates[self.telling].append(rate)
+        self._part += 1
+        self._begun, self._began_with = now, self._commits
+        self.watcher.process.send_signal(signal.SIGCONT if self.telling else signal.SIGSTOP)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """While in force, a run of this process goes by turns."""
+        commit = Recorder.commit
+
+        def counted(recorder: Recorder, record: StepRecord) -> None:
+            commit(recorder, record)
+            self.commit()
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(Recorder, "commit", counted))
+            for owner, name in (
+                (TimeSampler, "look"), (Meter, "commit"), (Meter, "look"),
+                (CallbackThreads, "step"), (CallbackThreads, "event"),
+            ):  # fmt: skip
+                stack.enter_context(mock.patch.object(owner, name, self._only_told(owner, name)))
+            try:
+                yield
+            finally:
+                self.watcher.process.send_signal(signal.SIGCONT)
+
+    def _only_told(self, owner: type, name: str) -> Callable[..., None]:
+        method = getattr(owner, name)
+
+        def call(*args: Any) -> None:
+            if self.telling:
+                method(*args)
+
+        return call
+
+    def ratios(self) -> list[float]:
+        """The pace of each told part over that of the untold one beside it."""
+        return [told / untold for told, untold in zip(*self._both(), strict=False)]
+
+    def _both(self) -> tuple[list[float], list[float]]:
+        return self.rates[True], self.rates[False]
 
 
-@contextlib.contextmanager
-def untold() -> Iterator[None]:
-    """Takes the pace and the times out of the coordinator."""
-    with (
-        mock.patch.object(TimeSampler, "look", _nothing),
-        mock.patch.object(Meter, "commit", _nothing),
-        mock.patch.object(Meter, "look", _nothing),
-    ):
-        yield
+def median_range(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """Where the median lies with 95 of 100, by drawing from the values again (the bootstrap)."""
+    generator = random.Random(0)
+    medians = sorted(
+        statistics.median(generator.choices(values, k=len(values))) for _ in range(draws)
+    )
+    return medians[draws // 40], medians[-draws // 40]
 
 
 class Watcher:
@@ -67,6 +134,8 @@ class Watcher:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         address = urlsplit(self.process.stdout.readline().split()[-1])
+        self.started_after = 0.0
+        """The processor time that it had taken when the stream began."""
         self.address, self.token = address.netloc, address.fragment.partition("=")[2]
 
     def get(self, path: str) -> http.client.HTTPResponse:
@@ -75,16 +144,39 @@ class Watcher:
         connection.request("GET", path, headers={"Authorization": f"Bearer {self.token}"})
         return connection.getresponse()
 
-    def follow(self, name: str, seen: list[tuple[float, dict[str, Any]]]) -> None:
-        """Read a run's stream to its end, from when the run is there."""
+    def stream(self, name: str) -> http.client.HTTPResponse:
+        """A run's stream, as soon as the run is there."""
         for _ in range(600):
             answer = self.get(f"/api/runs/{name}/stream")
             if answer.status == 200:
-                break
+                return answer
+            answer.close()
             time.sleep(0.1)
+        raise TimeoutError(f"{name} has not begun within a minute")
+
+    def follow(self, name: str, seen: list[tuple[float, dict[str, Any]]]) -> None:
+        """Read a run's stream to its end, from when the run is there."""
+        answer = self.stream(name)
         with contextlib.suppress(OSError, http.client.HTTPException):
             while line := answer.readline():
                 seen.append((time.time(), json.loads(line)))
+
+    @contextlib.contextmanager
+    def client(self, name: str) -> Iterator[None]:
+        """A process that reads a run's stream and does nothing with it."""
+        self.stream(name).close()
+        self.started_after = self.cpu_seconds()
+        url = f"http://{self.address}/api/runs/{name}/stream"
+        command = ["curl", "--silent", "--no-buffer", "--output", os.devnull, "--config", "-", url]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        try:
+            with process.stdin as config:  # the token is on no command line
+                config.write(f'header = "Authorization: Bearer {self.token}"\n')
+            yield
+        finally:
+            process.kill()
+            process.wait()
 
     def cpu_seconds(self) -> float:
         """The processor time that the server has taken."""
@@ -96,51 +188,35 @@ class Watcher:
         self.process.wait()
 
 
-def rate(task: Benchmark, steps: int, out: Path) -> tuple[float, float]:
-    """Samples per second of a run, and the coordinator's processor time for each of its seconds."""
-    settings: dict[str, Any] = {
-        "workers": WORLD, "shards": WORLD, "threads": 1, "evaluate": False, "quiet": True,
-        "batch_size": CASES[task.name].batch * WORLD,
-    }  # fmt: skip
-    begun, computed = time.monotonic(), time.process_time()
-    result = lockstep.run(task, steps=steps, out=str(out), **settings)
-    spent = (time.process_time() - computed) / (time.monotonic() - begun)
-    return result.samples_per_second, spent
-
-
-def cost(name: str, seconds: float, repeats: int, place: Path) -> list[str]:
-    """A row of ratios of runs in turns, and of processor time."""
-    trial, _ = rate(Benchmark(name), 50, place / "trial")
-    steps = max(50, int(trial * seconds / (CASES[name].batch * WORLD)))
-    ratios: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    spent: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    served = []
-    for number in range(repeats):
-        rates = {}
-        for arm in ARMS[number % 3 :] + ARMS[: number % 3]:
-            with contextlib.ExitStack() as stack:
-                folder = f"{number}-{arm}"
-                if arm == "untold":
-                    stack.enter_context(untold())
-                if arm == "watched":
-                    watcher = stack.enter_context(contextlib.closing(Watcher(place)))
-                    thread = threading.Thread(target=watcher.follow, args=(folder, []), daemon=True)
-                    thread.start()
-                    before, begun = watcher.cpu_seconds(), time.monotonic()
-                rates[arm], used = rate(Benchmark(name), steps, place / folder)
-                if arm == "watched":
-                    used_there = watcher.cpu_seconds() - before
-                    served.append(used_there / (time.monotonic() - begun))
-            spent[arm].append(used)
-        for arm in ARMS:
-            ratios[arm].append(rates[arm] / rates["untold"])
-    middle = {arm: statistics.median(ratios[arm]) for arm in ARMS}
-    spread = [f"{min(ratios[arm]):.3f} to {max(ratios[arm]):.3f}" for arm in ARMS[1:]]
-    more = statistics.median(spent["told"]) - statistics.median(spent["untold"])
+def cost(name: str, seconds: float, log: list[str], place: Path) -> list[str]:
+    """A row: the pace of a run while everything is told, over its pace while nothing is."""
+    with contextlib.closing(Watcher(place)) as watcher:
+        turns = Turns(watcher)
+        run_for(name, seconds, log, turns, place / "run")
+        # Without its start; and the other half of the time it was stopped.
+        served = (watcher.cpu_seconds() - watcher.started_after) / (seconds / 2)
+    ratios = turns.ratios()
+    low, high = median_range(ratios)
     return [
-        name, f"{middle['told']:.3f}", spread[0], f"{middle['watched']:.3f}", spread[1],
-        str(repeats), f"{100 * more:.2f} %", f"{100 * statistics.median(served):.2f} %",
+        name, f"{statistics.median(turns.rates[True]):,.0f}", f"{statistics.median(ratios):.3f}",
+        f"{low:.3f} to {high:.3f}", str(len(ratios)), f"{100 * served:.1f} %",
     ]  # fmt: skip
+
+
+def run_for(name: str, seconds: float, log: list[str], turns: Turns, out: Path) -> None:
+    """Train for so many seconds by turns, while a client follows the page's stream."""
+    with turns.taken():
+        run = lockstep.start(
+            Benchmark(name), workers=WORLD, shards=WORLD, threads=1, evaluate=False, quiet=True,
+            batch_size=CASES[name].batch * WORLD, steps=100 * MILLION, log=log, out=str(out),
+        )  # fmt: skip
+        try:
+            with turns.watcher.client(out.name):
+                time.sleep(seconds)
+        finally:
+            run.stop()
+            with contextlib.suppress(StoppedError):
+                run.result(60)
 
 
 def lateness(place: Path, times: int) -> list[float]:
@@ -303,19 +379,19 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms"
 
 
-def page(costs: list[list[str]], late: list[float], opened: list[list[str]]) -> str:
+def page(costs: list[list[str]], late: list[float], opened: list[list[str]], loggers: str) -> str:
     """The figures in Markdown."""
     head = [
-        "model", "told / untold", "least to greatest", "watched / untold", "least to greatest",
-        "runs each", "coordinator, more of a core", "server, of a core",
+        "model", "steps/s", "told / untold, median", "95 of 100", "pairs", "server, of a core",
     ]  # fmt: skip
     return f"""<!-- Written by benchmarks/dashboard.py; do not edit. -->
 # What the events and the page cost
 
-Samples per second, the same steps in turns, on two workers of one thread: with the pace and the
-workers' times told, and with a client that follows the page's stream, as shares of the same run
-without them. The last two columns are processor time for each second of the run. To measure again,
-on a machine that does nothing else: `python -m benchmarks.dashboard --write docs/page-cost.md`.
+One run on two workers of one thread, in parts of a second by turns: everything told (the events of
+pace and times, the logger {loggers}, the page's server with a client that follows it), and
+nothing told. The pace of each told part is divided by that of the untold one beside it; the range
+is that of the median, by the bootstrap. To measure again, on a machine that does nothing else:
+`python -m benchmarks.dashboard --write docs/page-cost.md`.
 
 {table(head, costs)}
 
@@ -332,18 +408,22 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["softmax", "mlp"], choices=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a run")
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=240.0, help="of a run")
+    parser.add_argument("--log", nargs="*", default=["tensorboard"], help="loggers")
+    parser.add_argument("--only-cost", action="store_true")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lockstep-dashboard-") as folder:
-        opened = opening(Path(folder, "opening"))
-        late = lateness(Path(folder, "late"), 10)
         costs = []
         for name in options.models:
-            costs.append(cost(name, options.seconds, options.repeats, Path(folder, name)))
-            print(" ".join(costs[-1]), file=sys.stderr, flush=True)
-    publish(page(costs, late, opened), options.write)
+            costs.append(cost(name, options.seconds, options.log, Path(folder, name)))
+            print(" | ".join(costs[-1]), file=sys.stderr, flush=True)
+        if options.only_cost:
+            return 0
+        opened = opening(Path(folder, "opening"))
+        late = lateness(Path(folder, "late"), 10)
+    loggers = " and ".join(options.log) or "none"
+    publish(page(costs, late, opened, loggers), options.write)
     return 0
 
 

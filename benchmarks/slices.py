@@ -5,6 +5,7 @@ the ratio is the median of the pairs'. Gradients are copied into a slot and drop
 are there, and memory is kept, as in a worker.
 
 python -m benchmarks.slices [--width 1024] [--slices 4] [--passes 100]
+python -m benchmarks.slices --team 2 [--width 4096] [--batch 8] [--layers 4]: see `teams`
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.teams import show
 from lockstep.slices.cuts import choose_cuts
 from lockstep.slices.slicing import slice_model
 from lockstep.slices.words import words_of
@@ -92,13 +94,23 @@ def _drop_gradients(model: nn.Module) -> None:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--width", type=int)
     parser.add_argument("--slices", type=int, default=4)
-    parser.add_argument("--passes", type=int, default=100)
+    parser.add_argument("--passes", type=int)
+    parser.add_argument("--team", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     asked = parser.parse_args()
+    if asked.team:
+        show(asked.width or 4096, asked.batch, asked.layers, asked.team, asked.passes or 20)
+    else:
+        show_slices(asked.width or 1024, asked.slices, asked.passes or 100)
+
+
+def show_slices(width: int, slices: int, passes: int) -> None:
+    """Print what slices cost on one worker."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    width = asked.width
     print(f"{'model':<22} {'batch':<8} {'plain ms':>9} {'sliced ms':>9} {'ratio':>7}")
     for name, model, shapes in (
         ("MLP, 4 layers", mlp(width), [(batch,) for batch in BATCHES]),
@@ -106,7 +118,7 @@ def main() -> None:
     ):
         for shape in shapes:
             x = torch.randn(*shape, width)
-            cost = measure(model, x, asked.slices, asked.passes)
+            cost = measure(model, x, slices, passes)
             print(
                 f"{name:<22} {'x'.join(map(str, shape)):<8} {1e3 * cost.plain:>9.2f} "
                 f"{1e3 * cost.sliced:>9.2f} {cost.ratio:>7.3f}"

@@ -6,9 +6,11 @@ That it computes the same bits for any number of workers can be tested on a GPU 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ import torch
 
 import lockstep
 from lockstep.device import determinism
-from lockstep.device.cuda import profile_of
+from lockstep.device.cuda import CudaDevice, profile_of
 from lockstep.device.placement import place
+from lockstep.device.staged import StagedDevice
 from lockstep.device.staging import Staging
 from lockstep.errors import JobError, OptimizerError, ResourceError, TaskError
 from lockstep.results.manifest import device_differences
@@ -71,6 +74,49 @@ def test_the_profile_names_what_bits_depend_on() -> None:
     }  # fmt: skip
     assert profile["driver"] == "NVIDIA UNIX x86_64 Kernel Module  570.1  Tue"
     assert (profile["gpu_capability"], profile["gpu_processors"]) == ("9.0", 132)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
+    """A CUDA device whose memory is the CPU's, on a machine whose driver says little."""
+    device = CudaDevice.__new__(CudaDevice)
+    StagedDevice.__init__(
+        device, torch.device("cpu"), torch.empty(64, dtype=torch.uint8), lambda: None
+    )
+    device._choices, device._retries = {"sdpa": "math"}, 3
+    properties = SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    stats = {"num_alloc_retries": 2, "num_ooms": 1}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda _: None)
+    return device
+
+
+def test_the_device_says_what_it_is_and_what_it_computes(gpu: CudaDevice) -> None:
+    profile = gpu.profile()
+    assert (profile["gpu"], profile["gpu_processors"]) == ("H200", 132)
+    assert gpu.probe() == gpu.probe()
+    assert len(gpu.probe()) == 32
+    assert json.loads(json.dumps(profile)) == profile
+
+
+def test_each_shard_is_confirmed(gpu: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.confirm(0, 0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": 4})
+    with pytest.raises(ResourceError, match="shard 2 of step 5"):
+        gpu.confirm(5, 2)
+
+
+def test_the_gpus_generator_is_seeded_with_the_others(
+    gpu: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    gpu.seed(12)
+    first = torch.rand(())
+    gpu.seed(12)
+    assert torch.equal(torch.rand(()), first)
+    assert seeds == [12, 12]
 
 
 class Puts(Vectors):

@@ -66,7 +66,7 @@ class Words:
     def updating(self) -> Any:
         return self._word(3)
 
-    def tail(self, module: Any, *, alone: bool = False, spin: float = 0.0) -> Any:
+    def tail(self, module: Any, *, alone: bool = False, spins: int = 1) -> Any:
         return module.StepTail(
             self.mine.ctypes.data,
             [] if alone else [self.other.ctypes.data],
@@ -75,7 +75,7 @@ class Words:
             (self.flags.ctypes.data, self.flags.size),
             self.rates.ctypes.data,
             EPOCH,
-            spin,
+            spins,
         )
 
 
@@ -161,10 +161,10 @@ def test_a_gradient_is_missing(native_module: Any, words: Words) -> None:
     assert (words.mine[0], words.updating[0], words.rates[7]) == (0, -1, 0.0)
 
 
-@pytest.mark.parametrize("spin", [0.0, 10.0], ids=["asleep", "awake"])
+@pytest.mark.parametrize("spins", [1, 1 << 30], ids=["asleep", "awake"])
 @pytest.mark.parametrize("reached", [0, COMPUTED])
 def test_a_new_epoch_ends_both_waits(
-    spin: float, reached: int, native_module: Any, words: Words
+    spins: int, reached: int, native_module: Any, words: Words
 ) -> None:
     words.other[0] = reached
 
@@ -175,7 +175,7 @@ def test_a_new_epoch_ends_both_waits(
 
     helper = threading.Thread(target=raise_epoch)
     helper.start()
-    assert finish(words.tail(native_module, spin=spin))[0] == REGROUP
+    assert finish(words.tail(native_module, spins=spins))[0] == REGROUP
     helper.join()
     assert words.updating[0] == (7 if reached else -1)
 
@@ -191,7 +191,7 @@ def test_arriving_wakes_who_waits(native_module: Any, words: Words) -> None:
     if pid == 0:
         mirrored = native_module.StepTail(  # the same words, seen from the other side
             words.other.ctypes.data, [words.mine.ctypes.data], words.epoch.ctypes.data,
-            words.words[64:65].ctypes.data, (words.flags.ctypes.data, 4), 0, EPOCH, 0.0,
+            words.words[64:65].ctypes.data, (words.flags.ctypes.data, 4), 0, EPOCH, 1,
         )  # fmt: skip
         ended = [_meet(mirrored, number) for number in range(40)]
         os._exit(0 if ended == [COMMITTED] * 40 else 1)

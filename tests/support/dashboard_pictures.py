@@ -25,7 +25,10 @@ from playwright.sync_api import sync_playwright
 from tests.support.harmed_runs import events, until
 
 WAIT = 120.0
-RUN = ["run", "mnist", "--model", "cnn", "--workers", "2", "--max-workers", "4", "--quiet"]
+PLANNED = ["run", "mnist", "--model", "cnn", "--max-workers", "4", "--quiet"]
+RUN = [*PLANNED, "--workers", "2"]
+HOVER = 150
+"""How far what the pointer shows hangs out of the timeline, in pixels."""
 
 
 def lockstep(*arguments: str, folder: Path, **options: Any) -> subprocess.Popen[str]:
@@ -43,7 +46,7 @@ def take(place: Path, folder: Path) -> None:
     for epochs, seed in (("6", "0"), ("6", "1")):
         ended = lockstep(*RUN, "--data-epochs", epochs, "--seed", seed, folder=folder)
         assert ended.wait() == 0
-    run = lockstep(*RUN, "--data-epochs", "60", folder=folder)
+    run = lockstep(*PLANNED, "--data-epochs", "60", folder=folder)
     server = lockstep("watch", "--port", "0", folder=folder, stdout=subprocess.PIPE)
     assert server.stdout is not None
     address = server.stdout.readline().split()[-1]
@@ -74,6 +77,7 @@ def take(place: Path, folder: Path) -> None:
         page.emulate_media(color_scheme="light")
         canvas = page.locator(".timeline canvas")
         canvas.scroll_into_view_if_needed()
+        page.evaluate("scrollBy(0, 250)")
         box = canvas.bounding_box()
         assert box is not None
         lane = box["y"] + 26 + 5 + 35 + 15
@@ -87,7 +91,13 @@ def take(place: Path, folder: Path) -> None:
         page.mouse.move(box["x"] + page.evaluate(LAST_DEATH) + 1, lane)
         time.sleep(0.5)
         around = page.locator("section", has=canvas).bounding_box()
+        assert around is not None
+        around["height"] += HOVER
         keep(page.screenshot(clip=around), place / "recovery.png")
+        page.mouse.move(0, 0)
+        charts = page.locator("section", has=page.get_by_role("heading", name="Metrics"))
+        charts.scroll_into_view_if_needed()
+        keep(charts.screenshot(), place / "curves.png")
         page.set_viewport_size({"width": 390, "height": 844})
         page.evaluate("scrollTo(0, 0)")
         time.sleep(1)

@@ -20,7 +20,7 @@ stall_policy        how long a worker may show no heartbeat
 failure_log         deaths: who, where, and what they cost; when to stop for good
 failure_detector    kills workers that show no heartbeat
 step_log            committed steps, from the ring buffer to the observer, in order
-time_sampler        what a host's workers spend their time on, told twice a second
+time_sampler        what a host's workers spend their time on, told once a second
 last_state          what a failed run has committed last, for a checkpoint
 evaluation_rounds   held-out batches given to workers, and their answers collected
 observer            RunObserver: what is done with commits, events, evaluations, checkpoints

@@ -16,6 +16,7 @@ from lockstep.agent.answer_chunks import BatchResult
 from lockstep.agent.worker_group import WorkerGroup
 from lockstep.errors import TaskError
 from lockstep.planning.eval_batches import BatchSums, Outputs, combine, gather
+from lockstep.planning.teams import batches_together, team_count, team_of
 from lockstep.planning.worker_messages import InferBatches, Scored, ScoreOutputs
 
 Inferred = Literal["evaluate", "predict"]
@@ -99,10 +100,14 @@ class EvaluationRounds:
         group = self._group
         worker_ids, epoch = group.members.formed, group.control.epoch
         group.failure_log.evaluating = True
+        together = batches_together(len(batches), len(worker_ids), group.plan.team)
+        size = group.plan.team if together else 1
         for rank, worker_id in enumerate(worker_ids):
             group.control.forget_shard(worker_id)
-            own = tuple(batches[rank :: len(worker_ids)])
-            request = InferBatches(round=self._round, predict=what == "predict", batches=own)
+            own = tuple(batches[team_of(rank, size) :: team_count(len(worker_ids), size)])
+            request = InferBatches(
+                round=self._round, predict=what == "predict", batches=own, together=together
+            )
             group.tell(worker_id, request)
         group.decide(membership.WorkersResumed())
         while group.control.epoch == epoch and not group.members.all_rest:

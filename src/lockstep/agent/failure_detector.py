@@ -66,7 +66,18 @@ class FailureDetector:
         for index in behind:
             if not self._is_stopped(worker_ids[index], silent[index]):
                 patience.given_up += 1
-            self._kill(self.host.workers[worker_ids[index]], Status.WORKING, silent[index], reason)
+            waiting = self._waiting_for(worker_ids[index], worker_ids)
+            why = f"{reason}; {waiting}" if waiting else reason
+            self._kill(self.host.workers[worker_ids[index]], Status.WORKING, silent[index], why)
+
+    def _waiting_for(self, worker_id: int, members: Sequence[int]) -> str:
+        """Who of its team waits for a worker, in words; empty if nobody does."""
+        found = []
+        for other in members:
+            awaited = self.control.awaited_member(other)
+            if awaited is not None and awaited[0] == worker_id:
+                found.append(f"worker {other} waits for it in a {awaited[1]} pass")
+        return ", ".join(found)
 
     def _await_hosts(self, worker_ids: Sequence[int], words: Sequence[int]) -> bool:
         """Whether those that are furthest behind only wait for other hosts."""

@@ -23,7 +23,7 @@ class Resumption:
     """None: the state is that before `step`. Else some blocks have been updated and others not: the
     state is put back to the snapshot, which is so many committed steps older."""
     todo: tuple[tuple[int, ...], ...]
-    """Per rank: the shards that are still to be computed."""
+    """Per rank, or per team: the shards that are still to be computed."""
 
 
 def step_in_flight(words: Sequence[int]) -> int:
@@ -44,7 +44,7 @@ def resume(
     mine: range | None = None,
     mirror_step: int | None = None,
 ) -> Resumption:
-    """Decide where `workers` workers go on.
+    """Decide where `workers` workers, or teams, go on.
 
     Args:
         words: the progress words of the membership that was in force.

@@ -1,4 +1,4 @@
-"""Time sampler: what a host's workers spend their time on, told twice a second.
+"""Time sampler: what a host's workers spend their time on, told once a second.
 
 Workers add up their seconds in the control segment in any case; the agent looks at the sums at its
 ticks, so nothing is asked of a worker. How much memory each has of its own is read from /proc. The
@@ -16,7 +16,7 @@ from lockstep.agent.observer import RunObserver
 from lockstep.results.event_schema import Seconds
 from lockstep.state.control_segment import ControlSegment, Stat
 
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 1.0
 """The shortest time between two samples."""
 
 

@@ -30,6 +30,7 @@ from lockstep.planning.metric_decisions import Told
 from lockstep.planning.ownership import ownership_of
 from lockstep.planning.plan import Plan
 from lockstep.planning.step_phases import Phase, Stage, progress_of
+from lockstep.planning.teams import team_count, team_of
 from lockstep.planning.worker_messages import (
     AgentMessage,
     BatchDone,
@@ -177,7 +178,7 @@ class WorkerGroup:
             [self.control.updating(worker_id) for worker_id in members],
             self.control.shard_done.tolist(),
             self.control.snapshot_step,
-            len(worker_ids),
+            team_count(len(worker_ids), self.plan.team),
             self.role.shards,
             self.control.mirror_step if self.plan.apart else None,
         )
@@ -204,6 +205,7 @@ class WorkerGroup:
             for worker_id in known:
                 control.set_updating(worker_id, -1)
                 control.await_exchange(worker_id, 0)
+                control.await_member(worker_id, None, "")
             for worker_id in worker_ids:
                 control.set_progress(worker_id, progress_of(resumption.step, Phase.STARTED))
                 control.forget_shard(worker_id)
@@ -225,11 +227,12 @@ class WorkerGroup:
                 rank,
                 epoch=control.epoch,
                 step=resumption.step,
-                todo=resumption.todo[rank],
+                todo=resumption.todo[team_of(rank, self.plan.team)],
                 refresh=refresh,
                 loaders=self.failure_log.loaders_live,
                 ahead_from=ahead_from,
                 told=tuple(self.told),
+                team=self.plan.team,
             )
             self.tell(worker_id, assignment)
 

@@ -140,10 +140,9 @@ def predictions_alone(
         memory=machine.available_bytes(),
         profile=profile,
     )
-    work = work_of(plan)
-    return rank(
-        [predict(each, [host], work) for each in candidates([host], plan.shards, job.workers)]
-    )
+    work, team = work_of(plan), plan.team
+    possible = candidates([host], plan.shards, job.workers, team=team)
+    return rank([predict(each, [host], work) for each in possible])
 
 
 def work_of(plan: Plan) -> Work:
@@ -153,6 +152,7 @@ def work_of(plan: Plan) -> Work:
         samples=plan.batch_size / plan.shards,
         groups=plan.groups,
         compression=plan.compression,
+        team=plan.team,
     )
 
 

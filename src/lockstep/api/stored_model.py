@@ -62,8 +62,10 @@ class StoredModel:
         count = workers or most
         if plan.holdings or plan.groups or plan.local_steps > 1:
             count = min(count, plan.shards)  # the state, or the data, has a part for each shard
-        shards = max(count, plan.shards)
-        return dataclasses.replace(plan, workers=count, max_workers=count, shards=shards)
+        return dataclasses.replace(
+            plan, workers=count, max_workers=count, shards=max(count, plan.shards),
+            team=1 if hosts.networked else plan.team,
+        )  # fmt: skip
 
     def coordinator(
         self,
@@ -126,4 +128,7 @@ def _newest(run: str | Path, folder: RunFolder) -> StoredModel:
 
 def request_of(source: TaskSource, settings: Mapping[str, Any]) -> RunRequest:
     """The request to load a stored model's task: every host then has the whole state."""
-    return RunRequest.recorded(source, {**settings, "ownership": "replicated", "servers": ()})
+    alone = {"ownership": "replicated", "servers": (), "team": 1}
+    if settings.get("team", 1) > 1:  # there may be more workers than shards
+        alone |= {"workers": None, "max_workers": None}
+    return RunRequest.recorded(source, {**settings, **alone})

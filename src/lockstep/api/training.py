@@ -122,6 +122,7 @@ def resume(
     *,
     workers: int | None = None,
     device: str | None = None,
+    team: int | None = None,
     task: Task | None = None,
     on: Launcher | None = None,
     control: RunControl | None = None,
@@ -135,6 +136,7 @@ def resume(
         run: the run folder.
         workers: how many workers go on; default: as many as before.
         device: where they compute, if not where they did; only where that gives the same numbers.
+        team: how many of them compute a shard together; default: as before.
         task: the task, where the run was given an object and not a name.
         trust: whether the code that the run folder names may be run though somebody else has made
             the folder.
@@ -155,11 +157,13 @@ def resume(
         source = recorded_source(manifest, task, folder.path, trust=trust)
         announce(f"loading torch and {source.label}", quiet=quiet)
         settings = manifest["job"] | ({"device": device} if device is not None else {})
+        if team is not None:
+            settings |= {"team": team, "workers": None, "max_workers": None}
         with open_hosts(RunRequest.recorded(source, settings), on) as hosts:
             check_loggers(hosts.job.log)
             check_resumed(run, manifest, hosts.host.facts)
-            plan = Plan.from_message(manifest["plan"]).with_device(device)
-            plan = _resized(plan, workers, hosts)
+            recorded = Plan.from_message(manifest["plan"]).with_device(device)
+            plan = _resized(recorded, workers, team, hosts)
             ready = hosts.initialise(plan)
             _check(ready, plan)
             start = find_restart(folder, ready.memory, hosts.host.facts)
@@ -258,11 +262,12 @@ def _check(ready: ReadyHosts, plan: Plan) -> None:
         ready.host.check_purity()
 
 
-def _resized(plan: Plan, workers: int | None, hosts: OpenHosts) -> Plan:
-    """The plan of an earlier run for as many workers as asked, or as the hosts would run."""
+def _resized(plan: Plan, workers: int | None, team: int | None, hosts: OpenHosts) -> Plan:
+    """The plan of an earlier run for as many workers as asked, or as the hosts would run, and for
+    teams of another size, if that is asked."""
     if workers is None and hosts.networked:
         workers = min(sum(computing(hosts.job, hosts.capacities).values()), plan.shards)
-    return plan.with_workers(workers)
+    return plan.resized(workers, team)
 
 
 @contextlib.contextmanager

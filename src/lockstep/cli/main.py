@@ -121,6 +121,8 @@ def plan(
     reasons, cuts = message.pop("reasons"), message.pop("cuts")
     if found.monitor is None:
         del message["monitor_mode"]
+    if found.team == 1:
+        del message["team"]
     for name, value in message.items():
         if value or name not in SHOWN_IF_SET:
             print(f"{name:<16} {'-' if value is None else value}")

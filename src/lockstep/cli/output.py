@@ -42,14 +42,18 @@ def _print_result(result: Result, as_json: bool) -> None:
         print(json.dumps(result.to_message()))
         return
     print(f"fingerprint  {result.fingerprint}")
-    print(f"holds for    {scope_of(RunFolder.open(result.folder).read_manifest())}")
+    manifest = RunFolder.open(result.folder).read_manifest()
+    print(f"holds for    {scope_of(manifest)}")
     show_metrics(result.metrics, result.baseline)
     if result.best is not None:
         best = result.best
         print(f"best         {best['metric']} {best['value']:.6g}, {best['checkpoint']}")
     if result.stopped_early:
         print(f"stopped      early: {result.stopped_early}")
-    split = Division(workers=result.workers, threads=result.threads, shards=result.shards)
+    split = Division(
+        workers=result.workers, threads=result.threads, shards=result.shards,
+        team=manifest["plan"].get("team", 1),
+    )  # fmt: skip
     print(f"plan         {split}")
     recovered = summarise_recoveries(result.recoveries)
     if recovered:

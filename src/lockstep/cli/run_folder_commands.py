@@ -41,6 +41,10 @@ def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     workers: Workers = None,
     device: Device = None,
+    team: Annotated[
+        int | None,
+        typer.Option("--team", help="With slices: workers that compute a shard together."),
+    ] = None,
     on: On = None,
     state: commands.StateOption = None,
     trust: Trust = False,
@@ -53,8 +57,8 @@ def resume(
 
     with launcher_of(on, state) as launcher, page_beside(dashboard) as control:
         result = resume_run(
-            run, workers=workers, device=device, quiet=quiet, on=launcher, control=control,
-            trust=trust,
+            run, workers=workers, device=device, team=team, quiet=quiet, on=launcher,
+            control=control, trust=trust,
         )  # fmt: skip
     show_result(result, as_json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ Dashboard = Annotated[
     bool, typer.Option("--dashboard", help="Serve a page that shows the run; see lockstep watch.")
 ]
 LOSS_DIGITS = ".4g"
+NICENESS = 10
+"""Of the page's process: where all cores compute, it waits for a moment in which one does not."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -59,6 +62,7 @@ def watch(
     if with_parent:
         die_with_parent(with_parent)
     set_title("dashboard", run.name)
+    os.nice(NICENESS)
     serve(run, host=host, port=port, say=_say)
 
 
@@ -169,7 +173,7 @@ def _step(row: dict[str, Any]) -> str:
 def _plan(row: dict[str, Any]) -> str:
     from lockstep.planning.core_split import Division
 
-    counts = {name: row[name] or 0 for name in ("workers", "threads", "shards")}
+    counts = {name: row[name] or 0 for name in ("workers", "threads", "shards", "team")}
     hosts = f" on {len(row['hosts'])} hosts" if len(row["hosts"]) > 1 else ""
     return f"{Division(**counts)}{hosts}"
 

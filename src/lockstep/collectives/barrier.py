@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from lockstep.state.control_segment import ControlSegment
 from lockstep.system import futex
 from lockstep.system.machine import cores
+from lockstep.system.spin_budget import SpinBudget
 
 NAP = 0.02
 """Seconds: the longest single sleep before the epoch and the parent are looked at again."""
@@ -38,8 +40,9 @@ class Barrier:
     ) -> None:
         self.control, self.worker_id, self.epoch = control, worker_id, epoch
         self.others = [other for other in worker_ids if other != worker_id]
-        crowded = len(worker_ids) * threads > cores()
-        self.spins = 1 if crowded else SPINS
+        self.crowded = len(worker_ids) * threads > cores()
+        """Whether there are more workers than cores: then nobody spins."""
+        self._budget = SpinBudget(1 if self.crowded else SPINS)
 
     def arrive(self, progress: int, *, notify: bool = False) -> None:
         """Publish this worker's progress. `notify`: the exchange thread waits for it, too."""
@@ -59,14 +62,20 @@ class Barrier:
         if not self.others and control.epoch != self.epoch:
             raise Regroup  # a lone worker waits for nobody who could hold it up
         for other in self.others:
-            spins = self.spins
-            while (seen := control.progress(other)) < progress:
-                if control.epoch != self.epoch:
-                    raise Regroup
-                if spins:
-                    spins -= 1
-                    continue
-                futex.wait(control.progress_address(other), seen, NAP)
+            if control.progress(other) < progress:
+                self._await(other, progress)
+
+    def _await(self, other: int, progress: int) -> None:
+        """Return when another worker has come so far: by looking, and then by sleeping."""
+        control, spins, begun = self.control, self._budget.spins, time.perf_counter()
+        while (seen := control.progress(other)) < progress:
+            if control.epoch != self.epoch:
+                raise Regroup
+            if spins:
+                spins -= 1
+                continue
+            futex.wait(control.progress_address(other), seen, NAP)
+        self._budget.learn(time.perf_counter() - begun)
 
     def await_exchange(self, word: int) -> None:
         """Return when the exchange between hosts has come so far. This worker has done its part.

@@ -30,6 +30,7 @@ from lockstep.errors import JobError
 from lockstep.job.code_archive import Archive, pack
 from lockstep.job.job import Job
 from lockstep.job.run_request import RunRequest
+from lockstep.job.slice_words import several_hosts
 from lockstep.job.task_source import TaskSource
 from lockstep.net.blob_transfer import BlobInfo, BlobServer
 from lockstep.net.control_link import ControlLink
@@ -113,6 +114,8 @@ def open_hosts(
                 found=f"device = {job.device} and other hosts",
                 fix="leave one out",
             )
+        if on is not None and job.team > 1:
+            raise several_hosts(job.team, "other hosts")
         if on is None:
             yield SingleHost(job, host)
             return

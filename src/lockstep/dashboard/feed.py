@@ -76,10 +76,13 @@ class Feed:
     async def _look(self, *, at_once: bool) -> None:
         """Look for what is new, unless somebody has just done so."""
         now = time.monotonic()
-        if now - self._looked >= 0.9 * LOOK_SECONDS or at_once:
-            self._looked = now
-            if await asyncio.to_thread(self._read, now):
-                self._version += 1
+        if now - self._looked < 0.9 * LOOK_SECONDS and not at_once:
+            return
+        self._looked = now
+        due = at_once or now - self._told >= FACTS_SECONDS
+        # The run has the cores: a look that finds nothing must cost nothing worth a thread.
+        if (due or self._reader.is_behind()) and await asyncio.to_thread(self._read, now):
+            self._version += 1
 
     def _read(self, now: float) -> bool:
         changed = self._reader.refresh()

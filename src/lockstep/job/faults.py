@@ -21,12 +21,17 @@ BETWEEN_HOSTS = ("exchange", "return")
 they return the sums or parameters that they own."""
 
 
+IN_TEAMS = ("team_forward", "team_backward", "team_slot")
+"""More phases of a shard that a team computes: between two exchanges of the forward pass, before an
+exchange of the backward pass, and when a member's gradients are written."""
+
+
 AROUND = ("start", "join")
 """Phases outside of a step: before a worker has reported that it is ready, where this step was the
 last report for its worker_id; and when it has become a member, from this step on."""
 
 
-ANYWHERE = (*PHASES, *BETWEEN_HOSTS, *AROUND)
+ANYWHERE = (*PHASES, *BETWEEN_HOSTS, *IN_TEAMS, *AROUND)
 
 
 KINDS = ("kill", "segfault", "exit", "stop", "loop", "slow", "flip", "host")

@@ -213,6 +213,14 @@ class Job:
         unset="measured",
         options=("--workers", "-w"),
     )
+    team: int = setting(
+        1,
+        help="With `slices`: how many workers compute a shard together, each some of its slices.",
+        detail="At most `slices` and `workers`; there may be `shards` times `team` workers. On one "
+        "host, and not with `compile`. See [slices.md](slices.md#teams).",
+        least=1,
+        most=1024,
+    )
     max_workers: int | None = setting(
         None,
         help="Largest number of workers that `lockstep scale` may ask for, at most `shards`.",
@@ -350,8 +358,8 @@ class Job:
     log: Sequence[str] = setting(
         (),
         help="Where metrics are written besides: tensorboard, mlflow, wandb or trackio.",
-        detail="Each needs its package. TensorBoard's files are in the run folder: "
-        "`tensorboard --logdir runs`.",
+        detail="Each needs its package. They have the first 1,000 steps, and then up to four in a "
+        "second. TensorBoard's files are in the run folder: `tensorboard --logdir runs`.",
         expected="names of loggers",
         options=("--log",),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.errors import JobError
-from lockstep.job.slice_words import check_slices
+from lockstep.job.slice_words import check_slices, check_team, several_hosts
 
 Settings = Mapping[str, Any]
 """By name."""
@@ -26,6 +26,8 @@ def check_together(job: Settings, defaults: Settings) -> None:
     _check_name(job)
     _check_device(job, defaults)
     check_slices(job["slices"], job["slice_plan"], job["local_steps"])
+    check_team(job["team"], job["slices"], job["workers"], compiled=job["compile"])
+    _check_team_host(job)
 
 
 def _check_compression(job: Settings) -> None:
@@ -96,6 +98,7 @@ WITHOUT_HOMES = {
     "compression": "what a codec leaves out is kept in the host's segment",
     "local_steps": "what a shard's own optimizer keeps is in the host's segment",
     "audit": "it compares what workers have left in the host's segments",
+    "team": "its members compute in the host's segments",
     "compile": "kernels are bound to the host's segments before the first fork",
 }
 """Settings that do not go with homes of workers' own, and why."""
@@ -133,8 +136,25 @@ def _check_device(job: Settings, defaults: Settings) -> None:
             )
 
 
+def _check_team_host(job: Settings) -> None:
+    """Refuse what says that there are other hosts."""
+    said = [name for name in ("servers", "cluster") if job[name]]
+    if job["ownership"] == "sharded":
+        said.append("ownership")
+    if job["team"] > 1 and said:
+        raise several_hosts(job["team"], ", ".join(said))
+
+
 def _check_shards(job: Settings) -> None:
-    if job["workers"] and job["shards"] and job["shards"] < job["workers"]:
+    team = job["team"]
+    if team > 1 and job["workers"] and job["shards"] and job["shards"] * team < job["workers"]:
+        raise JobError(
+            "there are more workers than shards have members: some would never have work",
+            expected=f"workers <= shards * team = {job['shards'] * team}",
+            found=f"workers = {job['workers']}, shards = {job['shards']}, team = {team}",
+            fix=f"set workers to {job['shards'] * team} or fewer, or shards or team to more",
+        )
+    if team == 1 and job["workers"] and job["shards"] and job["shards"] < job["workers"]:
         raise JobError(
             "there are more workers than shards: some would never have work",
             expected=f"shards >= workers = {job['workers']}",

@@ -1,4 +1,7 @@
-"""Slice words: how a job, or a model's configuration, says which matrices are cut into slices."""
+"""Slice words: how a job, or a model's configuration, says which matrices are cut into slices.
+
+And which settings go with slices, and with teams that compute them.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +50,51 @@ def check_slices(slices: int, slice_plan: Mapping[str, str] | None, local_steps:
                 found=repr(word),
                 fix=f"write {near}" if near else "choose one of these, or leave the module out",
             )
+
+
+def check_team(team: int, slices: int, workers: int | None, *, compiled: bool) -> None:
+    """Check that teams go with a job's other settings. `workers`: None where it leaves them open.
+
+    Raises:
+        JobError: they do not.
+    """
+    if team == 1:
+        return
+    if slices == 1:
+        raise JobError(
+            "team is given without slices: its members would have nothing to divide",
+            expected="slices >= team, with team",
+            found=f"team = {team}, slices = 1",
+            fix=f"set slices to {team} or more (the numbers depend on it), or leave team out",
+        )
+    if team > slices:
+        raise JobError(
+            "a team has more members than there are slices: some would never have work",
+            expected=f"team <= slices = {slices}",
+            found=f"team = {team}",
+            fix=f"set team to {slices} or fewer, or slices to {team} (the numbers depend on it)",
+        )
+    if workers is not None and team > workers:
+        raise JobError(
+            "a team has more members than there are workers",
+            expected=f"team <= workers = {workers}",
+            found=f"team = {team}",
+            fix=f"set workers to {team} or more, or team to {workers} or fewer",
+        )
+    if compiled:
+        raise JobError(
+            "compile does not go with teams: a compiled shard runs as a whole",
+            expected="team = 1, or compile = false",
+            found=f"team = {team}, compile = true",
+            fix="leave one out",
+        )
+
+
+def several_hosts(team: int, found: str) -> JobError:
+    """What to raise where there are other hosts than this one."""
+    return JobError(
+        "teams are for one host, for now: their members share memory",
+        expected="team = 1, or this host alone",
+        found=f"team = {team}, with {found}",
+        fix="leave team out: slices go with several hosts, and the results are the same",
+    )

@@ -72,7 +72,7 @@ Word* at_address(uint64_t address) {
 
 StepTail make_tail(uint64_t progress, const std::vector<uint64_t>& others, uint64_t epoch_word,
                    uint64_t updating, std::pair<uint64_t, int64_t> has_gradient, uint64_t rates,
-                   int32_t epoch, double spin_seconds) {
+                   int32_t epoch, int most_spins) {
   Words words;
   words.progress = at_address<int32_t>(progress);
   for (uint64_t other : others) words.others.push_back(at_address<int32_t>(other));
@@ -81,7 +81,7 @@ StepTail make_tail(uint64_t progress, const std::vector<uint64_t>& others, uint6
   words.has_gradient = at_address<uint8_t>(has_gradient.first);
   words.gradients = has_gradient.second;
   words.learning_rates = at_address<double>(rates);
-  return StepTail(std::move(words), epoch, spin_seconds, look_at_signals);
+  return StepTail(std::move(words), epoch, most_spins, look_at_signals);
 }
 
 using LoweredPart =
@@ -101,7 +101,7 @@ void add_group(StepTail& tail, const std::vector<std::tuple<at::Tensor, at::Tens
   tail.add(std::move(group));
 }
 
-std::tuple<int, double, double, double> finish(const StepTail& tail, int32_t step, int32_t computed,
+std::tuple<int, double, double, double> finish(StepTail& tail, int32_t step, int32_t computed,
                                                int32_t updated, int64_t place, double rate,
                                                const Options& options) {
   const Ended ended = tail.finish(step, computed, updated, place, rate, options);

@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 
 namespace lockstep {
@@ -19,8 +20,8 @@ namespace {
 
 // The longest single sleep before the epoch is looked at again (NAP in collectives/barrier.py).
 constexpr long kNapNanoseconds = 20'000'000;
-// Looks at a word between two looks at the clock.
-constexpr int kLooks = 64;
+// A wait of this length is a short one (SHORT_SECONDS in system/spin_budget.py).
+constexpr double kShortSeconds = 1e-3;
 
 double now() {
   timespec time;
@@ -76,7 +77,7 @@ void StepTail::arrive(int32_t progress) const {
 }
 
 // Whether every other worker has come so far; false: the membership has changed.
-bool StepTail::wait(int32_t progress) const {
+bool StepTail::wait(int32_t progress) {
   // A lone worker waits for nobody who could hold it up.
   if (words_.others.empty()) return read(words_.epoch) == epoch_;
   for (const int32_t* other : words_.others) {
@@ -85,21 +86,23 @@ bool StepTail::wait(int32_t progress) const {
   return true;
 }
 
-bool StepTail::wait_for(const int32_t* word, int32_t progress) const {
-  const double until = spin_seconds_ > 0 ? now() + spin_seconds_ : 0;
-  bool spinning = spin_seconds_ > 0;
-  for (int looks = 1;; ++looks) {
-    const int32_t seen = read(word);
-    if (seen >= progress) return true;
+bool StepTail::wait_for(const int32_t* word, int32_t progress) {
+  if (read(word) >= progress) return true;
+  const double begun = now();
+  int32_t seen;
+  for (int left = spins_; (seen = read(word)) < progress;) {
     if (read(words_.epoch) != epoch_) return false;
-    if (spinning) {
+    if (left > 0) {
+      --left;
       pause();
-      if (looks % kLooks == 0) spinning = now() < until;
     } else {
       nap(word, seen);
       look_();
     }
   }
+  // As SpinBudget.learn: one look after a long wait, twice as many after a short one.
+  spins_ = now() - begun < kShortSeconds ? std::min(2 * spins_, most_spins_) : 1;
+  return true;
 }
 
 bool StepTail::uniform() const {
@@ -110,7 +113,7 @@ bool StepTail::uniform() const {
 }
 
 Ended StepTail::finish(int32_t step, int32_t computed, int32_t updated, int64_t place, double rate,
-                       const Options& options) const {
+                       const Options& options) {
   Ended ended{Ending::Regroup};
   if (!wait(computed)) return ended;
   ended.met = now();

@@ -61,10 +61,10 @@ using Options = std::vector<std::vector<double>>;
 
 class StepTail {
  public:
-  // `look` is called in every nap: signals may be pending. `spin_seconds`: how long a word is
-  // looked at before the first nap.
-  StepTail(Words words, int32_t epoch, double spin_seconds, std::function<void()> look)
-      : words_(std::move(words)), epoch_(epoch), spin_seconds_(spin_seconds),
+  // `look` is called after every nap: signals may be pending. `most_spins`: how often a word is
+  // looked at, at most, before the first nap.
+  StepTail(Words words, int32_t epoch, int most_spins, std::function<void()> look)
+      : words_(std::move(words)), epoch_(epoch), spins_(most_spins), most_spins_(most_spins),
         look_(std::move(look)) {}
 
   void add(Group group) { groups_.push_back(std::move(group)); }
@@ -77,16 +77,16 @@ class StepTail {
   // Regroup: the membership has changed. NotUniform: some shard has no gradient of some parameter;
   // nothing has been done yet.
   Ended finish(int32_t step, int32_t computed, int32_t updated, int64_t place, double rate,
-               const Options& options) const;
+               const Options& options);
 
  private:
-  bool wait(int32_t progress) const;
-  bool wait_for(const int32_t* word, int32_t progress) const;
+  bool wait(int32_t progress);
+  bool wait_for(const int32_t* word, int32_t progress);
   bool uniform() const;
 
   Words words_;
   int32_t epoch_;
-  double spin_seconds_;
+  int spins_, most_spins_;
   std::function<void()> look_;
   std::vector<Group> groups_;
 };

@@ -19,6 +19,7 @@ data_partition       which host has how much of the data (`data: local`), and so
 metric_decisions     from held-out metrics to which state is best, and when to stop
 eval_batches         held-out batches, and how their sums become metrics
 reduction_tree       the balanced binary tree over shards: subtrees, order, depth
+teams                which workers compute a shard together, and which slices each of them does
 shard_placement      which host computes which shards, as complete subtrees
 ownership            which host sums and updates what: replicated, sharded, servers
 host_role            HostRole: what one host computes, sums, updates and keeps

@@ -16,6 +16,7 @@ from lockstep.planning.host_role import HostRole
 from lockstep.planning.metric_decisions import Told
 from lockstep.planning.ownership import Returns
 from lockstep.planning.sampling import home_shards
+from lockstep.planning.teams import team_count, team_of, team_ranks
 from lockstep.system.messages import Message
 
 Run = tuple[int, int]
@@ -57,6 +58,9 @@ class Assignment(Message, tag="join"):
     told: tuple[Told, ...] = ()
     """What the task's schedule has been told, where it waits for a metric."""
 
+    team: int = 1
+    """How many workers compute a shard together; the last team may have fewer."""
+
     @property
     def worker_id(self) -> int:
         return self.worker_ids[self.rank]
@@ -77,10 +81,21 @@ class Assignment(Message, tag="join"):
         return tuple(range(*run) for run in self.subtree_runs)
 
     @property
+    def teams(self) -> int:
+        """How many teams this host's workers make; without teams, each worker is one."""
+        return team_count(self.workers, self.team)
+
+    @property
+    def teammates(self) -> tuple[int, ...]:
+        """The members of this worker's team, itself among them; the first one leads it."""
+        index = team_of(self.rank, self.team)
+        return tuple(self.worker_ids[rank] for rank in team_ranks(self.workers, self.team, index))
+
+    @property
     def shards(self) -> tuple[int, ...]:
-        """The shards that are this worker's to begin with, in every step."""
-        shards = self.host_shards
-        return tuple(shards[i] for i in home_shards(len(shards), self.workers, self.rank))
+        """The shards that are this worker's, or its team's, to begin with, in every step."""
+        shards, index = self.host_shards, team_of(self.rank, self.team)
+        return tuple(shards[i] for i in home_shards(len(shards), self.teams, index))
 
 
 def assign(
@@ -95,6 +110,7 @@ def assign(
     loaders: bool,
     ahead_from: int,
     told: tuple[Told, ...] = (),
+    team: int = 1,
 ) -> Assignment:
     """The assignment of the worker of this rank, on a host of this role."""
     return Assignment(
@@ -114,6 +130,7 @@ def assign(
         loaders=loaders,
         ahead_from=ahead_from,
         told=told,
+        team=team,
     )
 
 

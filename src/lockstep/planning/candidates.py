@@ -61,22 +61,28 @@ class Candidate:
 
 
 def candidates(
-    hosts: Sequence[Host], shards: int, workers: int | None = None, *, all_hosts: bool = False
+    hosts: Sequence[Host],
+    shards: int,
+    workers: int | None = None,
+    *,
+    all_hosts: bool = False,
+    team: int = 1,
 ) -> list[Candidate]:
     """All of them, the preferred one first: fewer hosts, then more workers.
 
     Args:
         hosts: the master's first; it always takes part.
-        shards: V. There are never more workers than that.
+        shards: V. There are never more workers, or teams, than that.
         workers: how many there are, where the job says so.
         all_hosts: whether no host may be left out.
+        team: how many workers compute a shard together.
     """
     found: dict[tuple[tuple[str, int], ...], Candidate] = {}
     for chosen in _subsets(hosts, all_hosts=all_hosts):
         capacities = {host.name: host.most_workers for host in chosen}
-        most = min(sum(capacities.values()), shards)
+        most = max(team, min(sum(capacities.values()), shards * team))
         for total in [workers] if workers is not None else worker_counts(most):
-            if total >= len(chosen):
+            if total >= max(len(chosen), team):
                 for each in _shared(total, capacities):
                     found[tuple(each.items())] = Candidate(workers=each)
     return list(found.values())

@@ -32,11 +32,14 @@ class Division:
     workers: int
     threads: int
     shards: int
+    team: int = 1
+    """How many workers compute a shard together."""
 
     def __str__(self) -> str:
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{workers} x {threads}, {self.shards} shard{'s' * (self.shards > 1)}"
+        teams = f" in teams of {self.team}" if self.team > 1 else ""
+        return f"{workers} x {threads}{teams}, {self.shards} shard{'s' * (self.shards > 1)}"
 
 
 def default_shards(batch_size: int) -> int:
@@ -65,10 +68,13 @@ def shards_of(job: Job) -> int:
     shards = job.shards or default_shards(batch_size)
     for name in ("workers", "max_workers"):
         wanted = getattr(job, name)
-        if wanted is not None and wanted > shards:
+        if wanted is not None and wanted > shards * job.team:
+            most = (
+                f"at most {shards * job.team}: a batch of {batch_size} is cut into {shards} shards"
+            )
             raise JobError(
                 f"{name} is more than there are shards: some workers would never have work",
-                expected=f"at most {shards}: a batch of {batch_size} is cut into {shards} shards",
+                expected=most if job.team == 1 else f"{most}, for teams of {job.team}",
                 found=f"{name} = {wanted}",
                 fix=f"set shards = {wanted} (the numbers depend on it), or lower {name}",
             )
@@ -81,9 +87,13 @@ def divisions(job: Job, facts: Facts) -> list[Division]:
     They differ in workers alone: shards and threads change the numbers, and are the job's.
     """
     shards, threads = shards_of(job), job.threads or 1
-    most = max(1, min(facts.cores // threads, shards))
-    counts = worker_counts(most) if job.workers is None else [job.workers]
-    return [Division(workers=count, threads=threads, shards=shards) for count in counts]
+    most = max(job.team, min(facts.cores // threads, shards * job.team))
+    counts = [count for count in worker_counts(most) if count >= job.team]
+    if job.workers is not None:
+        counts = [job.workers]
+    return [
+        Division(workers=count, threads=threads, shards=shards, team=job.team) for count in counts
+    ]
 
 
 MOST_COUNTS = 16

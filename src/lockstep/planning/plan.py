@@ -12,10 +12,12 @@ from lockstep.errors import DataError, JobError
 from lockstep.job.faults import NOBODY
 from lockstep.job.job import Job
 from lockstep.job.position import Position
+from lockstep.job.slice_words import check_team
 from lockstep.planning.core_split import DEFAULT_BATCH_SIZE, Division, Facts
 from lockstep.planning.data_partition import Holdings, from_message, held_out_batches, parts
 from lockstep.planning.sampling import Sampling, steps_in_epoch
 from lockstep.planning.step_phases import MAX_STEPS
+from lockstep.planning.teams import describe_teams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class Plan:
     compile: bool = False
     slices: int = 1
     slice_plan: Mapping[str, str] | None = None
+    team: int = 1
+    """How many workers compute a shard together."""
     cuts: tuple[Mapping[str, Any], ...] = ()
     """What becomes of each module with matrices: known when the model has been cut."""
     sample_order: str = ""
@@ -81,7 +85,9 @@ class Plan:
     @property
     def division(self) -> Division:
         """The division of the cores."""
-        return Division(workers=self.workers, threads=self.threads, shards=self.shards)
+        return Division(
+            workers=self.workers, threads=self.threads, shards=self.shards, team=self.team
+        )
 
     @property
     def sampling(self) -> Sampling:
@@ -140,10 +146,10 @@ class Plan:
         """
         if workers is None:
             return self
-        if workers > self.shards:
+        if workers > self.most_workers:
             raise JobError(
                 "there are more workers than shards: some would never have work",
-                expected=f"at most {self.shards} workers",
+                expected=f"at most {self.most_workers} workers",
                 found=f"{workers}",
             )
         max_workers = max(workers, self.max_workers)
@@ -165,6 +171,24 @@ class Plan:
                 fix="leave device out, or start another run",
             )
         return dataclasses.replace(self, device=device)
+
+    @property
+    def most_workers(self) -> int:
+        """As many as can have work: there may be a team for each shard."""
+        return self.shards * self.team
+
+    def resized(self, workers: int | None, team: int | None) -> Plan:
+        """The same plan, and so the same bits, on another number of workers, in teams of another
+        size; None: as they are.
+
+        Raises:
+            JobError: there are fewer shards, slices or workers than that.
+        """
+        if team is None:
+            return self.with_workers(workers)
+        check_team(team, self.slices, workers or self.workers, compiled=self.compile)
+        most = max(self.max_workers, self.shards * team)
+        return dataclasses.replace(self, team=team, max_workers=most).with_workers(workers)
 
     def with_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> Plan:
         """The same plan, with what has become of the model's matrices."""
@@ -213,10 +237,17 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
     batch_size = (job.batch_size or DEFAULT_BATCH_SIZE) * job.local_steps
     if job.shards is None:
         reasons.append(f"{division.shards} shards: by the batch size, whatever the machine")
-    reasons.append(f"the results are the same for 1 to {division.shards} workers")
+    most_workers = division.shards * job.team
+    reasons.append(f"the results are the same for 1 to {most_workers} workers")
     if job.batch_size is None:
         reasons.append(f"batch_size {DEFAULT_BATCH_SIZE}: the default")
     reasons += _loader_reasons(job, facts)
+    if job.team > 1:
+        teams = describe_teams(range(division.workers), job.team)
+        reasons.append(
+            f"{teams}; a team computes a shard together, each member some slices: predicted as if "
+            "nothing were exchanged"
+        )
     if job.local_steps > 1:
         reasons.append(f"a step is a round of {job.local_steps} batches, {batch_size} samples")
     if facts.train_samples < batch_size:
@@ -275,7 +306,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         workers=division.workers,
         shards=division.shards,
         threads=division.threads,
-        max_workers=max(division.workers, job.max_workers or division.shards),
+        max_workers=max(division.workers, job.max_workers or most_workers),
         steps=steps,
         planned_steps=steps,
         shuffle=job.shuffle,
@@ -306,6 +337,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         compile=job.compile,
         slices=job.slices,
         slice_plan=job.slice_plan,
+        team=job.team,
         sample_order=facts.sample_order,
         memory_format=job.memory_format,
         device=job.device,

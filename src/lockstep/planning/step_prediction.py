@@ -15,6 +15,7 @@ from lockstep.planning.candidates import Candidate, Host
 from lockstep.planning.ownership import DIRECT
 from lockstep.planning.reduction_tree import most_subtrees
 from lockstep.planning.shard_placement import ShardPlacement
+from lockstep.planning.teams import team_count
 
 COMPRESSED = {"none": 1.0, "bf16": 0.5, "int8": 0.2578, "topk": 0.08}
 """How many bytes of a gradient hosts exchange, of one in full."""
@@ -30,6 +31,8 @@ class Work:
     groups: int = 0
     """With compression: into how many groups the shards are divided."""
     compression: str = "none"
+    team: int = 1
+    """How many workers compute a shard together: predicted as if they divided all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +133,10 @@ def _host_parts(host: Host, placement: ShardPlacement, work: Work) -> _HostParts
     shard, sums = profile.shard_seconds(work.samples, own.workers), profile.sum_seconds(own.workers)
     before = len(own.shards) - len(own.subtrees) if several else 0
     leaves = len(placement.subtrees) if several else work.shards
+    teams = team_count(own.workers, work.team)
     return _HostParts(
         mean=len(own.shards) / own.workers * shard,
-        longest=-(-len(own.shards) // own.workers) * shard,
+        longest=-(-len(own.shards) // teams) * shard / min(work.team, own.workers),
         own_sums=before * sums,
         all_sums=(leaves - 1) * sums,
         optimizer=profile.optimizer_seconds(own.workers),

@@ -34,6 +34,8 @@ class InferBatches(Message):
     """Comes back with the answers: those to an earlier question are dropped."""
     predict: bool
     batches: tuple[int, ...]
+    together: bool = False
+    """Whether the worker's team computes them together; then its leader answers."""
 
 
 class ScoreOutputs(Message):

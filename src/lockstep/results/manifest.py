@@ -91,7 +91,8 @@ def counted(name: str, value: Any) -> Any:
 def scope_of(manifest: Mapping[str, Any]) -> str:
     """Where the fingerprint of a run holds, in words."""
     plan, profile = manifest["plan"], manifest["profile"]
-    workers = "1 worker" if plan["shards"] == 1 else f"1 to {plan['shards']} workers"
+    most = plan["shards"] * plan.get("team", 1)
+    workers = "1 worker" if most == 1 else f"1 to {most} workers"
     threads = "1 thread" if plan["threads"] == 1 else f"{plan['threads']} threads"
     kernels = "AVX2" if plan["numerics"] == "portable" else profile["capability"]
     if "gpu" in profile:

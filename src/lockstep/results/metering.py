@@ -1,7 +1,7 @@
 """Metering: what the recorder keeps of a run's pace and times, over intervals that grow with it.
 
-An interval that is kept lasts as long as `keep_seconds` says: half a second at first, later a
-fixed part of the time so far. A run of a day keeps some 3,400 lines of each kind, and one that
+An interval that is kept lasts as long as `keep_seconds` says: one second at first, later a
+fixed part of the time so far. A run of a day keeps some 3,100 lines of each kind, and one that
 lasts ten times as long some 1,200 more, however many steps these are.
 """
 
@@ -21,7 +21,7 @@ from lockstep.results.event_schema import Seconds, Timed
 from lockstep.results.ledger import StepRecord
 from lockstep.results.run_folder import Events, RunFolder, event_line, utc_now
 
-LIVE_SECONDS = 0.5
+LIVE_SECONDS = 1.0
 """How often `live.json` is written, and the shortest interval that is kept."""
 KEPT_PARTS = 500
 """An interval is at least one part in so many of the time so far."""

@@ -21,6 +21,8 @@ from lockstep.results.run_summary import summarise
 from lockstep.system.json_files import open_regular
 from lockstep.system.private_files import file_stamp
 
+FILES = ("manifest.json", "events.jsonl", "live.jsonl", "result.json")
+"""Those that are read."""
 MOST_BYTES = 64 << 20
 """Of a file of JSON; a larger one is not read."""
 MOST_CHUNK, END_BYTES = 8 << 20, 64 << 10
@@ -43,6 +45,8 @@ class RunReader:
         """Grows whenever there is something new that is live."""
         self._at, self._inode = 0, 0
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
+        self._written_to: list[tuple[int, int, int] | None] = []
+        """The stamps of `FILES` at the last `refresh`."""
         self._without_pace = False
 
     def refresh(self) -> bool:
@@ -51,6 +55,7 @@ class RunReader:
         Raises:
             RunFolderError: the folder is gone, or its manifest cannot be read.
         """
+        self._written_to = self._stamps_now()  # before: what is written meanwhile is read next time
         changed = self._read_manifest()
         changed |= self.read_events()
         changed |= self._read_live()
@@ -61,6 +66,13 @@ class RunReader:
             self._without_pace = True
             changed |= self._read_losses()
         return changed
+
+    def is_behind(self) -> bool:
+        """Whether a file is another than when it was read last: cheap, for who looks often."""
+        return self._written_to != self._stamps_now()
+
+    def _stamps_now(self) -> list[tuple[int, int, int] | None]:
+        return [file_stamp(self.folder / name) for name in FILES]
 
     @property
     def status(self) -> str:

@@ -53,6 +53,7 @@ def summarise(
         "dead": [list(lane) for lane in lost],
         "most_workers": whole(plan.get("seats")) or whole(plan.get("max_workers")),
         "shards": whole(plan.get("shards")),
+        "team": whole(plan.get("team")) or 1,
         "threads": whole(plan.get("threads")),
         "hosts": sorted({host for host, _ in history.lanes.rows}),
         "fingerprint": shown(result.get("fingerprint") or ""),

@@ -17,4 +17,8 @@ slice_random    dropout with random numbers of each slice's own
 linear          linear layers and embeddings in slices
 attention       multi-head attention in slices of heads
 chains          containers that run a chain slice by slice
+exchanges       what slices have in common: computed alone, or exchanged in a team
+team            a member's view of the workers that compute a shard together
+board           words and buffers in shared memory, over which a team exchanges
+shown_tensors   tensors in such a buffer
 """

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lockstep.slices.cut_parameter import spans_of
+from lockstep.slices.exchanges import join, own_slices, spread, total
 from lockstep.slices.linear import Cutting, with_bias
 from lockstep.slices.slice_random import drop, slice_generators
-from lockstep.slices.summing import fan_out, sizes_of, tree_sum
+from lockstep.slices.summing import sizes_of
 
 
 class AttentionSlice(nn.Module):
@@ -103,21 +104,23 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
         generators: Any = [None] * count
         if self.training and self.dropout > 0.0:
             generators = slice_generators(count)
-        heads = spans_of([part.heads for part in self._parts])
+        slices, sizes = self._parts, [part.heads for part in self._parts]
+        heads = spans_of(sizes)
         sums, weights = [], []
-        for part, each, span, generator in zip(self._parts, inputs, heads, generators, strict=True):
+        for index, each in zip(own_slices(count), inputs, strict=True):
+            part, span, generator = slices[index], heads[index], generators[index]
             own = mask[:, span.start : span.stop] if mask is not None and mask.size(1) > 1 else mask
             found, weight = self._attend(part, each, own, generator, need_weights=need_weights)
             sums.append(F.linear(found, part.out_proj_weight))
             weights.append(weight)
-        out = with_bias(tree_sum(sums), self.out_proj.bias)
+        out = with_bias(total(sums, count), self.out_proj.bias)
         if not batched:
             out = out.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
         if not need_weights:
             return out, None
-        shown = torch.cat([weight for weight in weights if weight is not None], 1)
+        shown = join([weight for weight in weights if weight is not None], sizes, 1)
         shown = shown.mean(1) if average_attn_weights else shown
         return out, shown if batched else shown.squeeze(0)
 
@@ -128,14 +131,14 @@ class SlicedMultiheadAttention(nn.MultiheadAttention):
     def _inputs(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, batched: bool
     ) -> list[tuple[torch.Tensor, ...]]:
-        """Query, key and value for each slice, `[batch, length, embed]`; what is one tensor stays
-        one."""
+        """Query, key and value for each slice that this process computes, `[batch, length, embed]`;
+        what is one tensor stays one."""
         found: dict[int, list[torch.Tensor]] = {}
         for each in (query, key, value):
             if id(each) not in found:
                 x = each if batched else each.unsqueeze(0)
                 x = x.transpose(0, 1) if batched and not self.batch_first else x
-                found[id(each)] = fan_out(x, len(self.slices))
+                found[id(each)] = spread(x, len(self.slices))
         return list(zip(*(found[id(each)] for each in (query, key, value)), strict=True))
 
     def _mask(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lockstep.slices.exchanges import own_slices
 from lockstep.slices.linear import SlicedColumnLinear, SlicedRowLinear
 from lockstep.slices.slice_random import drop, slice_generators
 from lockstep.slices.structure import chain_from, is_elementwise, is_plain
@@ -36,7 +37,8 @@ def run_chain(
     parts = first.parts(x)
     generators: Sequence[torch.Generator | None] = [None] * len(parts)
     if any(_drops(each) for each in between):
-        generators = slice_generators(len(parts))
+        drawn = slice_generators(len(first.slices))
+        generators = [drawn[index] for index in own_slices(len(drawn))]
     found = []
     for part, generator in zip(parts, generators, strict=True):
         for function in between:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lockstep.slices.cut_parameter import CutParameter, spans_of
-from lockstep.slices.summing import fan_out, sizes_of, tree_sum
+from lockstep.slices.exchanges import divide, join, own_slices, spread, total
+from lockstep.slices.summing import sizes_of
 
 
 class MatrixSlice(nn.Module):
@@ -34,6 +35,12 @@ def _joined(slices: nn.ModuleList, dim: int) -> torch.Tensor:
 def _parts(slices: nn.ModuleList) -> list[Any]:
     """The slices, each with `weight` and `bias`."""
     return list(slices)
+
+
+def _own(slices: nn.ModuleList) -> list[Any]:
+    """Those that this process computes: all, or in a team some of them."""
+    parts = _parts(slices)
+    return [parts[index] for index in own_slices(len(parts))]
 
 
 class SlicedColumnLinear(nn.Linear):
@@ -62,16 +69,15 @@ class SlicedColumnLinear(nn.Linear):
         return None if biases[0] is None else torch.cat(biases)
 
     def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Each slice's outputs."""
-        slices = _parts(self.slices)
+        """The outputs of each slice that this process computes."""
         return [
             F.linear(each, part.weight, part.bias)
-            for each, part in zip(fan_out(x, len(slices)), slices, strict=True)
+            for each, part in zip(spread(x, len(self.slices)), _own(self.slices), strict=True)
         ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        return torch.cat(self.parts(x), -1)
+        return join(self.parts(x), sizes_of(self.out_features, len(self.slices)), -1)
 
 
 class SlicedRowLinear(nn.Linear):
@@ -93,16 +99,15 @@ class SlicedRowLinear(nn.Linear):
         return _joined(self.slices, 1)
 
     def total(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The outputs, from each slice's inputs."""
+        """The outputs, from the inputs of each slice that this process computes."""
         sums = [
-            F.linear(each, part.weight)
-            for each, part in zip(parts, _parts(self.slices), strict=True)
+            F.linear(each, part.weight) for each, part in zip(parts, _own(self.slices), strict=True)
         ]
-        return with_bias(tree_sum(sums), self.bias)
+        return with_bias(total(sums, len(self.slices)), self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        return self.total(x.split(sizes_of(self.in_features, len(self.slices)), -1))
+        return self.total(divide(x, sizes_of(self.in_features, len(self.slices)), -1))
 
 
 class SlicedEmbedding(nn.Embedding):
@@ -136,7 +141,8 @@ class SlicedEmbedding(nn.Embedding):
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """`[...]` to `[..., embedding_dim]`."""
-        return torch.cat([part(indices) for part in self.slices], -1)
+        sizes = sizes_of(self.embedding_dim, len(self.slices))
+        return join([part(indices) for part in _own(self.slices)], sizes, -1)
 
 
 class Cutting:

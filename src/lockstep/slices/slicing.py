@@ -57,6 +57,16 @@ def slice_model(model: nn.Module, cuts: Iterable[Cut], slices: int) -> Slicing:
     )
 
 
+def slice_numbers(model: nn.Module) -> dict[int, int]:
+    """By the id of each parameter that is a slice, or part of one: which slice it is."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, SLICED):
+            for number, part in enumerate(module.slices):
+                found.update(dict.fromkeys(map(id, part.parameters()), number))
+    return found
+
+
 def draws_by_slice(model: nn.Module) -> bool:
     """Whether slices of a model draw random numbers of their own in training."""
     return any(

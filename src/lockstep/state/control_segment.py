@@ -43,7 +43,7 @@ COUNTER_MASK = 0x7FFFFFFF
 LEASE, EPOCH, SNAPSHOT_STEP, EXCHANGED, NOTIFICATIONS, MIRROR_STEP = range(6)
 HEADER_LINES = 6
 # The words of a worker's line.
-PROGRESS, SHARD, BEATS, UPDATING, AWAITED = range(5)
+PROGRESS, SHARD, BEATS, UPDATING, AWAITED, MEMBER = range(6)
 
 
 VIEWS = (memoryview, np.ndarray)
@@ -133,6 +133,7 @@ class ControlSegment:
         self._beats = words[header + BEATS : end : LINE_WORDS]
         self._updating = words[header + UPDATING : end : LINE_WORDS]
         self._awaited = words[header + AWAITED : end : LINE_WORDS]
+        self._members = words[header + MEMBER : end : LINE_WORDS]
         arrays: dict[str, npt.NDArray[Any]] = {}
         offset = shape.word_lines * LINE
         for name, (kind, size) in shape.arrays().items():
@@ -313,6 +314,17 @@ class ControlSegment:
         """Say that this worker waits for the exchange. Called by it, and by the agent, with 0,
         before it begins."""
         self._awaited[worker_id] = word
+
+    def awaited_member(self, worker_id: int) -> tuple[int, str] | None:
+        """The member of its team that a worker waits for, and in which pass of a shard."""
+        word = self._members[worker_id]
+        return ((word >> 1) - 1, "backward" if word & 1 else "forward") if word else None
+
+    def await_member(self, worker_id: int, member: int | None, phase: str) -> None:
+        """Say that this worker waits for a member of its team, or for none. Called by it, and by
+        the agent before it begins."""
+        word = 0 if member is None else (member + 1) << 1 | (phase == "backward")
+        self._members[worker_id] = word
 
     # Digests.
 

@@ -19,6 +19,7 @@ private_files   files written for this user alone, whole or not at all
 processes       processes that die with their parent; signals that stop a run
 seeding         seeds as pure functions of their purpose
 shared_memory   segments: created, mapped, and checked against the memory that there is
+spin_budget     how often a word is looked at before a process sleeps
 spelling        the known name that somebody probably meant
 torch_patches   everything of torch that is replaced, and why
 unix_channel    messages with file descriptors between processes of one host

@@ -33,6 +33,7 @@ purity_watch       while a job runs: shards are computed again by pristine forks
 job_measurement    forks that compute shards and steps for a moment, for the planner
 measuring_forks    starts and ends these forks
 shard_claims       which worker computes which shard, when there are more shards than workers
+team_work          a member's part in the shards that a team of workers computes together
 evaluate           held-out batches and predictions, computed without learning
 audit              recomputes shards and digests blocks, to find silent corruption
 model_checks       which models are taken, and why others are refused

@@ -28,6 +28,7 @@ from lockstep.planning.digest_sample import DigestSample, plan_digest_sample
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import Sampling
 from lockstep.planning.worker_messages import Report
+from lockstep.slices.board import BoardMemory
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine, numerics
@@ -61,6 +62,8 @@ class Session:
     """Where the job asks for it."""
     native: Library = BY_REQUEST
     """The native library, or why it is not used."""
+    boards: BoardMemory | None = None
+    """Where teams compute shards."""
 
     @staticmethod
     def build(
@@ -113,6 +116,7 @@ class Session:
             plan=plan,
             compiled=compile_passes(task, shared, plan, fetch) if plan.compile else None,
             native=load_library() if plan.native == "auto" else BY_REQUEST,
+            boards=BoardMemory(plan.max_workers) if plan.team > 1 else None,
         )
 
     def profile(self) -> dict[str, Any]:
@@ -166,6 +170,8 @@ class WorkerContext:
     native: Library
     told_native: list[str]
     """Why its steps were not native, as far as the agent was told."""
+    boards: BoardMemory | None
+    """Where teams compute shards."""
 
     @staticmethod
     def of(session: Session, worker_id: int, report: Report, device: Device) -> WorkerContext:
@@ -218,4 +224,5 @@ class WorkerContext:
             report=report,
             native=session.native,
             told_native=[],
+            boards=session.boards,
         )

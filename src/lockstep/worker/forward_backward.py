@@ -6,12 +6,13 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lockstep.collectives.barrier import Regroup
 from lockstep.data.loader import Loader
 from lockstep.device.device import Device
 from lockstep.errors import LockstepError, NonFiniteError, TaskError
@@ -20,6 +21,7 @@ from lockstep.job.position import Position
 from lockstep.job.task import Task
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.planning.sampling import Sampling, describe_samples
+from lockstep.slices.board import PassRestarted
 from lockstep.state.buffer_rules import BufferWatch
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.gradient_slots import GradientSlot
@@ -39,11 +41,26 @@ from lockstep.worker.sparse_autograd import Redo
 from lockstep.worker.traced_shard import TracedShard
 
 
+class TeamPass(Protocol):
+    """A member's part in a shard that its team computes."""
+
+    def begin(self, phase: str) -> None:
+        """A phase of the shard begins: `forward` or `backward`."""
+
+    def again(self) -> None:
+        """The shard is computed once more, by all members."""
+
+    def finish(self, outcome: ShardOutcome) -> None:
+        """This member's part is done: wait for the others."""
+
+
 class ForwardBackward:
     """One worker's. Nothing that it makes depends on what it has made before."""
 
     early = False
     """Whether other hosts get gradients of this worker's own slots as they come."""
+    team: TeamPass | None = None
+    """The team with which a shard is computed just now, if it is not computed alone."""
     froze_at = -1
     """The last step that has changed which parameters require gradients."""
 
@@ -101,6 +118,20 @@ class ForwardBackward:
         finally:
             self.loader, self._tracer = kept
 
+    @contextlib.contextmanager
+    def in_team(self, team: TeamPass, others: frozenset[int]) -> Iterator[None]:
+        """Compute a shard with a team, which is never traced. `others`: the parameters whose
+        gradients other members write."""
+        with self.plainly(self.loader):
+            self.team, self._writer.others = team, others
+            try:
+                yield
+            except BaseException:
+                self._writer.abandon()
+                raise
+            finally:
+                self.team, self._writer.others = None, frozenset()
+
     def make(
         self, step: int, shard: int, slot: GradientSlot, written: npt.NDArray[np.uint8]
     ) -> ShardOutcome:
@@ -108,6 +139,8 @@ class ForwardBackward:
         beside it. An error of the user's code names the shard's samples."""
         try:
             return self._make(step, shard, slot, written)
+        except Regroup:
+            raise
         except BaseException as error:  # the user's code may call sys.exit()
             samples = describe_samples(self.loader.samples(step, shard))
             if isinstance(error, NonFiniteError):
@@ -132,9 +165,13 @@ class ForwardBackward:
                 begun = time.perf_counter()
                 loss, logged = self._differentiate(step, shard, batch, slot, written)
                 taken = time.perf_counter() - begun
+                if self.team is not None:
+                    self.team.finish(ShardOutcome(loss.item(), logged))
                 break
-            except Redo:  # an embedding was found to need its dense form
+            except (Redo, PassRestarted):  # an embedding was found to need its dense form
                 self._writer.abandon()
+                if self.team is not None:
+                    self.team.again()
                 # The loss may have changed it.
                 batch = self.device.place(self.loader.get(step, shard))
         if logged:  # a list of kernels gives the loss alone
@@ -208,6 +245,8 @@ class ForwardBackward:
         early = (step, shard) if self._is_early(shard, slot) else None
         self._writer.begin(slot, written, early)
         self._fault("forward", step, shard)
+        if self.team is not None:
+            self.team.begin("forward")
         with self._precision():
             if self._rounds is None:
                 first, last = self.sampling.shard_span(step, shard)
@@ -220,6 +259,8 @@ class ForwardBackward:
         check_loss(loss, step, shard, self.sampling)
         weight = self.sampling.weights(step)[shard]
         self._fault("backward", step, shard)
+        if self.team is not None:
+            self.team.begin("backward")
         loss.backward(None if weight == 1 else self._root(weight, loss))
         self._writer.finish()
         self.device.confirm(step, shard)

@@ -38,6 +38,8 @@ class GradientHooks:
         self._written: npt.NDArray[np.uint8] = shared.control.has_grad[0]
         self._names, self._params = shared.names, shared.params
         self.tables = SparseTables(shared.tables)
+        self.others: frozenset[int] = frozenset()
+        """The parameters whose gradients other members of the team write."""
         self._sparse: list[tuple[int, nn.Parameter]] = []
         self._late: list[tuple[int, nn.Parameter]] = []
         for index, parameter in enumerate(shared.params):
@@ -81,7 +83,9 @@ class GradientHooks:
         targets, gradients = [], []
         for index, parameter in self._late:
             gradient = parameter.grad
-            if gradient is not None:
+            if index in self.others:
+                parameter.grad = None
+            elif gradient is not None:
                 self._check(index, gradient)
                 targets.append(self._slot.grads[index])
                 gradients.append(gradient)
@@ -91,7 +95,9 @@ class GradientHooks:
             torch._foreach_copy_(targets, gradients)
         for index, parameter in self._sparse:
             gradient = parameter.grad
-            if gradient is not None:
+            if index in self.others:
+                parameter.grad = None
+            elif gradient is not None:
                 slot = self._slot
                 keep_sparse(
                     self._names[index], gradient, slot.grads[index], slot.row_indices[index]
@@ -105,6 +111,8 @@ class GradientHooks:
             if gradient is None:
                 return
             parameter.grad = None
+            if index in self.others:
+                return
             again = bool(self._written[index])  # the loss ran backward more than once
             target = self._slot.grads[index]
             if index in self.tables:

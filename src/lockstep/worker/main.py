@@ -55,6 +55,7 @@ from lockstep.worker.evaluate import (
     score,
 )
 from lockstep.worker.purity_watch import PurityWatch
+from lockstep.worker.team_work import TeamWork, team_work_of
 from lockstep.worker.train_step import TrainStep
 
 
@@ -79,6 +80,8 @@ class Worker:
             self.watch = PurityWatch(seen, worker_id, to_forkserver)
         self.told: tuple[Told, ...] = ()
         """What the task's schedule has been told, where it waits for a metric."""
+        self.team: TeamWork | None = None
+        """The worker's part in its team, if it has one."""
         self.step = 0
         self.doing = "starting"
 
@@ -132,6 +135,7 @@ class Worker:
             scheduled=context.schedule.changed,
         )
         train_step = TrainStep(context, assignment, share, barrier, owner, self.watch)
+        train_step.team = self.team = team_work_of(context, assignment, barrier)
         self.told = assignment.told
         self.tell_schedule()
         if assignment.refresh:
@@ -170,28 +174,30 @@ class Worker:
         if self.context.faults:
             self.context.faults.at("evaluate", self.step)
         if request.batches:  # where there are none, there may be no data
-            self._infer(request)
+            with contextlib.suppress(Regroup):  # of a team: what it has not done is asked again
+                self._infer(request, self.team if request.together else None)
         self.control.seconds[self.worker_id][Stat.EVALUATE] += time.perf_counter() - begun
         self.channel.send(BatchesDone())
 
-    def _infer(self, request: InferBatches) -> None:
+    def _infer(self, request: InferBatches, team: TeamWork | None) -> None:
         context, plan = self.context, self.context.plan
         assert context.held_out is not None
         absent = AbsentSamples(allowed=True)
         fetch = make_fetch(context.task, context.held_out, plan.seed, absent)
         samples, before = plan.own_held_out
         size = {"samples": samples, "batch_size": plan.eval_batch_size}
-        with self._inference(autocast=plan.precision == "bf16") as inference:
-            batches = self._one_by_one([batch - before for batch in request.batches])
+        together = contextlib.nullcontext() if team is None else team.computing_batches()
+        with self._inference(autocast=plan.precision == "bf16") as inference, together:
+            batches = self._one_by_one([batch - before for batch in request.batches], team)
             if request.predict:
                 assert isinstance(context.held_out, RecordDataset)
                 for batch, rows in predict_batches(inference, fetch, batches, **size):
                     indices = batch_range(batch, **size)
-                    self._answer(request, batch, context.held_out.beside(indices, rows))
+                    self._answer(request, batch, context.held_out.beside(indices, rows), team)
             else:
                 for sums in evaluate_batches(inference, fetch, absent, batches, **size):
                     batch = sums["batch"] + before
-                    self._answer(request, batch, {**sums, "batch": batch})
+                    self._answer(request, batch, {**sums, "batch": batch}, team)
 
     def _inference(self, *, autocast: bool) -> Inference:
         context, plan = self.context, self.context.plan
@@ -201,13 +207,21 @@ class Worker:
             autocast=autocast,
         )  # fmt: skip
 
-    def _one_by_one(self, batches: Sequence[int]) -> Iterator[int]:
+    def _one_by_one(self, batches: Sequence[int], team: TeamWork | None) -> Iterator[int]:
         for batch in batches:
             self.control.beat(self.worker_id, batch)
+            if team is not None:
+                team.begin_batch(self.step, batch)
             yield batch
 
-    def _answer(self, request: InferBatches, batch: int, result: Any) -> None:
-        self.channel.send(BatchDone(round=request.round, batch=batch, result=json.dumps(result)))
+    def _answer(
+        self, request: InferBatches, batch: int, result: Any, team: TeamWork | None
+    ) -> None:
+        text = json.dumps(result)
+        if team is not None:
+            team.finish_batch(text)
+        if team is None or team.leads:
+            self.channel.send(BatchDone(round=request.round, batch=batch, result=text))
 
     def score(self, request: ScoreOutputs) -> None:
         """Score the gathered outputs, and the baseline if asked, and send the numbers."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lockstep.collectives.barrier import Barrier, Regroup
+from lockstep.collectives.barrier import SPINS, Barrier, Regroup
 from lockstep.collectives.tree_sum import CHUNK
 from lockstep.native.library import BY_REQUEST
 from lockstep.native.step_tail import (
@@ -30,8 +30,6 @@ from lockstep.planning.worker_messages import StepsNative
 from lockstep.state.control_segment import RING, ControlSegment
 from lockstep.worker.context import WorkerContext
 
-SPIN_SECONDS = 0.001
-"""How long a word is looked at before the first nap, where every worker has a core."""
 MOST_ELEMENTS = 1 << 23
 """Of an owner's gradients: with more, what the interpreter takes does not count."""
 
@@ -61,7 +59,7 @@ class NativeStep:
             (flags.ctypes.data, flags.size),
             control.learning_rates.ctypes.data if rank == 0 else 0,
             barrier.epoch,
-            SPIN_SECONDS if barrier.spins > 1 else 0.0,
+            1 if barrier.crowded else SPINS,
         )
         self.arrive: Callable[[int], None] = self._tail.arrive
         """As `Barrier.arrive`."""
@@ -149,6 +147,7 @@ def why_not_native(context: WorkerContext, owner: BlockOwner, *, several_hosts: 
         "the model has buffers": bool(shared.committed),
         "large embeddings": bool(shared.tables),
         "an optimizer that is run whole": shared.undivided is not None,
+        "teams": context.plan.team > 1,
         "workers with memory of their own": context.device.apart,
         "large blocks": sum(group.total.numel() for group in owner.groups) > MOST_ELEMENTS,
     }

@@ -8,9 +8,10 @@ or, where some blocks are updated and others not, be undone from the snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.gradient_compression import Compressor
@@ -35,10 +36,14 @@ from lockstep.worker.moves import Moves
 from lockstep.worker.native_step import NativeStep, Passed, native_step
 from lockstep.worker.purity_watch import PurityWatch
 from lockstep.worker.shard_claims import ShardClaims
+from lockstep.worker.team_work import TeamWork
 
 
 class TrainStep:
     """Runs the steps of one worker in one membership."""
+
+    team: TeamWork | None = None
+    """The worker's part in its team, if it has one."""
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class TrainStep:
         self._norm_clipper, self._audit = context.norm_clipper, context.gradient_audit
         self._worker_id, self._rank = assignment.worker_id, assignment.rank
         self._workers, self._several_hosts = assignment.workers, assignment.several_hosts
+        self._teams = assignment.teams
         self._host_shards, self._subtrees = assignment.host_shards, assignment.subtrees
         self._returns, self._norms = assignment.returns, share.norms
         self._owned_params = assignment.owned_params
@@ -215,17 +221,30 @@ class TrainStep:
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
-        host_shards = self._host_shards
         if self._moves.apart:
             todo = self.shards  # what is summed together follows from them
-        if self._moves.apart or len(host_shards) == self._workers:
+        alone = self.team is None and len(self._host_shards) == self._workers
+        if self._moves.apart or alone:
             for shard in todo:
                 self._compute(step, shard)
             return
+        with contextlib.closing(self._chosen(step, todo)) as chosen:
+            shards = chosen if self.team is None else self.team.shards(step, todo, chosen)
+            for shard in shards:
+                self._compute(step, shard)
+
+    def _chosen(self, step: int, todo: Sequence[int]) -> Generator[int]:
+        """The shards that this worker computes, each claimed until the next is asked for."""
+        host_shards = self._host_shards
+        if len(host_shards) == self._teams:
+            yield from todo
+            return
         for shard in (*todo, *reversed(host_shards)):
             if self._claims.claim(shard, step):
-                self._compute(step, shard)
-                self._claims.release(shard)
+                try:
+                    yield shard
+                finally:
+                    self._claims.release(shard)
             elif shard in todo:
                 self._loader.skip(step, shard)
 
@@ -235,9 +254,14 @@ class TrainStep:
         if shard in self._sampling.active(step):
             control.beat(self._worker_id, shard)
             slot = self.shared.slots[shard]
-            outcome = self._forward_backward.make(step, shard, slot, control.has_grad[shard])
+            if self.team is not None:
+                outcome = self.team.make(step, shard, slot)
+            else:
+                outcome = self._forward_backward.make(step, shard, slot, control.has_grad[shard])
             if self._fault("slot", step, shard) is not None:
                 flip_gradient_bit(slot)
+        if self.team is not None and not self.team.leads:
+            return
         write_outcome(control, step, shard, outcome)
         control.shard_by[shard] = self._worker_id
         control.shard_done[shard] = step
