@@ -64,6 +64,12 @@ def test_it_is_there_already(copied: Path) -> None:
     assert said == [f"it is there already: {copied}"]
 
 
+def test_it_is_built_again_if_asked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "_run", lambda command: pytest.skip("built"))
+    with pytest.raises(pytest.skip.Exception, match="built"):
+        build(print, again=True)
+
+
 def others_may_write(path: Path) -> None:
     path.chmod(0o720)
 

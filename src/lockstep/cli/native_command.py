@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+import typer
 
 from lockstep.cli.shared_options import Quiet
 
+Again = Annotated[bool, typer.Option("--again", help="Build it also where it is there already.")]
 
-def build_native(quiet: Quiet = False) -> None:
+
+def build_native(again: Again = False, quiet: Quiet = False) -> None:
     """Build the parts of a step that need no interpreter: small models then train faster.
 
     It takes g++, or the compiler that CXX names, and half a minute. No bit depends on it.
     """
     from lockstep.native.build import build
 
-    print(build((lambda text: None) if quiet else lambda text: print(text, file=sys.stderr)))
+    def say(text: str) -> None:
+        if not quiet:
+            print(f"lockstep  {text}", file=sys.stderr)
+
+    print(build(say, again=again))

@@ -38,14 +38,15 @@ def compiler() -> list[str]:
     return command
 
 
-def build(say: Callable[[str], None]) -> Path:
+def build(say: Callable[[str], None], *, again: bool = False) -> Path:
     """Build the library, unless it is there already; returns its path. `say` is told what is done.
+    `again`: also if it is there.
 
     Raises:
         ResourceError: it cannot be built.
     """
     path, command = library_path(), compiler()
-    if path.is_file() and not foreign(path):
+    if not again and path.is_file() and not foreign(path):
         say(f"it is there already: {path}")
         return path
     _prepare(path.parent)

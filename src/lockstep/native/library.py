@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -40,11 +41,12 @@ def load_library() -> Library:
         loader = ExtensionFileLoader(MODULE, str(path))
         spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
         assert spec is not None
+        importlib.import_module("torch")  # with the libraries that this one needs
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except FileNotFoundError:
         return Library(why_not=f"not built for this version of it; to build it: {BUILD}")
     except (OSError, RuntimeError, ImportError) as error:
         first = str(error).partition("\n")[0][:200]
-        return Library(why_not=f"it cannot be loaded: {first}")
+        return Library(why_not=f"it cannot be loaded ({BUILD} --again): {first}")
     return Library(module=module)
