@@ -18,7 +18,15 @@ from torch import nn
 
 import lockstep
 from lockstep.agent import worker_group as worker_group
-from lockstep.errors import JobError, LockstepError, StoppedError, TaskError
+from lockstep.agent.recovery import POISON_DEATHS
+from lockstep.errors import (
+    JobError,
+    LockstepError,
+    NonFiniteError,
+    PoisonError,
+    StoppedError,
+    TaskError,
+)
 from lockstep.job.faults import PHASES, Fault
 from lockstep.job.task import Task
 from tests.support.harmed_runs import (
@@ -32,7 +40,7 @@ from tests.support.harmed_runs import (
 )
 from tests.support.paced_task import PACE
 from tests.support.watched_device import Counts, Forgetful, Staged
-from tests.zoo import MORE, ZOO, Entry
+from tests.zoo import FAILING, MORE, ZOO, Entry
 from tests.zoo import optimizers as own
 from tests.zoo.buffers import Images
 
@@ -198,12 +206,34 @@ def test_undivided_optimizers(name: str, yard: Yard) -> None:
     assert_struck(result.folder, faults)
 
 
+def test_a_poisoned_shard_stops_the_run(yard: Yard) -> None:
+    """Each death takes the others back; what is kept is the snapshot, and goes on without it."""
+    poison = Fault(worker_id=-1, step=8, phase="forward", shard=4, repeat=True)
+    task, settings = settings_of("cnn")
+    folder = yard.path()
+    with pytest.raises(PoisonError, match="shard 4 of step 8"):
+        yard.run(task, faults=(poison,), checkpoint_steps=3, out=folder, **APART, **settings)
+    assert len(events(folder, "died")) == POISON_DEATHS
+    resumed = lockstep.resume(folder, task=task, workers=2, quiet=True)
+    assert 6 <= events(folder, "resumed")[0]["step"] <= 8
+    assert_same(resumed, yard.undisturbed(task, **settings))
+
+
+def test_a_loss_that_is_not_finite_keeps_a_sound_state(yard: Yard) -> None:
+    entry, folder = FAILING["turns-nan"], yard.path()
+    with pytest.raises(NonFiniteError):
+        yard.run(entry.task, out=folder, checkpoint_steps=2, **APART, **entry.settings())
+    with pytest.raises(NonFiniteError):
+        lockstep.resume(folder, task=entry.task, workers=2, quiet=True)
+
+
 # Workers come and go; the run is stopped, goes on, and is verified.
 
 
+@pytest.mark.long
 def test_scaled_while_running(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     task, folder = "tests.support.paced_task:Paced", yard.path()
-    settings: dict[str, Any] = {"batch_size": 24, "seed": 5, "steps": 100}
+    settings: dict[str, Any] = {"batch_size": 24, "seed": 5, "steps": 150}
     monkeypatch.setenv(PACE, "0.01")
     run = lockstep.start(
         task, out=folder, quiet=True, workers=1, shards=6, threads=1, **APART, **settings
@@ -349,6 +379,7 @@ def test_what_cuda_is_made_of_computes_the_same_on_a_cpu(yard: Yard) -> None:
     "settings",
     [
         {"compression": "bf16"}, {"local_steps": 2}, {"audit": 0.5}, {"compile": True},
+        {"team": 2, "slices": 2, "workers": 2},
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_with_homes(settings: dict[str, Any]) -> None:
@@ -379,3 +410,5 @@ def test_a_run_does_not_go_on_to_other_numbers() -> None:
     assert plan.with_device("cpu-apart") == dataclasses.replace(plan, device="cpu-apart")
     with pytest.raises(JobError, match="does not go on to the same numbers"):
         plan.with_device("cuda")
+    with pytest.raises(JobError, match="team does not go with device"):
+        dataclasses.replace(plan, device="cpu-apart", slices=2).resized(2, 2)

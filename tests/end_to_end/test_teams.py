@@ -15,6 +15,7 @@ from torch import nn
 import lockstep
 from lockstep.errors import IntegrityError, JobError
 from lockstep.job.faults import Fault
+from lockstep.state.fault_injection import SLOW_SECONDS
 from tests.end_to_end.test_slices import task_of
 from tests.support import command
 from tests.support.file_tree import ROOT
@@ -154,6 +155,17 @@ class Slow(Mlp):
         if model.training:
             time.sleep(float(os.environ.get(PACE, "0")))
         return super().loss(model, batch)
+
+
+def test_waiting_for_a_member_counts_as_waiting(yard: Yard) -> None:
+    """Not as computing: the page and the report tell who is slow."""
+    slow = Fault(worker_id=1, step=0, phase="load", kind="slow")
+    settings = {**SETTINGS, **QUICK, "slices": 2, "steps": 10, "evaluate": False}
+    found = yard.run(Mlp(0.2), workers=2, team=2, faults=(slow,), **settings)
+    rows = [event["workers"] for event in events(found.folder, "timed")]
+    compute, _, wait = (sum(row["0"][column] for row in rows) for column in range(3))
+    shards = settings["shards"] * settings["steps"]
+    assert wait > 0.9 * SLOW_SECONDS * (shards - 1) > compute
 
 
 def test_scaled_while_it_runs(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_there_may_be_a_team_for_each_shard() -> None:
     with pytest.raises(JobError, match="more than there are shards"):
         plan_of(workers=None, max_workers=7, team=2)
     resized = plan.resized(8, 4)
-    assert (resized.team, resized.workers, resized.max_workers) == (4, 8, 12)
+    assert (resized.team, resized.workers, resized.max_workers) == (4, 8, 8)
     assert plan.resized(1, None).workers == 1
     for workers, team in ((3, 4), (8, 5), (13, 4)):
         with pytest.raises(JobError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.errors import IntegrityError
+from lockstep.errors import IntegrityError, ResourceError
 from lockstep.slices.board import NOTHING_LEFT, Board, BoardMemory, PassRestarted
 from lockstep.slices.shown_tensors import Buffer, read_tensors, write_tensors
 from lockstep.system import futex
@@ -222,3 +223,17 @@ def test_nothing_is_shown_in_a_pass_that_was_cut_short(memory: BoardMemory) -> N
         with pytest.raises(NothingComes):
             attempt()
     assert one.count == 1
+
+
+def test_too_few_descriptors_are_said() -> None:
+    """And none is left open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, hard))
+    try:
+        with pytest.raises(ResourceError, match="boards of teams") as caught:
+            BoardMemory(max_workers=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "128 file descriptors" in caught.value.expected
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -224,6 +224,7 @@ class Job:
     max_workers: int | None = setting(
         None,
         help="Largest number of workers that `lockstep scale` may ask for, at most `shards`.",
+        detail="With teams, at most `shards` times `team`.",
         least=1,
         unset="`shards`",
     )

@@ -187,8 +187,15 @@ class Plan:
         if team is None:
             return self.with_workers(workers)
         check_team(team, self.slices, workers or self.workers, compiled=self.compile)
-        most = max(self.max_workers, self.shards * team)
-        return dataclasses.replace(self, team=team, max_workers=most).with_workers(workers)
+        if self.apart and team > 1:
+            raise JobError(
+                f"team does not go with device: {self.device}: its members compute in the host's "
+                "segments",
+                expected="team = 1, or a run with device = cpu",
+                found=f"team = {team}",
+                fix="leave team out",
+            )
+        return dataclasses.replace(self, team=team).with_workers(workers)
 
     def with_cuts(self, cuts: Sequence[Mapping[str, Any]]) -> Plan:
         """The same plan, with what has become of the model's matrices."""
@@ -306,7 +313,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         workers=division.workers,
         shards=division.shards,
         threads=division.threads,
-        max_workers=max(division.workers, job.max_workers or most_workers),
+        max_workers=max(division.workers, job.max_workers or division.shards),
         steps=steps,
         planned_steps=steps,
         shuffle=job.shuffle,

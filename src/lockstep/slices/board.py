@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lockstep.errors import IntegrityError
+from lockstep.errors import IntegrityError, ResourceError
 from lockstep.slices.shown_tensors import Buffer, Shown, read_tensors, write_tensors
 from lockstep.system import futex
 from lockstep.system.shared_memory import Segment
@@ -53,14 +53,28 @@ class BoardMemory:
     """The memory of all boards of a host. Made in the forkserver, inherited by its forks."""
 
     def __init__(self, max_workers: int) -> None:
+        """Allocate the words, and empty buffers.
+
+        Raises:
+            ResourceError: there is not that much memory, or not so many file descriptors.
+        """
         self.words = Segment.create("team words", max_workers * LINE)
-        self.fds = [
-            [os.memfd_create(f"lockstep-team-{worker_id}", os.MFD_CLOEXEC) for _ in range(2)]
-            for worker_id in range(max_workers)
-        ]
-        for pair in self.fds:
-            for fd in pair:
-                os.ftruncate(fd, mmap.PAGESIZE)
+        self.fds: list[list[int]] = []
+        try:
+            for worker_id in range(max_workers):
+                self.fds.append([])
+                for _ in range(2):
+                    fd = os.memfd_create(f"lockstep-team-{worker_id}", os.MFD_CLOEXEC)
+                    self.fds[-1].append(fd)
+                    os.posix_fallocate(fd, 0, mmap.PAGESIZE)
+        except OSError as error:
+            self.close()
+            raise ResourceError(
+                f"the boards of teams cannot be allocated: {error}",
+                expected=f"{2 * max_workers} file descriptors, two for each worker that there may "
+                "be, and a page of memory for each",
+                fix="set max_workers to fewer, or look at ulimit -n",
+            ) from error
 
     def close(self) -> None:
         """Let go of it all."""
@@ -99,6 +113,8 @@ class Board:
         self.others = [each for each in members if each != worker_id]
         self.count = 0
         """How many exchanges there were in this turn."""
+        self.waited = 0.0
+        """For how many seconds others were waited for."""
         self._before = 0
         """How many there were in all turns before: buffers go on by turns from one to the next."""
         self._cut_short: Exception | None = None
@@ -270,7 +286,9 @@ class Board:
             slept = True
             self._awaits(other)
             futex.wait(address, seen, NAP)
-        self._budget.learn(time.perf_counter() - begun)
+        taken = time.perf_counter() - begun
+        self._budget.learn(taken)
+        self.waited += taken
         if slept:
             self._awaits(None)
 

@@ -66,9 +66,15 @@ class TeamWork:
         """Whether this member records what comes of a shard."""
         return self.board.leads
 
+    def pop_waiting_seconds(self) -> float:
+        """For how many seconds other members were waited for in this step's shards."""
+        waited, self.board.waited = self.board.waited, 0.0
+        return waited
+
     def shards(self, step: int, todo: Sequence[int], chosen: Iterator[int]) -> Iterator[int]:
         """The shards that this team computes in a step. `chosen`: what the leader chooses, of which
         `todo` are the team's own."""
+        self.board.waited = 0.0  # at held-out batches it counts as evaluating
         if not self.leads:
             yield from self._announced(step, todo)
             return

@@ -134,7 +134,8 @@ class TrainStep:
             self._moves.give_gradients(step)
             computed = clock()
         fetching = self._forward_backward.pop_fetching_seconds()
-        seconds[Stat.COMPUTE] += computed - begun - fetching
+        waited = 0.0 if self.team is None else self.team.pop_waiting_seconds()
+        seconds[Stat.COMPUTE] += computed - begun - fetching - waited
         self._loader.consider(seconds[Stat.COMPUTE])
         # Meet: all gradients of this host are in their slots.
         self._arrive(progress_of(step, Phase.COMPUTED))
@@ -156,7 +157,8 @@ class TrainStep:
             self._guard.close(step)
         self._record_digests(step)
         seconds[Stat.DATA] += waiting - computed + fetching
-        seconds[Stat.WAIT] += (passed.met - waiting) + (passed.committed - passed.updated)
+        meetings = (passed.met - waiting) + (passed.committed - passed.updated)
+        seconds[Stat.WAIT] += waited + meetings
         seconds[Stat.REDUCE] += passed.reduced - passed.met
         seconds[Stat.UPDATE] += (passed.updated - passed.reduced) + (copied - passed.committed)
 
