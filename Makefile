@@ -27,7 +27,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long fuzz check format docs docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes bench-dashboard device-check chaos chaos-hosts clean
+.PHONY: help run test test-long native fuzz check format docs docs-tree docs-reference bench bench-recovery bench-checkpoints bench-records bench-stragglers bench-network bench-hosts bench-recipes bench-dashboard device-check chaos chaos-hosts clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' \
@@ -37,11 +37,14 @@ run: $(INSTALLED) ## Train the MNIST CNN on two workers
 	$(BIN)/lockstep data fetch mnist
 	$(BIN)/lockstep run mnist --model cnn --workers 2 $(ARGS)
 
-test: $(READY) ## Run the tests, without the long ones
+test: $(READY) native ## Run the tests, without the long ones
 	$(BIN)/python -m pytest $(ARGS)
 
-test-long: $(READY) ## Run the long tests only
+test-long: $(READY) native ## Run the long tests only
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+native: $(INSTALLED) ## Build what runs without the interpreter; without a compiler, nothing
+	@$(BIN)/lockstep build-native || echo "going on without it" >&2
 
 fuzz: $(READY) ## Run each fuzz test with 3,000 inputs, and print how they ended
 	$(BIN)/python -m pytest --fuzz 3000 $(ARGS)
@@ -66,7 +69,7 @@ docs: $(INSTALLED) ## Build the documentation as a site, in build/docs
 	@$(PIP) install --quiet 'zensical>=0.0.40'
 	$(BIN)/zensical build --config-file mkdocs.yml --strict
 
-bench: $(READY) $(FRAMEWORKS) ## Measure Lockstep against its alternatives (an hour, alone on the machine)
+bench: $(READY) native $(FRAMEWORKS) ## Measure Lockstep against its alternatives (an hour, alone on the machine)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-recovery: $(READY) ## Measure recovery from killed workers, compared with torchrun's restart

@@ -94,7 +94,9 @@ def test_commands_exist() -> None:
         item.name or getattr(item.callback, "__name__", "") for item in app.registered_commands
     }
     known |= {group.name or "" for group in app.registered_groups}
-    used = re.findall(r"^lockstep (\w+)|`lockstep (\w+)", (ROOT / "README.md").read_text(), re.M)
+    used = re.findall(
+        r"^lockstep ([\w-]+)|`lockstep ([\w-]+)", (ROOT / "README.md").read_text(), re.M
+    )
     assert {first or second for first, second in used} <= known
 
 

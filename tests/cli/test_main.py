@@ -128,7 +128,7 @@ def test_doctor_json(tmp_path: Path) -> None:
     checks = json.loads(ended.stdout)
     assert [check for check in checks if not check["good"]] == []
     assert ended.returncode == 0
-    assert {check["name"] for check in checks} >= {"torch", "memory", "same bits"}
+    assert {check["name"] for check in checks} >= {"torch", "memory", "native path", "same bits"}
     assert list(tmp_path.iterdir()) == []
 
 

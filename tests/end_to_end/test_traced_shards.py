@@ -14,8 +14,11 @@ from lockstep.errors import NonFiniteError
 from lockstep.job.faults import Fault
 from tests.support import reference_loop as reference
 from tests.support.harmed_runs import assert_struck, events
+from tests.support.native_path import native, native_module
 from tests.zoo import MORE, ZOO
 from tests.zoo.vectors import CLASSES, FEATURES, Vectors
+
+__all__ = ["native", "native_module"]  # fixtures
 
 SHORT = {
     "mlp": True, "onecycle": True, "augmented": True, "left-out": True, "bf16-parameters": True,
@@ -36,16 +39,24 @@ def last_words(folder: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", [*SHORT, *LONG])
-def test_the_bytes_are_those_of_plain_pytorch(name: str, run_folder: str) -> None:
+def test_the_bytes_are_those_of_plain_pytorch(name: str, native: str, run_folder: str) -> None:
     entry = TASKS[name]
     wanted = reference.train(entry.task, shards=6, **entry.settings())
     result = lockstep.run(
-        entry.task, shards=6, workers=2, out=run_folder, **ALWAYS, **entry.settings()
+        entry.task,
+        shards=6,
+        workers=2,
+        out=run_folder,
+        native=native,
+        **ALWAYS,
+        **entry.settings(),
     )
     assert Path(result.folder, "model.safetensors").read_bytes() == wanted.file()
     if name in SHORT:
         assert all((forms > 0) is SHORT[name] for forms, _ in last_words(run_folder))
         assert last_words(run_folder)
+        said = events(run_folder, "traced")
+        assert all(event["native"] is (native == "auto" and event["forms"] > 0) for event in said)
 
 
 class Dropped(Vectors):
@@ -57,10 +68,12 @@ class Dropped(Vectors):
         )
 
 
-def test_random_numbers(run_folder: str) -> None:
+def test_random_numbers(native: str, run_folder: str) -> None:
     settings: dict[str, Any] = {"steps": 8, "batch_size": 26, "seed": 3}
     wanted = reference.train(Dropped(), shards=4, **settings)
-    result = lockstep.run(Dropped(), shards=4, workers=2, out=run_folder, **ALWAYS, **settings)
+    result = lockstep.run(
+        Dropped(), shards=4, workers=2, out=run_folder, native=native, **ALWAYS, **settings
+    )
     assert Path(result.folder, "model.safetensors").read_bytes() == wanted.file()
     assert all(forms > 0 for forms, _ in last_words(run_folder))
 
@@ -72,7 +85,7 @@ def test_nothing_is_traced_where_that_could_pass_for_a_stall(run_folder: str) ->
     assert last_words(run_folder) == []
 
 
-def test_workers_die(run_folder: str) -> None:
+def test_workers_die(native: str, run_folder: str) -> None:
     """Before, while and after a worker has traced; its replacement computes the plain way first."""
     settings: dict[str, Any] = {"steps": 20, "batch_size": 26, "seed": 3}
     wanted = reference.train(Vectors(), shards=6, **settings)
@@ -81,7 +94,14 @@ def test_workers_die(run_folder: str) -> None:
         for step, phase in ((1, "forward"), (5, "backward"), (9, "slot"), (13, "update_begin"))
     )
     result = lockstep.run(
-        Vectors(), shards=6, workers=3, out=run_folder, faults=faults, **ALWAYS, **settings
+        Vectors(),
+        shards=6,
+        workers=3,
+        out=run_folder,
+        faults=faults,
+        native=native,
+        **ALWAYS,
+        **settings,
     )
     assert_struck(run_folder, faults)
     assert Path(result.folder, "model.safetensors").read_bytes() == wanted.file()
@@ -110,8 +130,8 @@ class Exploding(Vectors):
         return torch.optim.SGD(params, lr=3e38)
 
 
-def test_a_loss_that_becomes_infinite_is_told_as_ever(run_folder: str) -> None:
-    settings = {"steps": 40, "batch_size": 26, "out": run_folder, **ALWAYS}
+def test_a_loss_that_becomes_infinite_is_told_as_ever(native: str, run_folder: str) -> None:
+    settings = {"steps": 40, "batch_size": 26, "out": run_folder, "native": native, **ALWAYS}
     with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) at step \d+, shard"):
         lockstep.run(Exploding(), shards=2, workers=2, **settings)
     assert all(forms > 0 for forms, _ in last_words(run_folder))

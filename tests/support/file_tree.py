@@ -18,8 +18,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- file tree: made by `make docs-tree` -->", "<!-- end of the file tree -->"
 ORDER = (
     "api", "cli", "dashboard", "cluster", "adapters", "recipes", "job", "planning", "slices",
-    "data", "state", "device", "worker", "collectives", "optim", "agent", "coordinator", "results",
-    "net", "system",
+    "data", "state", "device", "worker", "native", "collectives", "optim", "agent",
+    "coordinator", "results", "net", "system",
 )  # fmt: skip
 """The front, then the engine in the order in which a job passes through it, then what all use."""
 ENTRY = re.compile(r"^(\w+)/?  +(\S.*)$", re.MULTILINE)

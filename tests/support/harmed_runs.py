@@ -25,6 +25,7 @@ HOW = {
 IRRELEVANT = (
     "faults", "stall_seconds", "out", "workers", "max_workers", "checkpoint_steps",
     "checkpoint_seconds", "keep_checkpoints", "loaders", "ownership", "servers", "device",
+    "native", "trace",
 )  # fmt: skip
 """Settings that no number depends on."""
 

@@ -62,7 +62,7 @@ Plain = dict[str, Any]
 AGENT_EVENTS = frozenset({
     "first_step", "died", "recovered", "lost_loader", "stalled", "failed", "not_saved",
     "spawned", "fork_failed", "regroup", "dismissed", "formed", "corrupt", "joined", "timed",
-    "traced",
+    "traced", "native",
 })  # fmt: skip
 """The events that an agent has to tell of; all others are the master's own."""
 RESERVED = frozenset({"time", "event", "name"})

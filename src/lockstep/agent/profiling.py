@@ -33,7 +33,7 @@ BUDGET_SECONDS = 4.0
 LIMIT_SECONDS = 10.0
 """For one of the two measurements; a job whose shards take longer is run as it comes."""
 MOST_KEPT = 200
-ALSO = ("trace", "loaders", "audit")
+ALSO = ("trace", "native", "loaders", "audit")
 """Settings that change no number, and what a step takes."""
 
 

@@ -45,6 +45,7 @@ from lockstep.planning.worker_messages import (
     ShardsTraced,
     Started,
     StateCorrupted,
+    StepsNative,
     Stop,
     WorkerFailed,
 )
@@ -362,7 +363,12 @@ class WorkerGroup:
                 self.observer.event(
                     "traced", host=self.host.name, worker=worker_id,
                     forms=message.forms, why_not=message.why_not,
+                    native=message.native, why_not_native=message.why_not_native,
                 )  # fmt: skip
+            case StepsNative():
+                self.observer.event(
+                    "native", host=self.host.name, worker=worker_id, why_not=message.why_not
+                )
             case LoaderLost():
                 self.failure_log.lost_loader(worker)
             case WorkerFailed():

@@ -4,6 +4,7 @@ main                 run, plan, doctor and data, and how errors end a command
 run_folder_commands  the commands on a run's folder: resume, scale, stop, verify, evaluate, ...
 watch_commands       the commands that show runs: watch, runs, status, compare
 cluster_commands     the commands of a cluster: up, token, hosts, join, pack, secret
+native_command       `lockstep build-native`: compiles what runs without the interpreter
 rank_command         `lockstep rank`: one process of a job that torchrun or SLURM starts
 job_options          an option for each setting of a job
 task_options         options for the arguments of a recipe or task, read from its source

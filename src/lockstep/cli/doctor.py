@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import LockstepError
 from lockstep.job.task import Parameters, Task
+from lockstep.native.library import load_library
 from lockstep.system import futex, machine, numerics
 from lockstep.system.machine import available_bytes
 from lockstep.system.shared_memory import Segment
@@ -73,6 +74,7 @@ def examine() -> list[Check]:
             good=True,
             found="available" if futex.available() else "not available: waits poll",
         ),
+        _native(),
         _memory(),
         _pidfd(),
         _same_bits(),
@@ -88,6 +90,13 @@ def _torch() -> Check:
         good=torch.__version__ >= "2.13",
         found=f"{torch.__version__}, {capability} kernels, probe {numerics.probe()[:8]}",
     )
+
+
+def _native() -> Check:
+    """Whether the native path is there; everything works without it."""
+    library = load_library()
+    found = f"built by {library.module.COMPILER}" if library.module else library.why_not
+    return Check(name="native path", good=True, found=found)
 
 
 def _memory() -> Check:

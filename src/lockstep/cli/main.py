@@ -14,6 +14,7 @@ import lockstep
 from lockstep.cli import cluster_commands as commands
 from lockstep.cli import run_folder_commands, watch_commands
 from lockstep.cli.job_options import given, takes_settings
+from lockstep.cli.native_command import build_native
 from lockstep.cli.output import show_cuts, show_result
 from lockstep.cli.rank_command import rank, read_job
 from lockstep.cli.shared_options import WITH_ARGS, Json, On, Quiet, launcher_of
@@ -176,6 +177,7 @@ run_folder_commands.add_to(app)
 watch_commands.add_to(app)
 commands.add_to(app)
 app.command()(rank)
+app.command("build-native")(build_native)
 
 
 def _job(name: str, extra: list[str]) -> tuple[Any]:

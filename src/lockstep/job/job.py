@@ -314,6 +314,13 @@ class Job:
         "small and many are left. Not with `stall_seconds` below 10: tracing takes a second or "
         "more, without a heartbeat. See [architecture.md](architecture.md#traced-shards).",
     )
+    native: Literal["auto", "never"] = setting(
+        "auto",
+        help="Parts of a step that are run without the interpreter, in C++.",
+        detail="The same kernels in the same order: no bit depends on it. `auto`: where "
+        "`lockstep build-native` has built them, once per machine. See "
+        "[architecture.md](architecture.md#native-path).",
+    )
     stall_seconds: float | None = setting(
         None,
         help="Timeout in seconds after which a worker without a heartbeat is replaced.",

@@ -32,7 +32,7 @@ _STEPS: Mapping[type, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class Part:
     """The members of one parameter group."""
 
     options: dict[str, Any]
@@ -52,6 +52,13 @@ class _Part:
             plain = not any(isinstance(beta, torch.Tensor) for beta in options["betas"])
             return plain and bool(options["amsgrad"]) is ("max_exp_avg_sq" in self.state)
         return bool(options["momentum"] != 0) is bool(self.state)
+
+    @property
+    def kernel(self) -> str:
+        """Whose fused kernel it is: `adam`, `adamw` or `sgd`."""
+        if "betas" not in self.options:
+            return "sgd"
+        return "adamw" if self.options["decoupled_weight_decay"] else "adam"
 
     def update(self, grads: Sequence[torch.Tensor]) -> None:
         """Update the members by their gradients."""
@@ -87,8 +94,8 @@ class _Part:
 class DirectUpdate:
     """One step of the optimizer on blocks of one type, all of whose state has begun."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
 
     @staticmethod
     def of(
@@ -108,17 +115,17 @@ class DirectUpdate:
         """Update; false, with nothing done, where a gradient is missing or an option has changed
         so that `step` would do something else."""
         there = [gradient for gradient in grads if gradient is not None]
-        if len(there) < len(grads) or not all(part.fits() for part in self._parts):
+        if len(there) < len(grads) or not all(part.fits() for part in self.parts):
             return False
         with torch.no_grad():
-            for part in self._parts:
+            for part in self.parts:
                 part.update(there)
         return True
 
 
 def _part(
     optimizer: torch.optim.Optimizer, number: int, members: Sequence[tuple[int, nn.Parameter]]
-) -> _Part | None:
+) -> Part | None:
     """One parameter group, if its optimizer is one of those known here, as torch has made it."""
     actual = part_of(optimizer, number)
     kind = type(actual)
@@ -132,7 +139,7 @@ def _part(
     names = set(states[0])
     if any(set(state) != names or not _all_tensors(state) for state in states):
         return None
-    return _Part(
+    return Part(
         options=optimizer.param_groups[number],
         indices=indices,
         params=list(params),

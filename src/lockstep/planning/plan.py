@@ -63,6 +63,7 @@ class Plan:
     stop_patience: int | None = None
     stop_min_delta: float = 0.0
     trace: str = "auto"
+    native: str = "auto"
     compile: bool = False
     slices: int = 1
     slice_plan: Mapping[str, str] | None = None
@@ -339,6 +340,7 @@ def decompose(job: Job, facts: Facts, division: Division, why: str = "") -> Plan
         stop_patience=job.stop_patience,
         stop_min_delta=job.stop_min_delta,
         trace=job.trace,
+        native=job.native,
         compile=job.compile,
         slices=job.slices,
         slice_plan=job.slice_plan,

@@ -125,6 +125,15 @@ class ShardsTraced(Message):
     """Of batches, so far."""
     why_not: str
     """Why no more will be; empty if there may."""
+    native: bool = False
+    """Whether the last of them is run without the interpreter."""
+    why_not_native: str = ""
+
+
+class StepsNative(Message):
+    """The worker meets, sums and updates without the interpreter from now on, or `why_not`."""
+
+    why_not: str
 
 
 class LoaderLost(Message):
@@ -148,6 +157,7 @@ WorkerMessage = (
     | ShardCorrupted
     | StateCorrupted
     | ShardsTraced
+    | StepsNative
     | LoaderLost
     | WorkerFailed
 )

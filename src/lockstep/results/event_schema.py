@@ -286,6 +286,15 @@ class Traced(Event, tag="traced"):
     worker: int = 0
     forms: int = 0
     why_not: str = ""
+    native: bool = False
+    why_not_native: str = ""
+
+
+class Native(Event, tag="native"):
+    """A worker meets, sums and updates without the interpreter from now on, or `why_not`."""
+
+    worker: int = 0
+    why_not: str = ""
 
 
 class Hosts(Event, tag="hosts"):
@@ -379,7 +388,7 @@ KINDS: tuple[type[Event], ...] = (
     Began, Resumed, Planned, FirstStep, Progressed, Timed, Baseline, Evaluated, StoppedEarly,
     CallbackNoted, Requested, Paused, WentOn, Checkpointed, CheckpointFailed, Spawned, ForkFailed,
     Joined, Formed, Regroup, Dismissed, Died,
-    Stalled, Recovered, LostLoader, Corrupt, Traced, Hosts, HostLost, Regrouped, Connection,
+    Stalled, Recovered, LostLoader, Corrupt, Traced, Native, Hosts, HostLost, Regrouped, Connection,
     Refused, Note, Failed, NotSaved, Faults, Finished, Ended, Verified,
 )  # fmt: skip
 """All events that are written, in the order of the documentation."""

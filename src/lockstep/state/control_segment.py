@@ -194,6 +194,11 @@ class ControlSegment:
         barrier and asks the agent what to do. Written by the agent."""
         return self._header[EPOCH]
 
+    @property
+    def epoch_address(self) -> int:
+        """The address of that word."""
+        return self._base + EPOCH * LINE
+
     def raise_epoch(self) -> int:
         """Take the next membership epoch and wake every worker that waits at a barrier."""
         raised = self.epoch + 1
@@ -295,6 +300,10 @@ class ControlSegment:
         """Say that this worker is about to overwrite the state. Called by it before it does, and
         by the agent, with -1, when everybody rests."""
         self._updating[worker_id] = step
+
+    def updating_address(self, worker_id: int) -> int:
+        """The address of that word."""
+        return self.progress_address(worker_id) + UPDATING * 4
 
     def awaited_exchange(self, worker_id: int) -> int:
         """The exchange word that a worker waits for, or has waited for last: its own part in what

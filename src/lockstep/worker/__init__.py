@@ -15,6 +15,7 @@ main               a worker process: messages from its agent, steps between them
 context            what a worker process keeps while memberships change
 moves              what a worker's home and its host's segments give each other in a step
 home_moves         the same for homes of the workers' own: sums, parameters, and what is due
+native_step        what follows a worker's shards, as one native call where that fits
 train_step         one step: compute, meet, reduce, update, meet again; that commits it
 loss_capture       a loss as a graph of operations, and when the graph may stand for it
 traced_shard       a shard as one list of kernels

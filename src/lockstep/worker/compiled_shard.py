@@ -132,16 +132,14 @@ class CompiledShard:
         self.flags = flags_of(shared, self._with_gradient)
         """By parameter: whether there is a gradient of it."""
 
-    def run(
-        self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot
-    ) -> torch.Tensor:
+    def run(self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot) -> float:
         """As `TracedShard.run`."""
         if id(slot) not in self._targets:
             self._targets[id(slot)] = [slot.grads[index] for index in self._with_gradient]
         with torch.no_grad():
             found: list[torch.Tensor] = list(self._run([*self._fixed, *leaves, root]))
             torch._foreach_copy_(self._targets[id(slot)], found[1:])
-        return found[0]
+        return found[0].item()
 
 
 def _options(portable: bool) -> dict[str, Any]:

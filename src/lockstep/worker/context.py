@@ -20,6 +20,7 @@ from lockstep.data.order_rules import OrderRule
 from lockstep.device.device import Device
 from lockstep.errors import TaskError
 from lockstep.job.task import Task
+from lockstep.native.library import BY_REQUEST, Library, load_library
 from lockstep.optim.local_rounds import LocalRounds
 from lockstep.optim.local_sgd import LocalSGD
 from lockstep.optim.lr_schedule import LrSchedule
@@ -59,6 +60,8 @@ class Session:
     plan: Plan
     compiled: CompiledPasses | None
     """Where the job asks for it."""
+    native: Library = BY_REQUEST
+    """The native library, or why it is not used."""
     boards: BoardMemory | None = None
     """Where teams compute shards."""
 
@@ -112,6 +115,7 @@ class Session:
             schedule=schedule,
             plan=plan,
             compiled=compile_passes(task, shared, plan, fetch) if plan.compile else None,
+            native=load_library() if plan.native == "auto" else BY_REQUEST,
             boards=BoardMemory(plan.max_workers) if plan.team > 1 else None,
         )
 
@@ -123,7 +127,9 @@ class Session:
 
     def tracer(self, report: Report) -> ShardTracer | CompiledPasses:
         """What finds other ways to compute a shard than the plain one, for a worker."""
-        return self.compiled or ShardTracer(self.task, self.shared, self.plan, report)
+        if self.compiled is not None:
+            return self.compiled
+        return ShardTracer(self.task, self.shared, self.plan, report, self.native)
 
 
 def _to_channels_last(model: nn.Module) -> None:
@@ -160,7 +166,10 @@ class WorkerContext:
     digest_sample: DigestSample
     faults: FaultInjector
     report: Report
-    """Tells the agent of corruption, and of what is traced."""
+    """Tells the agent of corruption, and of what is traced or native."""
+    native: Library
+    told_native: list[str]
+    """Why its steps were not native, as far as the agent was told."""
     boards: BoardMemory | None
     """Where teams compute shards."""
 
@@ -213,5 +222,7 @@ class WorkerContext:
             digest_sample=plan_digest_sample(shared.layout),
             faults=faults,
             report=report,
+            native=session.native,
+            told_native=[],
             boards=session.boards,
         )

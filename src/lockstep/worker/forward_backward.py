@@ -197,7 +197,7 @@ class ForwardBackward:
         self._buffers.restore(self.shared.committed)
         written[:] = traced.flags
         root = self._root(self.sampling.weights(step)[shard], traced.captured.loss)
-        value: float = traced.run(tensors_of(batch), root, slot).item()
+        value = traced.run(tensors_of(batch), root, slot)
         self._fault("backward", step, shard)
         if not math.isfinite(value):
             raise _not_finite(value, step, shard, self.sampling)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lockstep.job.task import Task
+from lockstep.native.library import Library
 from lockstep.planning.plan import Plan
 from lockstep.planning.worker_messages import Report, ShardsTraced
 from lockstep.state.buffer_rules import same_bytes
@@ -61,9 +62,11 @@ class PlainPass:
 class ShardTracer:
     """One worker's traced passes, by the form of the batch."""
 
-    def __init__(self, task: Task, shared: SharedState, plan: Plan, report: Report) -> None:
+    def __init__(
+        self, task: Task, shared: SharedState, plan: Plan, report: Report, native: Library
+    ) -> None:
         """`report` tells the agent what has become of a trial."""
-        self._task, self._shared, self._report = task, shared, report
+        self._task, self._shared, self._report, self._native = task, shared, report, native
         self._always = plan.trace == "always"
         self._share = plan.shards / plan.workers
         self._buffers = PrivateBuffers(shared.model, shared.buffers)
@@ -119,7 +122,14 @@ class ShardTracer:
         self._traced.append(traced)
         if len(self._traced) == MOST_FORMS:
             self._why_not = f"{MOST_FORMS} forms of batches are traced"
-        self._report(ShardsTraced(forms=len(self._traced), why_not=self._why_not))
+        self._report(
+            ShardsTraced(
+                forms=len(self._traced),
+                why_not=self._why_not,
+                native=not traced.why_not_native,
+                why_not_native=traced.why_not_native,
+            )
+        )
 
     def _give_up(self, why_not: str) -> None:
         self._why_not = why_not
@@ -132,7 +142,7 @@ class ShardTracer:
         batch = self._begin(fresh, seed)
         captured = capture(self._task, shared.model, batch)
         try:
-            return TracedShard(captured, shared, tensors_of(batch))
+            return TracedShard(captured, shared, tensors_of(batch), self._native)
         except UntraceableError:
             raise
         except Exception as error:  # an operation that cannot be traced
@@ -164,7 +174,7 @@ class ShardTracer:
             raise UntraceableError("the loss changes what it depends on")
         grads = [plain.slot.grads[index] for index in np.flatnonzero(plain.written)]
         wanted = [gradient.clone() for gradient in grads]
-        value = traced.run(tensors_of(batch), root, plain.slot).item()
+        value = traced.run(tensors_of(batch), root, plain.slot)
         same = (
             value == plain.loss
             and traced.flags.tolist() == plain.written.tolist()

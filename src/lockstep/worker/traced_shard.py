@@ -2,7 +2,8 @@
 
 What autograd would do for a captured loss is written down once, by `make_fx`, and then run without
 autograd, hooks and modules. The kernels, their arguments and their order are the same, and so are
-the bytes. The gradients of matrices are computed right into the shard's slot.
+the bytes. The gradients of matrices are computed right into the shard's slot. Where the native
+library is there, the list is run without the interpreter, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lockstep.native.library import Library
+from lockstep.native.lowering import NativeList, NotLowered
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
 from lockstep.worker.direct_calls import call_directly, take_out_views
@@ -62,9 +65,13 @@ class TracedShard:
     """Forward and backward of the captured loss, for batches of one form."""
 
     def __init__(
-        self, captured: CapturedLoss, shared: SharedState, leaves: Sequence[torch.Tensor]
+        self,
+        captured: CapturedLoss,
+        shared: SharedState,
+        leaves: Sequence[torch.Tensor],
+        native: Library,
     ) -> None:
-        """As `Joint`; it is computed with these once.
+        """As `Joint`; it is computed with these once. `native`: the library, or why there is none.
 
         Raises:
             UntraceableError: the loss depends on other tensors, or on none of the parameters.
@@ -80,7 +87,12 @@ class TracedShard:
         self._fixed = [each.detach() for each in joint.inputs]
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._views = take_out_views(traced, dict(zip(inputs, self._fixed, strict=False)))
+        copied = len(self._with_gradient) - len(self._in_place)
+        self._native, self.why_not_native = _lower(native, graph, copied)
+        self._bound: dict[int, Any] = {}
+        """By slot: the native list with the slot's gradients."""
         targets = [torch.empty_like(params[place]) for place in self._in_place]
+        self._given = range(len(self._fixed), len(self._fixed) + len(leaves) + 1)
         root = torch.ones_like(captured.loss)
         call_directly(traced, [*self._fixed, *leaves, root, *targets, *self._views])
         self._run: Callable[..., list[torch.Tensor]] = traced.forward
@@ -88,11 +100,14 @@ class TracedShard:
         self.flags = flags_of(shared, self._with_gradient)
         """By parameter: whether there is a gradient of it."""
 
-    def run(
-        self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot
-    ) -> torch.Tensor:
+    def run(self, leaves: Sequence[torch.Tensor], root: torch.Tensor, slot: GradientSlot) -> float:
         """Compute a shard: gradients into its slot; returns the loss. `root`, the gradient at the
         root, has the form of the captured loss."""
+        if self._native is not None:
+            if id(slot) not in self._bound:
+                self._bound[id(slot)] = self._bind(self._native, slot)
+            native: float = self._bound[id(slot)].run([*leaves, root])
+            return native
         if id(slot) not in self._targets:
             self._targets[id(slot)] = self._targets_in(slot)
         direct, copied = self._targets[id(slot)]
@@ -100,7 +115,11 @@ class TracedShard:
             loss, *grads = self._run(*self._fixed, *leaves, root, *direct, *self._views)
             if copied:
                 torch._foreach_copy_(copied, grads)
-        return loss
+        return loss.item()
+
+    def _bind(self, native: NativeList, slot: GradientSlot) -> Any:
+        direct, copied = self._targets_in(slot)
+        return native.bind(self._given, [*self._fixed, *direct, *self._views, *copied])
 
     def _targets_in(self, slot: GradientSlot) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where gradients go: those that are computed in place, and those that are copied."""
@@ -108,6 +127,16 @@ class TracedShard:
         direct = [targets[place] for place in self._in_place]
         copied = [each for place, each in enumerate(targets) if place not in self._in_place]
         return direct, copied
+
+
+def _lower(library: Library, graph: fx.Graph, copied: int) -> tuple[NativeList | None, str]:
+    """The graph as a native list, or why there is none."""
+    if library.module is None:
+        return None, library.why_not
+    try:
+        return NativeList(library.module, graph, copied), ""
+    except (NotLowered, RuntimeError) as error:  # an argument of a type that C++ does not take
+        return None, str(error).partition("\n")[0][:200]
 
 
 def flags_of(shared: SharedState, with_gradient: Sequence[int]) -> npt.NDArray[np.uint8]:

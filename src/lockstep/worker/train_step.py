@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from lockstep.collectives.barrier import Barrier, Regroup
 from lockstep.collectives.gradient_compression import Compressor
@@ -33,6 +33,7 @@ from lockstep.worker.audit import StateGuard, flip_bit, flip_gradient_bit
 from lockstep.worker.context import WorkerContext
 from lockstep.worker.home_moves import HomeMoves
 from lockstep.worker.moves import Moves
+from lockstep.worker.native_step import NativeStep, Passed, native_step
 from lockstep.worker.purity_watch import PurityWatch
 from lockstep.worker.shard_claims import ShardClaims
 from lockstep.worker.team_work import TeamWork
@@ -74,6 +75,10 @@ class TrainStep:
         """The parameters of other hosts that have had no gradient yet."""
         self._agreed = False
         """Whether all shards are known to log the same values."""
+        self._native: NativeStep | None = None
+        self._arrive: Callable[[int], None] = barrier.arrive
+        self._asked_native = False
+        """Whether it is known if the native path fits."""
         self._seconds = self.control.seconds[self._worker_id]
         self._claims = ShardClaims(self.control)
         self._forward_backward.early = self._several_hosts and self._audit is None
@@ -115,7 +120,7 @@ class TrainStep:
             TaskError: the user's code failed, or its loss is not finite.
         """
         clock = time.perf_counter
-        control, barrier, seconds = self.control, self.barrier, self._seconds
+        control, seconds = self.control, self._seconds
         # Compute.
         begun = clock()
         self._compute_all(step, todo)
@@ -133,14 +138,36 @@ class TrainStep:
         seconds[Stat.COMPUTE] += computed - begun - fetching - waited
         self._loader.consider(seconds[Stat.COMPUTE])
         # Meet: all gradients of this host are in their slots.
-        barrier.arrive(progress_of(step, Phase.COMPUTED))
+        self._arrive(progress_of(step, Phase.COMPUTED))
         if self._fault("barrier", step) is not None:
             flip_bit(self.owner.groups[0].blocks[0].param.detach())
         if step >= self._ahead_from:
             self._loader.prefetch()
         waiting = clock()
+        passed = self._finish_natively(step) or self._finish(step)
+        self._moves.take_parameters()
+        self._schedule.go_to(step + 1)
+        if control.snapshot_due[step % RING]:
+            self.refresh_snapshot(step + 1)
+        copied = clock()
+        self._fault("audit", step)
+        if self._rank == 0:
+            control.times[step % RING] = passed.committed
+        if self._audit is not None:
+            self._guard.close(step)
+        self._record_digests(step)
+        seconds[Stat.DATA] += waiting - computed + fetching
+        meetings = (passed.met - waiting) + (passed.committed - passed.updated)
+        seconds[Stat.WAIT] += waited + meetings
+        seconds[Stat.REDUCE] += passed.reduced - passed.met
+        seconds[Stat.UPDATE] += (passed.updated - passed.reduced) + (copied - passed.committed)
+
+    def _finish(self, step: int) -> Passed:
+        """From the first meeting to the commit: sum the gradients and update the blocks."""
+        clock = time.perf_counter
+        control, barrier = self.control, self.barrier
         barrier.wait(progress_of(step, Phase.COMPUTED))
-        meeting = clock()
+        met = clock()
         # Reduce.
         self._moves.take_gradients(step)
         self._fault("reduce", step)
@@ -173,22 +200,24 @@ class TrainStep:
         barrier.arrive(progress_of(step, Phase.UPDATED), notify=self._several_hosts)
         self._fault("commit", step)
         barrier.wait(progress_of(step, Phase.UPDATED))
-        committed = clock()
-        self._moves.take_parameters()
-        self._schedule.go_to(step + 1)
-        if due:
-            self.refresh_snapshot(step + 1)
-        copied = clock()
-        self._fault("audit", step)
-        if self._rank == 0:
-            control.times[step % RING] = committed
-        if self._audit is not None:
-            self._guard.close(step)
-        self._record_digests(step)
-        seconds[Stat.DATA] += waiting - computed + fetching
-        seconds[Stat.WAIT] += waited + (meeting - waiting) + (committed - updated)
-        seconds[Stat.REDUCE] += reduced - meeting
-        seconds[Stat.UPDATE] += (updated - reduced) + (copied - committed)
+        return Passed(met, reduced, updated, clock())
+
+    def _finish_natively(self, step: int) -> Passed | None:
+        """The same without the interpreter; None where this step is not of the plain case."""
+        if not self._agreed or len(self._sampling.active(step)) < len(self.shared.slots):
+            return None
+        if not self._asked_native:
+            self._asked_native = True
+            self._native = native_step(
+                self.context,
+                self.barrier,
+                self.owner,
+                self._rank,
+                several_hosts=self._several_hosts,
+            )
+            if self._native is not None:
+                self._arrive = self._native.arrive
+        return None if self._native is None else self._native.finish(step, self._told_rate())
 
     # Compute.
 
