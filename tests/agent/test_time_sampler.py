@@ -72,7 +72,7 @@ def test_looks_that_meet_a_worker_waiting_are_counted() -> None:
     control, told, now = Control(), Told(), [0.0]
     sampler = TimeSampler(control, "a", told, lambda: now[0])  # type: ignore[arg-type]
     for control.awaited[0] in (16, 8, 16, 0):  # it waits at two looks of four
-        now[0] += 0.2
+        now[0] += 0.4
         control.seconds[0, Stat.REDUCE] += 0.1
         sampler.look((0,))
     (event,) = told.events

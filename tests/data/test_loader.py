@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import lockstep
 from lockstep.data.loader import follow_worker
@@ -49,6 +50,26 @@ class DeadlyOnce(Noisy):
 class KillsALoader(Vectors):
     def train_data(self) -> Dataset[Any]:
         return DeadlyOnce()
+
+
+class KillsALoaderAtItsStart(Vectors):
+    """Its first loader process dies while its `DataLoader` is still being made."""
+
+    def train_data(self) -> Dataset[Any]:
+        struck = multiprocessing.get_context("fork").Value("i", 0)
+        reset = _MultiProcessingDataLoaderIter._reset
+
+        def kill(self: Any, *args: Any, **options: Any) -> None:
+            if struck.value == 0:
+                struck.value = 1
+                pid = self._workers[0].pid
+                os.kill(pid, signal.SIGKILL)
+                # Not reaped: torch's handler of the signal looks, and raises an error in here.
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            reset(self, *args, **options)
+
+        _MultiProcessingDataLoaderIter._reset = kill  # type: ignore[method-assign]
+        return Noisy(SAMPLES, seed=1)
 
 
 class Unpicklable(Vectors):
@@ -115,9 +136,10 @@ def test_batches_have_no_name_on_their_way(kind: str, tmp_path: Path) -> None:
     assert found.steps == SETTINGS["steps"]
 
 
-def test_a_loader_that_is_killed_takes_its_worker_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["KillsALoader", "KillsALoaderAtItsStart"])
+def test_a_loader_that_is_killed_takes_its_worker_with_it(kind: str, tmp_path: Path) -> None:
     """The step is finished by the others, and the replacement has a loader of its own."""
-    task = f"{__file__}:KillsALoader"
+    task = f"{__file__}:{kind}"
     calm = lockstep.run(task, loaders=0, out=str(tmp_path / "calm"), **SETTINGS)
     struck = lockstep.run(task, loaders=1, out=str(tmp_path / "struck"), **SETTINGS)
     assert [r["how"] for r in struck.recoveries] == ["lost a loader process"]

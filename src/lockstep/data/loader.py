@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -102,6 +103,8 @@ class Loader:
         self._failed: Exception | None = None
         """What was raised when they were to be fetched; it is raised when the first is due."""
         self._stream: Iterator[Any] | None = None
+        self._processes: list[BaseProcess] = []
+        """The loader processes, also while the stream is being made."""
         self._handover = TensorChannel(0)
         self._times = FetchTimes()
 
@@ -175,12 +178,12 @@ class Loader:
         """Whether a loader process has died, or dies right now, where the worker has met this
         error. PyTorch tells it by one from a signal's handler, wherever the worker is; a broken
         connection may come before that."""
-        processes = getattr(self._stream, "_workers", ())
-        if not processes:
+        started = [process for process in self._processes if process.pid is not None]
+        if not started:
             return False
         broken = isinstance(error, ConnectionError | EOFError)
         try:
-            sentinels = [process.sentinel for process in processes]
+            sentinels = [process.sentinel for process in started]
             return bool(wait(sentinels, DYING_SECONDS if broken else 0.0))
         except RuntimeError:
             return True
@@ -192,6 +195,7 @@ class Loader:
     def close(self) -> None:
         """End the loader processes and drop what was fetched ahead."""
         self._stream = self._failed = None
+        self._processes = []
         self._handover.close()
         self._ahead.clear()
 
@@ -250,6 +254,8 @@ class Loader:
         self._ahead.clear()
         self._failed = None
         self._handover = TensorChannel(self.loaders or 1)
+        context = MemfdContext()
+        self._processes = context.processes
         self._stream = iter(
             DataLoader(
                 _Requests(self.fetch),
@@ -257,7 +263,7 @@ class Loader:
                 batch_size=None,
                 collate_fn=_as_it_is,
                 num_workers=self.loaders or 1,
-                multiprocessing_context=MemfdContext(),
+                multiprocessing_context=context,
                 worker_init_fn=functools.partial(begin_loading, os.getpid(), self._handover),
             )
         )

@@ -19,6 +19,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -123,6 +124,15 @@ def _send(end: socket.socket, waiting: Waiting) -> None:
 
 class MemfdContext(ForkContext):
     """A context for a `DataLoader`. Every queue of it has one process that reads."""
+
+    def __init__(self) -> None:
+        self.processes: list[BaseProcess] = []
+        """Those made so far. A `DataLoader` says so of its own only when it has made all."""
+
+    def Process(self, *args: Any, **options: Any) -> BaseProcess:  # type: ignore[override]
+        process = ForkContext.Process(*args, **options)
+        self.processes.append(process)
+        return process
 
     def Lock(self) -> Lock:  # type: ignore[override]
         return Lock()
