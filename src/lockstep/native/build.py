@@ -64,12 +64,15 @@ def build(say: Callable[[str], None], *, again: bool = False) -> Path:
 def arguments(command: Sequence[str], output: Path) -> list[str]:
     """The compiler's command line."""
     import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
 
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
     about = _version_of(command).replace("\\", "").replace('"', "")
     python = sysconfig.get_paths()
-    headers = [*include_paths(), python["include"], python["platinclude"]]
+    # Not by torch.utils.cpp_extension: it loads setuptools, which refuses a distutils loaded before.
+    root = Path(torch.__file__).parent
+    include = root / "include"
+    api = include / "torch" / "csrc" / "api" / "include"
+    headers = [str(include), str(api), python["include"], python["platinclude"]]
     return [
         *command,
         *FLAGS,
@@ -79,7 +82,7 @@ def arguments(command: Sequence[str], output: Path) -> list[str]:
         *(str(each) for each in source_files() if each.suffix == ".cpp"),
         "-o",
         str(output),
-        *(f"-L{each}" for each in library_paths()),
+        f"-L{root / 'lib'}",
         "-ltorch_python",
         "-ltorch_cpu",
         "-lc10",
