@@ -68,7 +68,7 @@ def arguments(command: Sequence[str], output: Path) -> list[str]:
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
     about = _version_of(command).replace("\\", "").replace('"', "")
     python = sysconfig.get_paths()
-    # Not by torch.utils.cpp_extension: it loads setuptools, which refuses a distutils loaded before.
+    # Not by torch.utils.cpp_extension: that loads setuptools, which refuses an earlier distutils.
     root = Path(torch.__file__).parent
     include = root / "include"
     api = include / "torch" / "csrc" / "api" / "include"
