@@ -21,6 +21,7 @@ from lockstep.results.run_summary import summarise
 from lockstep.system.json_files import open_regular
 from lockstep.system.private_files import file_stamp
 
+Stamps = dict[str, tuple[int, int, int] | None]
 FILES = ("manifest.json", "events.jsonl", "live.jsonl", "result.json")
 """Those that are read."""
 MOST_BYTES = 64 << 20
@@ -44,9 +45,8 @@ class RunReader:
         self.live_seen = 0
         """Grows whenever there is something new that is live."""
         self._at, self._inode = 0, 0
-        self._stamps: dict[str, tuple[int, int, int] | None] = {}
-        self._written_to: list[tuple[int, int, int] | None] = []
-        """The stamps of `FILES` at the last `refresh`."""
+        self._stamps: Stamps = dict.fromkeys(FILES)
+        """Those of the files at the last `refresh`."""
         self._without_pace = False
 
     def refresh(self) -> bool:
@@ -55,12 +55,19 @@ class RunReader:
         Raises:
             RunFolderError: the folder is gone, or its manifest cannot be read.
         """
-        self._written_to = self._stamps_now()  # before: what is written meanwhile is read next time
-        changed = self._read_manifest()
+        # Before they are read: what is written meanwhile is read next time.
+        stamps = self._stamps_now()
+        fresh = {name for name in FILES if stamps[name] != self._stamps[name]}
+        changed = "manifest.json" in fresh or not self.manifest
+        if changed:
+            self._read_manifest()
         changed |= self.read_events()
-        changed |= self._read_live()
-        if self._changed("result.json"):
+        if "live.jsonl" in fresh:
+            self._read_live()
+            changed = True
+        if "result.json" in fresh:
             self.result, changed = read_object(self.folder / "result.json"), True
+        self._stamps = stamps  # all have been read
         untold = self.history.began is None and not self.history.progress.rows
         if untold and not self._without_pace and not self._ends_only:
             self._without_pace = True
@@ -69,10 +76,10 @@ class RunReader:
 
     def is_behind(self) -> bool:
         """Whether a file is another than when it was read last: cheap, for who looks often."""
-        return self._written_to != self._stamps_now()
+        return self._stamps != self._stamps_now()
 
-    def _stamps_now(self) -> list[tuple[int, int, int] | None]:
-        return [file_stamp(self.folder / name) for name in FILES]
+    def _stamps_now(self) -> Stamps:
+        return {name: file_stamp(self.folder / name) for name in FILES}
 
     @property
     def status(self) -> str:
@@ -94,9 +101,7 @@ class RunReader:
         """What the run is and how it stands, by what was read last; `name` is its folder's."""
         return summarise(name, self.manifest, self.result, self.history, self.status)
 
-    def _read_manifest(self) -> bool:
-        if not self._changed("manifest.json") and self.manifest:
-            return False
+    def _read_manifest(self) -> None:
         self.manifest = read_object(self.folder / "manifest.json")
         if not self.manifest:
             raise RunFolderError(
@@ -104,7 +109,6 @@ class RunReader:
                 expected="a folder with a manifest.json",
                 found="none that can be read",
             )
-        return True
 
     def read_events(self) -> bool:
         """Read the events that are new; whether there are any."""
@@ -140,9 +144,7 @@ class RunReader:
                     changed = True
         return changed
 
-    def _read_live(self) -> bool:
-        if not self._changed("live.jsonl"):
-            return False
+    def _read_live(self) -> None:
         try:
             with open_regular(self.folder / "live.jsonl") as file:
                 lines = file.read(MOST_CHUNK).splitlines()
@@ -150,7 +152,6 @@ class RunReader:
             lines = []
         self.live = [event for line in lines if (event := parse_event(line)) is not None]
         self.live_seen += 1
-        return True
 
     def _read_losses(self) -> bool:
         """The losses of a run whose events do not tell its pace, from its ledger."""
@@ -166,14 +167,6 @@ class RunReader:
             )
             self.history.step = max(self.history.step, part.last + 1)
         return bool(curve.bins)
-
-    def _changed(self, name: str) -> bool:
-        """Whether a file is another than at the last call."""
-        stamp = file_stamp(self.folder / name)
-        if self._stamps.get(name) == stamp:
-            return False
-        self._stamps[name] = stamp
-        return True
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ They are made in the forkserver, before the first fork: whoever replaces a dead 
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -26,7 +24,7 @@ from lockstep.planning.plan import Plan
 from lockstep.state.gradient_slots import GradientSlot
 from lockstep.state.shared_state import SharedState
 from lockstep.system.messages import Codec, Message
-from lockstep.worker.fork_setup import in_child
+from lockstep.worker.fork_setup import ask_fork
 from lockstep.worker.kernel_cache import kernels_in
 from lockstep.worker.loss_capture import (
     CapturedLoss,
@@ -263,21 +261,7 @@ def _fetch_forms(plan: Plan, fetch: Fetch) -> Iterator[BatchForm]:
     Raises:
         TaskError: a batch cannot be fetched, or holds more than tensors.
     """
-    reading, writing = os.pipe()
-    parent, child = os.getpid(), os.fork()
-    if child == 0:
-        try:
-            in_child(parent, [])
-            os.close(reading)
-            signal.alarm(FETCH_SECONDS)  # ends it
-            with open(writing, "wb") as file:
-                file.write(FORMS.encode(_forms(_sizes(plan), fetch)))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as file:
-        answer = file.read()
-    os.waitpid(child, 0)
+    answer = ask_fork(lambda: FORMS.encode(_forms(_sizes(plan), fetch)), FETCH_SECONDS)
     found = FORMS.decode(answer) if answer else FetchedForms(problem="fetching a batch failed")
     if found.problem:
         raise _refused(found.problem)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lockstep.device.choice import device_of
 from lockstep.errors import LockstepError, ResourceError, TaskError
-from lockstep.worker.fork_setup import flush
+from lockstep.worker.fork_setup import ask_fork
 
 NOT_INITIALIZED = 3
 """What the CUDA driver answers before it is initialised (CUDA_ERROR_NOT_INITIALIZED)."""
+OPEN_SECONDS = 300
+"""The longest that opening a device and computing the probe may take."""
 PROBE = "device_probe"
 """The name of the probe in a numerics profile, where it is not the CPU's."""
 
@@ -31,20 +32,7 @@ def device_facts(name: str) -> dict[str, Any]:
     if name != "cuda":
         return device_of(name).profile()
     check_untouched()
-    read, write = os.pipe()
-    flush()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(read)
-            with open(write, "wb") as file:
-                file.write(json.dumps(_facts(name)).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as file:
-        answer = file.read()
-    os.waitpid(pid, 0)
+    answer = ask_fork(lambda: json.dumps(_facts(name)).encode(), OPEN_SECONDS)
     found: dict[str, Any] = json.loads(answer or b"{}")
     if PROBE not in found:
         raise ResourceError(
