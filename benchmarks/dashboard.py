@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -26,10 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from urllib.parse import urlsplit
 
 import lockstep
 from benchmarks.models import CASES, WORLD
+from benchmarks.page_watcher import Watcher
 from benchmarks.report import MODELS, publish, table
 from benchmarks.tasks import Benchmark
 from lockstep.agent.time_sampler import TimeSampler
@@ -42,7 +41,6 @@ from lockstep.results.run_folder import Events, RunFolder
 from lockstep.results.run_reader import RunReader
 
 MILLION = 1_000_000
-TICKS = os.sysconf("SC_CLK_TCK")
 SLICE = 1.0
 """Seconds of a run in which everything is told, and then nothing, in turns."""
 
@@ -54,16 +52,23 @@ class Turns:
     come as told, untold, untold, told, so that what drifts falls on both alike.
     """
 
-    def __init__(self, watcher: Watcher) -> None:
-        self.watcher = watcher
-        self._commits, self._began_with, self._begun = 0, 0, 0.0
+    def __init__(self, watcher: Watcher, *, silent: bool = False) -> None:
+        """`silent`: nothing is told in either part, which shows what the figures are worth."""
+        self.watcher, self._silent = watcher, silent
+        self._commits, self._began_with, self._begun, self._cpu = 0, 0, 0.0, 0.0
         self._part = -4  # the first ones are the start, and are not counted
         self.rates: dict[bool, list[float]] = {True: [], False: []}
         """Steps per second of the parts, by whether they were told."""
+        self.shares: dict[bool, list[float]] = {True: [], False: []}
+        """What the coordinator took of a core, likewise."""
+
+    @property
+    def _first(self) -> bool:
+        return self._part % 4 in (0, 3)
 
     @property
     def telling(self) -> bool:
-        return self._part % 4 in (0, 3)
+        return self._first and (self._part < 0 or not self._silent)
 
     def commit(self) -> None:
         """A step is committed; the turn may end with it."""
@@ -72,10 +77,11 @@ class Turns:
         if now - self._begun < SLICE:
             return
         if self._part >= 0:
-            rate = (self._commits - self._began_with) / (now - self._begun)
-            self.rates[self.telling].append(rate)
+            seconds = now - self._begun
+            self.rates[self._first].append((self._commits - self._began_with) / seconds)
+            self.shares[self._first].append((time.process_time() - self._cpu) / seconds)
         self._part += 1
-        self._begun, self._began_with = now, self._commits
+        self._begun, self._began_with, self._cpu = now, self._commits, time.process_time()
         self.watcher.process.send_signal(signal.SIGCONT if self.telling else signal.SIGSTOP)
 
     @contextlib.contextmanager
@@ -110,10 +116,11 @@ class Turns:
 
     def ratios(self) -> list[float]:
         """The pace of each told part over that of the untold one beside it."""
-        return [told / untold for told, untold in zip(*self._both(), strict=False)]
+        return [a / b for a, b in zip(self.rates[True], self.rates[False], strict=False)]
 
-    def _both(self) -> tuple[list[float], list[float]]:
-        return self.rates[True], self.rates[False]
+    def more_of_a_core(self) -> float:
+        """What the coordinator takes more while everything is told."""
+        return statistics.mean(self.shares[True]) - statistics.mean(self.shares[False])
 
 
 def median_range(values: list[float], draws: int = 2000) -> tuple[float, float]:
@@ -125,82 +132,32 @@ def median_range(values: list[float], draws: int = 2000) -> tuple[float, float]:
     return medians[draws // 40], medians[-draws // 40]
 
 
-class Watcher:
-    """The page's server over a folder, and a client that reads a run's stream."""
-
-    def __init__(self, runs: Path) -> None:
-        runs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "lockstep", "watch", str(runs)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        address = urlsplit(self.process.stdout.readline().split()[-1])
-        self.started_after = 0.0
-        """The processor time that it had taken when the stream began."""
-        self.address, self.token = address.netloc, address.fragment.partition("=")[2]
-
-    def get(self, path: str) -> http.client.HTTPResponse:
-        """An answer of the server."""
-        connection = http.client.HTTPConnection(self.address, timeout=60)
-        connection.request("GET", path, headers={"Authorization": f"Bearer {self.token}"})
-        return connection.getresponse()
-
-    def stream(self, name: str) -> http.client.HTTPResponse:
-        """A run's stream, as soon as the run is there."""
-        for _ in range(600):
-            answer = self.get(f"/api/runs/{name}/stream")
-            if answer.status == 200:
-                return answer
-            answer.close()
-            time.sleep(0.1)
-        raise TimeoutError(f"{name} has not begun within a minute")
-
-    def follow(self, name: str, seen: list[tuple[float, dict[str, Any]]]) -> None:
-        """Read a run's stream to its end, from when the run is there."""
-        answer = self.stream(name)
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            while line := answer.readline():
-                seen.append((time.time(), json.loads(line)))
-
-    @contextlib.contextmanager
-    def client(self, name: str) -> Iterator[None]:
-        """A process that reads a run's stream and does nothing with it."""
-        self.stream(name).close()
-        self.started_after = self.cpu_seconds()
-        url = f"http://{self.address}/api/runs/{name}/stream"
-        command = ["curl", "--silent", "--no-buffer", "--output", os.devnull, "--config", "-", url]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        assert process.stdin is not None
-        try:
-            with process.stdin as config:  # the token is on no command line
-                config.write(f'header = "Authorization: Bearer {self.token}"\n')
-            yield
-        finally:
-            process.kill()
-            process.wait()
-
-    def cpu_seconds(self) -> float:
-        """The processor time that the server has taken."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+def cost(name: str, seconds: float, log: list[str], place: Path) -> list[list[str]]:
+    """Rows: the pace of a run while everything is told, over its pace while nothing is; and the
+    same run with nothing told at all."""
+    rows = []
+    for silent in (False, True):
+        with contextlib.closing(Watcher(place)) as watcher:
+            turns = Turns(watcher, silent=silent)
+            run_for(name, seconds, [] if silent else log, turns, place / f"run{silent:d}")
+            # Without its start; and the other half of the time it was stopped.
+            served = (watcher.cpu_seconds() - watcher.started_after) / (seconds / 2)
+        rows.append([f"{name}, silent" if silent else name, *_figures(turns), _percent(served)])
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    return rows
 
 
-def cost(name: str, seconds: float, log: list[str], place: Path) -> list[str]:
-    """A row: the pace of a run while everything is told, over its pace while nothing is."""
-    with contextlib.closing(Watcher(place)) as watcher:
-        turns = Turns(watcher)
-        run_for(name, seconds, log, turns, place / "run")
-        # Without its start; and the other half of the time it was stopped.
-        served = (watcher.cpu_seconds() - watcher.started_after) / (seconds / 2)
+def _figures(turns: Turns) -> list[str]:
     ratios = turns.ratios()
     low, high = median_range(ratios)
     return [
-        name, f"{statistics.median(turns.rates[True]):,.0f}", f"{statistics.median(ratios):.3f}",
-        f"{low:.3f} to {high:.3f}", str(len(ratios)), f"{100 * served:.1f} %",
+        f"{statistics.median(turns.rates[True]):,.0f}", f"{statistics.median(ratios):.3f}",
+        f"{low:.3f} to {high:.3f}", str(len(ratios)), _percent(turns.more_of_a_core()),
     ]  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def run_for(name: str, seconds: float, log: list[str], turns: Turns, out: Path) -> None:
@@ -382,7 +339,8 @@ def _ms(seconds: float) -> str:
 def page(costs: list[list[str]], late: list[float], opened: list[list[str]], loggers: str) -> str:
     """The figures in Markdown."""
     head = [
-        "model", "steps/s", "told / untold, median", "95 of 100", "pairs", "server, of a core",
+        "model", "steps/s", "told / untold, median", "95 of 100", "pairs",
+        "coordinator, more of a core", "server, of a core",
     ]  # fmt: skip
     return f"""<!-- Written by benchmarks/dashboard.py; do not edit. -->
 # What the events and the page cost
@@ -390,7 +348,10 @@ def page(costs: list[list[str]], late: list[float], opened: list[list[str]], log
 One run on two workers of one thread, in parts of a second by turns: everything told (the events of
 pace and times, the logger {loggers}, the page's server with a client that follows it), and
 nothing told. The pace of each told part is divided by that of the untold one beside it; the range
-is that of the median, by the bootstrap. To measure again, on a machine that does nothing else:
+is that of the median, by the bootstrap. "Silent" is the same with nothing told in either part: how
+far its ratio is from 1 is what a ratio of the row above can be wrong by. The last two columns are
+processor time, which differs less from one second to the next: the workers' two cores have so much
+less. To measure again, on a machine that does nothing else:
 `python -m benchmarks.dashboard --write docs/page-cost.md`.
 
 {table(head, costs)}
@@ -416,8 +377,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="lockstep-dashboard-") as folder:
         costs = []
         for name in options.models:
-            costs.append(cost(name, options.seconds, options.log, Path(folder, name)))
-            print(" | ".join(costs[-1]), file=sys.stderr, flush=True)
+            costs += cost(name, options.seconds, options.log, Path(folder, name))
         if options.only_cost:
             return 0
         opened = opening(Path(folder, "opening"))
