@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lockstep.slices.board import NOTHING_LEFT, SPINS, Board, BoardMemory
+from lockstep.slices.board import SPINS, Board
+from lockstep.slices.board_memory import NOTHING_LEFT, BoardMemory
 from lockstep.slices.cuts import choose_cuts
 from lockstep.slices.slicing import slice_model, slice_numbers
 from lockstep.slices.team import Team, computing_with
@@ -146,7 +147,7 @@ def measure(
     numbers = slice_numbers(parts)
     to_shared_memory(plain, lambda _: True)
     to_shared_memory(parts, lambda parameter: id(parameter) in numbers)
-    memory = BoardMemory(size)
+    memory = BoardMemory.create(size)
     best: dict[str, tuple[float, float]] = {}
     for epoch in range(1, ROUNDS + 1):
         ways: dict[str, list[Callable[[], list[float]]]] = {

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.errors import JobError
+from lockstep.job.job import Job
 from lockstep.planning.byte_ranges import ALIGN, ByteRange
-from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded
+from lockstep.planning.core_split import Facts
+from lockstep.planning.host_role import HostRole
+from lockstep.planning.host_split import decompose_over_hosts
+from lockstep.planning.ownership import Ownership, Replicated, Servers, Sharded, Slices
 from lockstep.planning.slot_map import SlotMap
 
 KINDS: list[Ownership] = [Replicated(), Sharded(), Servers(frozenset("bd"))]
 HOSTS = ("a", "b", "c", "d", "e")
 
 
-def slot_map(sizes: Sequence[int]) -> SlotMap:
-    """A slot with gradients of so many bytes."""
+def slot_map(sizes: Sequence[int], slice_of: Mapping[int, int] | None = None) -> SlotMap:
+    """A slot with gradients of so many bytes, of which some are slices."""
     grads, offset = {}, 0
     for param, nbytes in enumerate(sizes):
         grads[param] = ByteRange(offset=offset, nbytes=nbytes)
         offset += -(-nbytes // ALIGN) * ALIGN
     nothing = ByteRange(offset=offset, nbytes=0)
     return SlotMap(
-        nbytes=offset, grads=grads, tables=(), buffers=nothing, packed=nothing, total=0, restored=0
-    )
+        nbytes=offset, grads=grads, tables=(), buffers=nothing, packed=nothing, total=0, restored=0,
+        slice_of=dict(slice_of or {}),
+    )  # fmt: skip
 
 
 def joined(runs: Sequence[ByteRange]) -> list[tuple[int, int]]:
@@ -86,3 +92,49 @@ def test_a_sum_is_cut_evenly_whatever_the_parameters() -> None:
     duties = Replicated().duties(HOSTS[:3], slot_map([4 * 784 * 512, 2048, 4 * 512 * 512, 40]))
     sizes = [sum(run.nbytes for run in share.sums) for share in duties.shares.values()]
     assert max(sizes) < 1.01 * sum(sizes) / 3
+
+
+@given(slices=st.integers(1, 9), matrices=st.integers(1, 5), count=st.integers(1, 6))
+def test_each_slice_is_on_one_host(slices: int, matrices: int, count: int) -> None:
+    """Those of one number together; and what is not cut is nobody's alone."""
+    slice_of = {2 * index: index % slices for index in range(matrices * slices)}
+    places = slot_map([64] * 2 * matrices * slices, slice_of)
+    hosts = tuple(f"host{number}" for number in range(count))
+    if count > slices:
+        with pytest.raises(JobError, match="more hosts than slices"):
+            Slices().duties(hosts, places)
+        return
+    duties = Slices().duties(hosts, places)
+    if count == 1:
+        assert not duties.shares
+        return
+    assert duties.returns == "digests"
+    assert tuple(duties.shares) == hosts
+    owned = [param for share in duties.shares.values() for param in share.params]
+    assert sorted(owned) == sorted(slice_of), "one owner of each"
+    numbers = [{slice_of[param] for param in share.params} for share in duties.shares.values()]
+    assert all(numbers), "nobody has none"
+    assert sum(map(len, numbers)) == slices
+
+
+def test_hosts_that_have_slices_compute_all_shards() -> None:
+    plan = decompose_over_hosts(
+        Job(task="tests.zoo:named", steps=2, batch_size=8, shards=4, slices=3, ownership="slices"),
+        Facts(cores=4, train_samples=64, eval_samples=8), {"a": 4, "b": 2}, {},
+    )  # fmt: skip
+    assert plan.workers == 4, "two on each: each has a partner"
+    places = slot_map([64] * 6, {0: 0, 1: 1, 2: 2})
+    role = HostRole.alone("b", plan, Slices())
+    assert not role.together
+    role = role.among({"a": 2, "b": 2}, places, 5)
+    assert role.together
+    assert role.parted
+    assert [part.shards for part in role.placement.parts] == [range(4)] * 2
+    assert role.subtrees == ()
+    assert (role.placement.teams, role.position, role.generation) == (2, 1, 5)
+    assert role.remote_params == [0, 1]
+    with pytest.raises(JobError, match="compute shards together"):
+        decompose_over_hosts(
+            Job(task="tests.zoo:named", batch_size=8, shards=4, slices=3, ownership="slices", workers=3),
+            Facts(cores=4, train_samples=64, eval_samples=8), {"a": 4, "b": 2}, {},
+        )  # fmt: skip

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lockstep.errors import IntegrityError, ResourceError
-from lockstep.slices.board import NOTHING_LEFT, Board, BoardMemory, PassRestarted
-from lockstep.slices.shown_tensors import Buffer, read_tensors, write_tensors
+from lockstep.slices.board import Board, PassRestarted
+from lockstep.slices.board_memory import NOTHING_LEFT, BoardMemory
+from lockstep.slices.shown_tensors import TensorBuffer, read_tensors, write_tensors
 from lockstep.system import futex
 
 KIND, OTHER = 1, 2
@@ -30,7 +31,7 @@ class NothingComes(Exception):
 
 @pytest.fixture
 def memory() -> Iterator[BoardMemory]:
-    made = BoardMemory(max_workers=3)
+    made = BoardMemory.create(3)
     yield made
     made.close()
 
@@ -69,7 +70,7 @@ def test_tensors_come_as_they_are() -> None:
     """Of any type, size and order of elements; those that are not there, too."""
     fd = os.memfd_create("test")
     os.ftruncate(fd, 4096)
-    writer, reader = Buffer(fd), Buffer(fd)
+    writer, reader = TensorBuffer(fd), TensorBuffer(fd)
     for tensors in (
         [torch.randn(3, 4), None, torch.arange(5)],
         [torch.randn(2, 0), torch.tensor(1.5), torch.tensor([True, False])],
@@ -232,7 +233,7 @@ def test_too_few_descriptors_are_said() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, hard))
     try:
         with pytest.raises(ResourceError, match="boards of teams") as caught:
-            BoardMemory(max_workers=64)
+            BoardMemory.create(64)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "128 file descriptors" in caught.value.expected

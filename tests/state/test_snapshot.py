@@ -35,6 +35,27 @@ def test_the_snapshot_is_refreshed_in_parts_and_rolled_back_to() -> None:
     kept.close()
 
 
+def test_parts_of_a_snapshot_on_a_disk() -> None:
+    """A host takes its own part and those of others, and goes back to its own."""
+    shape = ControlShape(shards=1, max_workers=1, params=1)
+    control = ControlSegment(Segment.create("control", shape.nbytes()), shape)
+    state, gathered = Segment.create("state", 8192), Segment.on_disk("gathered", 8192)
+    kept = Segment.on_disk("snapshot", 8192)
+    snapshot = Snapshot(control, state, kept)
+    own, others = ByteRange(offset=0, nbytes=5000), ByteRange(offset=5000, nbytes=3192)
+    state.map[:8192], gathered.map[:8192] = b"a" * 8192, b"b" * 8192
+    snapshot.put([others], gathered)
+    assert bytes(snapshot.take(4, [own])) == b"a" * 5000 + b"b" * 3192
+    state.map[:8192] = b"c" * 8192
+    snapshot.roll_back([own])
+    assert state.map[:8192] == b"a" * 5000 + b"c" * 3192
+    snapshot.roll_back()
+    assert state.map[:8192] == b"a" * 5000 + b"b" * 3192
+    snapshot.close()
+    for segment in (control, state, kept, gathered):
+        segment.close()
+
+
 def test_the_snapshot_is_as_recent_as_its_cost_allows() -> None:
     assert steps_between(10 << 20, 2, steps_per_second=0.0) == 1
     assert steps_between(10 << 20, 2, steps_per_second=1.0) == 1, "long steps: after each"

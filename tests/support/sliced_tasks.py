@@ -55,6 +55,13 @@ class Mlp(SlicedTask):
         )  # fmt: skip
 
 
+class Broad(SlicedTask):
+    """Two large matrices, and little else."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, 4096), nn.ReLU(), nn.Linear(4096, WIDTH))
+
+
 class Encoder(SlicedTask):
     """torch's own transformer encoder over an embedding."""
 
@@ -145,7 +152,7 @@ class Vit(SlicedTask):
 
 
 TASKS: dict[str, type[SlicedTask]] = {
-    "mlp": Mlp, "encoder": Encoder, "llama": Llama, "t5": T5, "vit": Vit
+    "mlp": Mlp, "broad": Broad, "encoder": Encoder, "llama": Llama, "t5": T5, "vit": Vit
 }  # fmt: skip
 PACKAGES = {"llama": "transformers", "t5": "transformers", "vit": "timm"}
 

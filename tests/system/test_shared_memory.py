@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,3 +72,42 @@ def test_nothing_is_allocated_at_somebody_elses_word() -> None:
         assert segment.map[piece : piece + 4] == b"abc\0"
     finally:
         segment.close()
+
+
+def test_a_part_is_released_reserved_and_read_without_taking_memory() -> None:
+    size = 64 * mmap.PAGESIZE
+    segment = Segment.create("state", size, at_once=False)
+    assert segment.resident_bytes == 0
+    assert list(segment.written()) == []
+    segment.map[:size] = b"x" * size
+    assert list(segment.written()) == [(0, size)]
+    segment.release(10, 9 * mmap.PAGESIZE)
+    assert segment.resident_bytes == size - 8 * mmap.PAGESIZE, "whole pages go"
+    assert list(segment.written()) == [(0, mmap.PAGESIZE), (9 * mmap.PAGESIZE, size)]
+    assert segment.peek(0, mmap.PAGESIZE + 2) == b"x" * mmap.PAGESIZE + bytes(2)
+    assert segment.resident_bytes == size - 8 * mmap.PAGESIZE, "reading takes none"
+    segment.reserve(0, size)
+    assert segment.resident_bytes == size
+    segment.close()
+
+
+def test_a_segment_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    segment = Segment.on_disk("snapshot", 3 * mmap.PAGESIZE)
+    assert segment.is_on_disk
+    assert not list(tmp_path.iterdir()), "it has no name"
+    segment.write(100, b"abc")
+    found = bytearray(5)
+    segment.read(99, memoryview(found))
+    assert found == b"\0abc\0"
+    assert segment.map[100:103] == b"abc"
+    segment.map[100:103] = b"xyz"
+    segment.settle(100, 3)
+    assert segment.peek(100, 3) == b"xyz"
+    segment.close()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ResourceError, match="cannot be put on a disk") as caught:
+        Segment.on_disk("snapshot", 1)
+    assert "TMPDIR" in caught.value.fix

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from lockstep.agent import membership
@@ -21,6 +21,11 @@ from lockstep.planning.worker_messages import InferBatches, Scored, ScoreOutputs
 
 Inferred = Literal["evaluate", "predict"]
 """What is made of a held-out batch: its metrics, or its predictions."""
+
+
+class RoundDisturbed(Exception):
+    """Hosts that compute batches together have to be regrouped first."""
+
 
 SCORE_SECONDS = 300.0
 """The longest that `Task.score` and `Task.baseline` may take together."""
@@ -35,9 +40,16 @@ class EvaluationShare(Protocol):
     def gather(self) -> None:
         """Wait for what other hosts have made of theirs; it goes to the group's answers."""
 
+    def disturbed(self) -> bool:
+        """Whether a host with which batches are computed cannot go on."""
+
 
 class OwnShare:
-    """All batches are done on this host."""
+    """All batches are done on this host, or by each host together with this one."""
+
+    def __init__(self, disturbed: Callable[[], bool] = lambda: False) -> None:
+        """`disturbed`: whether a host with which batches are computed cannot go on."""
+        self.disturbed = disturbed
 
     def share_out(self, what: Inferred, number: int, batches: Sequence[int]) -> list[int]:
         return list(batches)
@@ -78,7 +90,12 @@ class EvaluationRounds:
             group.await_rest()
 
     def divide(self, what: Inferred, batches: Sequence[int]) -> list[Any]:
-        """What the workers make of each batch, in order; each batch is done by one of them."""
+        """What the workers make of each batch, in order; each batch is done by one of them, or by a
+        team.
+
+        Raises:
+            RoundDisturbed: hosts compute them together, and have to be regrouped first.
+        """
         group = self._group
         self._results.clear()
         others = True
@@ -87,6 +104,8 @@ class EvaluationRounds:
             self._round += 1
             own = self._share.share_out(what, self._round, missing) if others else missing
             self._ask(what, own)
+            if group.role.together and not group.at_rest:
+                raise RoundDisturbed
             group.await_rest()
             group.failure_log.evaluating = False
             self._share.gather()
@@ -95,6 +114,11 @@ class EvaluationRounds:
         group.failure_log.evaluated()
         return [self._results[batch] for batch in batches]
 
+    def take_part(self, what: Inferred, batches: Sequence[int]) -> None:
+        """Compute batches together with other hosts, of which one answers."""
+        self._group.await_rest()
+        self._ask(what, batches)
+
     def _ask(self, what: Inferred, batches: Sequence[int]) -> None:
         """Divide batches among those who rest, and wait until they have done them, or one died."""
         group = self._group
@@ -102,9 +126,13 @@ class EvaluationRounds:
         group.failure_log.evaluating = True
         together = batches_together(len(batches), len(worker_ids), group.plan.team)
         size = group.plan.team if together else 1
+        teams = team_count(len(worker_ids), size)
+        if group.role.together:
+            together, teams = True, group.role.placement.teams
         for rank, worker_id in enumerate(worker_ids):
             group.control.forget_shard(worker_id)
-            own = tuple(batches[team_of(rank, size) :: team_count(len(worker_ids), size)])
+            index = team_of(rank, size)
+            own = tuple(batches[index::teams]) if index < teams else ()
             request = InferBatches(
                 round=self._round, predict=what == "predict", batches=own, together=together
             )
@@ -113,6 +141,9 @@ class EvaluationRounds:
         while group.control.epoch == epoch and not group.members.all_rest:
             group.listen()
             group.watch()
+            if group.role.together and self._share.disturbed():
+                group.decide(membership.PauseRequested())  # who waits for partners gives up
+                return
 
     def _answers(self) -> Iterator[BatchResult | Scored]:
         """The answers to the last question; those to an earlier one are dropped."""

@@ -70,7 +70,7 @@ class FollowedPart:
             host, memory, plan, Forwarder(link, master), None, lease=self._lease, held=True
         )
         self._regroup = HostRegroup(self.group, mesh)
-        self._rounds = EvaluationRounds(self.group, OwnShare())
+        self._rounds = EvaluationRounds(self.group, OwnShare(lambda: bool(mesh.troubles)))
         self._ready = self._has_moved = False
         self._asked: deque[InferBatches | SendState] = deque()
         """What is to be done when all rest."""
@@ -161,6 +161,9 @@ class FollowedPart:
 
     def _infer(self, asked: InferBatches) -> None:
         """Do this host's part of a round of held-out batches, and send what comes of each."""
+        if self.group.role.together:  # the master's workers answer
+            self._rounds.take_part(asked.what, asked.batches)
+            return
         results = self._rounds.divide(asked.what, asked.batches)
         for batch, result in zip(asked.batches, results, strict=True):
             for chunk in in_chunks(asked.round, batch, result):

@@ -7,6 +7,7 @@ host has one of these like every other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from lockstep.agent import membership
@@ -49,6 +50,7 @@ class HostRegroup:
         return HostStatus(
             whole=step if group.has_state and not updating else None,
             snapshot=group.control.snapshot_step if has_snapshot else None,
+            workers=group.members.target if group.role.ownership.together else None,
             address=self._address,
         )
 
@@ -73,9 +75,11 @@ class HostRegroup:
         """
         group, mesh, name = self.group, self.mesh, self.mesh.name
         memory, action = group.memory, order.actions[name]
-        group.role = group.role.among(order.workers, memory.slot_map)
+        group.role = group.role.among(order.workers, memory.slot_map, mesh.generation)
         group.step_log.owned = group.role.owned_params
         peer = ""
+        if group.role.ownership.together:
+            self._keep_own(action)
         try:
             if group.role.several:
                 mesh.connect(order.addresses)
@@ -98,10 +102,25 @@ class HostRegroup:
         )
         group.decide(membership.ResumeRequested())
 
+    def _keep_own(self, action: Action) -> None:
+        """Have memory for this host's slices, and give back that of others'. The master has these
+        in its snapshot.
+
+        Raises:
+            ResourceError: its own do not fit.
+        """
+        role, memory = self.group.role, self.group.memory
+        needed = role.needed_by(role.host, memory.layout)
+        assert needed is not None
+        memory.keep(needed, frozenset(role.remote_params), role.plan.shards)
+        if action == "copy":  # what may be in its snapshot is of no use
+            memory.copy.release(0, memory.copy.nbytes)
+
     def _send_state(self, order: RegroupOrder) -> None:
-        """Give the state to the hosts that copy it, or what each needs of it."""
-        role, copying = self.group.role, order.copying
-        transfer = self.mesh.transfer(self.group.memory)
+        """Give the state to the hosts that copy it, or what each needs of it: the snapshot is whole
+        where the state need not be, and they are of the same step."""
+        role, copying, memory = self.group.role, order.copying, self.group.memory
+        transfer = self.mesh.transfer(memory, memory.copy if role.ownership.together else None)
         if role.ownership.whole and copying:
             transfer.send(order.step, copying)
         elif not role.ownership.whole:
@@ -112,7 +131,7 @@ class HostRegroup:
     def _settle(self, step: int, action: Action) -> None:
         """The state is that after `step` steps: let everything else say so, too."""
         group, control = self.group, self.group.control
-        if action == "keep":
+        if action == "keep" and not group.role.together:
             for shard in range(group.plan.shards):
                 if shard not in group.role.shards:  # its slot gets what another host has computed
                     control.shard_done[shard] = -1
@@ -138,19 +157,25 @@ class HostRegroup:
 
     def take_parts(self, wanted: Callable[[], bool]) -> bool:
         """Get every other host's part, as long as that is wanted; whether all have come. If not,
-        the mesh has a trouble. All have been asked to give.
+        the mesh has a trouble. All have been asked to give. They go to the state, or where this
+        host has no room for them there, to the snapshot.
 
         Raises:
             IntegrityError: what has come is not what was sent.
         """
-        group, mesh = self.group, self.mesh
-        for name in group.role.others:
-            part = group.role.part_of(name, group.memory.layout)
+        group, mesh, memory = self.group, self.mesh, self.group.memory
+        together = group.role.together
+        transfer = mesh.transfer(memory, memory.gathered if together else None)
+        parts = {name: group.role.part_of(name, memory.layout) for name in group.role.others}
+        for name, part in parts.items():
             try:
-                mesh.transfer(group.memory).receive(group.step, name, part, wanted)
+                transfer.receive(group.step, name, part, wanted)
             except NetworkError as error:
                 mesh.trouble(mesh.generation, name, error)
                 return False
+        if together:
+            ranges = [*itertools.chain.from_iterable(parts.values())]
+            memory.snapshot.put(ranges, memory.gathered)
         return True
 
 

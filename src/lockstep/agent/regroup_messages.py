@@ -22,6 +22,8 @@ class HostStatus(Message):
     """After how many steps its state is; None: it is corrupted, or not there yet."""
     snapshot: Step | None
     """The same of its snapshot; None: it has none."""
+    workers: Count | None = None
+    """How many it has, where they need partners on other hosts; None: as it said when it came."""
     address: Address = ("", 0)
     """Where it listens to other hosts in this generation."""
 

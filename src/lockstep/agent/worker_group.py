@@ -101,11 +101,13 @@ class WorkerGroup:
         self.members = WorkerMembership(
             target=plan.workers, max_workers=plan.max_workers, held=held
         )
+        self._formed = -1
+        """The arrangement of hosts under which workers were grouped, last."""
         ownership = ownership_of(plan.ownership, plan.servers, plan.compression, plan.local_steps)
         self.role = HostRole.alone(host.name, plan, ownership)
         self.has_state = step is not None
         self.corrupted: str | None = None
-        """Why the state is corrupted here, where other hosts have to be asked for it."""
+        """Why the hosts have to be regrouped: such as a state that is corrupted here."""
         self.answers: deque[BatchResult | Scored] = deque()
         """What workers have said of held-out data, for whoever has asked."""
         self.told: list[Told] = []
@@ -120,7 +122,7 @@ class WorkerGroup:
         """The last step at whose end the snapshot is, or will be, brought up to date."""
         self.reset_words(step or 0)
         if step is not None:
-            memory.snapshot.take(step)
+            memory.snapshot.take(step, memory.written() if memory.boards is not None else None)
             self.control.mirror_step = step
 
     @property
@@ -178,10 +180,14 @@ class WorkerGroup:
             [self.control.updating(worker_id) for worker_id in members],
             self.control.shard_done.tolist(),
             self.control.snapshot_step,
-            team_count(len(worker_ids), self.plan.team),
+            self._teams(len(worker_ids)),
             self.role.shards,
             self.control.mirror_step if self.plan.apart else None,
         )
+        if self.role.together and self._formed == self.role.generation:
+            self.decide(membership.RegroupDeferred())  # others' workers have partners here
+            self.corrupted = f"its workers have to find their partners anew: {reason}"
+            return
         if resumption.back is None:
             self.step_log.mend(resumption.step)
         elif self.role.several:  # to roll back alone is no use: other hosts have gone on
@@ -190,6 +196,7 @@ class WorkerGroup:
             return
         else:
             self.roll_back()
+        self._formed = self.role.generation
         self._resume(worker_ids, {*members, *worker_ids}, resumption, reason)
 
     def _resume(
@@ -220,14 +227,16 @@ class WorkerGroup:
         ahead_from = resumption.step
         if self.failure_log.has_died_since_commit:  # what kills is met where it is computed
             ahead_from = max(resumption.step, self.step) + 1
+        idle: tuple[int, ...] = ()
         for rank, worker_id in enumerate(worker_ids):
+            index = team_of(rank, self.plan.team)
             assignment = assign(
                 role,
                 worker_ids,
                 rank,
                 epoch=control.epoch,
                 step=resumption.step,
-                todo=resumption.todo[team_of(rank, self.plan.team)],
+                todo=resumption.todo[index] if index < len(resumption.todo) else idle,
                 refresh=refresh,
                 loaders=self.failure_log.loaders_live,
                 ahead_from=ahead_from,
@@ -239,13 +248,21 @@ class WorkerGroup:
     def roll_back(self) -> None:
         """Put the snapshot in the place of a state that is corrupted."""
         self.step_log.drain()
-        self.memory.snapshot.roll_back()
+        together = self.role.together
+        own = self.role.needed_by(self.role.host, self.memory.layout) if together else None
+        self.memory.snapshot.roll_back(own)
         control = self.control
         control.snapshot_due[:] = 0  # later steps' marks may lie where those redone will
         control.mirror_step = control.snapshot_step
         if self.plan.apart:  # every death leads back here: it is not to stay as far behind
             self._marked = control.snapshot_step
             self._mark(max(self._marked, control.lease - RING), control.lease, self._pace)
+
+    def _teams(self, workers: int) -> int:
+        """Of so many workers, how many compute shards, each by itself or with partners."""
+        if self.role.together:
+            return self.role.placement.teams
+        return team_count(workers, self.plan.team)
 
     def reset_words(self, step: int) -> None:
         """Let nobody be in the middle of anything: everybody is at the start of a step."""

@@ -80,7 +80,7 @@ def leave_out(decision: Decision, hosts: OpenHosts) -> None:
 
 def _may_choose(job: Job) -> bool:
     """Whether a host may be left out: not where it has data, or a role, of its own."""
-    return job.data != "local" and job.ownership != "servers"
+    return job.data != "local" and job.ownership not in ("servers", "slices")
 
 
 def _measured(hosts: OpenHosts, facts: Facts, *, all_sizes: bool) -> list[Host] | None:

@@ -13,6 +13,7 @@ grad_norm              the global gradient norm and its limit, as `clip_grad_nor
 gradient_compression   what one group of shards gives the others, compressed, with residuals
 exchange_plan          what goes from host to host in a step, and where in memory it belongs
 exchange_thread        the agent's thread that sends and receives it
+board_relay            carries a team's boards over to the other hosts of the team
 host_mesh              a host's connections of one generation, its exchange thread, its state
 state_transfer         the state, or a part of it, from one host to another
 """

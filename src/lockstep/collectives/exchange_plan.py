@@ -81,6 +81,8 @@ class ExchangePlan:
             for name, share in duties.shares.items()
         }
         mine = self.mine.name
+        self._met = {part.name: memoryview(bytearray(1)) for part in arrangement.parts}
+        """By host, a byte that goes when it has updated its parameters: none is a step ahead."""
         self._gradients = {
             (sender.name, owner): list(self._list_gradients(sender, owner))
             for sender in arrangement.parts
@@ -126,7 +128,7 @@ class ExchangePlan:
         return tagged(Field.BESIDE, self._beside(step, sender))
 
     def _beside(self, step: int, sender: HostShards) -> Iterator[memoryview]:
-        control, shards = self.control, sender.shards
+        control, shards = self.control, sender.given
         if shards:
             run = slice(shards.start, shards.stop)
             yield control.outcomes[step % RING, run].view(np.uint8).data
@@ -147,14 +149,14 @@ class ExchangePlan:
 
     def _logged(self, step: int, sender: HostShards) -> Iterator[memoryview]:
         control, place = self.control, step % RING
-        for shard in sender.shards:
+        for shard in sender.given:
             if control.names_bytes[place, shard]:
                 yield control.names[shard, : control.names_bytes[place, shard]].data
                 count = control.logged_counts[place, shard]
                 yield control.logged[place, shard, :count].data.cast("B")
 
     def _told(self, sender: HostShards, owner: str) -> Iterator[memoryview]:
-        shards = sender.shards
+        shards = sender.given
         again = self.control.has_grad[shards.start : shards.stop] == AGAIN
         if not self.places.packed.nbytes and again.any():
             for gradient in self.gradients(sender, owner):
@@ -182,7 +184,7 @@ class ExchangePlan:
         Raises:
             ProtocolError: they cannot be.
         """
-        flags = self.control.has_grad[sender.shards.start : sender.shards.stop]
+        flags = self.control.has_grad[sender.given.start : sender.given.stop]
         if flags.size and int(flags.max()) > AGAIN:
             raise _untrue(sender, "a flag", f"at most {AGAIN}", str(int(flags.max())))
         for tree in sender.subtrees:
@@ -198,7 +200,7 @@ class ExchangePlan:
         Raises:
             ProtocolError: it cannot be.
         """
-        run = slice(sender.shards.start, sender.shards.stop)
+        run = slice(sender.given.start, sender.given.stop)
         for what, counts, most in (
             ("a number of values", self.control.logged_counts[step % RING, run], MOST_LOGGED),
             ("a length of names", self.control.names_bytes[step % RING, run], NAMES_BYTES),
@@ -213,7 +215,7 @@ class ExchangePlan:
         Raises:
             ProtocolError: they are not as many as the values, or no names.
         """
-        for shard in sender.shards:
+        for shard in sender.given:
             count = int(self.control.logged_counts[step % RING, shard])
             try:
                 found = len(decode_names(names_of(self.control, step, shard)))
@@ -255,7 +257,7 @@ class ExchangePlan:
         )
 
     def returned(self, step: int, owner: str) -> Iterator[Item]:
-        """The sums that it has made, or what has become of its parameters."""
+        """The sums that it has made, or what has become of its parameters, or digests of them."""
         return tagged(Field.RETURNED, self._returned(step, owner))
 
     def _returned(self, step: int, owner: str) -> Iterator[memoryview]:
@@ -263,9 +265,12 @@ class ExchangePlan:
             for run in self.duties.shares[owner].sums:
                 yield from (self._view(self.places.total, piece) for piece in cut(run))
             return
-        for run in self._params[owner]:
+        given = self._params[owner] if self.duties.returns == "parameters" else []
+        for run in given:
             for piece in cut(run):
                 yield self._state[piece.offset : piece.offset + piece.nbytes]
+        if self.duties.returns == "digests":  # of some steps there is no other word
+            yield self._met[owner]
         for index, _ in self.audited(step, owner):
             yield self.control.digest_bytes(step, index)
 

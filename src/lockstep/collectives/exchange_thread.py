@@ -74,17 +74,19 @@ class ExchangeThread:
         clip: bool,
         spare: bool,
         limit: Callable[[], float],
+        flush: Callable[[], None] | None = None,
     ) -> None:
         """`worker_ids` are the host's workers at any time; `clip`: the norm of the gradients is
         limited; `spare`: the host has cores besides its workers'; `limit`: how many seconds one may
-        wait for another host."""
+        wait for another host; `flush`: called before others of this host's items are sent, which
+        must not overtake what its workers have shown on a board."""
         self.exchange_plan, self.transport, self.control = (
             exchange_plan,
             transport,
             exchange_plan.control,
         )
         self._worker_ids, self._failed, self._clip = worker_ids, failed, clip
-        self._limit = limit
+        self._limit, self._flush = limit, flush
         self.awaited = frozenset[str]()
         """The other hosts that are waited for now."""
         self.mine = exchange_plan.mine.name
@@ -132,13 +134,14 @@ class ExchangeThread:
             lambda worker_id: control.progress(worker_id) >= read
         )  # what came in the last step
         self._gather(step)
-        if returns == "parameters" and self._clip:
+        owned = returns in ("parameters", "digests")
+        if owned and self._clip:
             self._await_asked(exchange_of(step, Stage.NORMED))
             self._swap(step, self.exchange_plan.norms)
             control.set_exchanged(step, Stage.NORMED)
         if returns != "nothing":
             self._await_asked(exchange_of(step + 1, Stage.STARTED), (step, Stage.RETURNING))
-            if returns == "parameters":
+            if owned:
                 self._digest(step)
             self._swap(step, partial(self.exchange_plan.returned, step))
         control.set_exchanged(step + 1, Stage.STARTED)
@@ -179,6 +182,8 @@ class ExchangeThread:
     def _swap(self, step: int, items: Callable[[str], Iterable[Item]]) -> None:
         """Give everybody this host's items, and get everybody's own."""
         others = [other.name for other in self.exchange_plan.others]
+        if self._flush is not None:
+            self._flush()
         coming = [slip for other in others for slip in self._expect(step, items(other), other)]
         going = [slip for other in others for slip in self._send(step, items(self.mine), other)]
         self._await_all([*coming, *going], PATIENCE_WITH_OWNERS)

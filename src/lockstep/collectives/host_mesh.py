@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lockstep.collectives.board_relay import BoardRelay
 from lockstep.collectives.exchange_plan import ExchangePlan
 from lockstep.collectives.exchange_thread import ExchangeThread
 from lockstep.collectives.state_transfer import StateTransfer
@@ -20,6 +21,7 @@ from lockstep.net.transport import Report
 from lockstep.planning.host_role import HostRole
 from lockstep.state.host_memory import HostMemory
 from lockstep.system import machine
+from lockstep.system.shared_memory import Segment
 
 CONNECT_SECONDS = 5.0
 
@@ -58,6 +60,7 @@ class HostMesh:
         self.troubles: deque[Trouble] = deque()
         self._mesh: TcpTransport | None = None
         self._exchange_thread: ExchangeThread | None = None
+        self._relay: BoardRelay | None = None
 
     @property
     def name(self) -> str:
@@ -119,6 +122,19 @@ class HostMesh:
             role.duties,
             self.name,
         )
+        if role.together:
+            assert memory.boards is not None
+            self._relay = BoardRelay(
+                memory.boards,
+                self._mesh,
+                [part.name for part in role.placement.parts],
+                self.name,
+                teams=role.placement.teams,
+                max_workers=plan.max_workers,
+                generation=generation,
+                failed=failed,
+            )
+            self._relay.start()
         self._exchange_thread = ExchangeThread(
             exchange_plan,
             self._mesh,
@@ -127,6 +143,7 @@ class HostMesh:
             clip=plan.sum_limit is not None,
             spare=machine.cores() > plan.workers * plan.threads,
             limit=limit,
+            flush=self._relay.flush if self._relay is not None else None,
         )
         self._exchange_thread.start(step)
 
@@ -147,6 +164,9 @@ class HostMesh:
 
     def close(self) -> None:
         """Leave the generation: whatever is under way is dropped, and memory is free again."""
+        if self._relay is not None:
+            self._relay.stop()
+            self._relay = None
         if self._exchange_thread is not None:
             self._exchange_thread.stop()
             self._exchange_thread = None
@@ -156,7 +176,10 @@ class HostMesh:
             self._mesh.close()
             self._mesh = None
 
-    def transfer(self, memory: HostMemory) -> StateTransfer:
-        """What moves state between the hosts of this generation."""
+    def transfer(self, memory: HostMemory, area: Segment | None = None) -> StateTransfer:
+        """What moves state between the hosts of this generation, to or from `area`; by default the
+        state segment."""
         assert self._mesh is not None
-        return StateTransfer(transport=self._mesh, memory=memory, hurried=self.hurried)
+        return StateTransfer(
+            transport=self._mesh, memory=memory, area=area or memory.state, hurried=self.hurried
+        )

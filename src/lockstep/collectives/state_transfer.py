@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.slot_map import cut
 from lockstep.state.control_segment import RING
 from lockstep.state.host_memory import HostMemory
+from lockstep.system.shared_memory import Segment
 
 STATE_SECONDS, STATE_RATE = 600.0, 1e6
 """The longest that a copy of the state may take; longer, if it has come at this rate, in bytes per
@@ -28,6 +30,8 @@ PIECE_SECONDS, HURRIED_SECONDS = 60.0, 5.0
 """The longest that one piece of it may take, and when the run is to stop."""
 DIGEST_BYTES = 32
 PIECE_BYTES = 4 << 20
+PIECES_IN_MEMORY = 8
+"""Of a state on a disk, for each peer."""
 OUTCOMES, NORM, DIGEST, NAMES, LOGGED = range(1 << 20, (1 << 20) + 5)
 """Tags of what goes with a state, behind those of its pieces."""
 
@@ -38,6 +42,8 @@ class StateTransfer:
 
     transport: Transport
     memory: HostMemory
+    area: Segment
+    """Where the state lies that is sent, or received: the state segment, or a copy of it."""
     hurried: Callable[[], bool] = lambda: False
     """Whether the run is to stop."""
 
@@ -45,20 +51,26 @@ class StateTransfer:
         self, step: int, peers: Sequence[str], part: Sequence[ByteRange] | None = None
     ) -> None:
         """Give the state after `step` committed steps, or a part of it, to these hosts."""
-        digest = blake3()
-        transfers: list[Pending] = []
+        digest, limit = blake3(), self._limit()
+        under_way: deque[tuple[Pending, memoryview]] = deque()
 
         def send(tag: int, view: memoryview) -> None:
             key = Key(Kind.STATE, step, tag)
-            transfers.extend(self.transport.send(peer, key, view) for peer in peers)
+            under_way.extend((self.transport.send(peer, key, view), view) for peer in peers)
+
+        def await_all_but(most: int) -> None:
+            while len(under_way) > most:
+                transfer, view = under_way.popleft()
+                self._await(transfer, limit, lambda: True)
+                self._settle(view)
 
         for tag, view in self._pieces(step, part):
             send(tag, view)
             digest.update(view)  # while it is sent
+            if self.area.is_on_disk:
+                await_all_but(PIECES_IN_MEMORY * len(peers))
         send(DIGEST, memoryview(digest.digest(DIGEST_BYTES)))
-        limit = self._limit()
-        for transfer in transfers:
-            self._await(transfer, limit, lambda: True)
+        await_all_but(0)
 
     def receive(
         self,
@@ -85,6 +97,7 @@ class StateTransfer:
         for transfer, (_, view) in zip(transfers, items, strict=False):
             self._await(transfer, limit, wanted)
             digest.update(view)  # while more comes
+            self._settle(view)
         self._await(transfers[-1], limit, wanted)
         found = digest.digest(DIGEST_BYTES)
         if found != sent:
@@ -94,6 +107,12 @@ class StateTransfer:
                 found=f"digest {found.hex()[:16]}…",
                 fix="look for faulty memory on both hosts",
             )
+
+    def _settle(self, piece: memoryview) -> None:
+        """See that a piece of a file on a disk takes no memory any more."""
+        if self.area.is_on_disk and piece.nbytes > DIGEST_BYTES:
+            start = np.frombuffer(self.area.map, np.uint8).ctypes.data
+            self.area.settle(np.frombuffer(piece, np.uint8).ctypes.data - start, piece.nbytes)
 
     def _limit(self) -> float:
         """When a copy that begins now has taken too long."""
@@ -117,7 +136,7 @@ class StateTransfer:
         self, step: int, part: Sequence[ByteRange] | None
     ) -> Iterator[tuple[int, memoryview]]:
         """The state, and what is known of the step before, or a part of the state; by tag."""
-        state, control = memoryview(self.memory.state.map), self.memory.control
+        state, control = memoryview(self.area.map), self.memory.control
         whole = ByteRange(offset=0, nbytes=self.memory.state.nbytes)
         ranges = [whole] if part is None else part
         pieces = itertools.chain.from_iterable(cut(run, PIECE_BYTES) for run in ranges)

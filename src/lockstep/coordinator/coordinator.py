@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lockstep.agent import membership
-from lockstep.agent.evaluation_rounds import EvaluationRounds
+from lockstep.agent.evaluation_rounds import EvaluationRounds, RoundDisturbed
 from lockstep.agent.last_state import keep_last_state
 from lockstep.agent.observer import RunObserver
 from lockstep.agent.worker_group import WorkerGroup
@@ -117,7 +117,10 @@ class Coordinator:
             self._run_to_stop()
             if not self.hosts.parts.collect():
                 continue  # a host is lost: the steps since the last snapshot are made once more
-            self._at_rest()
+            try:
+                self._at_rest()
+            except RoundDisturbed:
+                continue  # hosts are regrouped, and then it is evaluated once more
             if self._stop_asked:
                 self._end()
                 raise StoppedError(f"stopped after step {self.step}, as asked")
@@ -200,8 +203,8 @@ class Coordinator:
     def _at_rest(self) -> None:
         self.group.throughput.rest()
         if self._tries_evaluation:  # what is broken in it shows now, and not after an epoch
-            self._tries_evaluation = False
             self._try_evaluation()
+            self._tries_evaluation = False
         self._watch.improved = False
         if self.schedule.evaluates_at(self.step):
             self._evaluate()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import select
 from collections.abc import Callable, Iterable
 
+from lockstep.agent.host_messages import HostPaused, HostPresent, HostReady, StepRecorded
 from lockstep.net.control_link import ControlLink
 from lockstep.net.transport import Heard
 from lockstep.system.look_clock import LookClock
+
+QUIET = HostPresent | HostReady | StepRecorded | HostPaused
+"""What a host may say while all do something together at rest, without its being called off."""
 
 
 class Overdue:
@@ -58,6 +62,14 @@ class HostInbox:
     def is_silent(self, name: str) -> bool:
         """Whether this host has given no sign of life for too long."""
         return self.silent_for(name) > self._silent_seconds
+
+    def disturbs(self, names: Iterable[str], handled: Callable[[Heard], bool]) -> bool:
+        """Whether one of these hosts is silent, or somebody says what has to be dealt with before
+        all of them go on with what they do together."""
+        self.keep(0.0, handled)
+        return self.any_silent(names) or not all(
+            isinstance(heard.message, QUIET) for heard in self.kept
+        )
 
     def any_silent(self, names: Iterable[str]) -> bool:
         """Whether one of these hosts is silent."""

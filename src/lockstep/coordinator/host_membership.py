@@ -162,7 +162,8 @@ def decide(hosts: HostMembership, event: Event) -> Decision:
         case HostPaused(name, generation, status):
             if generation != hosts.generation or name not in hosts.members:
                 return hosts, (), f"host {name} speaks of another generation"
-            member = replace(hosts.members[name], status=status)
+            workers = status.workers or hosts.members[name].workers
+            member = replace(hosts.members[name], status=status, workers=workers)
             hosts = replace(hosts, members={**hosts.members, name: member})
             return _resume_if_all_rest(hosts, f"host {name} rests")
         case HostLost(name, why, closed):

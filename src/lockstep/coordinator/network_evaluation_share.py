@@ -35,6 +35,7 @@ class NetworkEvaluationShare:
         check_ended: Callable[[str], None],
         lost: Callable[[str, str], None],
         limit: Callable[[], float],
+        troubled: Callable[[], bool],
     ) -> None:
         """Divide batches for a worker group, the master's own.
 
@@ -48,7 +49,9 @@ class NetworkEvaluationShare:
             check_ended: raises, or has the group decide, if the host of this name has ended.
             lost: gives up a host, and says why.
             limit: how many seconds one may wait for another host's next answer.
+            troubled: whether the master's own host cannot go on with others.
         """
+        self._troubled = troubled
         self._lost, self._limit = lost, limit
         self._shared_at = self._took = 0.0
         """When the last round was shared out, and how long the master's own part of it took."""
@@ -66,7 +69,9 @@ class NetworkEvaluationShare:
         """Give the other hosts their part of a round, by who has the data or by their numbers of
         workers; the part of the master's own."""
         master = self._group.host.name
-        if self._data_parts:
+        if self._group.role.together:  # all compute each batch, and the master's workers answer
+            shares = {name: list(batches) for name in self._workers()}
+        elif self._data_parts:
             owned = held_out_batches(self._data_parts, self._group.plan.eval_batch_size)
             shares = {name: [n for n in batches if n in owned[name]] for name in owned}
         else:
@@ -74,7 +79,8 @@ class NetworkEvaluationShare:
         rest = shares.pop(master)
         self._what = what
         self._answers.begin(number)
-        self._asked = {name: set(batches) for name, batches in shares.items()}
+        awaited = {} if self._group.role.together else shares
+        self._asked = {name: set(batches) for name, batches in awaited.items()}
         self._shared_at = time.monotonic()
         for name, part in shares.items():
             step = self._group.step
@@ -82,6 +88,9 @@ class NetworkEvaluationShare:
                 name, InferBatches(what=what, round=number, step=step, batches=list(part))
             )
         return rest
+
+    def disturbed(self) -> bool:
+        return self._troubled() or self._inbox.disturbs(self._group.role.others, self._observe)
 
     def gather(self) -> None:
         """Wait for the answers. Who is lost, or has to be regrouped, is not waited for."""

@@ -105,6 +105,7 @@ class NetworkHostGroup:
             check_ended=self._check_ended,
             lost=lambda name, why: self._decide([host_membership.HostLost(name, why)]),
             limit=regroup.exchange_limit,
+            troubled=lambda: bool(regroup.mesh.troubles),
         )
         self.parts = PartsCollector(
             regroup, self._inbox, link, lambda: bool(self._newcomers), self._observe

@@ -9,23 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lockstep.agent.host_messages import (
-    HostPaused,
-    HostPresent,
-    HostReady,
-    SendState,
-    StepRecorded,
-)
+from lockstep.agent.host_messages import SendState
 from lockstep.agent.host_regroup import HostRegroup
 from lockstep.coordinator.host_inbox import HostInbox
 from lockstep.net.control_link import ControlLink
 from lockstep.net.transport import Heard
+from lockstep.planning.byte_ranges import ByteRange
 
 PARTS_SECONDS, PARTS_SHARE = 10.0, 0.02
 """Between two collections; longer, where that would take more of a run's time than this share. The
 loss of a host costs the steps since."""
-QUIET = HostPresent | HostReady | StepRecorded | HostPaused
-"""What a host may say while parts are collected, without their being called off."""
 
 
 class PartsCollector:
@@ -64,7 +57,10 @@ class PartsCollector:
         begun = time.monotonic()
         if group.role.parted and not self._gather():
             return False
-        group.memory.snapshot.take(group.step)
+        own: list[ByteRange] | None = None
+        if group.role.together:
+            own = group.role.needed_by(group.host.name, group.memory.layout)
+        group.memory.snapshot.take(group.step, own)
         self._collected_at = time.monotonic()
         self._took = self._collected_at - begun
         return True
@@ -78,7 +74,4 @@ class PartsCollector:
 
     def _undisturbed(self) -> bool:
         """Whether nobody has said, since all rest, that it cannot go on."""
-        self._inbox.keep(0.0, self._handled)
-        return not self._inbox.any_silent(self._regroup.group.role.others) and all(
-            isinstance(heard.message, QUIET) for heard in self._inbox.kept
-        )
+        return not self._inbox.disturbs(self._regroup.group.role.others, self._handled)

@@ -154,7 +154,10 @@ class Rendezvous:
         Raises:
             JobError: some host would have none, or a server is not there.
         """
-        return {**self.capacities, **share(workers, self._computing())}
+        capacities = self._computing()
+        if self.ownership.together:  # each worker has a partner on each host
+            capacities = dict.fromkeys(capacities, 1)
+        return {**self.capacities, **share(workers, capacities)}
 
     def check_servers(self, servers: Sequence[str]) -> None:
         """See that the hosts that a job names are there.

@@ -235,11 +235,12 @@ class Job:
         most=1024,
         unset="measured",
     )
-    ownership: Literal["replicated", "sharded", "servers"] = setting(
+    ownership: Literal["replicated", "sharded", "servers", "slices"] = setting(
         "replicated",
-        help="On several hosts: which host sums and updates which parameters.",
+        help="On several hosts: which host keeps and updates which parameters.",
         detail="`replicated`: each all; `sharded`: each its part; `servers`: the hosts in "
-        "`servers`, which compute no gradients. See [hosts.md](hosts.md#who-updates-what).",
+        "`servers`, which compute no gradients; `slices`: each has some of the `slices` alone, and "
+        "all compute each shard together. See [hosts.md](hosts.md#who-updates-what).",
     )
     hosts: Literal["all", "planned"] = setting(
         "all",

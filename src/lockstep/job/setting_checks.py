@@ -28,6 +28,7 @@ def check_together(job: Settings, defaults: Settings) -> None:
     check_slices(job["slices"], job["slice_plan"], job["local_steps"])
     check_team(job["team"], job["slices"], job["workers"], compiled=job["compile"])
     _check_team_host(job)
+    _check_slice_hosts(job, defaults)
 
 
 def _check_compression(job: Settings) -> None:
@@ -145,8 +146,40 @@ def _check_team_host(job: Settings) -> None:
         raise several_hosts(job["team"], ", ".join(said))
 
 
+WITHOUT_PARTNERS = {
+    "team": "each worker has its partners on other hosts",
+    "local_steps": "a round of steps is one worker's",
+    "audit": "a shard is computed again by one worker",
+    "compile": "a compiled shard runs as a whole",
+    "device": "slices are in the hosts' segments",
+}
+"""Settings that do not go with slices of each host's own, and why."""
+
+
+def _check_slice_hosts(job: Settings, defaults: Settings) -> None:
+    if job["ownership"] != "slices":
+        return
+    if job["slices"] == 1:
+        raise JobError(
+            "ownership: slices, and there is one slice: hosts would have nothing to divide",
+            expected="slices: at least as many as there are hosts",
+            found="slices = 1",
+            fix="set slices (the numbers depend on it), or leave out ownership",
+        )
+    for name, why in WITHOUT_PARTNERS.items():
+        if job[name] != defaults[name]:
+            raise JobError(
+                f"{name} does not go with ownership: slices: {why}",
+                expected=f"{name} left out, or another ownership",
+                found=f"ownership = slices, {name} = {job[name]}",
+                fix="leave one out",
+            )
+
+
 def _check_shards(job: Settings) -> None:
     team = job["team"]
+    if job["ownership"] == "slices":  # each host may have a worker for each shard
+        team = job["slices"]
     if team > 1 and job["workers"] and job["shards"] and job["shards"] * team < job["workers"]:
         raise JobError(
             "there are more workers than shards have members: some would never have work",

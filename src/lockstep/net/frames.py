@@ -42,9 +42,10 @@ class Kind(enum.IntEnum):
     REDUCED = 17
     STATE = 18
     BLOB = 19
+    SHOWN = 20
 
 
-TENSORS = frozenset({Kind.PARTIAL, Kind.REDUCED, Kind.STATE, Kind.BLOB})
+TENSORS = frozenset({Kind.PARTIAL, Kind.REDUCED, Kind.STATE, Kind.BLOB, Kind.SHOWN})
 """Kinds whose body is raw bytes for memory that the receiver knows."""
 
 LIMITS: Mapping[Kind, int] = {
@@ -60,6 +61,7 @@ LIMITS: Mapping[Kind, int] = {
     Kind.REDUCED: 1 << 30,
     Kind.STATE: 1 << 30,
     Kind.BLOB: 4 << 20,
+    Kind.SHOWN: 1 << 30,
 }
 """Bytes: the longest body of each kind."""
 MAX_STEP, MAX_TAG = 2**64 - 1, 2**32 - 1

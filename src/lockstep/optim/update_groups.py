@@ -135,8 +135,10 @@ class Grouping:
         start = shared.grad_offsets[first.param] + first.start * dtype.itemsize
         stop = shared.grad_offsets[last.param] + last.stop * dtype.itemsize
         leaves = [slot.flat[start:stop].view(dtype) for slot in self._dense]
-        # The sum of a sparse table has memory of its own; this is never touched then.
-        room = torch.zeros if self._table(numbers[0]) is None else torch.empty
+        # The sum of a sparse table has memory of its own, and one gradient is its own sum: memory
+        # that nobody touches is not taken.
+        unused = self._table(numbers[0]) is not None or len(leaves) == 1
+        room = torch.empty if unused else torch.zeros
         total = room((stop - start) // dtype.itemsize, dtype=dtype, device=leaves[0].device)
         owned = [self._own(number, start, leaves, total) for number in numbers]
         members: list[list[nn.Parameter]] = [[] for _ in self.shared.optimizer.param_groups]

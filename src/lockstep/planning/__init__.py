@@ -21,7 +21,7 @@ eval_batches         held-out batches, and how their sums become metrics
 reduction_tree       the balanced binary tree over shards: subtrees, order, depth
 teams                which workers compute a shard together, and which slices each of them does
 shard_placement      which host computes which shards, as complete subtrees
-ownership            which host sums and updates what: replicated, sharded, servers
+ownership            which host keeps and updates what: replicated, sharded, servers, slices
 host_role            HostRole: what one host computes, sums, updates and keeps
 assignment           Assignment: what one worker does while the membership lasts
 step_phases          phases of a step as one word that only grows: the barrier's protocol

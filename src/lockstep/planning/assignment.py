@@ -23,6 +23,18 @@ Run = tuple[int, int]
 """The first, and the one after the last."""
 
 
+class HostTeam(Message):
+    """Hosts of which each has some of the slices: workers of one rank compute shards together."""
+
+    hosts: int
+    position: int
+    """This host's place among them."""
+    teams: int
+    """How many workers of each host have a partner on all others."""
+    generation: int
+    """The number of this arrangement of hosts."""
+
+
 class Assignment(Message, tag="join"):
     """One worker's part in a membership, and where it starts."""
 
@@ -40,7 +52,7 @@ class Assignment(Message, tag="join"):
     """What is summed by itself before all is: all hosts' subtrees, or groups."""
     several_hosts: bool
     returns: Returns
-    """What hosts give each other when each has summed its share."""
+    """What hosts give each other when each has summed its share, or updated it."""
     host_sums: tuple[ByteRange, ...]
     """What of a slot this host sums for all, where hosts return sums."""
     remote_params: frozenset[int]
@@ -59,7 +71,9 @@ class Assignment(Message, tag="join"):
     """What the task's schedule has been told, where it waits for a metric."""
 
     team: int = 1
-    """How many workers compute a shard together; the last team may have fewer."""
+    """How many of this host's workers compute a shard together; the last team may have fewer."""
+    host_team: HostTeam | None = None
+    """The hosts that compute each shard together; None: each computes some of the shards."""
 
     @property
     def worker_id(self) -> int:
@@ -69,6 +83,11 @@ class Assignment(Message, tag="join"):
     def workers(self) -> int:
         """How many workers this host has."""
         return len(self.worker_ids)
+
+    @property
+    def owned_apart(self) -> bool:
+        """Whether each host updates parameters of its own."""
+        return self.returns in ("parameters", "digests")
 
     @property
     def host_shards(self) -> range:
@@ -83,6 +102,8 @@ class Assignment(Message, tag="join"):
     @property
     def teams(self) -> int:
         """How many teams this host's workers make; without teams, each worker is one."""
+        if self.host_team is not None:
+            return self.host_team.teams
         return team_count(self.workers, self.team)
 
     @property
@@ -95,6 +116,8 @@ class Assignment(Message, tag="join"):
     def shards(self) -> tuple[int, ...]:
         """The shards that are this worker's, or its team's, to begin with, in every step."""
         shards, index = self.host_shards, team_of(self.rank, self.team)
+        if index >= self.teams:  # it has no partner on another host
+            return ()
         return tuple(shards[i] for i in home_shards(len(shards), self.teams, index))
 
 
@@ -131,6 +154,18 @@ def assign(
         ahead_from=ahead_from,
         told=told,
         team=team,
+        host_team=_host_team(role),
+    )
+
+
+def _host_team(role: HostRole) -> HostTeam | None:
+    if not role.together:
+        return None
+    return HostTeam(
+        hosts=len(role.placement.parts),
+        position=role.position,
+        teams=role.placement.teams,
+        generation=role.generation,
     )
 
 

@@ -66,6 +66,8 @@ def shards_of(job: Job) -> int:
     """
     batch_size = job.batch_size or DEFAULT_BATCH_SIZE
     shards = job.shards or default_shards(batch_size)
+    if job.ownership == "slices":  # counted for each host, where these are known
+        return shards
     for name in ("workers", "max_workers"):
         wanted = getattr(job, name)
         if wanted is not None and wanted > shards * job.team:

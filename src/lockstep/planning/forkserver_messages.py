@@ -140,7 +140,8 @@ class StateReady(Message):
     layout: Layout
     slot_map: SlotMap
     segment_bytes: tuple[int, ...]
-    """Of each segment, in the order of the descriptors."""
+    """Of each segment, in the order of the descriptors. Those of boards may follow: of their words,
+    and of two buffers for each member."""
     profile: JsonText
     """The numerics that workers compute with."""
     scheduler_metric: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lockstep.planning.byte_ranges import ByteRange, complement
 from lockstep.planning.data_partition import shard_ranges
-from lockstep.planning.memory_layout import Layout
+from lockstep.planning.memory_layout import Kind, Layout
 from lockstep.planning.ownership import Duties, Ownership
 from lockstep.planning.plan import Plan
 from lockstep.planning.shard_placement import ShardPlacement
@@ -24,11 +24,15 @@ class HostRole:
     ownership: Ownership
     placement: ShardPlacement
     duties: Duties
+    generation: int = 0
+    """The number of this arrangement of hosts."""
 
     @staticmethod
     def alone(host: str, plan: Plan, ownership: Ownership) -> HostRole:
         """One host does everything."""
         placement = ShardPlacement.of(plan.shards, {host: plan.workers}, _group(plan))
+        if ownership.together:
+            placement = ShardPlacement.together(plan.shards, {host: plan.workers})
         return HostRole(
             host=host,
             plan=plan,
@@ -37,18 +41,23 @@ class HostRole:
             duties=Duties(shares={}),
         )
 
-    def among(self, workers: Mapping[str, int], slot_map: SlotMap) -> HostRole:
+    def among(self, workers: Mapping[str, int], slot_map: SlotMap, generation: int) -> HostRole:
         """The roles of these hosts, by their numbers of workers, in this order."""
         computing = self.ownership.computing(list(workers))
         counts = {name: count * (name in computing) for name, count in workers.items()}
+        if self.ownership.together:
+            placement = ShardPlacement.together(self.plan.shards, counts)
+        else:
+            placement = ShardPlacement.of(
+                self.plan.shards, counts, _group(self.plan), shard_ranges(self.plan.holdings)
+            )
         return HostRole(
             host=self.host,
             plan=self.plan,
             ownership=self.ownership,
-            placement=ShardPlacement.of(
-                self.plan.shards, counts, _group(self.plan), shard_ranges(self.plan.holdings)
-            ),
+            placement=placement,
             duties=self.ownership.duties(list(workers), slot_map),
+            generation=generation,
         )
 
     @property
@@ -60,6 +69,16 @@ class HostRole:
     def parted(self) -> bool:
         """Whether each host has a part of the state, and none has the whole of it."""
         return self.several and not self.ownership.whole
+
+    @property
+    def together(self) -> bool:
+        """Whether this host computes each shard together with others."""
+        return self.several and self.ownership.together
+
+    @property
+    def position(self) -> int:
+        """This host's place among the hosts."""
+        return [part.name for part in self.placement.parts].index(self.host)
 
     @property
     def others(self) -> list[str]:
@@ -94,13 +113,17 @@ class HostRole:
         return frozenset(param for share in self.duties.shares.values() for param in share.params)
 
     def part_of(self, name: str, layout: Layout) -> list[ByteRange]:
-        """The bytes of the state that only the host of this name has: of the optimizer state, what
-        its groups have left out, and what its shards' optimizers keep."""
+        """The bytes of the state that only the host of this name has: of the optimizer state (and
+        the parameters, if others do not have them), what its groups have left out, and what its
+        shards' optimizers keep."""
         own = self.placement.part(name)
         groups = [self.subtrees.index(tree) for tree in own.subtrees] if self.plan.groups else []
-        owned = self.duties.returns == "parameters"
+        kinds: tuple[Kind, ...] = ("param", "optim")
+        if self.duties.returns == "parameters":
+            kinds = ("optim",)  # of parameters everybody has a copy
+        params = self.duties.shares[name].params if name in self.duties.shares else ()
         return [
-            *layout.ranges_of(self.duties.shares[name].params if owned else (), ("optim",)),
+            *layout.ranges_of(params, kinds),
             *layout.apart("residual", groups),
             *layout.apart("local", own.shards),
         ]

@@ -9,7 +9,7 @@ from lockstep.errors import JobError
 from lockstep.job.job import Job
 from lockstep.planning.core_split import Division, Facts, shards_of
 from lockstep.planning.data_partition import Holdings, Samples, divide
-from lockstep.planning.ownership import ownership_of
+from lockstep.planning.ownership import check_slices, ownership_of
 from lockstep.planning.plan import Plan, decompose
 from lockstep.planning.shard_placement import share
 
@@ -37,7 +37,10 @@ def decompose_over_hosts(
     """
     candidates = computing(job, capacities)
     shards = shards_of(job)
-    workers = job.workers or min(sum(candidates.values()), shards)
+    if job.ownership == "slices":
+        candidates = _partners(job, candidates, shards)
+    most = shards * (len(candidates) if job.ownership == "slices" else 1)
+    workers = job.workers or min(sum(candidates.values()), most)
     division = Division(workers=workers, threads=job.threads or 1, shards=shards)
     shares = {**capacities, **share(workers, candidates)}
     listed = ", ".join(f"{name}: {count}" for name, count in shares.items())
@@ -55,6 +58,26 @@ def decompose_over_hosts(
             fix="raise `groups`, and `shards` with it, or use fewer hosts",
         )
     return plan
+
+
+def _partners(job: Job, candidates: Mapping[str, int], shards: int) -> dict[str, int]:
+    """As many workers on each host, at most one for each shard: they compute shards together.
+
+    Raises:
+        JobError: there are more hosts than slices, or workers that would have no partners.
+    """
+    check_slices(job.slices, list(candidates))
+    each = min(shards, *candidates.values())
+    if job.workers:
+        each, rest = divmod(job.workers, len(candidates))
+        if rest or each > shards:
+            raise JobError(
+                "with ownership: slices workers compute shards together with those of other hosts",
+                expected=f"a multiple of {len(candidates)} hosts, at most {shards} on each",
+                found=f"workers = {job.workers}",
+                fix="leave workers out, or set such a number",
+            )
+    return dict.fromkeys(candidates, each)
 
 
 def _of_all(facts: Facts, holdings: Holdings) -> Facts:

@@ -3,6 +3,8 @@
     replicated   every host updates everything, so the loss of one loses nothing (the default)
     sharded      each host updates some of the parameters, and gives the others what becomes of them
     servers      some hosts do that, and compute no gradients: a synchronous parameter server
+    slices       all hosts compute each shard together, each some of the slices that matrices are
+                 cut into, and each keeps and updates these alone
 
 Large tables, whose gradients are the rows that were touched, are updated on every host always.
 """
@@ -13,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from lockstep.errors import JobError
 from lockstep.planning.byte_ranges import ByteRange, cut_evenly
 from lockstep.planning.slot_map import SlotMap
+from lockstep.planning.teams import slices_of
 
-Returns = Literal["nothing", "sums", "parameters"]
-"""What hosts give each other when they have summed their share of the gradients."""
+Returns = Literal["nothing", "sums", "parameters", "digests"]
+"""What hosts give each other when they have summed their share of the gradients. `digests`: each
+needs its own parameters alone, and the ledger a digest of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,10 @@ class Ownership(Protocol):
         """Whether every host has the whole state. If not, the loss of one is the loss of its part,
         and all roll back to the snapshot of the coordinating host."""
 
+    @property
+    def together(self) -> bool:
+        """Whether all hosts compute each shard together."""
+
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         """Those of these hosts that compute gradients; at least one."""
 
@@ -68,6 +77,7 @@ class Replicated:
     it alone keeps: what their own optimizers remember from one round of local steps to the next."""
 
     whole: bool = True
+    together = False
 
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(hosts)
@@ -88,6 +98,7 @@ class Sharded:
     """Each host updates some of the parameters, whole ones."""
 
     whole = False
+    together = False
 
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(hosts)
@@ -103,6 +114,7 @@ class Servers:
 
     names: frozenset[str]
     whole = False
+    together = False
 
     def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
         return tuple(host for host in hosts if host not in self.names) or tuple(hosts)
@@ -123,6 +135,44 @@ class Compressed(Replicated):
         return Duties(shares={})  # sums would be as large again as what was made small
 
 
+@dataclass(frozen=True)
+class Slices:
+    """Each host keeps and updates some of the slices, and what is not cut is on all."""
+
+    whole = False
+    together = True
+
+    def computing(self, hosts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(hosts)
+
+    def duties(self, hosts: Sequence[str], slot_map: SlotMap) -> Duties:
+        if len(hosts) == 1:
+            return Duties(shares={})
+        slices = max(slot_map.slice_of.values(), default=-1) + 1
+        check_slices(slices, hosts)
+        shares = {}
+        for position, host in enumerate(hosts):
+            own = slices_of(slices, len(hosts), position)
+            params = sorted(param for param, number in slot_map.slice_of.items() if number in own)
+            shares[host] = Share(params=tuple(params))
+        return Duties(returns="digests", shares=shares)
+
+
+def check_slices(slices: int, hosts: Sequence[str]) -> None:
+    """Check that every host has a slice.
+
+    Raises:
+        JobError: there are more hosts.
+    """
+    if len(hosts) > slices:
+        raise JobError(
+            "there are more hosts than slices: some would have nothing to keep",
+            expected=f"at most {slices} hosts" if slices else "a model with matrices that are cut",
+            found=f"{len(hosts)}: {', '.join(hosts)}",
+            fix="raise slices (the numbers depend on it), or leave out ownership, or a host",
+        )
+
+
 def ownership_of(
     kind: str, servers: Sequence[str] = (), compression: str = "none", local_steps: int = 1
 ) -> Ownership:
@@ -136,6 +186,8 @@ def ownership_of(
             return Sharded()
         case "servers":
             return Servers(frozenset(servers))
+        case "slices":
+            return Slices()
     raise ValueError(kind)
 
 

@@ -19,7 +19,12 @@ class HostShards:
     shards: range
     """The shards that it computes."""
     subtrees: tuple[range, ...]
-    """The same, as complete subtrees."""
+    """The same, as complete subtrees; none where all hosts compute each shard together."""
+
+    @property
+    def given(self) -> range:
+        """The shards whose results other hosts get from it."""
+        return self.shards if self.subtrees else self.shards[:0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,21 @@ class ShardPlacement:
                 )
             )
         return ShardPlacement(shards=shards, parts=tuple(parts))
+
+    @staticmethod
+    def together(shards: int, workers: Mapping[str, int]) -> ShardPlacement:
+        """All hosts compute each shard together."""
+        parts = (
+            HostShards(name=name, workers=count, shards=range(shards), subtrees=())
+            for name, count in workers.items()
+        )
+        return ShardPlacement(shards=shards, parts=tuple(parts))
+
+    @property
+    def teams(self) -> int:
+        """How many shards hosts can compute together at a time: each worker has a partner on each
+        host."""
+        return min(part.workers for part in self.parts)
 
     @property
     def subtrees(self) -> tuple[range, ...]:

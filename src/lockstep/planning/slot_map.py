@@ -70,6 +70,8 @@ class SlotMap:
     """The slot of the sum of all shards: behind theirs, and those of subtrees."""
     restored: int
     """The first of the slots of groups, where gradients are made small."""
+    slice_of: Mapping[int, int]
+    """By parameter that is a slice of a matrix, or belongs to one: which slice."""
 
     @functools.cached_property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -46,3 +46,9 @@ def describe_teams(worker_ids: Sequence[int], team: int) -> str:
         for index in range(count)
     ]
     return f"{count} team{'s' * (count > 1)} of workers: {', '.join(members)}"
+
+
+def board_line(position: int, rank: int, max_workers: int) -> int:
+    """Where hosts make a team: the line of a board of the worker of this rank on the host of this
+    position, as a host numbers lines that may have so many workers itself."""
+    return position * max_workers + rank

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import safetensors
 from blake3 import blake3
 
@@ -31,7 +34,36 @@ def write_model(path: Path, layout: Layout, state: bytes | memoryview) -> None:
 
 
 def _write_tensors(path: Path, named: list[ExportedTensor]) -> None:
-    arrays = {each.key: each.read() for each in named}
+    with _joined(path.parent, named) as arrays:
+        _serialize(path, named, arrays)
+    _sync(path)
+
+
+JOINED_IN_MEMORY = 256 << 20
+"""Bytes: up to so many are joined from slices in memory, more in a file without a name."""
+
+
+@contextlib.contextmanager
+def _joined(folder: Path, named: list[ExportedTensor]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The tensors by key, each in one piece. Who writes them may have memory for slices alone."""
+    sizes = {each.key: each.joined_bytes for each in named}
+    if sum(sizes.values()) <= JOINED_IN_MEMORY:
+        yield {each.key: each.read() for each in named}
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(sum(sizes.values()))
+        room, start = memoryview(mmap.mmap(file.fileno(), 0)), 0
+        arrays = {}
+        for each in named:
+            size = sizes[each.key]
+            arrays[each.key] = each.read(room[start : start + size] if size else None)
+            start += size
+        yield arrays
+
+
+def _serialize(
+    path: Path, named: list[ExportedTensor], arrays: dict[str, npt.NDArray[Any]]
+) -> None:
     tensors = {
         each.key: safetensors.TensorSpec(
             dtype=each.dtype,
@@ -45,7 +77,6 @@ def _write_tensors(path: Path, named: list[ExportedTensor]) -> None:
         safetensors.serialize_file(tensors, str(path), metadata={"format": "pt"})
     except safetensors.SafetensorError as error:  # nothing but the disk can be at fault
         raise OSError(str(error)) from error
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -20,5 +20,6 @@ chains          containers that run a chain slice by slice
 exchanges       what slices have in common: computed alone, or exchanged in a team
 team            a member's view of the workers that compute a shard together
 board           words and buffers in shared memory, over which a team exchanges
+board_memory    where these lie, and the form of what is shown
 shown_tensors   tensors in such a buffer
 """

@@ -1,6 +1,6 @@
 """Board: shared memory in which the members of a team show each other parts of results.
 
-Each worker has a line of words, and two buffers that it writes to by turns. A *turn* is a shard
+Each member has a line of words, and two buffers that it writes to by turns. A *turn* is a shard
 that a team computes; in it, members meet at numbered exchanges. Two buffers are enough: who writes
 to one for exchange n + 2 has seen everybody at n + 1, where all have read what was shown at n. They
 go on by turns over the end of a shard, since nobody waits there until the others have read.
@@ -12,76 +12,41 @@ where. Every wait looks at the words again and again: a lost wake-up costs a mom
 
 from __future__ import annotations
 
-import mmap
-import os
 import struct
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from lockstep.errors import IntegrityError, ResourceError
-from lockstep.slices.shown_tensors import Buffer, Shown, read_tensors, write_tensors
+from lockstep.errors import IntegrityError
+from lockstep.slices.board_memory import (
+    COUNT,
+    EPOCH_MASK,
+    EPOCH_SHIFT,
+    LINE,
+    LINE_WORDS,
+    SHARD,
+    SHOWN,
+    SIGN_OFFSET,
+    STAMP,
+    TURN_SHIFT,
+    BoardMemory,
+)
+from lockstep.slices.shown_tensors import Shown, TensorBuffer, read_tensors, write_tensors
 from lockstep.system import futex
-from lockstep.system.shared_memory import Segment
 from lockstep.system.spin_budget import SpinBudget
 
-LINE = 64
-"""Bytes: one cache line; each has one writer."""
-LINE_WORDS = LINE // 8
-STAMP, COUNT, SHARD, SIGN = range(4)
-"""The words of a line, 8 bytes each. `SIGN` changes with every other one: waits sleep on it."""
-NOTHING_LEFT = -1
-"""In the place of a shard: there is no other in this step."""
 FINISHED = 0
 """The kind of the last exchange of a turn, of the loss."""
 NAP = 0.02
 """Seconds: the longest single sleep before the words and the epoch are looked at again."""
 SPINS = 3000
 """Looks at the words before sleeping, where every worker has a core: about a millisecond."""
-_EPOCH, _TURN, _MASK = 40, 8, (1 << 23) - 1
-"""Where epoch and turn lie in a stamp, above the attempt."""
 
 
 class PassRestarted(Exception):
     """Another member begins this shard again: so must everybody."""
-
-
-class BoardMemory:
-    """The memory of all boards of a host. Made in the forkserver, inherited by its forks."""
-
-    def __init__(self, max_workers: int) -> None:
-        """Allocate the words, and empty buffers.
-
-        Raises:
-            ResourceError: there is not that much memory, or not so many file descriptors.
-        """
-        self.words = Segment.create("team words", max_workers * LINE)
-        self.fds: list[list[int]] = []
-        try:
-            for worker_id in range(max_workers):
-                self.fds.append([])
-                for _ in range(2):
-                    fd = os.memfd_create(f"lockstep-team-{worker_id}", os.MFD_CLOEXEC)
-                    self.fds[-1].append(fd)
-                    os.posix_fallocate(fd, 0, mmap.PAGESIZE)
-        except OSError as error:
-            self.close()
-            raise ResourceError(
-                f"the boards of teams cannot be allocated: {error}",
-                expected=f"{2 * max_workers} file descriptors, two for each worker that there may "
-                "be, and a page of memory for each",
-                fix="set max_workers to fewer, or look at ulimit -n",
-            ) from error
-
-    def close(self) -> None:
-        """Let go of it all."""
-        for pair in self.fds:
-            for fd in pair:
-                os.close(fd)
-        self.words.close()
 
 
 class Board:
@@ -103,7 +68,7 @@ class Board:
         Args:
             memory: the host's.
             members: the team's worker ids; the first one leads it.
-            worker_id: this worker's.
+            worker_id: this worker's. Where hosts make a team these are numbers of lines.
             epoch: of the membership.
             spins: how often words are looked at, at the most, before this process sleeps.
             look: called while something is waited for: raises if the membership has changed.
@@ -125,11 +90,10 @@ class Board:
         self._words = words
         self._signs = memoryview(memory.words.map).cast("i")
         base = np.frombuffer(memory.words.map, np.uint8).ctypes.data
-        low = 4 if sys.byteorder == "big" else 0
-        self._sign_addresses = {each: base + each * LINE + SIGN * 8 + low for each in members}
-        self._sign_index = {each: (each * LINE + SIGN * 8 + low) // 4 for each in members}
-        self._buffers = {each: [Buffer(fd) for fd in memory.fds[each]] for each in members}
-        self._turn, self._attempt, self._epoch = 0, 0, epoch & _MASK
+        self._sign_addresses = {each: base + each * LINE + SIGN_OFFSET for each in members}
+        self._sign_index = {each: (each * LINE + SIGN_OFFSET) // 4 for each in members}
+        self._buffers = {each: [TensorBuffer(fd) for fd in memory.fds[each]] for each in members}
+        self._turn, self._attempt, self._epoch = 0, 0, epoch & EPOCH_MASK
         self._own = worker_id * LINE_WORDS
         self._publish_stamp()
 
@@ -151,7 +115,7 @@ class Board:
 
         def announced() -> bool:
             stamp = self._words[leader * LINE_WORDS + STAMP]
-            return stamp >> _EPOCH == self._epoch and self._turn_of(stamp) >= wanted
+            return stamp >> EPOCH_SHIFT == self._epoch and self._turn_of(stamp) >= wanted
 
         self._wait(leader, announced)
         shard = self._words[leader * LINE_WORDS + SHARD]
@@ -177,7 +141,10 @@ class Board:
         if self._cut_short is not None:  # user code has caught what ended the pass
             raise self._cut_short
         self.count += 1
-        write_tensors(self._buffer(self.worker_id), kind, tensors)
+        number = self._words[self._own + SHOWN] + 1
+        origin = (number, self._stamp, self.count)
+        write_tensors(self._buffer(self.worker_id), kind, tensors, origin)
+        self._words[self._own + SHOWN] = number
         self._publish_count()
         try:
             self._meet()
@@ -195,8 +162,11 @@ class Board:
         self._check_kind(member, found, kind)
         return found.tensors
 
-    def finish(self, loss: float, logged: int) -> None:
-        """Say that this member's part of the shard is done, and wait until everybody's is.
+    def finish(
+        self, loss: float, logged: int, told: torch.Tensor | None = None
+    ) -> dict[int, torch.Tensor | None]:
+        """Say that this member's part of the shard is done, and wait until everybody's is; returns
+        what others have told, by member.
 
         All compute the loss, and what is logged beside it, whose digest is given: they are compared
         bit for bit.
@@ -206,9 +176,11 @@ class Board:
             IntegrityError: a member has got another loss, or exchanges something still.
         """
         own = [torch.tensor([loss], dtype=torch.float64), torch.tensor([logged])]
-        self.show(FINISHED, own)
+        self.show(FINISHED, [*own, told])
+        found = {}
         for other in self.others:
-            value, beside = (each for each in self.shown(other, FINISHED) if each is not None)
+            value, beside, found[other] = self.shown(other, FINISHED)
+            assert value is not None and beside is not None
             theirs = float(value)
             if struct.pack("d", theirs) != struct.pack("d", loss) or beside.item() != logged:
                 what = "other results" if theirs == loss else "another loss"
@@ -216,8 +188,9 @@ class Board:
                     self.worker_id, other, what,
                     f"a loss of {loss.hex()} of worker {self.worker_id}, {theirs.hex()} of {other}",
                 )  # fmt: skip
+        return found
 
-    def _buffer(self, member: int) -> Buffer:
+    def _buffer(self, member: int) -> TensorBuffer:
         """Where a member shows its parts of the exchange that is under way."""
         return self._buffers[member][(self._before + self.count) % 2]
 
@@ -232,7 +205,7 @@ class Board:
     # Words.
 
     def _turn_of(self, stamp: int) -> int:
-        return (stamp >> _TURN) & ((1 << (_EPOCH - _TURN)) - 1)
+        return (stamp >> TURN_SHIFT) & ((1 << (EPOCH_SHIFT - TURN_SHIFT)) - 1)
 
     def _next_turn(self) -> None:
         self._before += self.count
@@ -241,7 +214,7 @@ class Board:
 
     def _publish_stamp(self) -> None:
         """The count first: with the new stamp, the old one must not be seen."""
-        self._stamp = self._epoch << _EPOCH | self._turn << _TURN | self._attempt
+        self._stamp = self._epoch << EPOCH_SHIFT | self._turn << TURN_SHIFT | self._attempt
         self._words[self._own + COUNT] = 0
         self._words[self._own + STAMP] = self._stamp
         self._ring()
@@ -266,9 +239,9 @@ class Board:
         stamp = self._words[line + STAMP]
         if stamp == self._stamp:
             return self._words[line + COUNT] >= self.count
-        if stamp >> _EPOCH != self._epoch or stamp < self._stamp:
+        if stamp >> EPOCH_SHIFT != self._epoch or stamp < self._stamp:
             return False
-        if stamp >> _TURN == self._stamp >> _TURN:
+        if stamp >> TURN_SHIFT == self._stamp >> TURN_SHIFT:
             raise PassRestarted
         return True  # in a later turn: it has finished this one
 

@@ -34,11 +34,22 @@ class ExportedTensor:
         """The names of those that hold it."""
         return {entry.name for entry, _, _ in self.pieces}
 
-    def read(self) -> npt.NDArray[Any]:
-        """The tensor row by row, as words of the element size."""
+    @property
+    def joined_bytes(self) -> int:
+        """How much `read` joins, and takes memory for; 0 where it lies in one piece."""
         views = self._views()
-        whole = views[0] if len(views) == 1 else np.concatenate(views, self.dim)
-        return np.ascontiguousarray(whole)
+        return sum(view.nbytes for view in views) if len(views) > 1 else 0
+
+    def read(self, room: memoryview | None = None) -> npt.NDArray[Any]:
+        """The tensor row by row, as words of the element size. `room`: where it is joined, if it
+        is; by default in memory of its own."""
+        views = self._views()
+        if len(views) == 1:
+            return np.ascontiguousarray(views[0])
+        if room is None:
+            return np.concatenate(views, self.dim)
+        out = np.frombuffer(room, views[0].dtype).reshape(self.shape)
+        return np.concatenate(views, self.dim, out=out)
 
     def write(self, data: bytes) -> None:
         """Put a tensor of this shape into the state, given as bytes row by row."""

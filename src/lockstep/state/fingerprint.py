@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,13 @@ def tensor_digest(entry: Entry, state: memoryview) -> str:
 
 def tensor_digests(layout: Layout, state: Segment | Buffer) -> dict[str, str]:
     """The digest of every tensor of the state segment, or of a copy of it."""
+    if isinstance(state, Segment) and state.resident_bytes < state.nbytes:
+        return {
+            entry.name: tensor_digest(
+                replace(entry, offset=0), memoryview(state.peek(entry.offset, entry.nbytes))
+            )
+            for entry in layout.entries
+        }
     view = memoryview(state.map if isinstance(state, Segment) else state)
     return {entry.name: tensor_digest(entry, view) for entry in layout.entries}
 

@@ -73,9 +73,15 @@ def _aligned(nbytes: int) -> int:
 
 
 def map_slot(
-    slot: GradientSlot, tables: Mapping[int, Table], packed: ByteRange, total: int, restored: int
+    slot: GradientSlot,
+    tables: Mapping[int, Table],
+    packed: ByteRange,
+    total: int,
+    restored: int,
+    slice_of: Mapping[int, int],
 ) -> SlotMap:
-    """What of a slot other hosts get. `total` and `restored` are indices of slots."""
+    """What of a slot other hosts get. `total` and `restored` are indices of slots; `slice_of` says
+    which slice a parameter is."""
     start = slot.flat.data_ptr()
 
     def range_of(tensor: torch.Tensor) -> ByteRange:
@@ -100,6 +106,7 @@ def map_slot(
         packed=packed,
         total=total,
         restored=restored,
+        slice_of=slice_of,
     )
 
 

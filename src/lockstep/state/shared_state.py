@@ -18,6 +18,7 @@ from lockstep.planning.blocks import Block
 from lockstep.planning.byte_ranges import ByteRange
 from lockstep.planning.memory_layout import Entry, Layout
 from lockstep.planning.slot_map import SlotMap
+from lockstep.slices.slicing import slice_numbers
 from lockstep.state.buffer_rules import BufferRule
 from lockstep.state.control_segment import ControlSegment
 from lockstep.state.embedding_tables import Table
@@ -138,7 +139,13 @@ class SharedState:
         packed = ByteRange(offset=first, nbytes=used - first if self.codec else 0)
         total = len(self.slots) + len(self.sums)
         restored = total + (self.total is not None)
-        return map_slot(self.slots[0], self.tables, packed, total, restored)
+        numbers = slice_numbers(self.model)
+        slice_of = {
+            index: numbers[id(param)]
+            for index, param in enumerate(self.params)
+            if id(param) in numbers
+        }
+        return map_slot(self.slots[0], self.tables, packed, total, restored, slice_of)
 
     def slot_offset(self, shard: int) -> int:
         """Bytes: where in the segment of slots a shard's own optimizer leaves what it keeps."""

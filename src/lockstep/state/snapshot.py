@@ -11,7 +11,7 @@ Checkpoints are written from the snapshot, too: while one is being written, no s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lockstep.planning.byte_ranges import ByteRange, merge_ranges
 from lockstep.state.control_segment import ControlSegment
@@ -21,6 +21,8 @@ COPY_BYTES_PER_SECOND = 4e9
 """About what a worker copies in a second, beside others."""
 SHARE = 0.01
 """The part of their time that workers may spend on snapshots."""
+PIECE_BYTES = 64 << 20
+"""What is copied before it is written to a disk, if the snapshot lies on one."""
 LEAST_SECONDS = 0.05
 """Between two copies: what a worker's death in the middle of an update costs at most."""
 
@@ -52,24 +54,53 @@ class Snapshot:
     """The agent's end: everything at once, while all workers rest."""
 
     def __init__(self, control: ControlSegment, state: Segment, copy: Segment) -> None:
-        self.control, self.nbytes = control, state.nbytes
+        self.control, self.nbytes, self._segment = control, state.nbytes, copy
         self._state = memoryview(state.map)[: state.nbytes]
         self._copy = memoryview(copy.map)[: state.nbytes]
 
-    def take(self, step: int) -> memoryview:
-        """Copy the state after `step` committed steps; returns the copy."""
-        self._copy[:] = self._state
+    def take(self, step: int, parts: Iterable[ByteRange] | None = None) -> memoryview:
+        """Copy the state after `step` committed steps, or these parts of it; returns the copy."""
+        self._put(parts, self._state)
         self.control.snapshot_step = step
         return self._copy
+
+    def put(self, parts: Iterable[ByteRange], source: Segment) -> None:
+        """Copy parts of the state from elsewhere, before the rest is taken."""
+        for piece in self._pieces(parts):
+            self._segment.write(piece.start, source.peek(piece.start, piece.stop - piece.start))
+            source.settle(piece.start, piece.stop - piece.start)
+
+    def _put(self, parts: Iterable[ByteRange] | None, source: memoryview) -> None:
+        for piece in self._pieces(parts):
+            if self._segment.is_on_disk:
+                self._segment.write(piece.start, source[piece])
+            else:
+                self._copy[piece] = source[piece]
 
     @property
     def view(self) -> memoryview:
         """The state after `control.snapshot_step` committed steps."""
         return self._copy
 
-    def roll_back(self) -> None:
-        """Make the state that after `control.snapshot_step` steps again."""
-        self._state[:] = self._copy
+    def roll_back(self, parts: Iterable[ByteRange] | None = None) -> None:
+        """Make the state, or these parts of it, that after `control.snapshot_step` steps again."""
+        for piece in self._pieces(parts):
+            if self._segment.is_on_disk:
+                self._segment.read(piece.start, self._state[piece])
+            else:
+                self._state[piece] = self._copy[piece]
+
+    def _pieces(self, parts: Iterable[ByteRange] | None) -> Iterator[slice]:
+        """What is copied at once: all, or what may be in memory of a file on a disk."""
+        for run in self._runs(parts):
+            most = PIECE_BYTES if self._segment.is_on_disk else self.nbytes or 1
+            for start in range(run.start, run.stop, most):
+                yield slice(start, min(start + most, run.stop))
+
+    def _runs(self, parts: Iterable[ByteRange] | None) -> list[slice]:
+        if parts is None:
+            return [slice(0, self.nbytes)]
+        return [slice(part.offset, part.offset + part.nbytes) for part in parts]
 
     def close(self) -> None:
         """Let go of the memory: what `take` returned cannot be read any more."""

@@ -31,7 +31,8 @@ def not_enough_memory(what: str, nbytes: int, available: int) -> ResourceError:
         f"not enough memory for {what}",
         expected=f"{nbytes / 2**20:,.0f} MiB",
         found=f"{available / 2**20:,.0f} MiB available",
-        fix="use fewer shards (each needs one gradient), a smaller model, or a larger machine",
+        fix="use fewer shards (each needs one gradient), a smaller model, or a larger machine; or "
+        "several hosts, of which each keeps some slices of the model (ownership: slices)",
     )
 
 

@@ -18,7 +18,8 @@ from lockstep.system.messages import Codec
 
 INLINE = 32 << 10
 """Bytes: longer messages go by memfd."""
-MAX_FDS = 8
+MAX_FDS = 253
+"""In one message: the kernel takes no more."""
 _INLINE, _SPILLED = b".", b"@"
 """The first byte of a packet: whether the message follows it, or lies in the first descriptor."""
 

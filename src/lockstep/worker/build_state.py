@@ -123,10 +123,22 @@ def build(
         codec=codec,
         joined=sliced.joined,
     )
+    if ownership == "slices" and not sliced.joined:
+        raise _nothing_to_share(slices)
     return _allocate(
         contents, allocate(contents), optimizer, param_groups, sliced.cuts,
         max_workers=max_workers, clip=clip, networked=networked,
+        parted=networked and ownership == "slices",
     )  # fmt: skip
+
+
+def _nothing_to_share(slices: int) -> TaskError:
+    return TaskError(
+        "hosts are to have slices of the model, and none of its matrices is cut",
+        expected=f"matrices that can be cut into {slices} slices",
+        found="none",
+        fix="see with `lockstep plan` why each stays whole; or leave out ownership",
+    )
 
 
 def _no_tables(device: str, names: Sequence[str]) -> TaskError:
@@ -289,13 +301,14 @@ def _allocate(
     max_workers: int,
     clip: bool,
     networked: bool,
+    parted: bool,
 ) -> SharedState:
     """Create the segments, move the initial values in and bind the model to them."""
     layout, counts = allocation.layout, SlotCounts.of(contents, clip=clip, networked=networked)
     shape = ControlShape(
         shards=contents.shards, max_workers=max_workers, params=len(contents.trainable)
     )
-    segments = _create_segments(layout, counts, shape)
+    segments = _create_segments(layout, counts, shape, parted=parted)
     starts = _initial_states(contents, optimizer)  # before parameters move
     state_bytes = torch.frombuffer(segments["state"].map, dtype=torch.uint8)
     committed = _move_model(contents, layout, state_bytes)
@@ -343,13 +356,28 @@ def _allocate(
     return shared
 
 
-def _create_segments(layout: Layout, counts: SlotCounts, shape: ControlShape) -> dict[str, Segment]:
-    """The run's shared memory.
+def _create_segments(
+    layout: Layout, counts: SlotCounts, shape: ControlShape, *, parted: bool
+) -> dict[str, Segment]:
+    """The run's shared memory. `parted`: this host will keep a part of the state alone, and have
+    memory for that when it is known which; the snapshot, if it is whole, is on a disk.
 
     Raises:
         ResourceError: there is not enough of it.
     """
     state_bytes, slots_bytes = layout.state_bytes, counts.all * layout.slots_bytes
+    if parted:
+        state = Segment.create("state", state_bytes, at_once=False)
+        first = [entry for entry in layout.entries if entry.kind in ("param", "buffer")]
+        check_available("the model", sum(entry.nbytes for entry in first))
+        for entry in first:
+            state.reserve(entry.offset, entry.nbytes)
+        return {
+            "state": state,
+            "slots": Segment.create("slots", slots_bytes, at_once=False),
+            "snapshot": Segment.on_disk("snapshot", state_bytes),
+            "control": Segment.create("control", shape.nbytes()),
+        }
     check_available("the run's shared memory", 2 * state_bytes + slots_bytes)
     return {
         "state": Segment.create("state", state_bytes),

@@ -28,7 +28,7 @@ from lockstep.planning.digest_sample import DigestSample, plan_digest_sample
 from lockstep.planning.plan import Plan
 from lockstep.planning.sampling import Sampling
 from lockstep.planning.worker_messages import Report
-from lockstep.slices.board import BoardMemory
+from lockstep.slices.board_memory import BoardMemory
 from lockstep.state.fault_injection import FaultInjector
 from lockstep.state.shared_state import SharedState
 from lockstep.system import machine, numerics
@@ -116,7 +116,7 @@ class Session:
             plan=plan,
             compiled=compile_passes(task, shared, plan, fetch) if plan.compile else None,
             native=load_library() if plan.native == "auto" else BY_REQUEST,
-            boards=BoardMemory(plan.max_workers) if plan.team > 1 else None,
+            boards=_boards(plan, networked=networked),
         )
 
     def profile(self) -> dict[str, Any]:
@@ -130,6 +130,13 @@ class Session:
         if self.compiled is not None:
             return self.compiled
         return ShardTracer(self.task, self.shared, self.plan, report, self.native)
+
+
+def _boards(plan: Plan, *, networked: bool) -> BoardMemory | None:
+    """A line for each worker that there may be in a team, also on other hosts."""
+    if plan.ownership == "slices" and networked:
+        return BoardMemory.create(plan.slices * plan.max_workers)
+    return BoardMemory.create(plan.max_workers) if plan.team > 1 else None
 
 
 def _to_channels_last(model: nn.Module) -> None:

@@ -183,7 +183,11 @@ class ForkServer:
             scheduler_metric=self.session.schedule.metric,
             cuts=json.dumps(shared.cuts),
         )
-        self.channel.send(message, [segment.fd for segment in segments])
+        fds = [segment.fd for segment in segments]
+        boards = self.session.boards
+        if boards is not None and request.plan.ownership == "slices":  # an agent carries them over
+            fds += boards.all_fds
+        self.channel.send(message, fds)
 
     def fork_worker(self, worker_id: int) -> None:
         """Fork a worker."""

@@ -75,7 +75,9 @@ class Worker:
         self.worker_id, self.channel = worker_id, channel
         self.control, self.loader = session.shared.control, self.context.loader
         self.watch: PurityWatch | None = None
-        if to_forkserver is not None and session.plan.device != "cuda":  # forks compute on the CPU
+        alone = session.plan.ownership != "slices"  # else a fork has some of the slices alone
+        # Forks compute on the CPU.
+        if to_forkserver is not None and session.plan.device != "cuda" and alone:
             seen = replace(session, shared=self.context.shared)
             self.watch = PurityWatch(seen, worker_id, to_forkserver)
         self.told: tuple[Told, ...] = ()
@@ -220,7 +222,7 @@ class Worker:
         text = json.dumps(result)
         if team is not None:
             team.finish_batch(text)
-        if team is None or team.leads:
+        if team is None or team.answers:
             self.channel.send(BatchDone(round=request.round, batch=batch, result=text))
 
     def score(self, request: ScoreOutputs) -> None:

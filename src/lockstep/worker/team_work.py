@@ -11,13 +11,19 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import blake3
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from lockstep.collectives.barrier import Barrier, Regroup
+from lockstep.errors import IntegrityError
 from lockstep.planning.assignment import Assignment
-from lockstep.slices.board import NOTHING_LEFT, SPINS, Board
+from lockstep.planning.teams import board_line, slices_of
+from lockstep.slices.board import SPINS, Board
+from lockstep.slices.board_memory import NOTHING_LEFT
 from lockstep.slices.slicing import slice_numbers
 from lockstep.slices.team import Team, computing_with
 from lockstep.state.gradient_slots import GradientSlot
@@ -32,18 +38,24 @@ class TeamWork:
     """One member's, in one membership."""
 
     def __init__(self, context: WorkerContext, assignment: Assignment, barrier: Barrier) -> None:
-        shared, members = context.shared, assignment.teammates
+        shared, hosts = context.shared, assignment.host_team
+        members, own, epoch = list(assignment.teammates), assignment.worker_id, assignment.epoch
+        if hosts is not None:
+            lines = partial(board_line, rank=assignment.rank, max_workers=context.plan.max_workers)
+            members = [lines(position) for position in range(hosts.hosts)]
+            own, epoch = lines(hosts.position), hosts.generation
         assert context.boards is not None
+        self._over_hosts = hosts is not None
         self._control, self._faults = shared.control, context.faults or None
         self._epoch, self._worker_id = assignment.epoch, assignment.worker_id
         self._forward_backward, self._loader = context.forward_backward, context.loader
-        self._sampling = context.sampling
+        self._sampling, self._params = context.sampling, shared.params
         self._step = self._shard = 0
         self.board = Board(
             context.boards,
             members,
-            assignment.worker_id,
-            assignment.epoch,
+            own,
+            epoch,
             spins=1 if barrier.crowded else SPINS,
             look=self._look,
             awaits=self._await,
@@ -51,20 +63,22 @@ class TeamWork:
         self.team = Team(
             self.board, context.plan.slices, None if self._faults is None else self._at_exchange
         )
-        numbers, own = slice_numbers(shared.model), self.team.own(context.plan.slices)
-        self._own = np.array([
-            numbers[id(param)] in own if id(param) in numbers else self.board.leads
-            for param in shared.params
-        ])  # fmt: skip
+        self._slice_of = slice_numbers(shared.model)
+        self._own = self._written_by(self.board.worker_id)
         self._others = frozenset(np.flatnonzero(~self._own).tolist())
         """The parameters whose gradients other members write."""
         self._flags = np.zeros_like(shared.control.has_grad[0])
         self._slots: dict[int, GradientSlot] = {}
 
     @property
-    def leads(self) -> bool:
-        """Whether this member records what comes of a shard."""
+    def answers(self) -> bool:
+        """Whether this member says what comes of a held-out batch."""
         return self.board.leads
+
+    @property
+    def records(self) -> bool:
+        """Whether this member records what comes of a shard: one of each host."""
+        return self.board.leads or self._over_hosts
 
     def pop_waiting_seconds(self) -> float:
         """For how many seconds other members were waited for in this step's shards."""
@@ -75,7 +89,7 @@ class TeamWork:
         """The shards that this team computes in a step. `chosen`: what the leader chooses, of which
         `todo` are the team's own."""
         self.board.waited = 0.0  # at held-out batches it counts as evaluating
-        if not self.leads:
+        if not self.board.leads:
             yield from self._announced(step, todo)
             return
         active = self._sampling.active(step)
@@ -89,6 +103,11 @@ class TeamWork:
         self._step, self._shard = step, -1
         left = deque(todo)
         while (shard := self.board.follow()) != NOTHING_LEFT:
+            if shard not in self._sampling.active(step):
+                raise IntegrityError(
+                    f"a team's leader announces shard {shard} of step {step}",
+                    expected="one that is computed in this step",
+                )
             while shard in left and left[0] != shard:
                 self._loader.skip(step, left.popleft())  # another team was quicker
             if shard in left:
@@ -106,7 +125,7 @@ class TeamWork:
             IntegrityError: members have got different losses.
         """
         self._step, self._shard = step, shard
-        if not self.leads:
+        if not self.records:
             slot = self._without_buffers(shard, slot)
         with computing_with(self.team), self._forward_backward.in_team(self, self._others):
             return self._forward_backward.make(step, shard, slot, self._flags)
@@ -124,7 +143,7 @@ class TeamWork:
             Regroup: the membership has changed.
         """
         self._step, self._shard = step, batch
-        if self.leads:
+        if self.board.leads:
             self.board.announce(batch)
         else:
             self.board.follow()
@@ -157,9 +176,27 @@ class TeamWork:
         self._control.has_grad[self._shard, self._own] = self._flags[self._own]
         if self._faults is not None:
             self._faults.at("team_slot", self._step, self._shard)
-        self.board.finish(outcome.loss, _digest(outcome) if outcome.logged else 0)
+        logged = _digest(outcome) if outcome.logged else 0
+        if not self._over_hosts:
+            self.board.finish(outcome.loss, logged)
+            return
+        told = self.board.finish(outcome.loss, logged, torch.from_numpy(self._flags))
+        for member, flags in told.items():  # what it has of gradients is on its host alone
+            theirs = self._written_by(member) & ~self._own
+            self._control.has_grad[self._shard, theirs] = _flags_of(flags, theirs)
 
     # Helpers.
+
+    def _written_by(self, member: int) -> npt.NDArray[np.bool_]:
+        """The parameters whose gradients a member writes: those of its slices, and if it records
+        what comes of the shard on its host, those that are not cut."""
+        team, position = self.team, self.board.members.index(member)
+        own = slices_of(team.slices, team.size, position)
+        rest = self._over_hosts or position == 0
+        return np.array([
+            self._slice_of[id(param)] in own if id(param) in self._slice_of else rest
+            for param in self._params
+        ])  # fmt: skip
 
     def _without_buffers(self, shard: int, slot: GradientSlot) -> GradientSlot:
         """A slot whose buffers are this process's own: all members leave the same in them."""
@@ -174,7 +211,8 @@ class TeamWork:
 
     def _await(self, member: int | None) -> None:
         """Tell the agent who is waited for. Who waits for another is not the one that stalls."""
-        self._control.await_member(self._worker_id, member, self.team.phase)
+        if not self._over_hosts:  # else it is none of this host's workers
+            self._control.await_member(self._worker_id, member, self.team.phase)
         self._control.beat(self._worker_id, self._shard)
 
     def _at_exchange(self, phase: str, number: int) -> None:
@@ -188,9 +226,27 @@ def team_work_of(
     context: WorkerContext, assignment: Assignment, barrier: Barrier
 ) -> TeamWork | None:
     """A worker's part in its team; None: it computes alone."""
+    hosts = assignment.host_team
+    if hosts is not None:
+        return TeamWork(context, assignment, barrier) if assignment.rank < hosts.teams else None
     if len(assignment.teammates) == 1:
         return None
     return TeamWork(context, assignment, barrier)
+
+
+def _flags_of(told: torch.Tensor | None, params: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Another host's flags of these parameters.
+
+    Raises:
+        IntegrityError: it has told something else.
+    """
+    if told is None or told.dtype != torch.uint8 or told.shape != params.shape:
+        raise IntegrityError(
+            "another host of the team does not say which gradients there are",
+            expected=f"{params.size} flags",
+            found=str(None if told is None else (told.dtype, tuple(told.shape))),
+        )
+    return told.numpy()[params]
 
 
 def _digest(outcome: ShardOutcome) -> int:

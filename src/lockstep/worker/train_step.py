@@ -67,8 +67,11 @@ class TrainStep:
         self._worker_id, self._rank = assignment.worker_id, assignment.rank
         self._workers, self._several_hosts = assignment.workers, assignment.several_hosts
         self._teams = assignment.teams
+        self._idle = assignment.host_team is not None and self._rank >= self._teams
+        """Whether it has no partner on another host, and no shard."""
         self._host_shards, self._subtrees = assignment.host_shards, assignment.subtrees
         self._returns, self._norms = assignment.returns, share.norms
+        self._owned_apart = assignment.owned_apart
         self._owned_params = assignment.owned_params
         self._ahead_from = assignment.ahead_from
         self._unseen = set(assignment.remote_params)
@@ -81,7 +84,8 @@ class TrainStep:
         """Whether it is known if the native path fits."""
         self._seconds = self.control.seconds[self._worker_id]
         self._claims = ShardClaims(self.control)
-        self._forward_backward.early = self._several_hosts and self._audit is None
+        apart = self._several_hosts and assignment.host_team is None
+        self._forward_backward.early = apart and self._audit is None
         self._subtree_sums = SubtreeSums(
             shared, self._subtrees, self._host_shards, self._rank, self._workers
         )
@@ -191,7 +195,7 @@ class TrainStep:
             self._combine_buffers(step)
         self._local_update.run(active)
         self._fault("update_done", step)
-        if self._returns == "parameters":
+        if self._owned_apart:
             self._await_parameters(step, presence)
         due = bool(control.snapshot_due[step % RING])
         self._moves.give_state(step, due=due)
@@ -223,6 +227,8 @@ class TrainStep:
 
     def _compute_all(self, step: int, todo: Sequence[int]) -> None:
         """This worker's shards, and then those that others have not begun."""
+        if self._idle:
+            return
         if self._moves.apart:
             todo = self.shards  # what is summed together follows from them
         alone = self.team is None and len(self._host_shards) == self._workers
@@ -262,7 +268,7 @@ class TrainStep:
                 outcome = self._forward_backward.make(step, shard, slot, control.has_grad[shard])
             if self._fault("slot", step, shard) is not None:
                 flip_gradient_bit(slot)
-        if self.team is not None and not self.team.leads:
+        if self.team is not None and not self.team.records:
             return
         write_outcome(control, step, shard, outcome)
         control.shard_by[shard] = self._worker_id
@@ -351,7 +357,7 @@ class TrainStep:
     def _meet_norms(self, step: int) -> None:
         """Meet when all norms are taken, also those that only other hosts can take."""
         self._meet(progress_of(step, Phase.NORMED))
-        if self._returns == "parameters":
+        if self._owned_apart:
             self.barrier.await_exchange(exchange_of(step, Stage.NORMED))
 
     # Update.
