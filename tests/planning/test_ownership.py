@@ -135,6 +135,6 @@ def test_hosts_that_have_slices_compute_all_shards() -> None:
     assert role.remote_params == [0, 1]
     with pytest.raises(JobError, match="compute shards together"):
         decompose_over_hosts(
-            Job(task="tests.zoo:named", batch_size=8, shards=4, slices=3, ownership="slices", workers=3),
+            Job(task="tests.zoo:named", shards=4, slices=3, ownership="slices", workers=3),
             Facts(cores=4, train_samples=64, eval_samples=8), {"a": 4, "b": 2}, {},
         )  # fmt: skip
