@@ -66,6 +66,7 @@ class Hosts:
     def close(self) -> None:
         for relay in self.relays.values():
             relay.stop()
+            relay.close()
         self.relays.clear()  # what a transport looks at is unmapped with it
         for memory in self.memory.values():
             memory.close()
@@ -198,6 +199,7 @@ def test_what_cannot_be_shown_is_refused(
         other.send("a", Key(Kind.SHOWN, 0, 1), memoryview(body))
     assert ended.wait(WAIT)
     relay.stop()
+    relay.close()
     assert len(failed) == 1
     assert "host b" in failed[0].what
     assert bytes(memory.words.map) == before

@@ -105,6 +105,7 @@ class EvaluationRounds:
             own = self._share.share_out(what, self._round, missing) if others else missing
             self._ask(what, own)
             if group.role.together and not group.at_rest:
+                group.failure_log.evaluating = False
                 raise RoundDisturbed
             group.await_rest()
             group.failure_log.evaluating = False
@@ -116,8 +117,12 @@ class EvaluationRounds:
 
     def take_part(self, what: Inferred, batches: Sequence[int]) -> None:
         """Compute batches together with other hosts, of which one answers."""
-        self._group.await_rest()
+        group = self._group
+        group.await_rest()
         self._ask(what, batches)
+        group.failure_log.evaluating = False
+        if group.at_rest:
+            group.failure_log.evaluated()
 
     def _ask(self, what: Inferred, batches: Sequence[int]) -> None:
         """Divide batches among those who rest, and wait until they have done them, or one died."""

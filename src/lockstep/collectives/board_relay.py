@@ -199,6 +199,9 @@ class BoardRelay:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+    def close(self) -> None:
+        """Let go of the memory, when nobody flushes any more."""
         for line in self._lines:
             line.close()
 

@@ -164,12 +164,14 @@ class HostMesh:
 
     def close(self) -> None:
         """Leave the generation: whatever is under way is dropped, and memory is free again."""
-        if self._relay is not None:
+        if self._relay is not None:  # first: the exchange thread may wait for it
             self._relay.stop()
-            self._relay = None
         if self._exchange_thread is not None:
             self._exchange_thread.stop()
             self._exchange_thread = None
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
         if self._mesh is not None:
             for peer in self._mesh.peers:
                 self._mesh.drop(peer, "the hosts are being regrouped")

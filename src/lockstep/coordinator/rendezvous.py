@@ -43,6 +43,7 @@ from lockstep.planning.data_partition import Samples, check_open
 from lockstep.planning.ownership import Ownership
 from lockstep.planning.plan import Plan
 from lockstep.planning.shard_placement import share
+from lockstep.planning.teams import most_partners
 from lockstep.state.host_memory import HostMemory
 from lockstep.system import machine
 from lockstep.system.messages import ErrorMessage, Message
@@ -202,6 +203,9 @@ class Rendezvous:
             raise
         self._samples[name] = (message.train_samples, message.eval_samples)
         self.capacities[name] = message.workers
+        if self._plan is not None and self.ownership.together:
+            most = most_partners(self._plan.slices, self._plan.shards)
+            self.capacities[name] = min(message.workers, most)
         if running:
             self._set_up(name, self.capacities[name])
 

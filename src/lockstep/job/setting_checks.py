@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.errors import JobError
-from lockstep.job.slice_words import check_slices, check_team, several_hosts
+from lockstep.job.slice_words import MOST_BOARDS, check_slices, check_team, several_hosts
 
 Settings = Mapping[str, Any]
 """By name."""
@@ -165,6 +165,13 @@ def _check_slice_hosts(job: Settings, defaults: Settings) -> None:
             expected="slices: at least as many as there are hosts",
             found="slices = 1",
             fix="set slices (the numbers depend on it), or leave out ownership",
+        )
+    if job["slices"] > MOST_BOARDS:
+        raise JobError(
+            "there are too many slices for ownership: slices",
+            expected=f"at most {MOST_BOARDS}",
+            found=f"slices = {job['slices']}",
+            fix="set slices to as many as there may be hosts",
         )
     for name, why in WITHOUT_PARTNERS.items():
         if job[name] != defaults[name]:

@@ -18,6 +18,11 @@ HEADS = "heads"
 """Of an `nn.MultiheadAttention`."""
 
 
+MOST_BOARDS = 120
+"""Of teams over hosts, on each host: an agent is passed two descriptors for each, and the kernel
+takes 253 at a time."""
+
+
 def check_slices(slices: int, slice_plan: Mapping[str, str] | None, local_steps: int) -> None:
     """Check that a job's slices go with its other settings.
 

@@ -12,6 +12,7 @@ from lockstep.planning.data_partition import Holdings, Samples, divide
 from lockstep.planning.ownership import check_slices, ownership_of
 from lockstep.planning.plan import Plan, decompose
 from lockstep.planning.shard_placement import share
+from lockstep.planning.teams import most_partners
 
 
 def computing(job: Job, capacities: Mapping[str, int]) -> dict[str, int]:
@@ -67,13 +68,14 @@ def _partners(job: Job, candidates: Mapping[str, int], shards: int) -> dict[str,
         JobError: there are more hosts than slices, or workers that would have no partners.
     """
     check_slices(job.slices, list(candidates))
-    each = min(shards, *candidates.values())
+    most = most_partners(job.slices, shards)
+    each = min(most, *candidates.values())
     if job.workers:
         each, rest = divmod(job.workers, len(candidates))
-        if rest or each > shards:
+        if rest or each > most:
             raise JobError(
                 "with ownership: slices workers compute shards together with those of other hosts",
-                expected=f"a multiple of {len(candidates)} hosts, at most {shards} on each",
+                expected=f"a multiple of {len(candidates)} hosts, at most {most} on each",
                 found=f"workers = {job.workers}",
                 fix="leave workers out, or set such a number",
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lockstep.job.slice_words import MOST_BOARDS
 from lockstep.planning.sampling import home_shards
 
 
@@ -46,6 +47,12 @@ def describe_teams(worker_ids: Sequence[int], team: int) -> str:
         for index in range(count)
     ]
     return f"{count} team{'s' * (count > 1)} of workers: {', '.join(members)}"
+
+
+def most_partners(slices: int, shards: int) -> int:
+    """Where hosts make teams: the most workers of one host. Each has a line for each slice, since
+    there may be as many hosts."""
+    return min(shards, MOST_BOARDS // slices)
 
 
 def board_line(position: int, rank: int, max_workers: int) -> int:
