@@ -77,7 +77,7 @@ HostRegroup.status = lambda self: None if self.group.step >= 30 else status(self
 CLAIM = """
 from lockstep.agent import host_regroup
 from lockstep.agent.regroup_messages import HostStatus
-def status(whole, snapshot, address):
+def status(whole, snapshot, workers, address):
     return HostStatus(whole={whole}, snapshot=snapshot, address=address)
 host_regroup.HostStatus = status
 """
