@@ -54,7 +54,11 @@ def on_hosts(yard: Yard, on: Agents, name: str, **settings: Any) -> lockstep.Res
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp", "encoder", *(pytest.param(each, marks=pytest.mark.long) for each in ("llama", "t5"))],
+    [
+        "mlp",
+        "encoder",
+        *(pytest.param(each, marks=pytest.mark.long) for each in ("llama", "t5", "table")),
+    ],
 )
 def test_same_bits_on_two_hosts(name: str, site: Site, yard: Yard) -> None:
     on = site.agents({"b": 1}, 1)

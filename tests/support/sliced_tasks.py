@@ -152,7 +152,8 @@ class Vit(SlicedTask):
 
 
 TASKS: dict[str, type[SlicedTask]] = {
-    "mlp": Mlp, "broad": Broad, "encoder": Encoder, "llama": Llama, "t5": T5, "vit": Vit
+    "mlp": Mlp, "broad": Broad, "table": Table, "encoder": Encoder,
+    "llama": Llama, "t5": T5, "vit": Vit,
 }  # fmt: skip
 PACKAGES = {"llama": "transformers", "t5": "transformers", "vit": "timm"}
 
