@@ -25,14 +25,18 @@ class Daemon:
         said: str = "",
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may be run under nohup
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                cwd=cwd,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         assert self.process.stdin is not None
         with self.process.stdin as stdin:
             stdin.write(said.encode())
