@@ -1,6 +1,6 @@
 """Shared model: hosts with a limit of their memory train a model that takes half as much again.
 
-    python -m benchmarks.shared_model --layers 18
+    python -m benchmarks.shared_model --layers 24
 
 Two hosts are network namespaces, each with a control group. The limit is two thirds of what a plain
 loop keeps of the model: parameters, gradients and Adam's two moments. The plain loop is killed
@@ -44,7 +44,7 @@ GROUPS = (
 class Wide(lockstep.Task):
     """Layers of 4096 x 4096."""
 
-    def __init__(self, layers: int = 18) -> None:
+    def __init__(self, layers: int = 24) -> None:
         self.layers = layers
 
     def model(self) -> nn.Module:
@@ -203,7 +203,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", default="compare", choices=["compare", "plain", "job"])
-    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--network", default="")
     parser.add_argument("--folder", default="")

@@ -51,7 +51,6 @@ from lockstep.net.tcp_transport import TcpTransport
 from lockstep.net.transport import Heard, Report
 from lockstep.planning.plan import Plan
 from lockstep.system import machine
-from lockstep.system.machine import check_available
 from lockstep.system.messages import ErrorMessage, Message
 from lockstep.system.shared_memory import Segment
 
@@ -166,7 +165,7 @@ def _fetched_data(link: ControlLink, offer: JobOffer, silence: float) -> Iterato
     if offer.data is None:
         yield None
         return
-    check_available("the data that the master sends", offer.data.nbytes)
+    machine.check_available("the data that the master sends", offer.data.nbytes)
     with contextlib.closing(Segment.create("data", offer.data.nbytes, at_once=False)) as segment:
         with memoryview(segment.map)[: segment.nbytes] as content:
             fetch(link, offer.master, "data", offer.data, content, silence, segment.reserve)

@@ -227,7 +227,6 @@ class WorkerGroup:
         ahead_from = resumption.step
         if self.failure_log.has_died_since_commit:  # what kills is met where it is computed
             ahead_from = max(resumption.step, self.step) + 1
-        idle: tuple[int, ...] = ()
         for rank, worker_id in enumerate(worker_ids):
             index = team_of(rank, self.plan.team)
             assignment = assign(
@@ -236,7 +235,7 @@ class WorkerGroup:
                 rank,
                 epoch=control.epoch,
                 step=resumption.step,
-                todo=resumption.todo[index] if index < len(resumption.todo) else idle,
+                todo=resumption.todo[index] if index < len(resumption.todo) else (),
                 refresh=refresh,
                 loaders=self.failure_log.loaders_live,
                 ahead_from=ahead_from,
@@ -248,9 +247,7 @@ class WorkerGroup:
     def roll_back(self) -> None:
         """Put the snapshot in the place of a state that is corrupted."""
         self.step_log.drain()
-        together = self.role.together
-        own = self.role.needed_by(self.role.host, self.memory.layout) if together else None
-        self.memory.snapshot.roll_back(own)
+        self.memory.snapshot.roll_back(self.role.kept(self.memory.layout))
         control = self.control
         control.snapshot_due[:] = 0  # later steps' marks may lie where those redone will
         control.mirror_step = control.snapshot_step

@@ -12,6 +12,7 @@ are what its two buffers hold.
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -20,9 +21,9 @@ from functools import partial
 
 import numpy as np
 
-from lockstep.errors import NetworkError, PeerTimeoutError, ProtocolError
+from lockstep.errors import NetworkError, ProtocolError
 from lockstep.net.frames import LIMITS, Kind
-from lockstep.net.transport import Key, Pending, Transport
+from lockstep.net.transport import Key, Pending, Transport, await_transfer
 from lockstep.planning.teams import board_line
 from lockstep.slices.board_memory import (
     CONTENT,
@@ -49,10 +50,6 @@ MOST_SHARDS, MOST_SHOWN = 1 << 31, 1 << 40
 NAP = 0.02
 LOOK_SECONDS = 0.1
 """Between two looks at whether the relay has been stopped."""
-
-
-class Stopped(Exception):
-    """The hosts are being regrouped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +216,7 @@ class BoardRelay:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Stopped:
-            return
-        except NetworkError as error:
+        except NetworkError as error:  # also that nothing is waited for any more
             self._fail(error)
         except Exception as error:  # such as no memory: the hosts are regrouped, and it is said why
             self._fail(NetworkError(f"a team's board cannot be carried over: {error!r}"))
@@ -300,14 +295,7 @@ class BoardRelay:
     def _await(self, slip: Pending) -> None:
         """Wait for what comes next of a member, which may be busy for long: that it lives is for
         others to see."""
-        while not slip.done():
-            if self._stop.is_set():
-                raise Stopped
-            try:
-                slip.wait(LOOK_SECONDS)
-            except PeerTimeoutError:
-                if slip.ended:
-                    raise
+        await_transfer(slip, math.inf, lambda: not self._stop.is_set())
 
 
 def _keys(rank: int, sequence: int) -> tuple[Key, Key]:

@@ -128,20 +128,19 @@ class ExchangeThread:
             self._failed(NetworkError(what))
 
     def _exchange(self, step: int) -> None:
-        control, returns = self.control, self.exchange_plan.duties.returns
+        control, duties = self.control, self.exchange_plan.duties
         read = progress_of(step - 1, Phase.UPDATED)
         self._await(
             lambda worker_id: control.progress(worker_id) >= read
         )  # what came in the last step
         self._gather(step)
-        owned = returns in ("parameters", "digests")
-        if owned and self._clip:
+        if duties.owned_apart and self._clip:
             self._await_asked(exchange_of(step, Stage.NORMED))
             self._swap(step, self.exchange_plan.norms)
             control.set_exchanged(step, Stage.NORMED)
-        if returns != "nothing":
+        if duties.returns != "nothing":
             self._await_asked(exchange_of(step + 1, Stage.STARTED), (step, Stage.RETURNING))
-            if owned:
+            if duties.owned_apart:
                 self._digest(step)
             self._swap(step, partial(self.exchange_plan.returned, step))
         control.set_exchanged(step + 1, Stage.STARTED)

@@ -14,7 +14,6 @@ from lockstep.agent.host_regroup import HostRegroup
 from lockstep.coordinator.host_inbox import HostInbox
 from lockstep.net.control_link import ControlLink
 from lockstep.net.transport import Heard
-from lockstep.planning.byte_ranges import ByteRange
 
 PARTS_SECONDS, PARTS_SHARE = 10.0, 0.02
 """Between two collections; longer, where that would take more of a run's time than this share. The
@@ -57,10 +56,7 @@ class PartsCollector:
         begun = time.monotonic()
         if group.role.parted and not self._gather():
             return False
-        own: list[ByteRange] | None = None
-        if group.role.together:
-            own = group.role.needed_by(group.host.name, group.memory.layout)
-        group.memory.snapshot.take(group.step, own)
+        group.memory.snapshot.take(group.step, group.role.kept(group.memory.layout))
         self._collected_at = time.monotonic()
         self._took = self._collected_at - begun
         return True

@@ -127,12 +127,20 @@ def _check_device(job: Settings, defaults: Settings) -> None:
     refused = {} if job["device"] == "cpu" else WITHOUT_HOMES
     if job["device"] == "cuda":
         refused = WITHOUT_HOMES | WITHOUT_GPU
+    _refuse(job, defaults, "device", refused, "device = cpu, or {} left out")
+
+
+def _refuse(
+    job: Settings, defaults: Settings, setting: str, refused: Mapping[str, str], expected: str
+) -> None:
+    """Refuse what does not go with the value of a setting: `refused` says why, by name. `expected`
+    has a place for the name."""
     for name, why in refused.items():
         if job[name] != defaults[name]:
             raise JobError(
-                f"{name} does not go with device: {job['device']}: {why}",
-                expected=f"device = cpu, or {name} left out",
-                found=f"device = {job['device']}, {name} = {job[name]}",
+                f"{name} does not go with {setting}: {job[setting]}: {why}",
+                expected=expected.format(name),
+                found=f"{setting} = {job[setting]}, {name} = {job[name]}",
                 fix="leave one out",
             )
 
@@ -173,14 +181,8 @@ def _check_slice_hosts(job: Settings, defaults: Settings) -> None:
             found=f"slices = {job['slices']}",
             fix="set slices to as many as there may be hosts",
         )
-    for name, why in WITHOUT_PARTNERS.items():
-        if job[name] != defaults[name]:
-            raise JobError(
-                f"{name} does not go with ownership: slices: {why}",
-                expected=f"{name} left out, or another ownership",
-                found=f"ownership = slices, {name} = {job[name]}",
-                fix="leave one out",
-            )
+    expected = "{} left out, or another ownership"
+    _refuse(job, defaults, "ownership", WITHOUT_PARTNERS, expected)
 
 
 def _check_shards(job: Settings) -> None:

@@ -14,7 +14,7 @@ from lockstep.planning.blocks import Block, divide_evenly, own_blocks
 from lockstep.planning.byte_ranges import ByteRange, cut_evenly
 from lockstep.planning.host_role import HostRole
 from lockstep.planning.metric_decisions import Told
-from lockstep.planning.ownership import Returns
+from lockstep.planning.ownership import Returns, owned_apart
 from lockstep.planning.sampling import home_shards
 from lockstep.planning.teams import team_count, team_of, team_ranks
 from lockstep.system.messages import Message
@@ -87,7 +87,7 @@ class Assignment(Message, tag="join"):
     @property
     def owned_apart(self) -> bool:
         """Whether each host updates parameters of its own."""
-        return self.returns in ("parameters", "digests")
+        return owned_apart(self.returns)
 
     @property
     def host_shards(self) -> range:

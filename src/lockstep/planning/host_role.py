@@ -31,8 +31,6 @@ class HostRole:
     def alone(host: str, plan: Plan, ownership: Ownership) -> HostRole:
         """One host does everything."""
         placement = ShardPlacement.of(plan.shards, {host: plan.workers}, _group(plan))
-        if ownership.together:
-            placement = ShardPlacement.together(plan.shards, {host: plan.workers})
         return HostRole(
             host=host,
             plan=plan,
@@ -127,6 +125,10 @@ class HostRole:
             *layout.apart("residual", groups),
             *layout.apart("local", own.shards),
         ]
+
+    def kept(self, layout: Layout) -> list[ByteRange] | None:
+        """The bytes of the state that this host has memory for; None: all of them."""
+        return self.needed_by(self.host, layout) if self.together else None
 
     def needed_by(self, name: str, layout: Layout) -> list[ByteRange] | None:
         """The bytes of the state that are not for some other host alone; None: all of them."""

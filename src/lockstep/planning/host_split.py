@@ -40,8 +40,10 @@ def decompose_over_hosts(
     shards = shards_of(job)
     if job.ownership == "slices":
         candidates = _partners(job, candidates, shards)
-    most = shards * (len(candidates) if job.ownership == "slices" else 1)
-    workers = job.workers or min(sum(candidates.values()), most)
+        most = sum(candidates.values())
+    else:
+        most = min(sum(candidates.values()), shards)
+    workers = job.workers or most
     division = Division(workers=workers, threads=job.threads or 1, shards=shards)
     shares = {**capacities, **share(workers, candidates)}
     listed = ", ".join(f"{name}: {count}" for name, count in shares.items())

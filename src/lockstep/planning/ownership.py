@@ -42,6 +42,16 @@ class Duties:
     returns: Returns = "nothing"
     shares: Mapping[str, Share]
 
+    @property
+    def owned_apart(self) -> bool:
+        """Whether each host updates parameters of its own."""
+        return owned_apart(self.returns)
+
+
+def owned_apart(returns: Returns) -> bool:
+    """Whether hosts that give each other this update parameters of their own."""
+    return returns in ("parameters", "digests")
+
 
 class Ownership(Protocol):
     """How hosts divide the work.

@@ -8,11 +8,12 @@ file needs no torch.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.errors import ProtocolError, ResourceError
@@ -137,6 +138,35 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
+@dataclass(frozen=True, slots=True)
+class TensorHead:
+    """What is said of a tensor in a buffer."""
+
+    number: int
+    """Of its type, or `ABSENT`."""
+    form: tuple[int, ...]
+    """Sizes, then strides, in elements."""
+    data: int
+    """Where it lies."""
+
+    @staticmethod
+    def at(buffer: memoryview | mmap.mmap, offset: int) -> TensorHead:
+        number, dims = struct.unpack_from("=2q", buffer, offset)
+        form = struct.unpack_from(f"={2 * dims}q", buffer, offset + 16)
+        return TensorHead(number, form, aligned(offset + 16 + 16 * dims))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.form[: len(self.form) // 2]
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        if self.number == ABSENT:
+            return self.data
+        return aligned(self.data + math.prod(self.sizes) * ITEM_BYTES[self.number])
+
+
 def check_shown(host: str, shown: memoryview) -> None:
     """Check what a host shows: a worker reads tensors where it says that they are.
 
@@ -145,30 +175,30 @@ def check_shown(host: str, shown: memoryview) -> None:
     """
     with contextlib.suppress(struct.error, OverflowError):
         _, used, count = CONTENT.unpack_from(shown)
-        if used == len(shown) and sum(1 for _ in _tensors(shown)) == count:
+        if used == len(shown) and _all_within(shown, count):
             return
     raise ProtocolError(f"host {host} shows tensors that do not lie within what has come of them")
 
 
-def _tensors(shown: memoryview) -> Iterator[int]:
-    """Where each tensor ends, as far as they fit."""
-    at, count = HEAD_BYTES, CONTENT.unpack_from(shown)[2]
-    for _ in range(count):
-        number, dims = struct.unpack_from("=2q", shown, at)
-        if number == ABSENT and dims == 0:
-            at = aligned(at + 16)
-        elif 0 <= number < len(ITEM_BYTES) and 0 <= dims <= MOST_DIMENSIONS:
-            form = struct.unpack_from(f"={2 * dims}q", shown, at + 16)
-            if min(form, default=0) < 0:
-                return
-            elements, reach = 1, 1
-            for size, stride in zip(form[:dims], form[dims:], strict=True):
-                elements, reach = elements * size, reach + (size - 1) * stride
-            if elements and reach > elements:  # it is dense: else it would reach beyond
-                return
-            at = aligned(aligned(at + 16 + 16 * dims) + elements * ITEM_BYTES[number])
-        else:
-            return
-        if at > len(shown):
-            return
-        yield at
+def _all_within(shown: memoryview, count: int) -> bool:
+    at, found = HEAD_BYTES, 0
+    while found < count:
+        head = TensorHead.at(shown, at)
+        if not _possible(head) or head.end > len(shown):
+            return False
+        at, found = head.end, found + 1
+    return found == count
+
+
+def _possible(head: TensorHead) -> bool:
+    """Whether there is such a type, and the tensor is dense: else it would reach beyond its end."""
+    sizes, strides = head.sizes, head.form[len(head.sizes) :]
+    if head.number == ABSENT:
+        return not head.form
+    if not 0 <= head.number < len(ITEM_BYTES) or len(sizes) > MOST_DIMENSIONS:
+        return False
+    if min(head.form, default=0) < 0:
+        return False
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    elements = math.prod(sizes)
+    return not elements or reach <= elements

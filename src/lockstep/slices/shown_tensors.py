@@ -22,6 +22,7 @@ from lockstep.slices.board_memory import (
     ITEM_BYTES,
     ORIGIN,
     Buffer,
+    TensorHead,
     aligned,
 )
 
@@ -84,16 +85,12 @@ def read_tensors(buffer: TensorBuffer) -> Shown:
     tensors: list[torch.Tensor | None] = []
     at = HEAD_BYTES
     for _ in range(count):
-        number, ndim = struct.unpack_from("=2q", buffer.map, at)
-        form = struct.unpack_from(f"={2 * ndim}q", buffer.map, at + 16)
-        data = aligned(at + 16 + 16 * ndim)
-        if number == ABSENT:
-            tensors.append(None)
-            at = data
-            continue
-        dtype = _DTYPES[number]
-        tensors.append(_view(buffer, data, dtype, form))
-        at = aligned(data + math.prod(form[:ndim]) * dtype.itemsize)
+        head = TensorHead.at(buffer.map, at)
+        absent = head.number == ABSENT
+        tensors.append(
+            None if absent else _view(buffer, head.data, _DTYPES[head.number], head.form)
+        )
+        at = head.end
     return Shown(kind=kind, tensors=tensors)
 
 

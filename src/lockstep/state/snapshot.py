@@ -72,10 +72,7 @@ class Snapshot:
 
     def _put(self, parts: Iterable[ByteRange] | None, source: memoryview) -> None:
         for piece in self._pieces(parts):
-            if self._segment.is_on_disk:
-                self._segment.write(piece.start, source[piece])
-            else:
-                self._copy[piece] = source[piece]
+            self._segment.write(piece.start, source[piece])
 
     @property
     def view(self) -> memoryview:
@@ -85,10 +82,7 @@ class Snapshot:
     def roll_back(self, parts: Iterable[ByteRange] | None = None) -> None:
         """Make the state, or these parts of it, that after `control.snapshot_step` steps again."""
         for piece in self._pieces(parts):
-            if self._segment.is_on_disk:
-                self._segment.read(piece.start, self._state[piece])
-            else:
-                self._state[piece] = self._copy[piece]
+            self._segment.read(piece.start, self._state[piece])
 
     def _pieces(self, parts: Iterable[ByteRange] | None) -> Iterator[slice]:
         """What is copied at once: all, or what may be in memory of a file on a disk."""

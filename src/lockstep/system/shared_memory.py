@@ -116,18 +116,24 @@ class Segment:
         return b"".join(pieces)
 
     def read(self, start: int, into: memoryview) -> None:
-        """Read a part of a file on a disk, and let go of its pages."""
+        """Copy a part. Of a file on a disk no page stays in memory for it."""
+        if not self.is_on_disk:
+            into[:] = memoryview(self.map)[start : start + len(into)]
+            return
         done = 0
         while done < len(into) and (count := os.preadv(self.fd, [into[done:]], start + done)):
             done += count
         self.settle(start, len(into))
 
     def write(self, start: int, data: bytes | memoryview) -> None:
-        """Write a part of a file on a disk to the disk.
+        """Put something into a part; of a file on a disk, at once to the disk.
 
         Raises:
             ResourceError: the disk is full.
         """
+        if not self.is_on_disk:
+            self.map[start : start + len(data)] = data
+            return
         view = memoryview(data)
         try:
             while view:

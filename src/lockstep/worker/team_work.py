@@ -67,6 +67,10 @@ class TeamWork:
         self._own = self._written_by(self.board.worker_id)
         self._others = frozenset(np.flatnonzero(~self._own).tolist())
         """The parameters whose gradients other members write."""
+        self._theirs = {
+            member: self._written_by(member) & ~self._own for member in self.board.others
+        }
+        """By other member, the parameters whose gradients it alone writes."""
         self._flags = np.zeros_like(shared.control.has_grad[0])
         self._slots: dict[int, GradientSlot] = {}
 
@@ -182,7 +186,7 @@ class TeamWork:
             return
         told = self.board.finish(outcome.loss, logged, torch.from_numpy(self._flags))
         for member, flags in told.items():  # what it has of gradients is on its host alone
-            theirs = self._written_by(member) & ~self._own
+            theirs = self._theirs[member]
             self._control.has_grad[self._shard, theirs] = _flags_of(flags, theirs)
 
     # Helpers.
